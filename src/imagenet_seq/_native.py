@@ -1,0 +1,647 @@
+"""The native core through ctypes: prototypes, structs and one function that raises.
+
+The only file that imports ctypes. It mirrors ``core/imagenet_seq.h`` line by line;
+``tests/test_abi.py`` compares the two. ctypes releases the GIL during every call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char,
+    c_char_p,
+    c_double,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from imagenet_seq.errors import DataError, ForkError, ImagenetSeqError, SampleError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from imagenet_seq.plan import EnginePlan
+    from imagenet_seq.transforms import Recipe
+
+ABI = 1
+
+OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
+ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
+ERROR_SAMPLE, ERROR_FORK, ERROR_CAPACITY = -5, -6, -7
+
+SAMPLE_CLEAN = 1
+STRIP_METADATA = 1
+TASK_ROW, TASK_BLOCK = 1, 2
+
+
+class _Error(Structure):
+    _fields_ = [
+        ("code", c_int32),
+        ("os_errno", c_int32),
+        ("sample", c_int64),
+        ("offset", c_int64),
+        ("message", c_char * 512),
+    ]
+
+
+class _Recipe(Structure):
+    _fields_ = [
+        ("geometry", c_int32),
+        ("out_height", c_int32),
+        ("out_width", c_int32),
+        ("filter", c_int32),
+        ("passes", c_int32),
+        ("dtype", c_int32),
+        ("layout", c_int32),
+        ("strict", c_int32),
+        ("scale_min", c_double),
+        ("scale_max", c_double),
+        ("ratio_min", c_double),
+        ("ratio_max", c_double),
+        ("resize_height", c_int32),
+        ("resize_width", c_int32),
+        ("resize_max", c_int32),
+        ("crop_height", c_int32),
+        ("crop_width", c_int32),
+        ("center_rule", c_int32),
+        ("fixed_top", c_int32),
+        ("fixed_left", c_int32),
+        ("fixed_height", c_int32),
+        ("fixed_width", c_int32),
+        ("fixed_flip", c_int32),
+        ("flip_probability", c_double),
+        ("max_pixels", c_int64),
+        ("table", c_void_p),
+    ]
+
+
+class _Key(Structure):
+    _fields_ = [("seed", c_uint64), ("epoch", c_int64), ("sample", c_int64)]
+
+
+class View(Structure):
+    """The geometry drawn for one image; fields as ``imseq_view``, in pixels."""
+
+    _fields_ = [
+        ("top", c_int32),
+        ("left", c_int32),
+        ("height", c_int32),
+        ("width", c_int32),
+        ("resized_height", c_int32),
+        ("resized_width", c_int32),
+        ("window_top", c_int32),
+        ("window_left", c_int32),
+        ("flip", c_int32),
+    ]
+
+
+class Header(Structure):
+    """A JPEG's header; fields as ``imseq_header``."""
+
+    _fields_ = [
+        ("width", c_int32),
+        ("height", c_int32),
+        ("num_components", c_int32),
+        ("h_sampling", c_int32 * 4),
+        ("v_sampling", c_int32 * 4),
+        ("restart_interval", c_int32),
+        ("progressive", c_int32),
+        ("supported", c_int32),
+        ("entropy_offset", c_int64),
+    ]
+
+
+class _EngineConfig(Structure):
+    _fields_ = [
+        ("num_decoders", c_int32),
+        ("num_readers", c_int32),
+        ("num_slots", c_int32),
+        ("rows", c_int32),
+        ("verify_checksums", c_int32),
+        ("reserved", c_int32),
+        ("row_bytes", c_int64),
+        ("block_budget_bytes", c_int64),
+        ("recipe", _Recipe),
+    ]
+
+
+class _Plan(Structure):
+    _fields_ = [
+        ("seed", c_uint64),
+        ("epoch", c_int64),
+        ("num_positions", c_int64),
+        ("num_batches", c_int64),
+        ("num_blocks", c_int64),
+        ("num_files", c_int64),
+        ("batch_begin", c_void_p),
+        ("sample", c_void_p),
+        ("block", c_void_p),
+        ("offset", c_void_p),
+        ("length", c_void_p),
+        ("checksum", c_void_p),
+        ("flags", c_void_p),
+        ("block_file", c_void_p),
+        ("block_offset", c_void_p),
+        ("block_length", c_void_p),
+        ("root", c_char_p),
+        ("paths", c_void_p),
+        ("path_begin", c_void_p),
+    ]
+
+
+class Batch(Structure):
+    """A finished batch; fields as ``imseq_batch``."""
+
+    _fields_ = [
+        ("batch", c_int64),
+        ("begin", c_int64),
+        ("end", c_int64),
+        ("slot", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Task(Structure):
+    """A foreign row or block; fields as ``imseq_task``."""
+
+    _fields_ = [
+        ("kind", c_int32),
+        ("slot", c_int32),
+        ("position", c_int64),
+        ("sample", c_int64),
+        ("batch", c_int64),
+        ("row_index", c_int64),
+        ("row", c_void_p),
+        ("bytes", c_void_p),
+        ("size", c_int64),
+        ("prefix_done", c_int32),
+        ("reserved", c_int32),
+    ]
+
+    def encoded(self) -> bytes:
+        """Return a copy of the encoded image of a row that the core did not decode."""
+        return ctypes.string_at(self.bytes, self.size)
+
+
+class _Stats(Structure):
+    _fields_ = [
+        (name, c_int64)
+        for name in (
+            "read_bytes",
+            "read_requests",
+            "read_seeks",
+            "read_ns",
+            "read_wait_ns",
+            "decode_samples",
+            "decode_ns",
+            "decode_wait_read_ns",
+            "decode_wait_batch_ns",
+            "foreign_rows",
+            "foreign_blocks",
+            "batch_count",
+            "batch_wait_ns",
+            "block_bytes",
+            "block_bytes_peak",
+        )
+    ]
+
+
+# name -> (result, arguments); the test compares this table with the header.
+_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+    "imseq_abi": (c_int32, []),
+    "imseq_build_info": (c_char_p, []),
+    "imseq_read_header": (c_int32, [c_void_p, c_size_t, POINTER(Header), POINTER(_Error)]),
+    "imseq_draw": (
+        c_int32,
+        [POINTER(_Recipe), POINTER(_Key), c_int32, c_int32, POINTER(View), POINTER(_Error)],
+    ),
+    "imseq_decode": (
+        c_int32,
+        [
+            POINTER(_Recipe),
+            POINTER(_Key),
+            c_void_p,
+            c_size_t,
+            c_uint32,
+            c_void_p,
+            POINTER(_Error),
+        ],
+    ),
+    "imseq_apply": (
+        c_int32,
+        [POINTER(_Recipe), POINTER(_Key), c_void_p, c_int32, c_int32, c_void_p, POINTER(_Error)],
+    ),
+    "imseq_transcode": (
+        c_int32,
+        [
+            c_void_p,
+            c_size_t,
+            c_int32,
+            c_uint32,
+            c_void_p,
+            c_size_t,
+            POINTER(c_size_t),
+            POINTER(Header),
+            POINTER(_Error),
+        ],
+    ),
+    "imseq_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
+    "imseq_engine_create": (c_int32, [POINTER(_EngineConfig), POINTER(c_void_p), POINTER(_Error)]),
+    "imseq_engine_start": (
+        c_int32,
+        [c_void_p, POINTER(_Plan), POINTER(c_void_p), POINTER(_Error)],
+    ),
+    "imseq_engine_next": (c_int32, [c_void_p, c_int64, POINTER(Batch), POINTER(_Error)]),
+    "imseq_engine_release": (c_int32, [c_void_p, c_int32, c_void_p, POINTER(_Error)]),
+    "imseq_engine_cancel": (c_int32, [c_void_p, POINTER(_Error)]),
+    "imseq_engine_stats": (c_int32, [c_void_p, POINTER(_Stats), POINTER(_Error)]),
+    "imseq_engine_destroy": (None, [c_void_p]),
+    "imseq_engine_close_tasks": (c_int32, [c_void_p, POINTER(_Error)]),
+    "imseq_engine_take": (c_int32, [c_void_p, c_int64, POINTER(Task), POINTER(_Error)]),
+    "imseq_engine_finish_row": (c_int32, [c_void_p, c_int64, c_char_p, POINTER(_Error)]),
+    "imseq_engine_finish_block": (
+        c_int32,
+        [
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_void_p,
+            c_int64,
+            c_char_p,
+            POINTER(_Error),
+        ],
+    ),
+}
+
+
+def _load() -> ctypes.CDLL:
+    # IMAGENET_SEQ_LIBRARY is for developers: a build folder, a sanitizer build.
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    path = os.environ.get("IMAGENET_SEQ_LIBRARY") or str(
+        Path(__file__).with_name(f"libimagenet_seq.{suffix}")
+    )
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(
+            f"imagenet_seq: cannot load its native library {path}: {error}. "
+            "Reinstall the package (pip install --force-reinstall imagenet-seq)."
+        ) from error
+    for name, (result, arguments) in _PROTOTYPES.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+        if name == "imseq_abi" and function() != ABI:
+            raise ImportError(
+                f"imagenet_seq: {path} has ABI {function()}, this Python code needs ABI {ABI}: "
+                "two versions are mixed; reinstall the package."
+            )
+    return library
+
+
+_lib = _load()
+
+_EXCEPTIONS: dict[int, type[Exception]] = {
+    ERROR_ARGUMENT: ValueError,
+    ERROR_MEMORY: MemoryError,
+    ERROR_DATA: DataError,
+    ERROR_SAMPLE: SampleError,
+    ERROR_FORK: ForkError,
+}
+
+
+def check(status: int, error: _Error, name_of_sample: Any = None) -> int:
+    """Return a status of zero or above; raise what a status below zero means.
+
+    Args:
+        status: what a native function returned.
+        error: the error struct that was passed to it.
+        name_of_sample: optional function from a sample's index to its name, for the message.
+
+    Raises:
+        OSError: the operating system refused a read.
+        SampleError, DataError, ForkError, ValueError, MemoryError: as the status says.
+    """
+    if status >= 0:
+        return status
+    message = error.message.decode("utf-8", "replace")
+    sample, name = error.sample, ""
+    if sample >= 0:
+        name = name_of_sample(sample) if name_of_sample else ""
+        message = f"sample {sample}{f' ({name})' if name else ''}: {message}"
+    if status == ERROR_READ and error.os_errno:
+        raise OSError(error.os_errno, f"{message}: {os.strerror(error.os_errno)}")
+    exception = _EXCEPTIONS.get(status, ImagenetSeqError)
+    if sample >= 0 and issubclass(exception, DataError):
+        raise SampleError(message, sample, name)
+    raise exception(message)
+
+
+def build_info() -> str:
+    """Return version, compiler, architecture and kernels of the native core."""
+    return str(_lib.imseq_build_info().decode())
+
+
+def _address(data: bytes | bytearray | memoryview | np.ndarray) -> tuple[int, int, object]:
+    """Return address and size in bytes of contiguous memory, and what keeps it alive."""
+    if isinstance(data, np.ndarray):
+        if not data.flags.c_contiguous:
+            raise ValueError("expected a C-contiguous array")
+        return data.ctypes.data, data.nbytes, data
+    array = np.frombuffer(data, np.uint8)
+    return array.ctypes.data, array.nbytes, array
+
+
+def _native_recipe(recipe: Recipe) -> _Recipe:
+    """Copy a recipe; its table must outlive the result."""
+    native = _Recipe()
+    for name, _ in _Recipe._fields_:
+        if name != "table":
+            setattr(native, name, getattr(recipe, name))
+    native.table = recipe.table.ctypes.data if recipe.table is not None else None
+    return native
+
+
+def read_header(data: bytes | memoryview | np.ndarray) -> Header | None:
+    """Read a JPEG's header; None where the bytes are no JPEG or its header is damaged."""
+    header, error = Header(), _Error()
+    address, size, _keep = _address(data)
+    status = check(_lib.imseq_read_header(address, size, byref(header), byref(error)), error)
+    return header if status == OK else None
+
+
+def draw(recipe: Recipe, seed: int, epoch: int, sample: int, width: int, height: int) -> View | None:
+    """Draw a sample's geometry; None where the recipe can't be met in the core.
+
+    Pure: a function of its arguments alone, the same on every platform.
+    """
+    view, error = View(), _Error()
+    native, key = _native_recipe(recipe), _Key(seed, epoch, sample)
+    status = _lib.imseq_draw(byref(native), byref(key), width, height, byref(view), byref(error))
+    return view if check(status, error) == OK else None
+
+
+def decode(
+    recipe: Recipe,
+    key: tuple[int, int, int],
+    data: bytes | memoryview | np.ndarray,
+    row: int,
+    flags: int = 0,
+) -> bool:
+    """Decode one JPEG into the memory at address `row`; False: Pillow must decode it.
+
+    Args:
+        recipe: what to do; `row` must hold out_height * out_width * 3 values of its dtype.
+        key: (seed, epoch, sample).
+        data: the whole file.
+        row: address of the output.
+        flags: SAMPLE_CLEAN or 0.
+    """
+    error = _Error()
+    address, size, _keep = _address(data)
+    native, native_key = _native_recipe(recipe), _Key(*key)
+    status = _lib.imseq_decode(
+        byref(native), byref(native_key), address, size, flags, row, byref(error)
+    )
+    return check(status, error) == OK
+
+
+def apply(recipe: Recipe, key: tuple[int, int, int], pixels: np.ndarray, row: int) -> bool:
+    """Crop, resize, flip and convert decoded pixels into the memory at address `row`.
+
+    Args:
+        recipe: what to do.
+        key: (seed, epoch, sample).
+        pixels: uint8 array of shape (height, width, 3), C-contiguous.
+        row: address of the output.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            f"expected uint8 pixels of shape (height, width, 3), got {pixels.dtype} {pixels.shape}"
+        )
+    error = _Error()
+    address, _, _keep = _address(pixels)
+    height, width, _ = pixels.shape
+    native, native_key = _native_recipe(recipe), _Key(*key)
+    status = _lib.imseq_apply(
+        byref(native), byref(native_key), address, width, height, row, byref(error)
+    )
+    return check(status, error) == OK
+
+
+def transcode(
+    data: bytes | memoryview | np.ndarray, restart_interval: int = 8, strip: bool = False
+) -> tuple[np.ndarray, Header] | None:
+    """Re-code a JPEG losslessly into canonical form.
+
+    Args:
+        data: the whole file.
+        restart_interval: MCUs between restart markers, 1 to 65535.
+        strip: drop ICC profiles, Exif thumbnails and comments.
+
+    Returns:
+        The new file as a uint8 array, and its header; None where the input is damaged or out of scope.
+    """
+    header, error, size_out = Header(), _Error(), c_size_t(0)
+    address, size, _keep = _address(data)
+    out = np.empty(size + size // 4 + 4096, np.uint8)
+    while True:
+        status = _lib.imseq_transcode(
+            address,
+            size,
+            restart_interval,
+            STRIP_METADATA if strip else 0,
+            out.ctypes.data,
+            out.nbytes,
+            byref(size_out),
+            byref(header),
+            byref(error),
+        )
+        if status == ERROR_CAPACITY and size_out.value > out.nbytes:
+            out = np.empty(size_out.value, np.uint8)
+            continue
+        return (out[: size_out.value], header) if check(status, error) == OK else None
+
+
+def crc32c(data: bytes | memoryview | np.ndarray, crc: int = 0) -> int:
+    """Return the CRC-32C (Castagnoli, RFC 3720) of data, continuing from crc."""
+    address, size, _keep = _address(data)
+    return int(_lib.imseq_crc32c(crc, address, size))
+
+
+class Engine:
+    """The core's threads: read, decode and batch one plan at a time, without the GIL.
+
+    Thread-safe except that one thread at a time may call `next`. In a forked child every method raises
+    ForkError, and closing only forgets.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        num_decoders: int,
+        num_readers: int,
+        num_slots: int,
+        rows: int,
+        row_bytes: int,
+        block_budget_bytes: int,
+        verify_checksums: bool,
+    ) -> None:
+        config = _EngineConfig(
+            num_decoders=num_decoders,
+            num_readers=num_readers,
+            num_slots=num_slots,
+            rows=rows,
+            verify_checksums=int(verify_checksums),
+            row_bytes=row_bytes,
+            block_budget_bytes=block_budget_bytes,
+            recipe=_native_recipe(recipe),
+        )
+        handle, error = c_void_p(), _Error()
+        check(_lib.imseq_engine_create(byref(config), byref(handle), byref(error)), error)
+        self._handle = handle.value
+        self.num_slots = num_slots
+
+    def start(self, plan: EnginePlan, seed: int, epoch: int, rows: Sequence[int]) -> None:
+        """Begin a plan; rows: the address of each slot's memory, lent until its batch is returned."""
+        native = _Plan(
+            seed=seed,
+            epoch=epoch,
+            num_positions=len(plan.sample),
+            num_batches=len(plan.batch_begin) - 1,
+            num_blocks=len(plan.block_file),
+            num_files=len(plan.path_begin) - 1,
+            root=os.fsencode(plan.root),
+        )
+        keep = []
+        for name, dtype in _PLAN_DTYPES.items():
+            column = getattr(plan, name)
+            if column is None:
+                continue
+            array = np.ascontiguousarray(column, dtype)
+            keep.append(array)
+            setattr(native, name, array.ctypes.data)
+        error = _Error()
+        addresses = (c_void_p * len(rows))(*rows)
+        if len(rows) != self.num_slots:
+            raise ValueError(f"expected memory for {self.num_slots} slots, got {len(rows)}")
+        check(_lib.imseq_engine_start(self._handle, byref(native), addresses, byref(error)), error)
+
+    def next(self, timeout_s: float, name_of_sample: Any = None) -> Batch | None | bool:
+        """Return the next batch, None at the end of the plan, False when the time-out passed."""
+        batch, error = Batch(), _Error()
+        status = _lib.imseq_engine_next(
+            self._handle, int(timeout_s * 1e9), byref(batch), byref(error)
+        )
+        check(status, error, name_of_sample)
+        return batch if status == OK else False if status == TIMEOUT else None
+
+    def release(self, slot: int, row: int) -> None:
+        """Lend the memory at address `row` for the slot's next batch."""
+        error = _Error()
+        check(_lib.imseq_engine_release(self._handle, slot, row, byref(error)), error)
+
+    def cancel(self) -> None:
+        """End the plan; on return no thread of the core touches lent memory."""
+        error = _Error()
+        check(_lib.imseq_engine_cancel(self._handle, byref(error)), error)
+
+    def stats(self) -> dict[str, int]:
+        """Return the counters; names begin with their stage, times are in ns."""
+        stats, error = _Stats(), _Error()
+        check(_lib.imseq_engine_stats(self._handle, byref(stats), byref(error)), error)
+        return {name: int(getattr(stats, name)) for name, _ in _Stats._fields_}
+
+    def take(self, timeout_s: float) -> Task | None | bool:
+        """Return work for Python, None when no more will come, False when the time-out passed."""
+        task, error = Task(), _Error()
+        status = _lib.imseq_engine_take(
+            self._handle, int(timeout_s * 1e9), byref(task), byref(error)
+        )
+        check(status, error)
+        return task if status == OK else False if status == TIMEOUT else None
+
+    def finish_row(self, position: int, failure: str | None = None) -> None:
+        """Say that a foreign row is filled, or why it can't be."""
+        error = _Error()
+        check(
+            _lib.imseq_engine_finish_row(self._handle, position, _text(failure), byref(error)),
+            error,
+        )
+
+    def finish_block(
+        self,
+        block: int,
+        data: bytes | memoryview | np.ndarray,
+        offsets: np.ndarray,
+        lengths: np.ndarray,
+        failure: str | None = None,
+    ) -> None:
+        """Hand in the bytes of a foreign block; sample i is data[offsets[i]:][:lengths[i]]."""
+        error = _Error()
+        address, size, _keep = _address(data)
+        begins = np.ascontiguousarray(offsets, np.int64)
+        sizes = np.ascontiguousarray(lengths, np.int64)
+        if begins.shape != sizes.shape:
+            raise ValueError(f"{len(begins)} offsets but {len(sizes)} lengths")
+        check(
+            _lib.imseq_engine_finish_block(
+                self._handle,
+                block,
+                address,
+                size,
+                begins.ctypes.data,
+                sizes.ctypes.data,
+                len(begins),
+                _text(failure),
+                byref(error),
+            ),
+            error,
+        )
+
+    def close_tasks(self) -> None:
+        """Make every waiting and later `take` return None."""
+        error = _Error()
+        check(_lib.imseq_engine_close_tasks(self._handle, byref(error)), error)
+
+    def destroy(self) -> None:
+        """Cancel, join and free; no other call may be running or follow. Idempotent."""
+        handle, self._handle = self._handle, None
+        if handle:
+            _lib.imseq_engine_destroy(handle)
+
+
+def _text(failure: str | None) -> bytes | None:
+    return None if failure is None else failure.encode("utf-8", "replace").replace(b"\0", b"?")
+
+
+_PLAN_DTYPES: dict[str, type] = {
+    "batch_begin": np.int64,
+    "sample": np.int64,
+    "block": np.int32,
+    "offset": np.int64,
+    "length": np.int64,
+    "checksum": np.uint32,
+    "flags": np.uint8,
+    "block_file": np.int32,
+    "block_offset": np.int64,
+    "block_length": np.int64,
+    "paths": np.uint8,
+    "path_begin": np.int64,
+}
