@@ -519,11 +519,11 @@ class Engine:
         self._handle = handle.value
         self.num_slots = num_slots
 
-    def start(self, plan: EnginePlan, seed: int, epoch: int, rows: Sequence[int]) -> None:
+    def start(self, plan: EnginePlan, rows: Sequence[int]) -> None:
         """Begin a plan; rows: the address of each slot's memory, lent until its batch is returned."""
         native = _Plan(
-            seed=seed,
-            epoch=epoch,
+            seed=plan.seed,
+            epoch=plan.epoch,
             num_positions=len(plan.sample),
             num_batches=len(plan.batch_begin) - 1,
             num_blocks=len(plan.block_file),

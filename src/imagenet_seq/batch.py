@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from imagenet_seq import _native
-from imagenet_seq.errors import SampleError
-from imagenet_seq.transforms import Pipeline, Rows, guarded_random
+from imagenet_seq.errors import ForkError, SampleError
+from imagenet_seq.transforms import Key, Layout, Pipeline, Recipe, Rows, reproducible
 
 if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
@@ -45,10 +45,8 @@ class Work:
     plan: EnginePlan
     source: Source
     pipeline: Pipeline
-    seed: int
-    epoch: int
+    recipe: Recipe
     memory: Memory
-    channels_last: bool
     target_transform: Callable[[int], Any] | None
     collate_fn: Callable[[list[Any]], Any] | None  # None: torch's default
     slots: list[Tensor] = field(default_factory=list)
@@ -69,9 +67,9 @@ class Work:
             return torch.from_numpy(labels)
         return [self.target_transform(int(label)) for label in labels]
 
-    def key(self, sample: int) -> tuple[int, int, int]:
+    def key(self, sample: int) -> Key:
         """Return what decides a sample's random draws."""
-        return (self.seed, self.epoch, sample)
+        return (self.plan.seed, self.plan.epoch, sample)
 
     # ---- foreign rows ----
 
@@ -85,13 +83,12 @@ class Work:
         if not task.prefix_done:
             self._decode_with_pillow(task)
         if self.pipeline.rows == Rows.FINISHED_BY_PYTHON:
-            # A copy: a transform may keep or change its input, and the slot is used again.
-            row = self.image(slot)[task.row_index].clone()
+            row = self.images(slot)[task.row_index]
             self._store(task, self.pipeline.finish(row, self.key(task.sample)))
 
     def _decode_with_pillow(self, task: _native.Task) -> None:
         pixels = np.ascontiguousarray(self.pipeline.open_image(task.encoded()))
-        recipe = self.pipeline.recipe
+        recipe = self.recipe
         if not _native.apply(recipe, self.key(task.sample), pixels, task.row):
             height, width, _ = pixels.shape
             raise ValueError(
@@ -114,15 +111,26 @@ class Work:
             self.results[batch] = [self.collate(samples, batch)]
 
     def collate(self, samples: list[Any], batch: int) -> Any:
-        """Make a batch of samples; random draws in a collate_fn are keyed by the batch."""
-        if self.collate_fn is None:
-            return torch.utils.data.default_collate(samples)
-        with guarded_random((self.seed, self.epoch, -1 - batch), trusted=False):
-            return self.collate_fn(samples)
+        """Make a batch of samples; random draws in a collate_fn are keyed by the batch's place."""
+        try:
+            if self.collate_fn is None:
+                return self._stacked(torch.utils.data.default_collate(samples))
+            # Its place in the epoch, which a resume does not change; below 0, where no sample is.
+            place = -1 - int(self.plan.samples_done[batch])
+            with reproducible(self.key(place), one_at_a_time=True):
+                return self.collate_fn(samples)
+        except Exception as error:
+            raise RuntimeError(f"batch {batch} can't be collated: {error}") from error
 
-    def image(self, slot: Tensor) -> Tensor:
-        """View a slot's memory (N, H, W, 3 or N, 3, H, W) as images of shape (N, 3, H, W)."""
-        return slot.permute(0, 3, 1, 2) if self.channels_last else slot
+    def _stacked(self, batch: Any) -> Any:
+        images = batch[0]
+        if self.pipeline.channels_last and isinstance(images, Tensor) and images.ndim == 4:
+            batch[0] = images.contiguous(memory_format=torch.channels_last)
+        return batch
+
+    def images(self, slot: Tensor) -> Tensor:
+        """View a slot's memory as images of shape (N, 3, H, W), whatever its layout."""
+        return slot.permute(0, 3, 1, 2) if self.recipe.layout == Layout.HWC else slot
 
 
 class Crew:
@@ -152,7 +160,7 @@ class Crew:
         work.slots = [work.memory.allocate() for _ in range(self.engine.num_slots)]
         self._work = work
         addresses = [slot.data_ptr() for slot in work.slots]
-        self.engine.start(work.plan, work.seed, work.epoch, addresses)
+        self.engine.start(work.plan, addresses)
 
     def _serve(self) -> None:
         try:
@@ -199,7 +207,7 @@ class Crew:
         try:
             self.engine.cancel()
             self.engine.close_tasks()
-        except _native.ForkError:
+        except ForkError:
             self.engine.destroy()
             return
         for thread in self._threads:
@@ -295,13 +303,17 @@ class EpochIterator:
         if work.pipeline.rows != Rows.DECODED and batch.end > batch.begin:
             work.num_missing.pop(batch.batch, None)
             return work.results.pop(batch.batch)[0]
-        images = work.image(memory)[: batch.end - batch.begin]
+        images = work.images(memory)[: batch.end - batch.begin]
         targets = work.targets(batch.begin, batch.end)
         if work.collate_fn is not None:
             return work.collate(_samples(images, targets), batch.batch)
         if not isinstance(targets, Tensor):
             targets = torch.utils.data.default_collate(targets)
         return [images, targets]
+
+    def stats(self) -> dict[str, int] | None:
+        """Return the engine's counters, None after the end."""
+        return None if self._crew is None else self._crew.engine.stats()
 
     def close(self) -> None:
         """Give everything back; no more batches come. Idempotent."""
