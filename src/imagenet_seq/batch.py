@@ -111,11 +111,13 @@ class Work:
             self.results[batch] = [self.collate(samples, batch)]
 
     def collate(self, samples: list[Any], batch: int) -> Any:
-        """Make a batch of samples; random draws in a collate_fn are keyed by the batch."""
+        """Make a batch of samples; random draws in a collate_fn are keyed by the batch's place."""
         try:
             if self.collate_fn is None:
                 return self._stacked(torch.utils.data.default_collate(samples))
-            with reproducible(self.key(-1 - batch), one_at_a_time=True):
+            # Its place in the epoch, which a resume does not change; below 0, where no sample is.
+            place = -1 - int(self.plan.samples_done[batch])
+            with reproducible(self.key(place), one_at_a_time=True):
                 return self.collate_fn(samples)
         except Exception as error:
             raise RuntimeError(f"batch {batch} can't be collated: {error}") from error

@@ -110,13 +110,13 @@ def _look_at(folder: str, split: str | None) -> _Found:
         return _Found("nothing", "does not exist")
     if not os.path.isdir(folder):
         return _Found("other", "is a file, expected a folder")
+    base = os.path.basename(os.path.abspath(folder))
+    if split is not None and base in SPLITS and base != split:
+        return _Found("other", f"is by its name the other split, {base}")
     if os.path.exists(os.path.join(folder, "pack.json")):
         return _Found("pack")
     if splits := [name for name in SPLITS if _is_split(os.path.join(folder, name))]:
         return _Found("root", f"holds {' and '.join(f'{name}/' for name in splits)}")
-    base = os.path.basename(os.path.abspath(folder))
-    if split is not None and base in SPLITS and base != split:
-        return _Found("other", f"is by its name the other split, {base}")
     with os.scandir(folder) as entries:
         is_folder = [entry.is_dir() for entry in entries]
     if any(is_folder):
