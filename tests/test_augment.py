@@ -1,7 +1,7 @@
 """The draws of the core: golden crops, an independent recomputation, torchvision's distributions.
 
-``python tests/test_augment.py --write-golden`` writes tests/golden/crops.txt anew. That may only happen
-with a release note: other crops are another training run for the same seed.
+``python tests/test_augment.py --write-golden`` writes tests/golden/crops.txt anew. That may only
+happen with a release note: other crops are another training run for the same seed.
 """
 
 from __future__ import annotations
