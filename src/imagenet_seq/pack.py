@@ -167,7 +167,7 @@ def pack(
     source = os.path.abspath(os.path.expanduser(os.fspath(source)))
     destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
     present = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
-    options = _RunOptions(on_error, num_workers or _num_cores(), memory_bytes, progress)
+    options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
     if not present:
         if splits:
             raise ValueError(f"{source}: expected a folder {' or '.join(splits)} in it, found none")
@@ -196,12 +196,6 @@ class _RunOptions(NamedTuple):
             desc=what, total=total, initial=done, unit="img", disable=not self.progress,
             dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
         )  # fmt: skip
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _pack_one(source: str, destination: str, settings: Settings, options: _RunOptions) -> Summary:

@@ -67,6 +67,13 @@ def shard_file(shard: int) -> str:
     return f"shard-{shard:06d}.tar"
 
 
+def num_cores() -> int:
+    """Return the number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -135,8 +142,12 @@ def make_index(
     )
 
 
-def read_pack(folder: str | os.PathLike[str]) -> Pack:
-    """Read a pack's tables: for the check and for those who want more than `open_pack` gives.
+def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack:
+    """Read a pack's tables: for those who want more than `open_pack` gives.
+
+    Args:
+        folder: the pack.
+        check_shards: whether to compare the shards' sizes with what pack.json says.
 
     Raises:
         DataError: where the pack is of another version, incomplete or inconsistent.
@@ -151,7 +162,7 @@ def read_pack(folder: str | os.PathLike[str]) -> Pack:
     rows = _map_npy(folder, INDEX_FILE, ROW, num_samples)
     begin = _map_npy(folder, NAMES_BEGIN_FILE, np.dtype("<i8"), num_samples + 1)
     blob = _map_npy(folder, NAMES_FILE, np.dtype("u1"), int(begin[-1]))
-    shard_bytes = _check_shards(folder, about)
+    shard_bytes = _shard_sizes(folder, about, check_shards)
     _check_extents(folder, rows, shard_bytes)
     return Pack(folder, about, rows, Names(blob, begin), tuple(classes), shard_bytes)
 
@@ -162,14 +173,16 @@ def refuse_unfinished(folder: str | os.PathLike[str]) -> None:
     Raises:
         DataError: saying how to go on.
     """
-    folder = os.path.abspath(os.path.expanduser(os.fspath(folder)))
-    for partial in (folder, folder + PARTIAL_SUFFIX):
-        is_partial = partial.endswith(PARTIAL_SUFFIX)
-        if is_partial and os.path.exists(os.path.join(partial, SETTINGS_FILE)):
-            raise DataError(
-                f"{partial}: unfinished pack: its packing was interrupted or is still running; "
-                "run the same 'imagenet-seq pack' command again to finish it"
-            )
+    partial = os.path.abspath(os.path.expanduser(os.fspath(folder)))
+    if not partial.endswith(PARTIAL_SUFFIX):
+        partial += PARTIAL_SUFFIX
+        if os.path.exists(folder):
+            return
+    if os.path.exists(os.path.join(partial, SETTINGS_FILE)):
+        raise DataError(
+            f"{partial}: unfinished pack: its packing was interrupted or is still running; "
+            "run the same 'imagenet-seq pack' command again to finish it"
+        )
 
 
 def _read_about(folder: str) -> dict[str, Any]:
@@ -178,7 +191,6 @@ def _read_about(folder: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             about = json.load(file)
     except FileNotFoundError:
-        refuse_unfinished(folder)
         raise DataError(f"{folder}: not a pack: it has no {PACK_FILE}") from None
     except ValueError as error:
         raise DataError(f"{path}: expected JSON: {error}; {RUN_VERIFY}") from error
@@ -222,25 +234,28 @@ def _map_npy(folder: str, name: str, dtype: np.dtype[Any], size: int) -> npt.NDA
     return array.view(np.ndarray)
 
 
-def _check_shards(folder: str, about: dict[str, Any]) -> npt.NDArray[np.int64]:
-    """Compare the shards' sizes with pack.json's; return them."""
+def _shard_sizes(folder: str, about: dict[str, Any], check: bool) -> npt.NDArray[np.int64]:
+    """Return the shards' sizes as pack.json has them, compared with the files where asked for."""
     sizes = []
     for shard, entry in enumerate(_field(about, "shards", list, folder)):
-        path = os.path.join(folder, shard_file(shard))
         if not isinstance(entry, dict) or entry.get("file") != shard_file(shard):
             raise DataError(
                 f"{folder}/{PACK_FILE}: 'shards' [{shard}]: expected file {shard_file(shard)!r}, "
                 f"got {entry!r:.80}; {RUN_VERIFY}"
             )
-        expected = _field(entry, "bytes", int, folder)
-        try:
-            got = os.stat(path).st_size
-        except FileNotFoundError:
-            raise DataError(f"{path}: shard is missing; {RUN_VERIFY}") from None
-        if got != expected:
-            raise DataError(f"{path}: expected {expected} bytes, got {got}; {RUN_VERIFY}")
-        sizes.append(expected)
+        sizes.append(_field(entry, "bytes", int, folder))
+        if check:
+            _check_size(os.path.join(folder, shard_file(shard)), sizes[-1])
     return np.array(sizes, np.int64)
+
+
+def _check_size(path: str, expected: int) -> None:
+    try:
+        got = os.stat(path).st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: shard is missing; {RUN_VERIFY}") from None
+    if got != expected:
+        raise DataError(f"{path}: expected {expected} bytes, got {got}; {RUN_VERIFY}")
 
 
 def _check_extents(
