@@ -222,6 +222,7 @@ enum { IMSEQ_TASK_ROW = 1, IMSEQ_TASK_BLOCK = 2 };
 typedef struct imseq_task {
   int32_t kind;
   int32_t slot;
+  int64_t ticket;   /* names this task in imseq_engine_finish_...; unique in the engine's life */
   int64_t position; /* row: position. block: index in the plan's blocks */
   int64_t sample;   /* row: sample. block: its number in the source (block_offset) */
   int64_t batch;
@@ -256,7 +257,7 @@ IMSEQ_CHECKED int32_t imseq_engine_start(imseq_engine* engine, const imseq_plan*
 /* The next batch in plan order. From its return on, the slot's memory belongs to the caller again. */
 IMSEQ_CHECKED int32_t imseq_engine_next(imseq_engine* engine, int64_t timeout_ns, imseq_batch* out,
                                         imseq_error* error);
-/* Lend memory for the slot's next batch. */
+/* Lend memory for the slot's next batch. Slots are released in the order in which their batches came. */
 IMSEQ_CHECKED int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, void* rows,
                                            imseq_error* error);
 /* End the plan now. Returns when no thread of the core touches lent rows any more; rows and blocks that
@@ -273,10 +274,10 @@ IMSEQ_CHECKED int32_t imseq_engine_take(imseq_engine* engine, int64_t timeout_ns
                                         imseq_error* error);
 /* failure: NULL when the row is filled; otherwise the reason, which imseq_engine_next will report as
  * IMSEQ_ERROR_SAMPLE when the batch's turn comes. */
-IMSEQ_CHECKED int32_t imseq_engine_finish_row(imseq_engine* engine, int64_t position,
+IMSEQ_CHECKED int32_t imseq_engine_finish_row(imseq_engine* engine, int64_t ticket,
                                               const char* failure, imseq_error* error);
 /* Sample i of the block lies at offsets[i] and has lengths[i] bytes; everything is copied. */
-IMSEQ_CHECKED int32_t imseq_engine_finish_block(imseq_engine* engine, int64_t block,
+IMSEQ_CHECKED int32_t imseq_engine_finish_block(imseq_engine* engine, int64_t ticket,
                                                 const uint8_t* bytes, int64_t size,
                                                 const int64_t* offsets, const int64_t* lengths,
                                                 int64_t num_samples, const char* failure,

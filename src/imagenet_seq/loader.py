@@ -1,0 +1,747 @@
+"""The Loader: PyTorch's DataLoader with one word changed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagenet_seq import _native, plan, transforms
+from imagenet_seq.batch import Crew, EpochIterator, Memory, Work
+from imagenet_seq.device import CudaFeeder, PagedMemory, PinnedMemory
+from imagenet_seq.errors import StateError
+from imagenet_seq.sources import SPLITS, Source, open_source
+from imagenet_seq.sources.imagefolder import from_samples
+from imagenet_seq.transforms import Layout, Rows
+
+MB = 1 << 20
+_READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
+_FILE_READERS = 2  # threads that read small files: one waits for the disk while one opens the next
+
+
+class LoaderNote(UserWarning):
+    """Something a user may want to know: what runs in Python and why, what an argument no longer does."""
+
+
+@dataclass
+class _Progress:
+    """How far an epoch has come; shared by the loader and the epoch's iterator."""
+
+    epoch: int
+    samples_done: int = 0  # over all ranks
+    ended: bool = False
+
+
+class Loader:
+    """Iterate over ImageNet in batches, as ``torch.utils.data.DataLoader`` does.
+
+        loader = Loader("train", batch_size=256, num_workers=8)           # root from $IMAGENET
+        loader = Loader(args.data, "train", transform, batch_size=256, num_workers=8, shuffle=True)
+        loader = Loader(train_dataset, batch_size=256, sampler=train_sampler, num_workers=8)
+        for images, target in loader: ...
+
+    Threads of the native core read, decode and batch; there are no worker processes. Order and pixels
+    depend on the arguments and the data alone: not on `num_workers`, `prefetch_factor`, or a resume. Each
+    sample's random draws are keyed by (seed, epoch, sample).
+
+    Memory: `memory_bytes` says how much the loader may hold at once.
+
+    Args:
+        dataset: a path (a pack, an ImageFolder, or a root that holds train/ and val/ of either), or "train"
+            or "val" with the root in $IMAGENET, or a torchvision ImageFolder or ImageNet dataset, or a
+            torch Subset of one.
+        split: "train" or "val"; decides the defaults of shuffle and transform.
+        transform: torchvision transforms (v1 or v2), or any callable from a PIL image. The core runs the
+            longest prefix it knows exactly; a note says what runs in Python. None: the standard ImageNet
+            transforms of the split, or those of the dataset object.
+        batch_size: samples a batch and rank.
+        shuffle: None: True for train, False otherwise. True: block shuffle for packs (their samples already
+            lie in random order), a uniform permutation otherwise; "uniform" and "block" force one.
+        sampler: a DistributedSampler's rank, seed, shuffle and drop_last are taken over and its set_epoch
+            is followed; the order of any other sampler is executed.
+        batch_sampler: its batches are executed.
+        num_workers: decoding threads; 0 or None: one for every core available to this rank.
+        collate_fn: gets a list of (image, target), as in torch. None: images and targets are stacked.
+        pin_memory: put batches in page-locked memory (where CUDA is available).
+        drop_last: drop a last batch that is smaller than the others.
+        timeout: seconds to wait for a batch before a RuntimeError; 0: for ever.
+        generator: its initial seed becomes `seed`, unless that is given.
+        prefetch_factor: batches in memory ahead of the script, in total; None: 4.
+        target_transform: applied to every label.
+        seed: of order and augmentation.
+        rank, world_size: of this process; None: from torch.distributed or torchrun's environment.
+        device: "cuda" (or a GPU): batches come on it, copied on a side stream ahead of the script and
+            normalised there, with the same bits as on the CPU. None or "cpu": batches stay on the CPU.
+        dtype: of the images: torch.float32, float16 or bfloat16 in place of what the transform gives.
+        memory_format: torch.contiguous_format or torch.channels_last.
+        exact: "crop": only what a crop needs is decoded, so damage elsewhere in an *unpacked* file's data
+            goes unnoticed; "strict": everything is decoded. Packs were decoded in full once, and damaged
+            files otherwise give Pillow's result either way.
+        pillow: the Pillow version whose resize rule is followed, such as "12"; None: the installed one's.
+        block_bytes: size of a read from a pack.
+        shuffle_blocks: blocks pooled and mixed together by a block shuffle, over all ranks.
+        num_streams: independent runs the order is cut into, one for each rank; None: world_size. Part of
+            the state: a run that continues on another number of ranks keeps it.
+        cache: the original project's name for the samples in the shuffle pool; sets shuffle_blocks.
+        cuda: the original project's name for device="cuda".
+        verify_checksums: check the CRC-32C of every sample read from a pack.
+        worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order,
+            snapshot_every_n_steps: accepted for scripts that pass them; threads have no use for them.
+
+    Raises:
+        ValueError, TypeError: an argument is not what it should be; the message says what was expected.
+        FileNotFoundError: nothing that can be read lies at the path; says what was looked for.
+        DataError: an index or a pack is damaged.
+    """
+
+    def __init__(
+        self,
+        dataset: Any = None,
+        split: str | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        *,
+        batch_size: int | None = 256,
+        shuffle: bool | str | None = None,
+        sampler: Any = None,
+        batch_sampler: Any = None,
+        num_workers: int | None = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        snapshot_every_n_steps: int | None = 1,
+        target_transform: Callable[[int], Any] | None = None,
+        seed: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        exact: str = "crop",
+        pillow: str | None = None,
+        block_bytes: int = 16 * MB,
+        shuffle_blocks: int = 64,
+        num_streams: int | None = None,
+        cache: int | None = None,
+        cuda: bool = False,
+        verify_checksums: bool = True,
+    ) -> None:
+        _check_arguments(
+            split=split,
+            transform=transform,
+            batch_size=batch_size,
+            batch_sampler=batch_sampler,
+            sampler=sampler,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            timeout=timeout,
+            memory_format=memory_format,
+            exact=exact,
+            block_bytes=block_bytes,
+            shuffle_blocks=shuffle_blocks,
+            cache=cache,
+        )
+        if worker_init_fn is not None:
+            _note("worker_init_fn is not called: there are no worker processes")
+        self._source, split, own_transform, own_target_transform = _resolve_dataset(dataset, split)
+        transform = transform if transform is not None else own_transform
+        self._rank, self._world_size = _ranks(rank, world_size)
+        self._explicit_order, shuffle, drop_last, seed = self._adopt_sampler(
+            sampler, batch_sampler, shuffle, drop_last, seed
+        )
+        if shuffle is None:
+            shuffle = split == "train"
+        self._shuffle = _shuffle_kind(shuffle, self._source)
+        if seed is None:
+            seed = generator.initial_seed() if generator is not None else 0
+        self._seed = int(seed) & 0xFFFF_FFFF_FFFF_FFFF
+        self._num_streams = num_streams or self._world_size
+        self._block_bytes = block_bytes
+        self._shuffle_blocks = (
+            shuffle_blocks if cache is None else self._blocks_of_cache(cache, block_bytes)
+        )
+        self._device = _cuda_device("cuda" if cuda and device is None else device)
+        self._channels_last = memory_format == torch.channels_last
+        self._pipeline = transforms.interpret(
+            transform,
+            train=split == "train",
+            dtype=dtype,
+            channels_last=self._channels_last,
+            pillow=pillow,
+            strict=exact == "strict",
+        )
+        for note in self._pipeline.notes:
+            _note(note)
+        decoded = self._pipeline.rows == Rows.DECODED
+        self._table_on_device = (
+            self._device is not None
+            and decoded
+            and self._pipeline.table is not None
+            and _is_default_collate(collate_fn)
+        )
+        self._recipe = (
+            self._pipeline.uint8_recipe if self._table_on_device else self._pipeline.recipe
+        )
+        self._target_transform = target_transform or own_target_transform
+        self._collate_fn = None if _is_default_collate(collate_fn) else collate_fn
+        self._num_threads = num_workers or _available_cores()
+        self._num_slots = prefetch_factor or 4
+        self._timeout_s = timeout
+        self._verify_checksums = verify_checksums
+
+        self._batch_size = batch_size or 1
+        self.batch_size = batch_size if batch_sampler is None else None
+        self.num_workers = num_workers or 0
+        self.drop_last = drop_last
+        self.batch_sampler = batch_sampler
+        self.collate_fn = collate_fn
+        self.pin_memory = pin_memory
+        self.timeout = timeout
+        self.generator = generator
+        self.sampler = sampler if sampler is not None else EpochSampler(self)
+        self.dataset = Dataset(self._source, self._pipeline, self._target_transform)
+
+        self._progress = _Progress(epoch=0, ended=False)
+        self._resumed = True  # the next iter() begins where _progress stands
+        self._idle_crew: Crew | None = None
+        self._memory: Memory | None = None
+        self._stats: dict[str, int] = {}
+        self._iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
+
+    # ---- arguments that need the loader ----
+
+    def _adopt_sampler(
+        self,
+        sampler: Any,
+        batch_sampler: Any,
+        shuffle: bool | str | None,
+        drop_last: bool,
+        seed: int | None,
+    ) -> tuple[Any, bool | str | None, bool, int | None]:
+        """Take over what a torch sampler says; return (order to execute, shuffle, drop_last, seed)."""
+        self._followed_sampler: Any = None
+        if batch_sampler is not None:
+            return batch_sampler, False, drop_last, seed
+        if sampler is None:
+            return None, shuffle, drop_last, seed
+        kind = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
+        if kind == "torch.utils.data.distributed.DistributedSampler":
+            self._rank, self._world_size = sampler.rank, sampler.num_replicas
+            self._followed_sampler = sampler
+            self._followed_epoch: int | None = None
+            return None, sampler.shuffle, drop_last, sampler.seed if seed is None else seed
+        if kind == "torch.utils.data.sampler.SequentialSampler":
+            return None, False, drop_last, seed
+        if kind == "torch.utils.data.sampler.RandomSampler" and not (
+            sampler.replacement or sampler.num_samples != len(sampler.data_source)
+        ):
+            return None, True, drop_last, seed
+        return sampler, False, drop_last, seed
+
+    def _blocks_of_cache(self, cache: int, block_bytes: int) -> int:
+        """Return the blocks that hold about `cache` samples."""
+        length = self._source.index.length
+        if length is None or len(length) == 0:
+            return 64
+        mean_bytes = max(1.0, float(np.mean(length[:65536])))
+        return max(1, round(cache * mean_bytes / block_bytes))
+
+    # ---- the DataLoader surface ----
+
+    def __len__(self) -> int:
+        """Return the number of batches an epoch has on this rank."""
+        if self._explicit_order is not None:
+            if self.batch_sampler is not None:
+                return len(self.batch_sampler)
+            full, rest = divmod(len(self.sampler), self._batch_size)
+            return full + (rest > 0 and not self.drop_last)
+        size = plan.epoch_size(len(self.dataset), self._order())
+        begins = plan.batch_begins(size, self._batch_size, self._world_size, self.drop_last)
+        return len(begins) - 1
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin an epoch, or go on with the one that load_state_dict or set_epoch named."""
+        self._follow_sampler()
+        if not self._resumed:
+            self._progress = _Progress(self._progress.epoch + 1)
+        self._resumed = False
+        progress = self._progress = _Progress(self._progress.epoch, self._progress.samples_done)
+        work = self._work(progress)
+        crew, self._idle_crew = self._idle_crew or self._new_crew(), None
+
+        def delivered(batch: int) -> None:
+            progress.samples_done = int(work.plan.samples_done[batch + 1])
+
+        # The iterator outlives the loader in `for batch in Loader(...)`, and must not keep it alive.
+        loader = weakref.ref(self)
+
+        def ended(crew: Crew | None) -> None:
+            progress.ended = crew is not None
+            owner = loader()
+            if crew is not None and (owner is None or not owner._keep(crew)):
+                crew.close()
+
+        iterator = EpochIterator(
+            crew, work, timeout_s=self._timeout_s, on_delivered=delivered, on_end=ended
+        )
+        self._iterators.add(iterator)
+        if self._device is None:
+            return _delivering(iterator)
+        table = self._pipeline.table if self._table_on_device else None
+        return CudaFeeder(iterator, self._device, table, depth=2)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iter() epoch number `epoch`; a resumed position in that epoch is kept.
+
+        Without it each iter() is the next epoch.
+        """
+        if epoch < 0:
+            raise ValueError(f"expected an epoch of 0 or above, got {epoch}")
+        if not (self._resumed and self._progress.epoch == epoch):
+            self._progress = _Progress(int(epoch))
+            self._resumed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the script is, to the batch: plain numbers and strings, the same on every rank.
+
+        Batches that were prepared but not yet handed to the script are not counted.
+        """
+        if self._explicit_order is not None:
+            raise StateError(
+                "a loader that executes the order of a sampler has no state: the order is the sampler's. "
+                "Use shuffle=True or a DistributedSampler"
+            )
+        progress = self._progress
+        ended = progress.ended
+        return self._state(progress.epoch + ended, 0 if ended else progress.samples_done).to_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken, bit for bit, on any number of ranks and threads.
+
+        Raises:
+            StateError: the state was taken on other data or with other settings of order or seed; says
+                expected and got.
+        """
+        if self._explicit_order is not None:
+            raise StateError("a loader that executes the order of a sampler can't load a state")
+        saved = plan.State.from_dict(state)
+        # The run that began decides how its order was cut; other worlds deal the same order again.
+        self._num_streams = saved.num_streams
+        plan.check_state(self._state(saved.epoch, saved.samples_done), saved)
+        self._progress = _Progress(saved.epoch, saved.samples_done)
+        self._resumed = True
+
+    def stats(self) -> dict[str, float]:
+        """Return counters of the current or last epoch's engine; names begin with their stage.
+
+        Bytes, requests and seeks of reading, samples decoded, foreign rows and blocks, and the seconds
+        each stage worked or waited for another (``*_s``, summed over threads).
+        """
+        for iterator in list(self._iterators):
+            self._stats = iterator.stats() or self._stats
+        if self._idle_crew is not None:
+            self._stats = self._idle_crew.engine.stats()
+        return {
+            (name[:-3] + "_s" if name.endswith("_ns") else name): (
+                value / 1e9 if name.endswith("_ns") else value
+            )
+            for name, value in self._stats.items()
+        }
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bound of what this rank's loader holds at once: batches, and blocks read ahead or pooled.
+
+        Batches that the script keeps and scratch memory of the threads (a few MB each) come on top.
+        """
+        shape, dtype = self._batch_memory()
+        batches = (self._num_slots + 1) * int(np.prod(shape)) * dtype.itemsize
+        return batches + self._block_budget()
+
+    def close(self) -> None:
+        """End the threads of every epoch in progress. Later iteration starts new ones."""
+        for iterator in list(self._iterators):
+            iterator.close()
+        crew, self._idle_crew = self._idle_crew, None
+        if crew is not None:
+            crew.close()
+
+    def __del__(self) -> None:
+        # Iterators may outlive the loader; its idle threads must not.
+        crew = getattr(self, "_idle_crew", None)
+        if crew is not None:
+            crew.close()
+
+    # ---- one epoch ----
+
+    def _follow_sampler(self) -> None:
+        """A DistributedSampler's set_epoch decides, where the script calls it."""
+        sampler = self._followed_sampler
+        if sampler is not None and sampler.epoch != self._followed_epoch:
+            if self._followed_epoch is not None or sampler.epoch != 0:
+                self.set_epoch(sampler.epoch)
+            self._followed_epoch = sampler.epoch
+
+    def _keep(self, crew: Crew) -> bool:
+        """Keep one idle crew for the next epoch: its threads, arenas and block memory."""
+        if self._idle_crew is None:
+            self._idle_crew = crew
+            return True
+        return False
+
+    def _order(self) -> plan.Order:
+        return plan.Order(
+            shuffle=self._shuffle,
+            seed=self._seed,
+            block_bytes=self._block_bytes,
+            shuffle_blocks=self._shuffle_blocks,
+            num_streams=self._num_streams,
+            exact=self._shuffle == "none",
+        )
+
+    def _state(self, epoch: int, samples_done: int) -> plan.State:
+        return plan.State(
+            index_id=self._source.index.id,
+            pillow=self._pipeline.recipe.passes.name,
+            epoch=epoch,
+            samples_done=samples_done,
+            order=self._order(),
+        )
+
+    def _plan(self, progress: _Progress) -> plan.EnginePlan:
+        index, foreign = self._source.index, self._source.foreign
+        if self._explicit_order is None:
+            return plan.rank_plan(
+                index,
+                self._order(),
+                progress.epoch,
+                batch_size=self._batch_size,
+                rank=self._rank,
+                world_size=self._world_size,
+                drop_last=self.drop_last,
+                samples_done=progress.samples_done,
+                foreign=foreign,
+            )
+        if self.batch_sampler is not None:
+            batches = [list(batch) for batch in self.batch_sampler]
+            begins = np.cumsum([0, *map(len, batches)])
+            samples = np.fromiter((i for batch in batches for i in batch), np.int64)
+        else:
+            samples = np.fromiter(self._explicit_order, np.int64)
+            begins = np.append(np.arange(0, len(samples), self._batch_size), len(samples))
+            if self.drop_last:
+                begins = np.arange(0, len(samples) + 1, self._batch_size)
+                samples = samples[: begins[-1]]
+        return plan.explicit_plan(
+            index,
+            samples,
+            begins,
+            seed=self._seed,
+            epoch=progress.epoch,
+            block_bytes=self._block_bytes,
+            foreign=foreign,
+        )
+
+    def _work(self, progress: _Progress) -> Work:
+        epoch_plan = self._plan(progress)
+        if self._memory is None:
+            shape, dtype = self._batch_memory(epoch_plan)
+            pinned = torch.cuda.is_available() and (self.pin_memory or self._device is not None)
+            self._memory = (
+                PinnedMemory(shape, dtype)
+                if pinned and self._pipeline.rows == Rows.DECODED
+                else PagedMemory(shape, dtype, keep=self._num_slots + 1)
+            )
+        return Work(
+            plan=epoch_plan,
+            source=self._source,
+            pipeline=self._pipeline,
+            recipe=self._recipe,
+            memory=self._memory,
+            target_transform=self._target_transform,
+            collate_fn=self._collate_fn,
+        )
+
+    def _batch_memory(self, epoch_plan: plan.EnginePlan | None = None) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a batch as it lies in memory."""
+        rows = self._batch_size
+        if epoch_plan is not None and self.batch_sampler is not None:
+            rows = int(np.diff(epoch_plan.batch_begin).max(initial=1))
+        if self._pipeline.out_shape is None:
+            return (rows, 0), torch.uint8
+        channels, height, width = self._pipeline.out_shape
+        shape = (height, width, channels) if self._recipe.layout == Layout.HWC else (channels, height, width)
+        dtype = torch.uint8 if self._recipe.table is None else self._pipeline.table.dtype
+        return (rows, *shape), dtype
+
+    def _new_crew(self) -> Crew:
+        shape, dtype = self._batch_memory()
+        engine = _native.Engine(
+            self._recipe,
+            num_decoders=self._num_threads,
+            num_readers=1 if self._reads_blocks() else _FILE_READERS,
+            num_slots=self._num_slots,
+            rows=self._pipeline.rows,
+            row_bytes=int(np.prod(shape[1:])) * dtype.itemsize,
+            block_budget_bytes=self._block_budget(),
+            verify_checksums=self._verify_checksums,
+        )
+        return Crew(engine, self._num_threads)
+
+    def _reads_blocks(self) -> bool:
+        return self._shuffle != "uniform" and self._source.index.length is not None
+
+    def _block_budget(self) -> int:
+        """Return the bytes of blocks in memory: for a block shuffle one pool to draw from, one to fill."""
+        if self._shuffle != "block" or self._source.index.length is None:
+            return _READ_AHEAD_BYTES
+        streams = -(-self._num_streams // self._world_size)
+        return 2 * streams * self._order().pool_blocks * self._block_bytes
+
+
+def _delivering(iterator: EpochIterator) -> Iterator[Any]:
+    for batch, delivered in iterator:
+        delivered()
+        yield batch
+
+
+class ImagenetLoader(Loader):
+    """The original project's name for `Loader`; all its call forms work.
+
+    ``ImagenetLoader('train', batch_size=..., num_workers=...)``,
+    ``ImagenetLoader(root, 'train', transform, batch_size=..., num_workers=..., cache=..., shuffle=True)``.
+    """
+
+
+class EpochSampler:
+    """Stands in for ``loader.sampler`` in scripts that call ``loader.sampler.set_epoch(epoch)``."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = weakref.ref(loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Forward to `Loader.set_epoch`."""
+        loader = self._loader()
+        if loader is not None:
+            loader.set_epoch(epoch)
+
+
+class Dataset(Sequence[Any]):
+    """The samples behind a loader, as torchvision's ImageFolder shows them.
+
+    ``dataset[i]`` is (image, target) through the loader's transform, with the draws of epoch 0; it reads
+    one file and is meant for a look, not for training.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        pipeline: transforms.Pipeline,
+        target_transform: Callable[[int], Any] | None,
+    ) -> None:
+        self._source, self._pipeline = source, pipeline
+        self.target_transform = target_transform
+        index = source.index
+        self.root = index.root
+        self.classes = list(index.classes)
+        self.class_to_idx = index.class_to_idx
+        self.samples = index.samples
+        self.imgs = index.samples
+        self.targets = index.targets
+
+    def __len__(self) -> int:
+        return self._source.index.num_samples
+
+    def __repr__(self) -> str:
+        return f"Dataset({self._source.kind} at {self.root!r}, {len(self)} samples)"
+
+
+def _check_arguments(**given: Any) -> None:
+    """Raise for arguments outside their domain, in the order in which a user wrote them."""
+
+    def positive(name: str, least: int = 1) -> None:
+        value = given[name]
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"expected an int for {name}, got {value!r}")
+        if value < least:
+            raise ValueError(f"expected {name} of {least} or more, got {value}")
+
+    split, transform = given["split"], given["transform"]
+    if isinstance(split, int):
+        raise TypeError(
+            f"the second argument is the split, 'train' or 'val', got {split!r}; pass batch_size={split}"
+        )
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"expected split 'train' or 'val' (or None), got {split!r}")
+    if transform is not None and not callable(transform):
+        raise TypeError(f"expected a callable transform, got {transform!r}")
+    for name in ("batch_size", "prefetch_factor", "block_bytes", "shuffle_blocks", "cache"):
+        positive(name)
+    positive("num_workers", least=0)
+    if given["timeout"] < 0:
+        raise ValueError(f"expected timeout of 0 or more seconds, got {given['timeout']}")
+    shuffle, sampler, batch_sampler = given["shuffle"], given["sampler"], given["batch_sampler"]
+    if shuffle not in (None, True, False, "uniform", "block"):
+        raise ValueError(f"expected shuffle True, False, 'uniform' or 'block', got {shuffle!r}")
+    if sampler is not None and shuffle:
+        raise ValueError("sampler and shuffle exclude each other: the sampler decides the order")
+    if batch_sampler is not None and (
+        sampler is not None or shuffle or given["drop_last"] or given["batch_size"] not in (1, 256)
+    ):
+        raise ValueError(
+            "batch_sampler excludes batch_size, shuffle, sampler and drop_last: it decides them"
+        )
+    if given["batch_size"] is None and batch_sampler is None:
+        raise ValueError("batch_size=None (samples without batches) is not supported; use batch_size=1")
+    if given["memory_format"] not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            "expected memory_format torch.contiguous_format or torch.channels_last, got "
+            f"{given['memory_format']}"
+        )
+    if given["exact"] not in ("crop", "strict"):
+        raise ValueError(f"expected exact 'crop' or 'strict', got {given['exact']!r}")
+
+
+def _resolve_dataset(
+    dataset: Any, split: str | None
+) -> tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]:
+    """Return (source, split, transform, target_transform) of what the first argument names."""
+    if isinstance(dataset, str) and dataset in SPLITS and split is None:
+        dataset, split = None, dataset
+    if dataset is None:
+        dataset = os.environ.get("IMAGENET")
+        if not dataset:
+            raise ValueError(
+                "no dataset: pass its path, as in Loader('/data/imagenet', 'train'), or set the "
+                "environment variable IMAGENET to the folder that holds train/ and val/"
+            )
+    if isinstance(dataset, (str, os.PathLike)):
+        return open_source(dataset, split), split, None, None
+    if isinstance(dataset, Source):
+        return dataset, split, None, None
+    return _from_torch_dataset(dataset, split)
+
+
+def _from_torch_dataset(
+    dataset: Any, split: str | None
+) -> tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]:
+    if type(dataset) is torch.utils.data.Subset:
+        source, split, transform, target_transform = _resolve_dataset(dataset.dataset, split)
+        return source.take(np.asarray(dataset.indices)), split, transform, target_transform
+    folder = sys.modules.get("torchvision.datasets.folder")
+    if folder is None or not isinstance(dataset, folder.DatasetFolder):
+        raise TypeError(
+            "expected a path, 'train', 'val', a torchvision ImageFolder or ImageNet, or a Subset of one, "
+            f"got {type(dataset).__module__}.{type(dataset).__qualname__}"
+        )
+    if (
+        type(dataset).__getitem__ is not folder.DatasetFolder.__getitem__
+        or dataset.loader is not folder.default_loader
+    ):
+        raise TypeError(
+            f"{type(dataset).__qualname__} reads its samples in its own way (a __getitem__ or loader of its "
+            "own), which this Loader would bypass; keep torch's DataLoader for it, or move the change "
+            "into transform"
+        )
+    if dataset.transform is None:
+        raise ValueError(
+            "the dataset has no transform, and images of different sizes can't be batched; pass "
+            "transform= to the dataset or to the Loader"
+        )
+    source = from_samples(dataset.samples, dataset.classes, dataset.root)
+    return source, split or getattr(dataset, "split", None), dataset.transform, dataset.target_transform
+
+
+def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return this process's rank and the number of ranks."""
+    if (rank is None) != (world_size is None):
+        raise ValueError("pass rank and world_size together, or neither")
+    if rank is None or world_size is None:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        else:  # torchrun's environment
+            rank = int(os.environ.get("RANK", "0"))
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"expected 0 <= rank < world_size, got rank {rank} of {world_size}")
+    return rank, world_size
+
+
+def _shuffle_kind(shuffle: bool | str, source: Source) -> str:
+    """Return the plan's word for a shuffle argument: block shuffle only where the data is permuted."""
+    if isinstance(shuffle, str):
+        return shuffle
+    if not shuffle:
+        return "none"
+    return "block" if source.permuted else "uniform"
+
+
+def _cuda_device(device: torch.device | str | int | None) -> torch.device | None:
+    """Return the GPU that batches go to, None for the CPU."""
+    if device is None:
+        return None
+    resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if resolved.type == "cpu":
+        return None
+    if resolved.type != "cuda":
+        raise ValueError(f"expected device 'cpu' or 'cuda', got {device!r}")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device={device!r}: this PyTorch sees no CUDA device")
+    return torch.device("cuda", resolved.index if resolved.index is not None else torch.cuda.current_device())
+
+
+def _is_default_collate(collate_fn: Any) -> bool:
+    return collate_fn is None or collate_fn is torch.utils.data.default_collate
+
+
+def _available_cores() -> int:
+    """Return the cores this rank may use: affinity, cgroup quota, divided among the node's ranks."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = float(len(os.sched_getaffinity(0)))
+    else:
+        cores = float(os.cpu_count() or 1)
+    cores = min(cores, _cgroup_cores())
+    return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _cgroup_cores() -> float:
+    """Return the CPU quota of this process's cgroup in cores; infinity without one."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:  # version 2
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        try:
+            folder = "/sys/fs/cgroup/cpu/"
+            with open(folder + "cpu.cfs_quota_us") as a, open(folder + "cpu.cfs_period_us") as b:
+                quota, period = a.read().strip(), b.read().strip()
+        except OSError:
+            return float("inf")
+    if quota in ("max", "-1"):
+        return float("inf")
+    return max(1.0, int(quota) / int(period))
+
+
+def _note(message: str) -> None:
+    """Tell the user once a node."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(message, LoaderNote, stacklevel=3)

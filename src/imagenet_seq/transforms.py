@@ -1,0 +1,861 @@
+"""What is done to each sample: a torchvision transform becomes a core recipe and a Python tail.
+
+`interpret` reads a transform from the left. The longest prefix whose members are exactly known
+becomes a `Recipe`, which the core runs without the GIL; from the first other member on everything
+runs in Python, on what that member would have received. Both give what torchvision gives, bit for
+bit; only the random numbers are others, because here they are a function of (seed, epoch, sample).
+
+torchvision is not imported here: a transform made of its classes proves that it is loaded.
+Supported: torchvision 0.16 (the release for torch 2.1) to 0.28, Pillow from 10.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from functools import lru_cache
+from math import isfinite
+from typing import Any, TypeAlias
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Key: TypeAlias = tuple[int, int, int]
+"""(seed, epoch, sample): all that a sample's random numbers depend on."""
+
+
+class Geometry(IntEnum):
+    """Which geometry a recipe has (`IMSEQ_GEOMETRY_...`)."""
+
+    RANDOM_RESIZED_CROP = 1
+    RESIZE_CROP = 2
+    FIXED_CROP = 3
+
+
+class Filter(IntEnum):
+    """Pillow's resampling filters that the core has (`IMSEQ_FILTER_...`)."""
+
+    BOX = 0
+    BILINEAR = 1
+    BICUBIC = 2
+
+
+class Passes(IntEnum):
+    """Order of the two passes of a resize (`IMSEQ_PASSES_...`); see `pass_order`."""
+
+    HORIZONTAL_FIRST = 0
+    PILLOW_13 = 1
+
+
+class Center(IntEnum):
+    """How CenterCrop rounds half a pixel (`IMSEQ_CENTER_...`)."""
+
+    ROUND = 0
+    FLOOR = 1
+
+
+class Dtype(IntEnum):
+    """Output types of the core (`IMSEQ_UINT8` and the others)."""
+
+    UINT8 = 0
+    FLOAT32 = 1
+    FLOAT16 = 2
+    BFLOAT16 = 3
+
+
+class Layout(IntEnum):
+    """Order of a row's values in memory (`IMSEQ_CHW`, `IMSEQ_HWC`)."""
+
+    CHW = 0
+    HWC = 1
+
+
+class Rows(IntEnum):
+    """Who fills the rows of a batch (`IMSEQ_ROWS_...`)."""
+
+    DECODED = 0
+    FINISHED_BY_PYTHON = 1
+    FROM_BYTES = 2
+
+
+_DTYPES = {
+    torch.uint8: Dtype.UINT8,
+    torch.float32: Dtype.FLOAT32,
+    torch.float16: Dtype.FLOAT16,
+    torch.bfloat16: Dtype.BFLOAT16,
+}
+_MAX_SIDE = 1 << 16  # of an output, a resize or a crop: the core's limit, above JPEG's own
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What the core does to every sample; the fields of `imseq_recipe`, explained there.
+
+    `table` is memory of 3 x 256 values of `dtype` (channel, byte), None for uint8.
+    """
+
+    geometry: Geometry
+    out_height: int
+    out_width: int
+    filter: Filter = Filter.BILINEAR
+    passes: Passes = Passes.PILLOW_13
+    dtype: Dtype = Dtype.UINT8
+    layout: Layout = Layout.CHW
+    strict: int = 0
+    scale_min: float = 0.0
+    scale_max: float = 0.0
+    ratio_min: float = 0.0
+    ratio_max: float = 0.0
+    resize_height: int = 0
+    resize_width: int = 0
+    resize_max: int = 0
+    crop_height: int = 0
+    crop_width: int = 0
+    center_rule: Center = Center.ROUND
+    fixed_top: int = 0
+    fixed_left: int = 0
+    fixed_height: int = 0
+    fixed_width: int = 0
+    fixed_flip: int = 0
+    flip_probability: float = 0.0
+    max_pixels: int = 0
+    table: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """An interpreted transform: what the core does and what Python does after it.
+
+    Immutable; every method may run on any thread at once.
+
+    Attributes:
+        recipe: the core's part. With `Rows.FROM_BYTES` it is valid and unused.
+        rows: DECODED: the core's row is the result. FINISHED_BY_PYTHON: `finish` makes the result
+            of it. FROM_BYTES: `from_bytes` makes the result of the encoded image.
+        out_shape: (3, height, width) of the rows that the core writes; None with FROM_BYTES.
+        dtype: element type of the results where known before the first one, otherwise None.
+        channels_last: asked for by the caller: batches are to lie in memory as NHWC.
+        table: (3, 256) values that the core's rows take for (channel, byte); None where the rows
+            are uint8. Applied to the rows of `uint8_recipe`, on any device, it gives the same.
+        tail: members of the transform that run in Python after the core, in order.
+        notes: sentences for the user: what runs in Python, why, and what would change that.
+    """
+
+    recipe: Recipe
+    rows: Rows
+    out_shape: tuple[int, int, int] | None
+    dtype: torch.dtype | None
+    channels_last: bool
+    table: torch.Tensor | None
+    tail: tuple[Callable[[Any], Any], ...]
+    notes: tuple[str, ...]
+    _transform: Callable[[Any], Any] | None
+    _tail_type: type  # what the core's row becomes before the tail: an Image, or a class of tensors
+    _one_at_a_time: bool  # the Python part may draw from `random` or NumPy, whose state is global
+
+    @property
+    def uint8_recipe(self) -> Recipe:
+        """The recipe without the table: rows of bytes, for a device that applies `table` itself."""
+        return replace(self.recipe, dtype=Dtype.UINT8, table=None)
+
+    def open_image(self, data: bytes) -> Image.Image:
+        """Decode an image with Pillow, as torchvision's ImageFolder does.
+
+        Ignores the EXIF orientation and follows the user's Pillow settings, such as
+        ``ImageFile.LOAD_TRUNCATED_IMAGES``: torchvision.datasets.folder.pil_loader, 0.16 to 0.28.
+
+        Raises:
+            OSError, SyntaxError, ValueError: Pillow's own, for bytes that it can't decode.
+        """
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    def finish(self, row: torch.Tensor, key: Key) -> Any:
+        """Run the Python part on a row that the core has written.
+
+        Deterministic: a function of the row and the key (see `_reproducible` for its limits).
+
+        Args:
+            row: tensor of shape `out_shape`, dtype and layout as the recipe says. Not changed.
+            key: (seed, epoch, sample).
+
+        Returns:
+            What the last member of the transform returns, in the dtype asked for.
+        """
+        value: Any
+        if self._tail_type is Image.Image:
+            value = Image.fromarray(row.permute(1, 2, 0).contiguous().numpy())
+        else:
+            value = row.clone().as_subclass(self._tail_type)
+        with _reproducible(key, self._one_at_a_time):
+            for member in self.tail:
+                value = member(value)
+        return self._converted(value)
+
+    def from_bytes(self, data: bytes, key: Key) -> Any:
+        """Decode with Pillow and run the whole transform in Python.
+
+        Deterministic as `finish`; the random numbers are not those of the core's recipe.
+
+        Args:
+            data: the encoded image.
+            key: (seed, epoch, sample).
+
+        Raises:
+            ValueError: there is no Python transform, because the standard one was interpreted.
+            Exception: what Pillow or the transform raises for this image.
+        """
+        if self._transform is None:
+            raise ValueError(
+                "the standard ImageNet transform can't be applied to this image: "
+                "its resized size is out of bounds"
+            )
+        image = self.open_image(data)
+        with _reproducible(key, self._one_at_a_time):
+            return self._converted(self._transform(image))
+
+    def _converted(self, value: Any) -> Any:
+        if self.dtype is None or getattr(value, "dtype", None) == self.dtype:
+            return value
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"dtype={self.dtype} needs a transform that ends in a tensor; it returned "
+                f"{type(value).__name__}. Leave dtype out, or append ToTensor or PILToTensor."
+            )
+        _refuse_floats_as_bytes(value.dtype, self.dtype)
+        return value.to(self.dtype)
+
+
+# ---- what the core knows -------------------------------------------------------------------------
+
+
+class _NotInCoreError(Exception):
+    """The core does not implement this member here; the message is the reason, told to the user."""
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """What the members read so far amount to."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the recipe
+    size: tuple[int, int] | None = None  # output (height, width); None while images differ in it
+    has_geometry: bool = False
+    has_crop: bool = False
+    num_flips: int = 0
+    flip_probability: float = 0.0
+    # The 256 byte values in three channels, as an image of one row, after the members so far. The
+    # conversions are elementwise, so that this is all there is to know about them.
+    value: Any = field(default_factory=lambda: Image.fromarray(_all_bytes()))
+
+    @property
+    def is_image(self) -> bool:
+        return isinstance(self.value, Image.Image)
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        """The (3, 256) values of the bytes; None where they are the bytes themselves."""
+        if self.is_image or self.value.dtype == torch.uint8:
+            return None
+        plain: torch.Tensor = self.value.as_subclass(torch.Tensor)
+        return plain.reshape(3, 256).clone(memory_format=torch.contiguous_format)
+
+    def fits_core(self) -> bool:
+        """Whether the core can produce exactly this."""
+        if self.size is None or self.is_image:
+            return self.size is not None
+        if self.value.dtype == torch.uint8:
+            return bool((self.value == torch.arange(256)).all())
+        return self.value.dtype in _DTYPES
+
+
+def _all_bytes() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
+
+
+def _require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise _NotInCoreError(reason)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size,)
+    _require(
+        len(sides) in (1, 2) and all(type(s) is int and 1 <= s <= _MAX_SIDE for s in sides),
+        f"size={size!r} is not one or two integers from 1 to {_MAX_SIDE}",
+    )
+    return sides
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
+    sides = _sides(size)
+    return sides[0], sides[-1]
+
+
+def _interpolation(value: Any) -> Filter:
+    # An InterpolationMode, its name, or Pillow's number.
+    names = {"box": Filter.BOX, "bilinear": Filter.BILINEAR, "bicubic": Filter.BICUBIC}
+    numbers = {4: Filter.BOX, 2: Filter.BILINEAR, 3: Filter.BICUBIC}
+    name = getattr(value, "value", value)
+    found = numbers.get(name) if type(name) is int else names.get(name)
+    if found is None:
+        raise _NotInCoreError(f"interpolation {name!r} is not implemented in the core")
+    return found
+
+
+def _require_image(prefix: _Prefix, name: str) -> None:
+    _require(
+        prefix.is_image,
+        f"{name} of a tensor is not Pillow's (other pixels); put ToImage, PILToTensor or ToTensor "
+        f"behind {name} and it runs in the core",
+    )
+    _require(prefix.num_flips == 0, f"a flip comes before {name}; put it behind")
+
+
+def _random_resized_crop(prefix: _Prefix, member: Any) -> _Prefix:
+    _require_image(prefix, "RandomResizedCrop")
+    _require(not prefix.has_geometry, "the image has been resized or cropped before")
+    height, width = _height_and_width(member.size)
+    for name, lowest in (("scale", 0.0), ("ratio", 1e-9)):
+        bounds = getattr(member, name)
+        _require(
+            isinstance(bounds, Sequence)
+            and len(bounds) == 2
+            and all(map(_is_number, bounds))
+            and lowest <= bounds[0] <= bounds[1] <= 1e9,
+            f"{name}={bounds!r} is not (min, max) with {lowest:g} <= min <= max <= 1e9",
+        )
+    fields = {
+        "geometry": Geometry.RANDOM_RESIZED_CROP,
+        "filter": _interpolation(member.interpolation),
+        "scale_min": float(member.scale[0]),
+        "scale_max": float(member.scale[1]),
+        "ratio_min": float(member.ratio[0]),
+        "ratio_max": float(member.ratio[1]),
+    }
+    return replace(prefix, fields=fields, size=(height, width), has_geometry=True, has_crop=True)
+
+
+def _resize(prefix: _Prefix, member: Any) -> _Prefix:
+    _require_image(prefix, "Resize")
+    _require(not prefix.has_geometry, "the image has been resized or cropped before")
+    _require(member.size is not None, "size=None is not implemented in the core")
+    sides = _sides(member.size)
+    limit = member.max_size
+    fields = {
+        "geometry": Geometry.RESIZE_CROP,
+        "filter": _interpolation(member.interpolation),
+        "resize_height": sides[0],
+    }
+    if len(sides) == 2:
+        _require(limit is None, "max_size goes with one size only")
+        fields["resize_width"] = sides[1]
+        return replace(prefix, fields=fields, size=(sides[0], sides[1]), has_geometry=True)
+    if limit is not None:
+        _require(
+            type(limit) is int and sides[0] < limit <= _MAX_SIDE,
+            f"max_size={limit!r} is not an integer above size",
+        )
+        fields["resize_max"] = limit
+    return replace(prefix, fields=fields, has_geometry=True)
+
+
+def _center_crop(prefix: _Prefix, member: Any) -> _Prefix:
+    _require_image(prefix, "CenterCrop")
+    _require(not prefix.has_crop, "the image has been cropped before")
+    height, width = _height_and_width(member.size)
+    fields = {
+        **prefix.fields,
+        "geometry": Geometry.RESIZE_CROP,
+        "crop_height": height,
+        "crop_width": width,
+        "center_rule": _center_rule(type(member)),
+    }
+    return replace(prefix, fields=fields, size=(height, width), has_geometry=True, has_crop=True)
+
+
+def _center_rule(center_crop: Callable[[int], Callable[[Any], Any]]) -> Center:
+    """Find out how the installed CenterCrop rounds offsets of 0.5 and 1.5 pixels.
+
+    Measured instead of looked up by version: torchvision 0.16 to 0.28 all have int(round(n / 2.0)),
+    0.8 and 0.9 rounded up, and proposals to round down come back from time to time.
+    """
+    probe = Image.fromarray(np.arange(8, dtype=np.uint8).reshape(2, 4))
+    top, left = divmod(int(np.asarray(center_crop(1)(probe))[0, 0]), 4)
+    for rule, offsets in ((Center.ROUND, (0, 2)), (Center.FLOOR, (0, 1))):
+        if (top, left) == offsets:
+            return rule
+    raise _NotInCoreError(
+        "this torchvision's CenterCrop rounds in a way that the core does not know"
+    )
+
+
+def _horizontal_flip(prefix: _Prefix, member: Any) -> _Prefix:
+    # A flip commutes with everything elementwise, and two flips in a row are one flip or none.
+    p, q = member.p, prefix.flip_probability
+    _require(_is_number(p) and 0 <= p <= 1, f"p={p!r} is not a number from 0 to 1")
+    return replace(
+        prefix,
+        flip_probability=p * (1.0 - q) + q * (1.0 - p),
+        num_flips=prefix.num_flips + 1,
+    )
+
+
+def _elementwise(prefix: _Prefix, member: Any) -> _Prefix:
+    value = prefix.value if prefix.is_image else prefix.value.clone()
+    try:
+        value = member(value)
+    except Exception as error:
+        raise _NotInCoreError(
+            f"it raises {type(error).__name__} ({error}) on what it receives"
+        ) from error
+    if not isinstance(value, Image.Image):
+        _require(
+            isinstance(value, torch.Tensor) and value.shape == (3, 1, 256),
+            "it returns no image tensor",
+        )
+    return replace(prefix, value=value)
+
+
+def _normalize(prefix: _Prefix, member: Any) -> _Prefix:
+    for name in ("mean", "std"):
+        value = torch.as_tensor(getattr(member, name))
+        _require(
+            value.ndim <= 1 and value.numel() in (1, 3), f"{name} is not one number per channel"
+        )
+    return _elementwise(prefix, member)
+
+
+_NO_GEOMETRY = {"geometry": Geometry.RESIZE_CROP, "crop_height": 1, "crop_width": 1}
+
+_Reader: TypeAlias = Callable[[_Prefix, Any], _Prefix]
+
+# Class name, in torchvision.transforms and torchvision.transforms.v2 -> how to read a member, and
+# the attributes that it has when nobody has added any.
+_KNOWN: dict[str, tuple[_Reader, frozenset[str]]] = {
+    name: (reader, frozenset(attributes.split()))
+    for name, reader, attributes in (
+        (
+            "RandomResizedCrop",
+            _random_resized_crop,
+            "size scale ratio interpolation antialias _log_ratio",
+        ),
+        ("Resize", _resize, "size interpolation max_size antialias"),
+        ("CenterCrop", _center_crop, "size"),
+        ("RandomHorizontalFlip", _horizontal_flip, "p"),
+        ("Normalize", _normalize, "mean std inplace"),
+        ("ToDtype", _elementwise, "dtype scale"),
+        ("ConvertImageDtype", _elementwise, "dtype"),
+        ("ToTensor", _elementwise, ""),
+        ("PILToTensor", _elementwise, ""),
+        ("ToImage", _elementwise, ""),
+        ("ToPureTensor", _elementwise, ""),
+    )
+}
+_MODULE_ATTRIBUTES = vars(torch.nn.Module())
+
+
+def _torchvision_name(member: Any) -> str | None:
+    """The name under which torchvision itself exports this very class, no subclass of it."""
+    name = type(member).__name__
+    for module in ("torchvision.transforms", "torchvision.transforms.v2"):
+        if getattr(sys.modules.get(module), name, None) is type(member):
+            return name
+    return None
+
+
+def _is_unmodified(member: Any, attributes: frozenset[str]) -> bool:
+    # No hook registered, no method replaced on the object.
+    return all(
+        name in attributes
+        or name == "training"
+        or (name in _MODULE_ATTRIBUTES and value == _MODULE_ATTRIBUTES[name])
+        for name, value in vars(member).items()
+    )
+
+
+def _read(prefix: _Prefix, member: Any) -> _Prefix:
+    if type(member) is torch.nn.Identity and _is_unmodified(member, frozenset()):
+        return prefix
+    name = _torchvision_name(member)
+    if name is None:
+        raise _NotInCoreError(
+            f"{_label(member)} is not a torchvision class that the core knows; "
+            "subclasses and functions are not looked into"
+        )
+    if name not in _KNOWN:
+        raise _NotInCoreError(f"{name} is not implemented in the core")
+    reader, attributes = _KNOWN[name]
+    _require(_is_unmodified(member, attributes), "it has been modified (attributes or hooks added)")
+    return reader(prefix, member)
+
+
+def _label(member: Any) -> str:
+    return getattr(member, "__qualname__", None) or type(member).__qualname__
+
+
+def _flatten(transform: Any) -> list[Any]:
+    """The members of nested Compose and nn.Sequential objects, in order."""
+    if type(transform) is torch.nn.Sequential and _is_unmodified(
+        transform, frozenset({"_modules"})
+    ):
+        members: Any = list(transform)
+    elif _torchvision_name(transform) == "Compose" and _is_unmodified(
+        transform, frozenset({"transforms"})
+    ):
+        members = transform.transforms
+    else:
+        return [transform]
+    return [inner for member in members for inner in _flatten(member)]
+
+
+# ---- interpretation ------------------------------------------------------------------------------
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def interpret(
+    transform: Callable[[Any], Any] | None,
+    *,
+    train: bool,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    pillow: str | None = None,
+    strict: bool = False,
+) -> Pipeline:
+    """Divide a transform into what the core runs and what Python runs.
+
+    Conversion and normalisation become a table of 3 x 256 values, made here by running the user's
+    own objects on all bytes. ToTensor reads torch's default dtype now, not for every image.
+
+    Args:
+        transform: any callable from a PIL image, as torchvision's ImageFolder takes. None: the
+            standard ImageNet ones: RandomResizedCrop(224) and RandomHorizontalFlip for training,
+            Resize(256) and CenterCrop(224) otherwise; then ToTensor and Normalize, which
+            dtype=torch.uint8 leaves out.
+        train: which of the standard transforms.
+        dtype: uint8, float32, float16 or bfloat16: the result is what ``.to(dtype)`` gives of the
+            transform's (bytes 0..255 stay 0..255). None: the transform's own.
+        channels_last: rows lie in memory as height x width x channel.
+        pillow: Pillow version whose resize is to be matched, such as "12"; None: the installed one.
+        strict: decode the whole of every image of unpacked files: finds damage outside the crop.
+
+    Raises:
+        TypeError: transform is no callable.
+        ValueError: a dtype that is not implemented, or that would cut off the transform's values; a
+            pillow version that is unknown, or that can't be honoured.
+    """
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform must be callable or None, got {type(transform).__name__}")
+    if dtype is not None and dtype not in _DTYPES:
+        names = ", ".join(map(str, _DTYPES))
+        raise ValueError(f"dtype must be one of {names} or None, got {dtype}")
+    passes = pass_order(pillow)
+    members = [] if transform is None else _flatten(transform)
+    num_core, prefix, reason = (
+        (0, _standard(train, dtype), None) if transform is None else _longest_prefix(members, dtype)
+    )
+    if prefix is None and passes != pass_order():
+        raise ValueError(
+            f"pillow={pillow!r} can't be honoured: the whole transform runs in Python, with the "
+            f"installed Pillow {PIL.__version__}, because {reason}"
+        )
+    if prefix is not None and prefix.is_image and num_core == len(members) and dtype is not None:
+        raise ValueError(
+            f"dtype={dtype} needs a transform that ends in a tensor; this one ends in a PIL image. "
+            "Append ToTensor() or PILToTensor()."
+        )
+    tail = tuple(members[num_core:])
+    in_python: Sequence[Any] = tail
+    if prefix is None:
+        rows, tail, prefix = Rows.FROM_BYTES, (), _Prefix(_NO_GEOMETRY, size=(1, 1))
+    elif tail or prefix.is_image:
+        rows = Rows.FINISHED_BY_PYTHON
+    else:
+        rows, dtype = Rows.DECODED, prefix.value.dtype
+    recipe = _recipe(prefix, passes, _layout(rows, prefix, channels_last), strict)
+    return Pipeline(
+        recipe=recipe,
+        rows=rows,
+        out_shape=None if rows is Rows.FROM_BYTES else (3, recipe.out_height, recipe.out_width),
+        dtype=dtype,
+        channels_last=channels_last,
+        table=prefix.table,
+        tail=tail,
+        notes=_notes(members, num_core, reason),
+        _transform=transform,
+        _tail_type=Image.Image if prefix.is_image else type(prefix.value),
+        _one_at_a_time=not all(map(_draws_from_torch_only, in_python)),
+    )
+
+
+def pass_order(pillow: str | None = None) -> Passes:
+    """Which of the two passes of a resize comes first in a version of Pillow.
+
+    Pillow 10.4 to 12.2 always run the horizontal pass first; 13.0 runs the vertical one first
+    exactly when the height shrinks by more than twice what the width shrinks by. Checked against
+    these versions on 6000 random shapes; later versions are taken to be like 13.
+
+    Args:
+        pillow: a version such as "12" or "12.2.0"; None: the installed one.
+
+    Raises:
+        ValueError: no version, or one before 10.
+    """
+    version = PIL.__version__ if pillow is None else pillow
+    major = version.split(".")[0]
+    if not major.isdecimal() or int(major) < 10:
+        raise ValueError(
+            f"pillow must be a version of Pillow from 10 on, such as '12' or '13', got {pillow!r}"
+        )
+    return Passes.PILLOW_13 if int(major) >= 13 else Passes.HORIZONTAL_FIRST
+
+
+def _standard(train: bool, dtype: torch.dtype | None) -> _Prefix:
+    """What the standard transforms amount to, so that torchvision need not be installed."""
+    if train:
+        fields: dict[str, Any] = {
+            "geometry": Geometry.RANDOM_RESIZED_CROP,
+            "scale_min": 0.08,
+            "scale_max": 1.0,
+            "ratio_min": 3.0 / 4.0,
+            "ratio_max": 4.0 / 3.0,
+        }
+    else:
+        fields = {
+            "geometry": Geometry.RESIZE_CROP,
+            "resize_height": 256,
+            "crop_height": 224,
+            "crop_width": 224,
+        }
+    value = torch.from_numpy(_all_bytes()).permute(2, 0, 1).contiguous()
+    if dtype != torch.uint8:
+        # The operations of torchvision's ToTensor and Normalize, one by one.
+        value = value.to(torch.get_default_dtype()).div(255)
+        mean = torch.as_tensor(_MEAN, dtype=value.dtype).view(-1, 1, 1)
+        std = torch.as_tensor(_STD, dtype=value.dtype).view(-1, 1, 1)
+        value = value.sub_(mean).div_(std).to(dtype or value.dtype)
+    if value.dtype not in _DTYPES:
+        raise ValueError(
+            f"the standard transform gives torch's default dtype, {value.dtype}, which is not "
+            "implemented; pass dtype=torch.float32"
+        )
+    flip_probability = 0.5 if train else 0.0
+    return _Prefix(fields, size=(224, 224), flip_probability=flip_probability, value=value)
+
+
+def _longest_prefix(
+    members: Sequence[Any], dtype: torch.dtype | None
+) -> tuple[int, _Prefix | None, str | None]:
+    """How many members the core runs, what they amount to (None: nothing), and why no more."""
+    prefix, num_core, best, reason = _Prefix(), 0, None, None
+    for num_read, member in enumerate(members, 1):
+        try:
+            prefix = _read(prefix, member)
+        except _NotInCoreError as error:
+            reason = str(error)
+            break
+        if num_read == len(members) and dtype is not None and not prefix.is_image:
+            _refuse_floats_as_bytes(prefix.value.dtype, dtype)
+            prefix = replace(prefix, value=prefix.value.to(dtype))
+        if prefix.fits_core():
+            num_core, best = num_read, prefix
+    if reason is None and prefix.size is None:
+        reason = "no member of it gives every image the same size (CenterCrop would)"
+    elif reason is None and num_core < len(members):
+        reason = f"{prefix.value.dtype} with these values is not implemented in the core"
+    return num_core, best, reason
+
+
+def _layout(rows: Rows, prefix: _Prefix, channels_last: bool) -> Layout:
+    if rows is Rows.DECODED:
+        is_hwc = channels_last
+    else:
+        # The tail gets the strides that it would have got: PILToTensor permutes, ToTensor copies.
+        is_hwc = prefix.is_image or prefix.value.stride(-1) == 3
+    return Layout.HWC if is_hwc else Layout.CHW
+
+
+def _recipe(prefix: _Prefix, passes: Passes, layout: Layout, strict: bool) -> Recipe:
+    assert prefix.size is not None  # as fits_core has found
+    table = prefix.table
+    return Recipe(
+        **prefix.fields,
+        out_height=prefix.size[0],
+        out_width=prefix.size[1],
+        passes=passes,
+        dtype=Dtype.UINT8 if table is None else _DTYPES[table.dtype],
+        layout=layout,
+        strict=int(strict),
+        flip_probability=prefix.flip_probability,
+        max_pixels=Image.MAX_IMAGE_PIXELS or 0,
+        table=None if table is None else table.view(torch.uint8).numpy(),
+    )
+
+
+def _notes(members: Sequence[Any], num_core: int, reason: str | None) -> tuple[str, ...]:
+    if reason is None:
+        return ()
+    what = "the whole transform runs in Python"
+    if num_core > 0:
+        what = f"{_label(members[num_core])} (member {num_core + 1} of {len(members)}) "
+        what += "and what follows it run in Python" if members[num_core + 1 :] else "runs in Python"
+    notes = [f"{what}, because {reason}"]
+    if not all(map(_draws_from_torch_only, members[num_core:])):
+        notes.append(
+            "the Python part has members that may draw from `random` or NumPy, so it handles one "
+            "sample at a time"
+        )
+    return tuple(notes)
+
+
+def _refuse_floats_as_bytes(have: torch.dtype, want: torch.dtype) -> None:
+    if want == torch.uint8 and have.is_floating_point:
+        raise ValueError(
+            f"dtype=torch.uint8 would cut the transform's {have} values to integers; end the "
+            "transform with PILToTensor() instead of ToTensor() and Normalize()"
+        )
+
+
+# ---- reproducible random numbers for the Python part ---------------------------------------------
+
+
+@contextmanager
+def _reproducible(key: Key, one_at_a_time: bool) -> Iterator[None]:
+    """Make all random numbers drawn inside, on this thread, a function of the key.
+
+    torch's operators are given a generator of the sample's own, so that threads neither wait for
+    each other nor touch torch's global state. `random` and NumPy offer nothing of the kind: with
+    `one_at_a_time` their global state is set and restored, under a lock. Out of reach: another
+    thread of the user that draws from them at that moment, and generators that a transform owns.
+    """
+    seed = _tail_seed(key)
+    if not one_at_a_time:
+        with _FilteredInjection(seed):
+            yield
+        return
+    with _global_state_lock:
+        python_state, numpy_state = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+        try:
+            with _InjectGenerator(seed):
+                yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+_global_state_lock = threading.Lock()
+
+
+def _tail_seed(key: Key) -> int:
+    """64 bits that, like those of the core's streams, differ by seed, epoch and sample."""
+    packed = struct.pack("<Qqq", *key)
+    return int.from_bytes(
+        hashlib.blake2b(packed, digest_size=8, person=b"imseq tail").digest(), "little"
+    )
+
+
+class _InjectGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives a generator to every operator that torch tags as drawing random numbers.
+
+    The values are those that ``torch.manual_seed(seed)`` leads to.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _is_random(func) or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        return _overload_with_generator(func)(*args, **{**kwargs, "generator": self._generator})
+
+
+class _FilteredInjection(TorchFunctionMode):
+    """The same for torchvision's own code: runs under `_InjectGenerator` only what may draw.
+
+    `_InjectGenerator` costs 12 us for every operator and this filter 3 us: for RandAugment 0.1
+    instead of 0.4 ms an image. It does not see into compiled functions (torch.jit), which
+    torchvision's transforms don't call.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._inject = _InjectGenerator(seed)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not _may_draw(func):
+            return func(*args, **(kwargs or {}))
+        with self._inject:
+            return func(*args, **(kwargs or {}))
+
+
+def _is_random(operator: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+@lru_cache(maxsize=1024)
+def _may_draw(func: Any) -> bool:
+    """Whether a function of torch's Python API may call a random operator."""
+    if hasattr(func, "__code__"):  # written in Python: it may call anything
+        return True
+    packet: Any = getattr(torch.ops.aten, getattr(func, "__name__", ""), None)
+    overloads = packet.overloads() if hasattr(packet, "overloads") else []
+    return any(_is_random(getattr(packet, name)) for name in overloads)
+
+
+@lru_cache(maxsize=1024)
+def _overload_with_generator(operator: Any) -> Any:
+    """The same operator where it has an argument `generator`, or its overload that has one more."""
+
+    def arguments(overload: Any) -> list[str]:
+        return [argument.name for argument in overload._schema.arguments]
+
+    wanted = [name for name in arguments(operator) if name != "generator"]
+    packet = operator.overloadpacket
+    for overload in [operator, *(getattr(packet, name) for name in packet.overloads())]:
+        names = arguments(overload)
+        if "generator" in names and [name for name in names if name != "generator"] == wanted:
+            return overload
+    raise RuntimeError(
+        f"the transform calls {operator}, which draws random numbers but takes no generator: "
+        "its result could not be reproduced. Replace it, for example by torch.rand and arithmetic."
+    )
+
+
+# torchvision's classes that call the user's functions, or draw from `random`.
+_NOT_TORCH_ONLY = {
+    "torchvision.transforms.transforms.Lambda",
+    "torchvision.transforms.transforms.RandomChoice",
+    "torchvision.transforms.transforms.RandomOrder",
+    "torchvision.transforms.v2._misc.Lambda",
+}
+
+
+def _draws_from_torch_only(member: Any) -> bool:
+    """Whether a member surely draws from torch alone: one of torchvision's, with such members."""
+    cls = type(member)
+    if _torchvision_name(member) is None or f"{cls.__module__}.{cls.__name__}" in _NOT_TORCH_ONLY:
+        return False
+    return all(map(_draws_from_torch_only, getattr(member, "transforms", ())))
