@@ -49,8 +49,7 @@ uint32_t update_portably(uint32_t crc, const uint8_t* bytes, size_t size) {
 }
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2"))) uint32_t update_by_instruction(uint32_t crc,
-                                                                 const uint8_t* bytes,
+__attribute__((target("sse4.2"))) uint32_t update_by_instruction(uint32_t crc, const uint8_t* bytes,
                                                                  size_t size) {
   uint64_t wide = crc;
   for (; size >= 8; size -= 8, bytes += 8) {
