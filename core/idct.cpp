@@ -122,6 +122,7 @@ inline void transpose(int16_t* block) {
 }
 
 bool only_first_row(const int16_t* coefficients) {
+  if (coefficients[8] != 0) return false;  // mostly
   int any = 0;
   for (int k = 8; k < 64; ++k) any |= coefficients[k];
   return any == 0;
@@ -145,9 +146,8 @@ void idct_block(const int16_t* coefficients, const IdctTable& table, int last, u
     return;
   }
   int16_t block[64], samples[64];
-  // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates. The
-  // first row ends at zigzag index 28.
-  if (last <= 28 && only_first_row(coefficients)) {
+  // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates.
+  if (only_first_row(coefficients)) {
     for (int k = 0; k < 64; ++k) block[k] = scaled(k & 7);
   } else {
     first_pass(coefficients, quant, table.rotation.data(), block);
