@@ -386,7 +386,9 @@ def read_header(data: bytes | memoryview | np.ndarray) -> Header | None:
     return header if status == OK else None
 
 
-def draw(recipe: Recipe, seed: int, epoch: int, sample: int, width: int, height: int) -> View | None:
+def draw(
+    recipe: Recipe, seed: int, epoch: int, sample: int, width: int, height: int
+) -> View | None:
     """Draw a sample's geometry; None where the recipe can't be met in the core.
 
     Pure: a function of its arguments alone, the same on every platform.

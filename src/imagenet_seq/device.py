@@ -114,7 +114,9 @@ class CudaFeeder:
         self._table = None if table is None else table.to(device)
         self._depth = depth
         self._ahead: deque[tuple[Any, torch.cuda.Event, Callable[[], None]]] = deque()
-        torch.cuda.current_stream(device).synchronize()  # the table is there before the side stream reads
+        torch.cuda.current_stream(
+            device
+        ).synchronize()  # the table is there before the side stream reads
 
     def _copy_one(self) -> bool:
         try:

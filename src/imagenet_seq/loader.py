@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagenet_seq import _native, plan, transforms
+from imagenet_seq import _native, batch, plan, transforms
 from imagenet_seq.batch import Crew, EpochIterator, Memory, Work
 from imagenet_seq.device import CudaFeeder, PagedMemory, PinnedMemory
 from imagenet_seq.errors import StateError
@@ -187,8 +188,8 @@ class Loader:
             pillow=pillow,
             strict=exact == "strict",
         )
-        for note in self._pipeline.notes:
-            _note(note)
+        if self._pipeline.notes:
+            _note("; ".join(self._pipeline.notes))
         decoded = self._pipeline.rows == Rows.DECODED
         self._table_on_device = (
             self._device is not None
@@ -286,8 +287,8 @@ class Loader:
         work = self._work(progress)
         crew, self._idle_crew = self._idle_crew or self._new_crew(), None
 
-        def delivered(batch: int) -> None:
-            progress.samples_done = int(work.plan.samples_done[batch + 1])
+        def delivered(number: int) -> None:
+            progress.samples_done = int(work.plan.samples_done[number + 1])
 
         # The iterator outlives the loader in `for batch in Loader(...)`, and must not keep it alive.
         loader = weakref.ref(self)
@@ -329,8 +330,9 @@ class Loader:
                 "Use shuffle=True or a DistributedSampler"
             )
         progress = self._progress
-        ended = progress.ended
-        return self._state(progress.epoch + ended, 0 if ended else progress.samples_done).to_dict()
+        if progress.ended:
+            return self._state(progress.epoch + 1, 0).to_dict()
+        return self._state(progress.epoch, progress.samples_done).to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken, bit for bit, on any number of ranks and threads.
@@ -342,9 +344,11 @@ class Loader:
         if self._explicit_order is not None:
             raise StateError("a loader that executes the order of a sampler can't load a state")
         saved = plan.State.from_dict(state)
-        # The run that began decides how its order was cut; other worlds deal the same order again.
-        self._num_streams = saved.num_streams
         plan.check_state(self._state(saved.epoch, saved.samples_done), saved)
+        if saved.num_streams != self._num_streams:
+            # The run that began decides how its order is cut; other worlds deal the same order again.
+            self._num_streams = saved.num_streams
+            self.close()  # threads that idle have memory for another number of streams
         self._progress = _Progress(saved.epoch, saved.samples_done)
         self._resumed = True
 
@@ -417,13 +421,8 @@ class Loader:
         )
 
     def _state(self, epoch: int, samples_done: int) -> plan.State:
-        return plan.State(
-            index_id=self._source.index.id,
-            pillow=self._pipeline.recipe.passes.name,
-            epoch=epoch,
-            samples_done=samples_done,
-            order=self._order(),
-        )
+        rule = self._pipeline.recipe.passes.name
+        return plan.State.of(self._source.index, self._order(), rule, epoch, samples_done)
 
     def _plan(self, progress: _Progress) -> plan.EnginePlan:
         index, foreign = self._source.index, self._source.foreign
@@ -440,9 +439,9 @@ class Loader:
                 foreign=foreign,
             )
         if self.batch_sampler is not None:
-            batches = [list(batch) for batch in self.batch_sampler]
+            batches = [list(indices) for indices in self.batch_sampler]
             begins = np.cumsum([0, *map(len, batches)])
-            samples = np.fromiter((i for batch in batches for i in batch), np.int64)
+            samples = np.fromiter((i for indices in batches for i in indices), np.int64)
         else:
             samples = np.fromiter(self._explicit_order, np.int64)
             begins = np.append(np.arange(0, len(samples), self._batch_size), len(samples))
@@ -479,16 +478,14 @@ class Loader:
             collate_fn=self._collate_fn,
         )
 
-    def _batch_memory(self, epoch_plan: plan.EnginePlan | None = None) -> tuple[tuple[int, ...], torch.dtype]:
+    def _batch_memory(
+        self, epoch_plan: plan.EnginePlan | None = None
+    ) -> tuple[tuple[int, ...], torch.dtype]:
         """Return shape and dtype of a batch as it lies in memory."""
         rows = self._batch_size
         if epoch_plan is not None and self.batch_sampler is not None:
             rows = int(np.diff(epoch_plan.batch_begin).max(initial=1))
-        if self._pipeline.out_shape is None:
-            return (rows, 0), torch.uint8
-        channels, height, width = self._pipeline.out_shape
-        shape = (height, width, channels) if self._recipe.layout == Layout.HWC else (channels, height, width)
-        dtype = torch.uint8 if self._recipe.table is None else self._pipeline.table.dtype
+        shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
         return (rows, *shape), dtype
 
     def _new_crew(self) -> Crew:
@@ -517,9 +514,9 @@ class Loader:
 
 
 def _delivering(iterator: EpochIterator) -> Iterator[Any]:
-    for batch, delivered in iterator:
+    for prepared, delivered in iterator:
         delivered()
-        yield batch
+        yield prepared
 
 
 class ImagenetLoader(Loader):
@@ -569,6 +566,25 @@ class Dataset(Sequence[Any]):
     def __len__(self) -> int:
         return self._source.index.num_samples
 
+    def __getitem__(self, index: Any) -> tuple[Any, Any]:
+        number = range(len(self))[operator.index(index)]
+        image = batch.one_sample(self._pipeline, self.encoded(number), (0, 0, number))
+        label = self.targets[number]
+        return image, label if self.target_transform is None else self.target_transform(label)
+
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of a sample's image file."""
+        columns = self._source.index
+        offset = int(columns.offset[index])
+        length = -1 if columns.length is None else int(columns.length[index])
+        if self._source.foreign:
+            block = self._source.read_block(int(columns.file[index]))
+            begin = int(block.offsets[offset])
+            return bytes(block.bytes[begin : begin + int(block.lengths[offset])])
+        with open(os.path.join(columns.root, columns.files[columns.file[index]]), "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
     def __repr__(self) -> str:
         return f"Dataset({self._source.kind} at {self.root!r}, {len(self)} samples)"
 
@@ -611,7 +627,9 @@ def _check_arguments(**given: Any) -> None:
             "batch_sampler excludes batch_size, shuffle, sampler and drop_last: it decides them"
         )
     if given["batch_size"] is None and batch_sampler is None:
-        raise ValueError("batch_size=None (samples without batches) is not supported; use batch_size=1")
+        raise ValueError(
+            "batch_size=None (samples without batches) is not supported; use batch_size=1"
+        )
     if given["memory_format"] not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(
             "expected memory_format torch.contiguous_format or torch.channels_last, got "
@@ -668,7 +686,12 @@ def _from_torch_dataset(
             "transform= to the dataset or to the Loader"
         )
     source = from_samples(dataset.samples, dataset.classes, dataset.root)
-    return source, split or getattr(dataset, "split", None), dataset.transform, dataset.target_transform
+    return (
+        source,
+        split or getattr(dataset, "split", None),
+        dataset.transform,
+        dataset.target_transform,
+    )
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -707,7 +730,9 @@ def _cuda_device(device: torch.device | str | int | None) -> torch.device | None
         raise ValueError(f"expected device 'cpu' or 'cuda', got {device!r}")
     if not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: this PyTorch sees no CUDA device")
-    return torch.device("cuda", resolved.index if resolved.index is not None else torch.cuda.current_device())
+    return torch.device(
+        "cuda", resolved.index if resolved.index is not None else torch.cuda.current_device()
+    )
 
 
 def _is_default_collate(collate_fn: Any) -> bool:

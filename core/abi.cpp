@@ -1,0 +1,117 @@
+// The C functions that need no engine and no transcoder.
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "augment.h"
+#include "crc32c.h"
+#include "decode.h"
+#include "imagenet_seq.h"
+#include "jpeg.h"
+#include "status.h"
+
+namespace imseq {
+
+namespace {
+
+#if defined(__clang__)
+#define IMSEQ_COMPILER "Clang " __clang_version__
+#else
+#define IMSEQ_COMPILER "GCC " __VERSION__
+#endif
+
+#if defined(__x86_64__)
+#define IMSEQ_ARCHITECTURE "x86-64"
+#elif defined(__aarch64__)
+#define IMSEQ_ARCHITECTURE "ARM64"
+#else
+#define IMSEQ_ARCHITECTURE "another architecture"
+#endif
+
+void describe(const JpegHeader& header, JpegKind kind, imseq_header* out) {
+  *out = imseq_header{};
+  out->width = header.width;
+  out->height = header.height;
+  out->num_components = header.num_components;
+  for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
+    out->h_sampling[c] = header.components[c].h_sampling;
+    out->v_sampling[c] = header.components[c].v_sampling;
+  }
+  out->restart_interval = header.restart_interval;
+  out->progressive = header.frame_marker == 0xC2 ? 1 : 0;
+  out->supported = kind == JpegKind::kBaseline ? 1 : 0;
+  out->entropy_offset = static_cast<int64_t>(header.entropy_offset);
+}
+
+int32_t is_null(imseq_error* error, const char* function) {
+  return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "%s: expected pointers, got NULL", function);
+}
+
+int32_t out_of_memory(imseq_error* error, const char* function) {
+  return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "%s: no memory", function);
+}
+
+// A decoder keeps scratch memory from sample to sample; one a thread makes single calls cheap too.
+SampleDecoder& decoder_of_thread() {
+  static thread_local const auto decoder = std::make_unique<SampleDecoder>();
+  return *decoder;
+}
+
+}  // namespace
+
+}  // namespace imseq
+
+int32_t imseq_abi(void) { return IMSEQ_ABI; }
+
+const char* imseq_build_info(void) {
+  return IMSEQ_VERSION ", " IMSEQ_COMPILER ", " IMSEQ_ARCHITECTURE ", portable kernels";
+}
+
+int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
+                          imseq_error* error) try {
+  if (bytes == nullptr || out == nullptr) return imseq::is_null(error, "imseq_read_header");
+  imseq::JpegHeader header;
+  const imseq::JpegKind kind = imseq::parse_jpeg(bytes, size, &header);
+  if (kind == imseq::JpegKind::kDamaged) return IMSEQ_FOREIGN;
+  imseq::describe(header, kind, out);
+  return IMSEQ_OK;
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_read_header");
+}
+
+int32_t imseq_draw(const imseq_recipe* recipe, const imseq_key* key, int32_t width, int32_t height,
+                   imseq_view* out, imseq_error* error) {
+  if (recipe == nullptr || key == nullptr || out == nullptr) {
+    return imseq::is_null(error, "imseq_draw");
+  }
+  const int32_t status = imseq::check_recipe(*recipe, error);
+  return status != IMSEQ_OK ? status : imseq::draw_view(*recipe, *key, width, height, out);
+}
+
+int32_t imseq_decode(const imseq_recipe* recipe, const imseq_key* key, const uint8_t* bytes,
+                     size_t size, uint32_t flags, void* row, imseq_error* error) try {
+  if (recipe == nullptr || key == nullptr || bytes == nullptr || row == nullptr) {
+    return imseq::is_null(error, "imseq_decode");
+  }
+  const int32_t status = imseq::check_recipe(*recipe, error);
+  if (status != IMSEQ_OK) return status;
+  return imseq::decoder_of_thread().decode(*recipe, *key, bytes, size, flags, row, error);
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_decode");
+}
+
+int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key, const uint8_t* pixels,
+                    int32_t width, int32_t height, void* row, imseq_error* error) try {
+  if (recipe == nullptr || key == nullptr || pixels == nullptr || row == nullptr) {
+    return imseq::is_null(error, "imseq_apply");
+  }
+  const int32_t status = imseq::check_recipe(*recipe, error);
+  if (status != IMSEQ_OK) return status;
+  return imseq::decoder_of_thread().apply(*recipe, *key, pixels, width, height, row, error);
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_apply");
+}
+
+uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size) {
+  return imseq::crc32c(crc, bytes, size);
+}

@@ -1,0 +1,163 @@
+#include "idct.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace imseq {
+
+namespace {
+
+constexpr int kConstBits = 13;  // fractional bits of the constants
+constexpr int kPass1Bits = 2;   // fractional bits kept between the passes
+
+// The constants of jidctint.c, named by their values.
+constexpr int k0_298 = 2446, k0_390 = 3196, k0_541 = 4433, k0_765 = 6270, k0_899 = 7373,
+              k1_175 = 9633, k1_501 = 12299, k1_847 = 15137, k1_961 = 16069, k2_053 = 16819,
+              k2_562 = 20995, k3_072 = 25172;
+
+// As jidctint-sse2.asm pairs them up, so that every rotation is x * a + y * b.
+constexpr std::array<int16_t, 12> kRotation = {
+    k0_541,          k0_541 - k1_847, k0_541 + k0_765, k1_175 - k1_961,
+    k1_175,          k1_175 - k0_390, k0_298 - k0_899, -k0_899,
+    k2_053 - k2_562, -k2_562,         k3_072 - k2_562, k1_501 - k0_899};
+
+// Wraps as 16-bit SIMD arithmetic does (the conversion is modulo 2^16, [conv.integral]).
+inline int16_t wrap16(int value) { return static_cast<int16_t>(value); }
+
+inline int16_t saturate16(int value) {
+  return static_cast<int16_t>(std::clamp(value, -32768, 32767));
+}
+
+inline uint8_t to_sample(int value) {
+  return static_cast<uint8_t>(std::clamp(value, -128, 127) + 128);
+}
+
+// One-dimensional transform of 8 values (Loeffler, Ligtenberg and Moschytz, ICASSP 1989), the result scaled
+// by 2^kConstBits. No sum leaves 32 bits: none is beyond 32768 * 64570.
+inline void transform(const int16_t (&in)[8], const int16_t* __restrict c, int (&out)[8]) {
+  const int even2 = in[2] * c[0] + in[6] * c[1];
+  const int even3 = in[2] * c[2] + in[6] * c[0];
+  const int even0 = wrap16(in[0] + in[4]) * (1 << kConstBits);
+  const int even1 = wrap16(in[0] - in[4]) * (1 << kConstBits);
+  const int sum0 = even0 + even3, sum3 = even0 - even3;
+  const int sum1 = even1 + even2, sum2 = even1 - even2;
+
+  const int16_t z3 = wrap16(in[7] + in[3]), z4 = wrap16(in[5] + in[1]);
+  const int odd_z3 = z3 * c[3] + z4 * c[4];
+  const int odd_z4 = z3 * c[4] + z4 * c[5];
+  const int odd0 = in[7] * c[6] + in[1] * c[7] + odd_z3;
+  const int odd1 = in[5] * c[8] + in[3] * c[9] + odd_z4;
+  const int odd2 = in[5] * c[9] + in[3] * c[10] + odd_z3;
+  const int odd3 = in[7] * c[7] + in[1] * c[11] + odd_z4;
+
+  out[0] = sum0 + odd3;
+  out[7] = sum0 - odd3;
+  out[1] = sum1 + odd2;
+  out[6] = sum1 - odd2;
+  out[2] = sum2 + odd1;
+  out[5] = sum2 - odd1;
+  out[3] = sum3 + odd0;
+  out[4] = sum3 - odd0;
+}
+
+// Both passes transform columns, all eight at once: the loop over x is what compilers vectorise, as long
+// as these are functions of their own.
+__attribute__((noinline)) void first_pass(const int16_t* __restrict coefficients,
+                                          const int16_t* __restrict quant,
+                                          const int16_t* __restrict rotation,
+                                          int16_t* __restrict out) {
+  constexpr int kShift = kConstBits - kPass1Bits;
+  for (int x = 0; x < 8; ++x) {
+    int16_t in[8];
+    int sums[8];
+    for (int k = 0; k < 8; ++k) in[k] = wrap16(coefficients[8 * k + x] * quant[8 * k + x]);
+    transform(in, rotation, sums);
+    for (int k = 0; k < 8; ++k) {
+      out[8 * k + x] = saturate16((sums[k] + (1 << (kShift - 1))) >> kShift);
+    }
+  }
+}
+
+__attribute__((noinline)) void second_pass(const int16_t* __restrict in,
+                                           const int16_t* __restrict rotation,
+                                           int16_t* __restrict out) {
+  constexpr int kShift = kConstBits + kPass1Bits + 3;  // 3: both passes scale by sqrt(8)
+  for (int x = 0; x < 8; ++x) {
+    int16_t column[8];
+    int sums[8];
+    for (int k = 0; k < 8; ++k) column[k] = in[8 * k + x];
+    transform(column, rotation, sums);
+    // 32 - 18 bits are left: no saturation is needed.
+    for (int k = 0; k < 8; ++k) {
+      out[8 * k + x] = static_cast<int16_t>((sums[k] + (1 << (kShift - 1))) >> kShift);
+    }
+  }
+}
+
+// Transposes 4 x 4 values, a row in each word, the first value its lowest bits.
+inline void transpose_4x4(uint64_t& a, uint64_t& b, uint64_t& c, uint64_t& d) {
+  const auto swap_halves = [](uint64_t& x, uint64_t& y, uint64_t mask, int shift) {
+    const uint64_t low = (x & mask) | (y & mask) << shift;
+    y = (x >> shift & mask) | (y & ~mask);
+    x = low;
+  };
+  constexpr uint64_t kLow32 = 0x00000000FFFFFFFF, kLow16 = 0x0000FFFF0000FFFF;
+  swap_halves(a, c, kLow32, 32);
+  swap_halves(b, d, kLow32, 32);
+  swap_halves(a, b, kLow16, 16);
+  swap_halves(c, d, kLow16, 16);
+}
+
+// Transposes 8 x 8 values as four quarters.
+inline void transpose(int16_t* block) {
+  uint64_t w[16];  // row y is w[2 * y], w[2 * y + 1]
+  std::memcpy(w, block, sizeof(w));
+  transpose_4x4(w[0], w[2], w[4], w[6]);
+  transpose_4x4(w[1], w[3], w[5], w[7]);
+  transpose_4x4(w[8], w[10], w[12], w[14]);
+  transpose_4x4(w[9], w[11], w[13], w[15]);
+  for (int y = 0; y < 4; ++y) std::swap(w[2 * y + 1], w[2 * y + 8]);
+  std::memcpy(block, w, sizeof(w));
+}
+
+bool only_first_row(const int16_t* coefficients) {
+  int any = 0;
+  for (int k = 8; k < 64; ++k) any |= coefficients[k];
+  return any == 0;
+}
+
+}  // namespace
+
+IdctTable::IdctTable(const JpegQuantTable& quant_table) : rotation(kRotation) {
+  for (size_t k = 0; k < 64; ++k) quant[kNaturalOrder[k]] = wrap16(quant_table.values[k]);
+}
+
+void idct_block(const int16_t* coefficients, const IdctTable& table, int last, uint8_t* out,
+                ptrdiff_t stride) {
+  const int16_t* quant = table.quant.data();
+  const auto scaled = [&](int k) {
+    return wrap16(wrap16(coefficients[k] * quant[k]) * (1 << kPass1Bits));
+  };
+  if (last == 0) {
+    const uint8_t sample = to_sample((scaled(0) + 16) >> (kPass1Bits + 3));
+    for (int y = 0; y < 8; ++y) std::memset(out + y * stride, sample, 8);
+    return;
+  }
+  int16_t block[64], samples[64];
+  // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates. The first row
+  // ends at zigzag index 28.
+  if (last <= 28 && only_first_row(coefficients)) {
+    for (int k = 0; k < 64; ++k) block[k] = scaled(k & 7);
+  } else {
+    first_pass(coefficients, quant, table.rotation.data(), block);
+  }
+  transpose(block);
+  second_pass(block, table.rotation.data(), samples);
+  transpose(samples);
+  for (int y = 0; y < 8; ++y) {
+    for (int x = 0; x < 8; ++x) out[y * stride + x] = to_sample(samples[8 * y + x]);
+  }
+}
+
+}  // namespace imseq

@@ -1,0 +1,109 @@
+// The project's own baseline JPEG decoder, part 1: the header, and all coefficients of an image.
+//
+//   JpegHeader header;                         // reuse it: it keeps its memory
+//   if (parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) ...   // Pillow's business
+//   JpegCoefficients all;                      // reuse it as well
+//   if (!decode_coefficients(header, bytes, size, &all)) ...           // damaged: Pillow's business
+//   const int16_t* block = all.block(component, block_y, block_x);     // 64 values in zigzag order
+//
+// Pixels of a region come from region.h. Both decode strictly: a stream is decoded without any anomaly or
+// not at all, because what libjpeg-turbo makes of a damaged stream is for libjpeg-turbo to say.
+//
+// References: ITU-T T.81 (the numbered sections below), ITU-T T.871 (JFIF), and libjpeg-turbo 3.x and Pillow
+// for whatever those leave open.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace imseq {
+
+// Position in a block, row by row, of the k-th coefficient in zigzag order (T.81 figure 5).
+extern const std::array<uint8_t, 64> kNaturalOrder;
+
+// A Huffman table as it is written in a DHT segment.
+struct JpegHuffmanSpec {
+  bool defined = false;
+  std::array<uint8_t, 16> counts{};   // codes of 1, 2, ... 16 bits
+  std::array<uint8_t, 256> values{};  // zero behind the last code
+  bool operator==(const JpegHuffmanSpec&) const = default;
+};
+
+struct JpegQuantTable {
+  bool defined = false;
+  std::array<uint16_t, 64> values{};  // zigzag order
+};
+
+struct JpegComponent {
+  int id = 0;
+  int h_sampling = 0, v_sampling = 0;  // as written in the frame header
+  int quant_table = 0, dc_table = 0, ac_table = 0;
+  // What follows is derived, and only for kBaseline.
+  int mcu_width = 0, mcu_height = 0;  // blocks of this component in an MCU
+  int width = 0, height = 0;          // samples that mean something: the image's size, downsampled
+  int blocks_wide = 0, blocks_high = 0;  // coded blocks, those that only fill up an MCU included
+};
+
+// A marker segment before the entropy-coded data: bytes[offset, offset + size) begins with its 0xFF.
+struct JpegSegment {
+  uint8_t marker;
+  size_t offset, size;
+};
+
+enum class JpegColour { kGrey, kYCbCr, kRgb };
+
+struct JpegHeader {
+  int frame_marker = 0;  // 0xC0 ... 0xCF
+  int precision = 0;     // bits of a sample
+  int width = 0, height = 0;
+  int num_components = 0;
+  std::array<JpegComponent, 4> components{};
+  int max_h_sampling = 1, max_v_sampling = 1;
+  int restart_interval = 0;           // MCUs, 0: none
+  std::array<JpegQuantTable, 4> quant_tables{};
+  std::array<JpegHuffmanSpec, 4> dc_tables{}, ac_tables{};
+  bool has_jfif = false, has_adobe = false;
+  int adobe_transform = 0;
+  std::vector<JpegSegment> segments;  // all between SOI and the entropy-coded data, SOS the last
+  size_t entropy_offset = 0;          // first byte behind the scan header
+  // What follows is derived, and only for kBaseline.
+  JpegColour colour = JpegColour::kGrey;
+  int mcus_wide = 0, mcus_high = 0;
+
+  [[nodiscard]] int64_t num_mcus() const { return int64_t{mcus_wide} * mcus_high; }
+  [[nodiscard]] const JpegQuantTable& quant(int component) const {
+    return quant_tables[static_cast<size_t>(components[static_cast<size_t>(component)].quant_table)];
+  }
+};
+
+enum class JpegKind {
+  kBaseline,  // this decoder's scope
+  kForeign,   // a header that can be read, but of another kind: progressive, CMYK, 12 bit ...
+  kDamaged    // no JPEG, or a header that is not sound
+};
+
+// Reads everything up to the entropy-coded data of the first scan. Looks at no byte outside [0, size).
+[[nodiscard]] JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header);
+
+// The coefficients of all blocks, quantised as they are coded.
+struct JpegCoefficients {
+  std::array<std::vector<int16_t>, 3> components;  // blocks row by row, 64 values each in zigzag order
+  std::array<int, 3> blocks_wide{};
+  size_t end_offset = 0;  // first byte behind the EOI marker
+
+  [[nodiscard]] int16_t* block(int component, int y, int x) {
+    const auto c = static_cast<size_t>(component);
+    return components[c].data() + (static_cast<size_t>(y) * blocks_wide[c] + x) * 64;
+  }
+  [[nodiscard]] const int16_t* block(int component, int y, int x) const {
+    return const_cast<JpegCoefficients*>(this)->block(component, y, x);
+  }
+};
+
+// Decodes the whole scan of a kBaseline image. False: an anomaly anywhere up to the EOI marker.
+[[nodiscard]] bool decode_coefficients(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                                       JpegCoefficients* out);
+
+}  // namespace imseq

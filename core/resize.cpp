@@ -1,0 +1,251 @@
+#include "resize.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace imseq {
+
+namespace {
+
+// Resample.c: PRECISION_BITS = 32 - 8 - 2.
+constexpr int kPrecisionBits = 22;
+constexpr int kHalf = 1 << (kPrecisionBits - 1);
+// Rows may be read this far behind their end (with weight zero).
+constexpr size_t kSlack = 64;
+
+// The filters of Resample.c, in its order of operations.
+double box(double x) { return x > -0.5 && x <= 0.5 ? 1.0 : 0.0; }
+
+double bilinear(double x) {
+  if (x < 0.0) x = -x;
+  return x < 1.0 ? 1.0 - x : 0.0;
+}
+
+double bicubic(double x) {
+  constexpr double a = -0.5;
+  if (x < 0.0) x = -x;
+  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
+  if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
+  return 0.0;
+}
+
+struct Filter {
+  double (*function)(double);
+  double support;
+};
+
+Filter filter_of(int filter) {
+  if (filter == IMSEQ_FILTER_BOX) return {box, 0.5};
+  if (filter == IMSEQ_FILTER_BICUBIC) return {bicubic, 2.0};
+  return {bilinear, 1.0};
+}
+
+// normalize_coeffs_8bpc.
+int32_t fixed_point(double weight) {
+  const double scaled = weight * (1 << kPrecisionBits);
+  return static_cast<int32_t>(weight < 0 ? scaled - 0.5 : scaled + 0.5);
+}
+
+inline uint8_t to_byte(int32_t sum) {
+  return static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
+}
+
+template <typename T>
+void grow(std::vector<T>* memory, size_t size) {
+  if (memory->size() < size) memory->resize(size);
+}
+
+// One plane of a row. kTaps: number of taps, 0 if it is only known at run time.
+template <int kTaps>
+void horizontal_pass(const uint8_t* __restrict in, const ResizeWeights& weights, int num_outputs,
+                     uint8_t* __restrict out) {
+  const int num_taps = kTaps == 0 ? weights.max_taps() : kTaps;
+  const int32_t* __restrict w = weights.weights(0);
+  for (int i = 0; i < num_outputs; ++i, w += num_taps) {
+    const uint8_t* pixel = in + weights.first_tap(i);
+    int32_t sum = kHalf;
+    for (int k = 0; k < num_taps; ++k) sum += w[k] * pixel[k];
+    out[i] = to_byte(sum);
+  }
+}
+
+using HorizontalPass = void (*)(const uint8_t*, const ResizeWeights&, int, uint8_t*);
+
+HorizontalPass horizontal_pass_of(int num_taps) {
+  switch (num_taps) {
+    case 1:
+      return horizontal_pass<1>;
+    case 2:
+      return horizontal_pass<2>;
+    case 3:
+      return horizontal_pass<3>;
+    case 4:
+      return horizontal_pass<4>;
+    case 5:
+      return horizontal_pass<5>;
+    case 6:
+      return horizontal_pass<6>;
+    default:
+      return horizontal_pass<0>;
+  }
+}
+
+// The vertical pass takes so many columns at a time, their sums in registers.
+constexpr int kStrip = 16;
+
+constexpr size_t round_up_to_strip(size_t size) { return (size + kStrip - 1) / kStrip * kStrip; }
+
+// out[i] = sum of weights[k] * rows[k * row_bytes + i]; n is a multiple of kStrip. A weight is below 2 and so
+// has 24 bits. It is taken apart into two 16-bit numbers, which compilers for baseline x86-64 multiply eight
+// at a time (32-bit multiplication of vectors came with SSE4.1).
+void vertical_pass(const uint8_t* __restrict rows, size_t row_bytes,
+                   const int32_t* __restrict weights, int num_taps, size_t n,
+                   uint8_t* __restrict out) {
+  for (size_t i = 0; i < n; i += kStrip) {
+    int32_t sums[kStrip];
+    for (int j = 0; j < kStrip; ++j) sums[j] = kHalf;
+    const uint8_t* __restrict row = rows + i;
+    for (int k = 0; k < num_taps; ++k, row += row_bytes) {
+      const auto high = static_cast<int16_t>(weights[k] >> 8);
+      const auto low = static_cast<int16_t>(weights[k] & 255);
+      for (int j = 0; j < kStrip; ++j) {
+        const int16_t value = row[j];
+        sums[j] += high * value * 256 + low * value;
+      }
+    }
+    for (int j = 0; j < kStrip; ++j) out[i + static_cast<size_t>(j)] = to_byte(sums[j]);
+  }
+}
+
+}  // namespace
+
+// precompute_coeffs of Resample.c for a box that is the whole input.
+void ResizeWeights::compute(int in_size, int out_size, int begin, int end, int filter) {
+  const auto num_outputs = static_cast<size_t>(end - begin);
+  identity_ = in_size == out_size;
+  first_input_ = begin;
+  end_input_ = end;
+  if (identity_) return;
+  const auto [function, unit_support] = filter_of(filter);
+  const double scale = static_cast<double>(in_size) / out_size;
+  const double filter_scale = std::max(scale, 1.0);
+  const double support = unit_support * filter_scale;
+  const double inverse = 1.0 / filter_scale;
+  const auto row_taps = static_cast<size_t>(std::ceil(support)) * 2 + 1;
+  grow(&taps_, num_outputs * row_taps);
+  grow(&first_taps_, num_outputs);
+  grow(&num_taps_, num_outputs);
+  std::fill_n(taps_.begin(), num_outputs * row_taps, 0.0);
+  max_taps_ = 1;
+  first_input_ = in_size;
+  end_input_ = 0;
+  for (size_t i = 0; i < num_outputs; ++i) {
+    double* taps = taps_.data() + i * row_taps;
+    const double center = (begin + static_cast<int>(i) + 0.5) * scale;
+    const int first = std::max(static_cast<int>(center - support + 0.5), 0);
+    const int last = std::min(static_cast<int>(center + support + 0.5), in_size);
+    double total = 0.0;
+    for (int x = 0; x < last - first; ++x) {
+      taps[x] = function((x + first - center + 0.5) * inverse);
+      total += taps[x];
+    }
+    for (int x = 0; x < last - first && total != 0.0; ++x) taps[x] /= total;
+    first_taps_[i] = first;
+    num_taps_[i] = last - first;
+    max_taps_ = std::max(max_taps_, last - first);
+    first_input_ = std::min(first_input_, first);
+    end_input_ = std::max(end_input_, last);
+  }
+  grow(&weights_, num_outputs * static_cast<size_t>(max_taps_));
+  int32_t* weights = weights_.data();
+  for (size_t i = 0; i < num_outputs; ++i) {
+    for (size_t k = 0; k < static_cast<size_t>(max_taps_); ++k) {
+      *weights++ = fixed_point(taps_[i * row_taps + k]);
+    }
+  }
+}
+
+void Resizer::begin(const imseq_view& view, int out_height, int out_width, int num_planes,
+                    int filter, int passes) {
+  num_planes_ = num_planes;
+  out_width_ = out_width;
+  first_row_ = std::clamp(-view.window_top, 0, out_height);
+  end_row_ = std::clamp(view.resized_height - view.window_top, first_row_, out_height);
+  first_column_ = std::clamp(-view.window_left, 0, out_width);
+  end_column_ = std::clamp(view.resized_width - view.window_left, first_column_, out_width);
+  source_ = Region{};
+  // What lies outside the resized image is never written again.
+  zeros_.assign(static_cast<size_t>(out_width), 0);
+  padded_.assign(static_cast<size_t>(out_width * num_planes), 0);
+  if (first_row_ == end_row_ || first_column_ == end_column_) {
+    first_row_ = end_row_ = 0;
+    return;
+  }
+  vertical_.compute(view.height, view.resized_height, view.window_top + first_row_,
+                    view.window_top + end_row_, filter);
+  horizontal_.compute(view.width, view.resized_width, view.window_left + first_column_,
+                      view.window_left + end_column_, filter);
+  source_ = {view.top + vertical_.first_input(), view.left + horizontal_.first_input(),
+             vertical_.end_input() - vertical_.first_input(),
+             horizontal_.end_input() - horizontal_.first_input()};
+  const int lost_height = view.height - view.resized_height;
+  const int lost_width = view.width - view.resized_width;
+  vertical_first_ =
+      passes == IMSEQ_PASSES_PILLOW_13 && lost_height > 0 && lost_height > 2 * lost_width;
+  source_stride_ = static_cast<size_t>(source_.width);
+  resized_stride_ = static_cast<size_t>(end_column_ - first_column_);
+  const auto planes = static_cast<size_t>(num_planes);
+  row_bytes_ = round_up_to_strip(planes * (vertical_first_ ? source_stride_ : resized_stride_));
+  grow(&rows_, row_bytes_ * static_cast<size_t>(source_.height) + kSlack);
+  grow(&row_, round_up_to_strip(planes * source_stride_) + kSlack);
+  grow(&output_, round_up_to_strip(planes * resized_stride_) + kSlack);
+}
+
+std::array<uint8_t*, 3> Resizer::source_planes(int y) {
+  const bool straight = vertical_first_ || horizontal_.identity();
+  uint8_t* first = straight ? stored_row(y - source_.top) : row_.data();
+  return {first, first + source_stride_, first + 2 * source_stride_};
+}
+
+void Resizer::add_row(int y) {
+  if (vertical_first_ || horizontal_.identity()) return;
+  resize_horizontally(row_.data(), stored_row(y - source_.top));
+}
+
+void Resizer::resize_horizontally(const uint8_t* in, uint8_t* out) const {
+  const HorizontalPass pass = horizontal_pass_of(horizontal_.max_taps());
+  for (int p = 0; p < num_planes_; ++p) {
+    // Taps count from the first column of the box, the row begins with the first one needed.
+    pass(in - horizontal_.first_input(), horizontal_, end_column_ - first_column_, out);
+    in += source_stride_;
+    out += resized_stride_;
+  }
+}
+
+const uint8_t* Resizer::resize_vertically(int i, uint8_t* out) {
+  if (vertical_.identity()) return stored_row(i);
+  vertical_pass(stored_row(vertical_.first_tap(i) - vertical_.first_input()), row_bytes_,
+                vertical_.weights(i), vertical_.num_taps(i), row_bytes_, out);
+  return out;
+}
+
+std::array<const uint8_t*, 3> Resizer::output_row(int y) {
+  if (y < first_row_ || y >= end_row_) return {zeros_.data(), zeros_.data(), zeros_.data()};
+  const uint8_t* row = resize_vertically(y - first_row_, vertical_first_ ? row_.data() : output_.data());
+  if (vertical_first_ && !horizontal_.identity()) {
+    resize_horizontally(row, output_.data());
+    row = output_.data();
+  }
+  std::array<const uint8_t*, 3> planes{};
+  for (size_t p = 0; p < static_cast<size_t>(num_planes_); ++p) {
+    planes[p] = row + p * resized_stride_;
+    if (resized_stride_ == static_cast<size_t>(out_width_)) continue;
+    uint8_t* padded = padded_.data() + p * static_cast<size_t>(out_width_);
+    std::memcpy(padded + first_column_, planes[p], resized_stride_);
+    planes[p] = padded;
+  }
+  return planes;
+}
+
+}  // namespace imseq
