@@ -229,36 +229,38 @@ class Crew:
         if last:
             self.engine.destroy()
 
-    def close(self) -> None:
-        """End everything: cancel the epoch, end the threads, free the engine. Idempotent.
+    def close(self, join_s: float = 0.0) -> None:
+        """Cancel the epoch and end the threads; the last one to leave frees the engine. Idempotent.
 
-        May be called from any thread, also from one of the crew's (a collection of garbage can run there);
-        in a forked child it only forgets.
+        Does not wait for a user's transform that is still running, unless join_s says for how long. May be
+        called from any thread, also from one of the crew's (a collection of garbage can run there); in a
+        forked child it only forgets.
         """
         with self._lock:
-            if self._closed:
+            first, self._closed = not self._closed, True
+        if first:
+            try:
+                self.engine.cancel()
+                self.engine.close_tasks()
+            except ForkError:
+                self.engine.destroy()
                 return
-            self._closed = True
-        try:
-            self.engine.cancel()
-            self.engine.close_tasks()
-        except ForkError:
-            self.engine.destroy()
-            return
+            self._leave()
+        deadline = time.monotonic() + join_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join()
-        self._leave()
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
+_EXIT_JOIN_S = 5.0
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_crews() -> None:
-    """Threads in the core must not outlive the interpreter."""
+    """No thread may be inside torch or Pillow when the interpreter goes."""
     for crew in list(_crews):
-        crew.close()
+        crew.close(_EXIT_JOIN_S)
 
 
 class EpochIterator:

@@ -35,3 +35,7 @@ class StateError(ImagenetSeqError):
 
 class ForkError(ImagenetSeqError):
     """A loader made in a parent process was used in a forked child."""
+
+
+class PackError(ImagenetSeqError):
+    """Packing stopped; the message says why and how to go on."""

@@ -188,8 +188,8 @@ class Loader:
             pillow=pillow,
             strict=exact == "strict",
         )
-        for note in self._pipeline.notes:
-            _note(note)
+        if self._pipeline.notes:
+            _note("; ".join(self._pipeline.notes))
         decoded = self._pipeline.rows == Rows.DECODED
         self._table_on_device = (
             self._device is not None
