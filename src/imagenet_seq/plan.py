@@ -651,7 +651,8 @@ def _engine_plan(
     epoch: int,
     foreign: bool,
 ) -> EnginePlan:
-    files, block_file = Names.from_strings(()), np.broadcast_to(np.int32(-1), len(reads.file))
+    files = Names.from_strings(())
+    block_file: Int32Array = np.broadcast_to(np.int32(-1), len(reads.file))
     if not foreign:
         files, block_file = _files_used(index.files, reads.file)
     first, end = files.begin[0], files.begin[-1]
