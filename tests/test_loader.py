@@ -388,7 +388,7 @@ def test_a_folder_of_pngs_is_decoded_by_pillow(tmp_path: Path) -> None:
             torch.cat([x for x, _ in loader]), torch.stack([x for x, _ in reference])
         )
     assert loader.stats()["foreign_rows"] == 20
-    # Random crops of foreign rows follow the core's draws: the same as from JPEGs' pixels by the core.
+    # Random crops of foreign rows follow the draws of the core, too.
     a = epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=1))
     assert same(epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=8)), a)
 

@@ -72,7 +72,8 @@ def test_abandoned_iterators_leave_no_thread_and_no_open_file(root: Path) -> Non
         for _ in loader:
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     for _ in loader:  # an iteration to the end keeps its threads for the next one
         pass
     loader.close()
@@ -238,7 +239,7 @@ def test_a_child_exits_normally_and_makes_a_loader_of_its_own(root: Path) -> Non
         if child == 0:
             own = Loader(sys.argv[1], "train", batch_size=4, num_workers=2)
             total = sum(len(t) for _, t in own)
-            sys.exit(0 if total == 83 else 1)  # the normal way out, with the parent's objects around
+            sys.exit(0 if total == 83 else 1)  # the normal way out
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         print(sum(len(t) for _, t in iterator))
         """,

@@ -688,8 +688,8 @@ def _from_torch_dataset(
     ):
         raise TypeError(
             f"{type(dataset).__qualname__} reads its samples in its own way (a __getitem__ or "
-            "loader of its own), which this Loader would bypass; keep torch's DataLoader for it, or move "
-            "the change into transform"
+            "loader of its own), which this Loader would bypass; keep torch's DataLoader for it or "
+            "move the change into transform"
         )
     if dataset.transform is None:
         raise ValueError(

@@ -654,7 +654,8 @@ def _engine_plan(
     files = Names.from_strings(())
     block_file: Int32Array = np.broadcast_to(np.int32(-1), len(reads.file))
     if not foreign:
-        files, block_file = _files_used(index.files, reads.file)
+        files, used = _files_used(index.files, reads.file)
+        block_file = used.astype(np.int32, copy=False)
     first, end = files.begin[0], files.begin[-1]
     return EnginePlan(
         seed=seed,
