@@ -632,6 +632,31 @@ def test_draws_of_the_python_part_are_uniform_over_samples() -> None:
     assert ((histogram - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees, one in a thousand
 
 
+@pytest.mark.parametrize(
+    ("like", "plain"),
+    [
+        (lambda t: torch.rand_like(t), lambda: torch.rand(5, 7)),
+        (
+            lambda t: torch.rand_like(t, dtype=torch.float64),
+            lambda: torch.rand(5, 7, dtype=torch.float64),
+        ),
+        (lambda t: torch.randn_like(t), lambda: torch.randn(5, 7)),
+        (lambda t: torch.randint_like(t, 9), lambda: torch.randint(0, 9, (5, 7)).float()),
+        (lambda t: torch.randint_like(t, 3, 9), lambda: torch.randint(3, 9, (5, 7)).float()),
+    ],
+)
+def test_draws_like_a_tensor_come_from_the_same_stream(
+    like: Callable[[torch.Tensor], Any], plain: Callable[[], Any]
+) -> None:
+    data = jpeg_bytes(IMAGES[-1])
+    results = [
+        interpret(lambda image, draw=draw: draw(), train=True).from_bytes(data, (1, 2, 3))
+        for draw in (lambda: like(torch.zeros(5, 7)), plain)
+    ]
+    assert results[0].dtype == results[1].dtype
+    assert torch.equal(*results)
+
+
 def test_draws_that_take_no_generator_are_refused() -> None:
     def attend(image: Image.Image) -> torch.Tensor:
         tensor = torch.rand(1, 1, 4, 4, requires_grad=True)
