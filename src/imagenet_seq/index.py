@@ -13,7 +13,7 @@ import hashlib
 import json
 import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -451,9 +451,9 @@ def write_columns(
     prefix = _MAGIC + len(text).to_bytes(8, "little") + text
 
     folder, base = os.path.split(os.path.abspath(os.fspath(path)))
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{base}.", dir=folder)
+    temporary = os.path.join(folder, f".{base}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(prefix.ljust(_padded(len(prefix)), b"\0"))
             for values in stored.values():
                 for part in _slices(len(values)):

@@ -374,7 +374,10 @@ def _sequence(index: Index, order: Order, epoch: int, foreign: bool) -> _Sequenc
     begin = np.zeros(len(block) + 1, np.int64)
     np.cumsum(np.diff(block_begin)[block], out=begin[1:])
     cuts = _stream_begins(size, order)
-    entry_begin = np.union1d(begin[begin < cuts[-1]], cuts)
+    within = np.unique(cuts)
+    within = within[begin[np.searchsorted(begin, within)] != within]
+    entry_begin = np.insert(begin, np.searchsorted(begin, within), within)
+    entry_begin = entry_begin[: np.searchsorted(entry_begin, cuts[-1]) + 1]
     place = np.searchsorted(begin, entry_begin[:-1], "right") - 1
     start = block_begin[block[place]] + (entry_begin[:-1] - begin[place])
     stream = np.searchsorted(entry_begin, cuts)
@@ -651,7 +654,8 @@ def _engine_plan(
     epoch: int,
     foreign: bool,
 ) -> EnginePlan:
-    files, block_file = Names.from_strings(()), np.broadcast_to(np.int32(-1), len(reads.file))
+    files = Names.from_strings(())
+    block_file: IntArray = np.broadcast_to(np.int32(-1), len(reads.file))
     if not foreign:
         files, block_file = _files_used(index.files, reads.file)
     first, end = files.begin[0], files.begin[-1]
