@@ -21,14 +21,7 @@ from torch import Tensor
 
 from imagenet_seq import _native
 from imagenet_seq.errors import ForkError, SampleError
-from imagenet_seq.transforms import (
-    Key,
-    Layout,
-    Pipeline,
-    Recipe,
-    Rows,
-    _reproducible as reproducible,
-)
+from imagenet_seq.transforms import Key, Layout, Pipeline, Recipe, Rows, reproducible
 
 if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
