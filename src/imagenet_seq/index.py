@@ -121,7 +121,7 @@ class Names(Sequence[str]):
     def take(self, indices: npt.ArrayLike) -> Names:
         """Return the names at `indices` (integers in [0, len)), in that order.
 
-        Time and memory are those of the bytes copied: about 0.1 s for a million names.
+        Time and memory are those of the bytes copied: 0.8 s for a million names of 33 bytes.
         """
         chosen = _indices(indices, len(self))
         lengths = np.empty(len(chosen), np.int64)

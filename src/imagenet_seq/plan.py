@@ -232,7 +232,7 @@ def rank_plan(
 ) -> EnginePlan:
     """Plan what is left of an epoch for one rank.
 
-    Takes 0.05 to 0.2 s of one core for 1.28 million samples, 0.5 to 4 s for 14 million (a rank of
+    Takes 0.05 to 0.2 s of one core for 1.28 million samples, 0.4 to 5 s for 14 million (a rank of
     eight with blocks, one rank with a uniform permutation of a pack; benchmarks/bench_plan.py).
 
     Args:
