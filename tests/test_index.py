@@ -199,6 +199,8 @@ def test_an_index_survives_its_file(tmp_path: Path) -> None:
     assert opened.classes == index.classes
     assert opened.id == replace(opened, known_id=None).id == index.id
     assert os.listdir(tmp_path) == ["an.index"]
+    (tmp_path / "new").touch()
+    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode  # others may read it
 
 
 def test_names_that_are_not_unicode_survive_the_file(tmp_path: Path) -> None:

@@ -469,6 +469,16 @@ def test_neighbours_in_an_explicit_order_are_read_together() -> None:
     assert plan.block.tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("shuffle", ["none", "uniform", "block"])
+def test_files_may_be_longer_than_four_gigabytes(shuffle: str) -> None:
+    base = pack_index(100, num_files=2)
+    index = replace(base, offset=base.offset + 5 * 10**9)
+    plan = rank_plan(index, Order(shuffle, block_bytes=20_000), 0, batch_size=8)
+    check_arrays(index, plan)
+    huge = replace(index, offset=base.offset * 10**9, length=np.full(100, 3 * 10**9))
+    check_arrays(huge, rank_plan(huge, Order(shuffle), 0, batch_size=8))
+
+
 def test_an_index_in_an_order_of_its_own_is_not_reordered() -> None:
     order = np.random.default_rng(0).permutation(200)
     index = pack_index(200).take(order)

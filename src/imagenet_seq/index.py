@@ -13,7 +13,7 @@ import hashlib
 import json
 import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -121,7 +121,7 @@ class Names(Sequence[str]):
     def take(self, indices: npt.ArrayLike) -> Names:
         """Return the names at `indices` (integers in [0, len)), in that order.
 
-        Time and memory are those of the bytes copied: about 0.1 s for a million names.
+        Time and memory are those of the bytes copied: 0.8 s for a million names of 33 bytes.
         """
         chosen = _indices(indices, len(self))
         lengths = np.empty(len(chosen), np.int64)
@@ -451,9 +451,9 @@ def write_columns(
     prefix = _MAGIC + len(text).to_bytes(8, "little") + text
 
     folder, base = os.path.split(os.path.abspath(os.fspath(path)))
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{base}.", dir=folder)
+    temporary = os.path.join(folder, f".{base}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(prefix.ljust(_padded(len(prefix)), b"\0"))
             for values in stored.values():
                 for part in _slices(len(values)):
