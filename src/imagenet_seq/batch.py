@@ -1,8 +1,8 @@
 """The batch stage on Python's side: threads that do what the core can't, and an epoch's iterator.
 
-The core fills the rows of batches (``core/engine.cpp``). It hands out *foreign rows* (an image only Pillow
-decodes, a transform only Python knows) and *foreign blocks* (bytes only Python can produce); the threads
-of a `Crew` do those. Order, back-pressure and cancellation stay the core's.
+The core fills the rows of batches (``core/engine.cpp``). It hands out *foreign rows* (an image
+only Pillow decodes, a transform only Python knows) and *foreign blocks* (bytes only Python can
+produce); the threads of a `Crew` do those. Order, back-pressure and cancellation stay the core's.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Work:
 
     def targets(self, begin: int, end: int) -> list[Any] | Tensor:
         """Return the targets of positions [begin, end): int64, or what target_transform makes."""
-        labels = self.source.index.label[self.plan.sample[begin:end]].astype(np.int64)
+        samples, column = self.plan.sample[begin:end], self.source.index.label
+        labels = np.full(len(samples), -1) if column is None else column[samples]
+        labels = labels.astype(np.int64)
         if self.target_transform is None:
             return torch.from_numpy(labels)
         return [self.target_transform(int(label)) for label in labels]
@@ -81,24 +83,14 @@ class Work:
             return
         slot = self.slots[task.slot]  # holds the memory while this thread writes to it
         if not task.prefix_done:
-            self._decode_with_pillow(task)
+            data, key = task.encoded(), self.key(task.sample)
+            _decode_with_pillow(self.pipeline, self.recipe, data, key, task.row)
         if self.pipeline.rows == Rows.FINISHED_BY_PYTHON:
-            row = self.images(slot)[task.row_index]
+            row = images_of(slot, self.recipe)[task.row_index]
             self._store(task, self.pipeline.finish(row, self.key(task.sample)))
 
-    def _decode_with_pillow(self, task: _native.Task) -> None:
-        pixels = np.ascontiguousarray(self.pipeline.open_image(task.encoded()))
-        recipe = self.recipe
-        if not _native.apply(recipe, self.key(task.sample), pixels, task.row):
-            height, width, _ = pixels.shape
-            raise ValueError(
-                f"the transform turns this image of {width} x {height} pixels into another size than "
-                f"{recipe.out_width} x {recipe.out_height}, so it can't be batched; add a "
-                "RandomResizedCrop or a CenterCrop"
-            )
-
     def _store(self, task: _native.Task, result: Any) -> None:
-        """Keep a sample that Python finished; the last one of a batch collates it, off the main thread."""
+        """Keep a sample that Python finished; the last one of a batch collates it here."""
         batch, begin = task.batch, task.position - task.row_index
         with self.lock:
             end = int(self.plan.batch_begin[batch + 1])
@@ -128,9 +120,47 @@ class Work:
             batch[0] = images.contiguous(memory_format=torch.channels_last)
         return batch
 
-    def images(self, slot: Tensor) -> Tensor:
-        """View a slot's memory as images of shape (N, 3, H, W), whatever its layout."""
-        return slot.permute(0, 3, 1, 2) if self.recipe.layout == Layout.HWC else slot
+
+def images_of(memory: Tensor, recipe: Recipe) -> Tensor:
+    """View a batch's memory as images of shape (N, 3, H, W), whatever its layout."""
+    return memory.permute(0, 3, 1, 2) if recipe.layout == Layout.HWC else memory
+
+
+def memory_shape(pipeline: Pipeline, recipe: Recipe) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return shape and dtype of a row as it lies in memory; empty where Python makes it all."""
+    if pipeline.out_shape is None:
+        return (0,), torch.uint8
+    channels, height, width = pipeline.out_shape
+    hwc = recipe.layout == Layout.HWC
+    shape = (height, width, channels) if hwc else (channels, height, width)
+    dtype = torch.uint8 if recipe.table is None or pipeline.table is None else pipeline.table.dtype
+    return shape, dtype
+
+
+def one_sample(pipeline: Pipeline, data: bytes, key: Key) -> Any:
+    """Return what the pipeline makes of one encoded image, as a row of a batch would be."""
+    if pipeline.rows == Rows.FROM_BYTES:
+        return pipeline.from_bytes(data, key)
+    shape, dtype = memory_shape(pipeline, pipeline.recipe)
+    memory = torch.empty((1, *shape), dtype=dtype)
+    if not _native.decode(pipeline.recipe, key, data, memory.data_ptr()):
+        _decode_with_pillow(pipeline, pipeline.recipe, data, key, memory.data_ptr())
+    row = images_of(memory, pipeline.recipe)[0]
+    return pipeline.finish(row, key) if pipeline.rows == Rows.FINISHED_BY_PYTHON else row
+
+
+def _decode_with_pillow(
+    pipeline: Pipeline, recipe: Recipe, data: bytes, key: Key, row: int
+) -> None:
+    """Fill the row at an address from an image that the core does not decode."""
+    pixels = np.ascontiguousarray(pipeline.open_image(data))
+    if not _native.apply(recipe, key, pixels, row):
+        height, width, _ = pixels.shape
+        raise ValueError(
+            f"the transform turns this image of {width} x {height} pixels into another size than "
+            f"{recipe.out_width} x {recipe.out_height}, so it can't be batched; add a "
+            "RandomResizedCrop or a CenterCrop"
+        )
 
 
 class Crew:
@@ -194,43 +224,45 @@ class Crew:
         if last:
             self.engine.destroy()
 
-    def close(self) -> None:
-        """End everything: cancel the epoch, end the threads, free the engine. Idempotent.
+    def close(self, join_s: float = 0.0) -> None:
+        """Cancel the epoch and end the threads; the last one to leave frees the engine. Idempotent.
 
-        May be called from any thread, also from one of the crew's (a collection of garbage can run there);
-        in a forked child it only forgets.
+        Does not wait for a user's transform that is still running, unless join_s says for how
+        long. May be called from any thread, also from one of the crew's (a collection of garbage
+        can run there); in a forked child it only forgets.
         """
         with self._lock:
-            if self._closed:
+            first, self._closed = not self._closed, True
+        if first:
+            try:
+                self.engine.cancel()
+                self.engine.close_tasks()
+            except ForkError:
+                self.engine.destroy()
                 return
-            self._closed = True
-        try:
-            self.engine.cancel()
-            self.engine.close_tasks()
-        except ForkError:
-            self.engine.destroy()
-            return
+            self._leave()
+        deadline = time.monotonic() + join_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join()
-        self._leave()
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
+_EXIT_JOIN_S = 5.0
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_crews() -> None:
-    """Threads in the core must not outlive the interpreter."""
+    """No thread may be inside torch or Pillow when the interpreter goes."""
     for crew in list(_crews):
-        crew.close()
+        crew.close(_EXIT_JOIN_S)
 
 
 class EpochIterator:
     """The batches of one epoch, in plan order.
 
-    Yields pairs of the batch and a function to call when the script gets it, which keeps `state_dict`
-    exact however far the device stage runs ahead. Used by one thread at a time.
+    Yields pairs of the batch and a function to call when the script gets it, which keeps
+    `state_dict` exact however far the device stage runs ahead. Used by one thread at a time.
     """
 
     def __init__(
@@ -243,8 +275,8 @@ class EpochIterator:
         on_end: Callable[[Crew | None], None],
     ) -> None:
         """Args:
-        crew: starts with work here; given back through on_end(crew) after the last batch, closed and
-            on_end(None) otherwise.
+        crew: starts with work here; given back through on_end(crew) after the last batch, closed
+            and on_end(None) otherwise.
         work: the epoch.
         timeout_s: how long to wait for a batch, 0: for ever.
         on_delivered: called with the batch's number when the script gets it.
@@ -274,9 +306,7 @@ class EpochIterator:
         except BaseException as error:
             self.close()
             if isinstance(error, SampleError):
-                raise error from self._work.failures.get(
-                    error.sample, self._work.failures.get(-1)
-                )
+                raise error from self._work.failures.get(error.sample, self._work.failures.get(-1))
             raise
         if batch is None:
             crew, self._crew = self._crew, None
@@ -290,8 +320,8 @@ class EpochIterator:
         while (batch := crew.engine.next(_POLL_S, self._work.name_of)) is False:
             if deadline is not None and time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"no batch came within timeout={self._timeout_s:g} s; loader.stats() says who waits "
-                    "for whom"
+                    f"no batch came within timeout={self._timeout_s:g} s; loader.stats() says who "
+                    "waits for whom"
                 )
         return batch  # type: ignore[return-value]
 
@@ -303,7 +333,7 @@ class EpochIterator:
         if work.pipeline.rows != Rows.DECODED and batch.end > batch.begin:
             work.num_missing.pop(batch.batch, None)
             return work.results.pop(batch.batch)[0]
-        images = work.images(memory)[: batch.end - batch.begin]
+        images = images_of(memory, work.recipe)[: batch.end - batch.begin]
         targets = work.targets(batch.begin, batch.end)
         if work.collate_fn is not None:
             return work.collate(_samples(images, targets), batch.batch)
@@ -328,6 +358,6 @@ class EpochIterator:
 
 
 def _samples(images: Tensor, targets: Sequence[Any] | Tensor) -> list[Any]:
-    """Split a batch into what a collate_fn expects: (image, target) with an int for a plain label."""
+    """Split a batch into what a collate_fn expects: pairs of an image and a plain int."""
     labels = targets.tolist() if isinstance(targets, Tensor) else targets
     return list(zip(images, labels, strict=True))

@@ -188,7 +188,7 @@ class Index:
         for column, dtype in _COLUMNS.items():
             values = getattr(self, column)
             if values is None:
-                if column in ("file", "offset"):
+                if column in _MANDATORY:
                     raise TypeError(f"column '{column}' is mandatory, got None")
                 continue
             values = _column(f"column '{column}'", values, dtype)
@@ -309,7 +309,11 @@ class Index:
                 files=files,
                 classes=tuple(classes),
                 known_id=known_id,
-                **{column: columns[column] for column in _COLUMNS if column in columns},
+                **{
+                    column: columns[column]
+                    for column in _COLUMNS
+                    if column in columns or column in _MANDATORY
+                },
             )
         except KeyError as error:
             raise DataError(f"{where}: column {error} is missing") from error
@@ -345,6 +349,7 @@ _COLUMNS: dict[str, type[np.integer[Any]]] = {
     "checksum": np.uint32,
     "flags": np.uint8,
 }
+_MANDATORY = ("file", "offset")
 
 
 class Samples(Sequence[tuple[str, int]]):

@@ -184,7 +184,7 @@ class Pipeline:
     def finish(self, row: torch.Tensor, key: Key) -> Any:
         """Run the Python part on a row that the core has written.
 
-        Deterministic: a function of the row and the key (see `_reproducible` for its limits).
+        Deterministic: a function of the row and the key (see `reproducible` for its limits).
 
         Args:
             row: tensor of shape `out_shape`, dtype and layout as the recipe says. Not changed.
@@ -198,7 +198,7 @@ class Pipeline:
             value = Image.fromarray(row.permute(1, 2, 0).contiguous().numpy())
         else:
             value = row.clone().as_subclass(self._tail_type)
-        with _reproducible(key, self._one_at_a_time):
+        with reproducible(key, self._one_at_a_time):
             for member in self.tail:
                 value = member(value)
         return self._converted(value)
@@ -222,7 +222,7 @@ class Pipeline:
                 "its resized size is out of bounds"
             )
         image = self.open_image(data)
-        with _reproducible(key, self._one_at_a_time):
+        with reproducible(key, self._one_at_a_time):
             return self._converted(self._transform(image))
 
     def _converted(self, value: Any) -> Any:
@@ -416,9 +416,8 @@ def _horizontal_flip(prefix: _Prefix, member: Any) -> _Prefix:
 
 
 def _elementwise(prefix: _Prefix, member: Any) -> _Prefix:
-    value = prefix.value if prefix.is_image else prefix.value.clone()
     try:
-        value = member(value)
+        value = member(prefix.value)
     except Exception as error:
         raise _NotInCoreError(
             f"it raises {type(error).__name__} ({error}) on what it receives"
@@ -439,8 +438,6 @@ def _normalize(prefix: _Prefix, member: Any) -> _Prefix:
         )
     return _elementwise(prefix, member)
 
-
-_NO_GEOMETRY = {"geometry": Geometry.RESIZE_CROP, "crop_height": 1, "crop_width": 1}
 
 _Reader: TypeAlias = Callable[[_Prefix, Any], _Prefix]
 
@@ -566,40 +563,52 @@ def interpret(
         raise ValueError(f"dtype must be one of {names} or None, got {dtype}")
     passes = pass_order(pillow)
     members = [] if transform is None else _flatten(transform)
-    num_core, prefix, reason = (
-        (0, _standard(train, dtype), None) if transform is None else _longest_prefix(members, dtype)
-    )
-    if prefix is None and passes != pass_order():
-        raise ValueError(
-            f"pillow={pillow!r} can't be honoured: the whole transform runs in Python, with the "
-            f"installed Pillow {PIL.__version__}, because {reason}"
+    prefix: _Prefix | None
+    if transform is None:
+        num_core, prefix, reason = 0, _standard(train, dtype), None
+    else:
+        num_core, prefix, reason = _longest_prefix(members, dtype)
+    in_python = tuple(members[num_core:])
+    notes = _notes(members, num_core, reason)
+    one_at_a_time = not all(map(_draws_from_torch_only, in_python))
+    if prefix is None:
+        if passes != pass_order():
+            raise ValueError(
+                f"pillow={pillow!r} can't be honoured, because Pillow {PIL.__version__} does it: "
+                + notes[0]
+            )
+        return Pipeline(
+            recipe=Recipe(Geometry.RESIZE_CROP, 1, 1, passes=passes, crop_height=1, crop_width=1),
+            rows=Rows.FROM_BYTES,
+            out_shape=None,
+            dtype=dtype,
+            channels_last=channels_last,
+            table=None,
+            tail=(),
+            notes=notes,
+            _transform=transform,
+            _tail_type=Image.Image,
+            _one_at_a_time=one_at_a_time,
         )
-    if prefix is not None and prefix.is_image and num_core == len(members) and dtype is not None:
+    if prefix.is_image and not in_python and dtype is not None:
         raise ValueError(
             f"dtype={dtype} needs a transform that ends in a tensor; this one ends in a PIL image. "
             "Append ToTensor() or PILToTensor()."
         )
-    tail = tuple(members[num_core:])
-    in_python: Sequence[Any] = tail
-    if prefix is None:
-        rows, tail, prefix = Rows.FROM_BYTES, (), _Prefix(_NO_GEOMETRY, size=(1, 1))
-    elif tail or prefix.is_image:
-        rows = Rows.FINISHED_BY_PYTHON
-    else:
-        rows, dtype = Rows.DECODED, prefix.value.dtype
+    rows = Rows.FINISHED_BY_PYTHON if in_python or prefix.is_image else Rows.DECODED
     recipe = _recipe(prefix, passes, _layout(rows, prefix, channels_last), strict)
     return Pipeline(
         recipe=recipe,
         rows=rows,
-        out_shape=None if rows is Rows.FROM_BYTES else (3, recipe.out_height, recipe.out_width),
-        dtype=dtype,
+        out_shape=(3, recipe.out_height, recipe.out_width),
+        dtype=prefix.value.dtype if rows is Rows.DECODED else dtype,
         channels_last=channels_last,
         table=prefix.table,
-        tail=tail,
-        notes=_notes(members, num_core, reason),
+        tail=in_python,
+        notes=notes,
         _transform=transform,
         _tail_type=Image.Image if prefix.is_image else type(prefix.value),
-        _one_at_a_time=not all(map(_draws_from_torch_only, in_python)),
+        _one_at_a_time=one_at_a_time,
     )
 
 
@@ -735,7 +744,7 @@ def _refuse_floats_as_bytes(have: torch.dtype, want: torch.dtype) -> None:
 
 
 @contextmanager
-def _reproducible(key: Key, one_at_a_time: bool) -> Iterator[None]:
+def reproducible(key: Key, one_at_a_time: bool) -> Iterator[None]:
     """Make all random numbers drawn inside, on this thread, a function of the key.
 
     torch's operators are given a generator of the sample's own, so that threads neither wait for
@@ -778,7 +787,7 @@ class _InjectGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
@@ -787,6 +796,8 @@ class _InjectGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not _is_random(func) or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
+        if func.overloadpacket in _FILLS:
+            return _FILLS[func.overloadpacket](self._generator, *args, **kwargs)
         return _overload_with_generator(func)(*args, **{**kwargs, "generator": self._generator})
 
 
@@ -809,6 +820,29 @@ class _FilteredInjection(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with self._inject:
             return func(*args, **(kwargs or {}))
+
+
+def _rand_like(generator: torch.Generator, like: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.empty_like(like, **options).uniform_(generator=generator)
+
+
+def _randn_like(generator: torch.Generator, like: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.empty_like(like, **options).normal_(generator=generator)
+
+
+def _randint_like(
+    generator: torch.Generator, like: torch.Tensor, *bounds: Any, **options: Any
+) -> torch.Tensor:
+    low, high = (0, *map(int, bounds))[-2:]
+    return torch.empty_like(like, **options).random_(low, high, generator=generator)
+
+
+# In older torch these take no generator. torch itself computes them in this way.
+_FILLS: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.ops.aten.rand_like: _rand_like,
+    torch.ops.aten.randn_like: _randn_like,
+    torch.ops.aten.randint_like: _randint_like,
+}
 
 
 def _is_random(operator: Any) -> bool:

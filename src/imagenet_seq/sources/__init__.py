@@ -106,6 +106,9 @@ class _Found(NamedTuple):
 
 
 def _look_at(folder: str, split: str | None) -> _Found:
+    from imagenet_seq.sources.pack import refuse_unfinished
+
+    refuse_unfinished(folder)
     if not os.path.exists(folder):
         return _Found("nothing", "does not exist")
     if not os.path.isdir(folder):

@@ -1,0 +1,304 @@
+"""The command `imagenet-seq`: pack, info, verify. Never imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from imagenet_seq import __version__
+from imagenet_seq.errors import ImagenetSeqError
+from imagenet_seq.sources import SPLITS, open_source
+from imagenet_seq.sources import pack as layout
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_SHOWN = 5
+"""Samples named in a summary."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+
+    Returns:
+        0: done; 1: failed, or `verify` found problems; 2: wrong usage; 130: interrupted.
+    """
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print(f"imagenet-seq: interrupted{options.after_interrupt}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ImagenetSeqError, ImportError, OSError, ValueError) as error:
+        if options.debug:
+            raise
+        print(f"imagenet-seq: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imagenet-seq",
+        description="Pack ImageNet for sequential reading, look at data sets, check packs.",
+    )
+    parser.add_argument("--version", action="version", version=f"imagenet-seq {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_pack(commands)
+    _add_info(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Any, text: str, examples: str) -> Any:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run, after_interrupt="")
+    command.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return command
+
+
+# ---- pack ----------------------------------------------------------------------------------------
+
+
+def _add_pack(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "pack",
+        _pack,
+        "make a pack of a folder of class folders; run again, it continues where it stopped",
+        "  imagenet-seq pack /data/imagenet /disk/imagenet-pack          # its train/ and val/\n"
+        "  imagenet-seq pack /data/imagenet/train /disk/train-pack\n"
+        "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n",
+    )
+    command.set_defaults(after_interrupt="; run the same command again to continue")
+    command.add_argument("source", help="class folders, or a folder with train/ and/or val/")
+    command.add_argument("destination", help="the pack to make; must not exist")
+    command.add_argument(
+        "--keep-bytes", action="store_true", help="store every file's own bytes, re-code nothing"
+    )
+    command.add_argument(
+        "--strip", action="store_true", help="drop ICC profiles, Exif thumbnails and comments"
+    )
+    command.add_argument(
+        "--on-error",
+        choices=("fail", "skip", "keep"),
+        default="fail",
+        help="images that cannot be decoded: pack the others, then stop and name them (fail, the "
+        "default); leave them out (skip); store their bytes as they are (keep)",
+    )
+    command.add_argument(
+        "--shard-size", type=_size, default=10**9, metavar="SIZE", help="of a shard (default 1GB)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the permutation (default 0)")
+    command.add_argument(
+        "--restart-interval",
+        type=int,
+        default=8,
+        metavar="MCUS",
+        help="MCUs between restart markers (default 8)",
+    )
+    command.add_argument(
+        "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
+    )
+    _add_workers(command)
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from imagenet_seq.pack import Settings, pack
+
+    summaries = pack(
+        options.source,
+        options.destination,
+        settings=Settings(
+            keep_bytes=options.keep_bytes,
+            strip=options.strip,
+            restart_interval=options.restart_interval,
+            shard_bytes=options.shard_size,
+            seed=options.seed,
+        ),
+        on_error=options.on_error,
+        splits=options.splits,
+        num_workers=options.workers,
+    )
+    for summary in summaries.values():
+        ratio = summary.pack_bytes / max(summary.source_bytes, 1)
+        print(f"{summary.folder}: {summary.num_samples} samples")
+        print(
+            f"  {_bytes(summary.source_bytes)} of images became {_bytes(summary.pack_bytes)} of "
+            f"shards ({ratio:.1%})"
+        )
+        print(
+            f"  {summary.num_canonical} re-coded losslessly, {summary.num_as_is} stored as they are"
+        )
+        if summary.failures:
+            kept = sum(failure.kept for failure in summary.failures)
+            print(
+                f"  {len(summary.failures)} could not be decoded or read: {kept} kept, "
+                f"{len(summary.failures) - kept} left out; all in "
+                f"{os.path.join(summary.folder, layout.FAILURES_FILE)}:"
+            )
+            for failure in summary.failures[:_SHOWN]:
+                print(f"    {failure.name}: {failure.reason}")
+    classes = {tuple(layout.read_pack(summary.folder).classes) for summary in summaries.values()}
+    if len(classes) > 1:
+        print(
+            "imagenet-seq: warning: the splits have different classes, so one label means "
+            "different things in them",
+            file=sys.stderr,
+        )
+    return EXIT_OK
+
+
+# ---- info ----------------------------------------------------------------------------------------
+
+
+def _add_info(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "info",
+        _info,
+        "say what a pack or a folder of class folders is; opens no image",
+        "  imagenet-seq info /disk/imagenet-pack --split train\n"
+        "  imagenet-seq info /disk/train-pack --json\n",
+    )
+    command.add_argument("path", help="a pack, class folders, or a folder with train/ and val/")
+    command.add_argument("--split", choices=SPLITS, help="which split of a folder with both")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _info(options: argparse.Namespace) -> int:
+    source = open_source(options.path, options.split, progress=not options.json)
+    index = source.index
+    facts: dict[str, Any] = {
+        "path": index.root,
+        "kind": source.kind,
+        "samples": len(index),
+        "classes": len(index.classes),
+    }
+    if source.kind == "pack":
+        facts.update(_pack_facts(layout.read_pack(index.root)))
+    if options.json:
+        print(json.dumps(facts, indent=1))
+        return EXIT_OK
+    for name, value in facts.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name.replace('_', ' ') + ':':20} {text}")
+    return EXIT_OK
+
+
+def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
+    rows = pack.rows
+    sized = rows[(rows["width"] > 0) & (rows["height"] > 0)]
+    facts = {
+        "shards": len(pack.shard_bytes),
+        "bytes": int(pack.shard_bytes.sum()),
+        "mean_image_bytes": round(float(rows["length"].mean())),
+        "format_version": pack.about["format_version"],
+        "made_by": pack.about.get("created_by"),
+        "settings": pack.about.get("settings"),
+        "source": pack.about.get("source"),
+        "counts": pack.about.get("counts"),
+    }
+    if len(sized):
+        facts["mean_width_px"] = round(float(np.mean(sized["width"])), 1)
+        facts["mean_height_px"] = round(float(np.mean(sized["height"])), 1)
+    return facts
+
+
+# ---- verify --------------------------------------------------------------------------------------
+
+
+def _add_verify(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "verify",
+        _verify,
+        "check every byte of a pack; exit status 0: sound, 1: problems were found",
+        "  imagenet-seq verify /disk/imagenet-pack\n"
+        "  imagenet-seq verify /disk/imagenet-pack --against /data/imagenet   # pixels too\n",
+    )
+    command.add_argument("pack", help="a pack, or a folder with the packs train/ and/or val/")
+    command.add_argument(
+        "--against", metavar="SOURCE", help="what it was made of: compare names, labels and pixels"
+    )
+    command.add_argument(
+        "--problems", type=int, default=20, metavar="N", help="problems to show (default 20)"
+    )
+    _add_workers(command)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from imagenet_seq.verify import verify
+
+    found = [s for s in SPLITS if os.path.isfile(os.path.join(options.pack, s, layout.PACK_FILE))]
+    status = EXIT_OK
+    for split in found or [""]:
+        folder = os.path.join(options.pack, split) if split else options.pack
+        against = options.against
+        if against and split and os.path.isdir(os.path.join(against, split)):
+            against = os.path.join(against, split)
+        layout.refuse_unfinished(folder)
+        report = verify(folder, against, num_workers=options.workers)
+        for problem in report.problems[: options.problems]:
+            print(problem)
+        if len(report.problems) > options.problems:
+            print(f"and {len(report.problems) - options.problems} more problems")
+        compared = f", {report.num_compared} compared with {against}" if against else ""
+        verdict = f"{len(report.problems)} problems" if report.problems else "sound"
+        print(f"{folder}: {report.num_samples} samples{compared}: {verdict}")
+        status = EXIT_FAILED if report.problems else status
+    return status
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def _add_workers(command: Any) -> None:
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="threads (default: one for each available core)"
+    )
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?)B?", text.strip())
+    unit = {**_UNITS, **_BINARY_UNITS}.get(match[2]) if match else None
+    if not match or unit is None or float(match[1]) * unit < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 1GB or 512MiB, got {text!r}")
+    return int(float(match[1]) * unit)
+
+
+def _splits(text: str) -> tuple[str, ...]:
+    splits = tuple(text.split(","))
+    if not splits or any(split not in SPLITS for split in splits):
+        raise argparse.ArgumentTypeError(f"expected train, val or train,val, got {text!r}")
+    return splits
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1106 @@
+"""Write packs: the only writer of the format that docs/format.md describes.
+
+The place of every sample in the pack is a function of (seed, name) alone, so packs are
+byte-identical from any disk order, number of threads or restarts. A disk is never read at random:
+
+1. **deal**: read the source once in the order it lies on the disk, re-code in threads, append every
+   sample to the scratch file of its shard (or of a group of shards, where buffers for all shards
+   would not fit in memory; groups are dealt once more).
+2. **finish**: read each shard's scratch whole, put its samples in order in memory, write the shard.
+
+Everything happens in DESTINATION.partial; the last step is a rename, so a pack is whole or absent.
+A journal of what has been dealt lets a second run continue where a killed one stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from imagenet_seq import __version__, _native
+from imagenet_seq.errors import DataError, PackError
+from imagenet_seq.index import Index, Names
+from imagenet_seq.sources import SPLITS, open_source
+from imagenet_seq.sources import pack as layout
+
+OnError = Literal["fail", "skip", "keep"]
+
+DEFAULT_SHARD_BYTES = 10**9
+DEFAULT_MEMORY_BYTES = 512 << 20
+"""Bound on the buffers of the deal; finishing a shard takes that shard's size beside."""
+
+_MIN_BUFFER_BYTES, _MAX_BUFFER_BYTES = 1 << 20, 8 << 20
+"""A scratch file grows by at least this much at a time, so that a hard disk seldom seeks."""
+
+_SPACE_MARGIN = 0.03
+"""Tar headers take about 1.6 % of ImageNet's bytes, restart markers 1 %."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a pack, beside the source.
+
+    Attributes:
+        keep_bytes: store every image's own bytes instead of re-coding it.
+        strip: drop ICC profiles, Exif thumbnails and comments while re-coding.
+        restart_interval: MCUs between restart markers, 1 to 65535.
+        shard_bytes: bytes of the source that go into one shard, about.
+        seed: of the permutation.
+    """
+
+    keep_bytes: bool = False
+    strip: bool = False
+    restart_interval: int = 8
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected 0 to 2**64 - 1, got {self.seed}")
+        if not 1 <= self.restart_interval <= 65535:
+            raise ValueError(
+                f"restart_interval: expected 1 to 65535 MCUs, got {self.restart_interval}"
+            )
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes: expected 1 or more, got {self.shard_bytes}")
+        if self.keep_bytes and self.strip:
+            raise ValueError("keep_bytes and strip contradict each other: give one of the two")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that could not be packed as an image.
+
+    Attributes:
+        name: its name in the source.
+        reason: what is wrong with it.
+        kept: whether its bytes are in the pack all the same (on_error="keep").
+    """
+
+    name: str
+    reason: str
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished pack holds.
+
+    Attributes:
+        folder: the pack.
+        num_samples: samples in it.
+        source_bytes: bytes of the source's images.
+        pack_bytes: bytes of the shards.
+        num_canonical: samples re-coded into canonical form.
+        num_as_is: samples whose own bytes are stored.
+        failures: samples left out, or kept although damaged.
+    """
+
+    folder: str
+    num_samples: int
+    source_bytes: int
+    pack_bytes: int
+    num_canonical: int
+    num_as_is: int
+    failures: tuple[Failure, ...]
+
+
+def pack(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    settings: Settings | None = None,
+    on_error: OnError = "fail",
+    splits: Sequence[str] | None = None,
+    num_workers: int | None = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    progress: bool = True,
+) -> dict[str, Summary]:
+    """Pack a folder of class folders, or a root with train/ and val/, into `destination`.
+
+    Deterministic: the bytes written depend on the source's names, bytes and classes and on
+    `settings` alone. When interrupted, the same call continues.
+
+    Args:
+        source: a folder of class folders, or a root that holds train/ and/or val/.
+        destination: the pack to make; of a root, the folder for destination/train and so on.
+        settings: what the pack is to be like; None: the defaults.
+        on_error: what to do with an image that cannot be read or decoded. "fail" deals all others
+            and then stops, naming them; "skip" leaves them out; "keep" stores their bytes as they
+            are.
+        splits: which splits of a root to pack; None: those that are there.
+        num_workers: threads that re-code; None: one for each available core.
+        memory_bytes: bound on the buffers for dealing samples to shards.
+        progress: whether to show progress on stderr.
+
+    Returns:
+        For each split packed ("" where source is no root) what its pack holds.
+
+    Raises:
+        PackError: where packing stops; the message says why and how to go on.
+        FileNotFoundError: where the source is not recognised.
+        ValueError: where an argument is out of its domain.
+    """
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error: expected one of {get_args(OnError)}, got {on_error!r}")
+    settings = settings or Settings()
+    source = os.path.abspath(os.path.expanduser(os.fspath(source)))
+    destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
+    present = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
+    options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
+    if not present:
+        if splits:
+            raise ValueError(f"{source}: expected a folder {' or '.join(splits)} in it, found none")
+        return {"": _pack_one(source, destination, settings, options)}
+    missing = [split for split in splits or () if split not in present]
+    if missing:
+        raise ValueError(f"{source}: expected a folder {missing[0]} in it, found {present}")
+    return {
+        split: _pack_one(
+            os.path.join(source, split), os.path.join(destination, split), settings, options
+        )
+        for split in splits or present
+    }
+
+
+class _RunOptions(NamedTuple):
+    """What does not change the bytes of a pack that gets finished without failures."""
+
+    on_error: OnError
+    num_workers: int
+    memory_bytes: int
+    progress: bool
+
+    def bar(self, what: str, total: int, done: int = 0) -> Any:
+        return tqdm(
+            desc=what, total=total, initial=done, unit="img", disable=not self.progress,
+            dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
+        )  # fmt: skip
+
+
+def _pack_one(source: str, destination: str, settings: Settings, options: _RunOptions) -> Summary:
+    partial = destination + layout.PARTIAL_SUFFIX
+    index = open_source(source, progress=options.progress).index
+    sizes, inodes = _stat_all(index, options)
+    plan = _Plan.make(index, sizes, settings, options.memory_bytes)
+    if os.path.lexists(destination):
+        return _finished_before(destination, partial, plan)
+    with _clear_errors(partial), _claim(partial):
+        plan = _agree_on_plan(partial, plan)
+        workshop = _Workshop(partial, plan, options)
+        workshop.deal(inodes)
+        workshop.finish_shards()
+        workshop.finish_pack(destination)
+    return summary_of(destination)
+
+
+def summary_of(folder: str) -> Summary:
+    """Return what the finished pack in `folder` says about itself."""
+    about = layout.read_pack(folder).about
+    failures = []
+    if about["counts"]["failures"]:
+        with open(os.path.join(folder, layout.FAILURES_FILE), "rb") as file:
+            failures = [Failure(**failure) for failure in json.load(file)]
+    return Summary(
+        folder,
+        about["num_samples"],
+        about["source"]["bytes"],
+        sum(shard["bytes"] for shard in about["shards"]),
+        about["counts"]["canonical"],
+        about["num_samples"] - about["counts"]["canonical"],
+        tuple(failures),
+    )
+
+
+def _finished_before(destination: str, partial: str, plan: _Plan) -> Summary:
+    """Accept a pack that the same command made before; refuse everything else that is there."""
+    same = False
+    with contextlib.suppress(DataError, OSError):
+        about = layout.read_pack(destination).about
+        same = about["settings"] == asdict(plan.settings)
+        same = same and about["source"]["index_id"] == plan.index.id
+    if not same:
+        raise PackError(
+            f"{destination}: exists already and is no pack of this source with these settings. "
+            "Nothing was changed: name another destination, or delete it first"
+        )
+    # A run that was killed after its last rename left only scrap.
+    shutil.rmtree(partial, ignore_errors=True)
+    return summary_of(destination)
+
+
+@contextlib.contextmanager
+def _clear_errors(partial: str) -> Iterator[None]:
+    """Say how to go on where the operating system refuses to write."""
+    try:
+        yield
+    except OSError as error:
+        how = f"What is done is kept in {partial}: run the same command again to continue"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(os.path.dirname(partial)).free
+            raise PackError(
+                f"{error}: the disk is full ({_megabytes(free)} free). {how} once there is room, "
+                "or delete that folder"
+            ) from error
+        raise PackError(f"{error}. {how}") from error
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+# ---- the folder that a pack is made in -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _claim(partial: str) -> Iterator[None]:
+    """Make the folder and hold its lock, which the kernel releases when the process ends.
+
+    Raises:
+        PackError: where another packer holds it.
+    """
+    os.makedirs(os.path.join(partial, "pack"), exist_ok=True)
+    path = os.path.join(partial, "lock")
+    with open(path, "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who held it may have finished and removed the folder since.
+            held = os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+        except BlockingIOError:
+            held = False
+        if not held:
+            raise PackError(f"{partial}: another process is packing there; wait for it, or stop it")
+        yield
+
+
+def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
+    """Compare with the run that is to be continued, and take over how it cut its shards.
+
+    Raises:
+        PackError: naming each difference.
+    """
+    path = os.path.join(partial, layout.SETTINGS_FILE)
+    now = plan.describe()
+    try:
+        with open(path, "rb") as file:
+            before = json.load(file)
+    except FileNotFoundError:
+        _check_space(partial, plan)
+        cut = {"num_shards": plan.num_shards, "shards_per_bucket": plan.shards_per_bucket}
+        _write_whole(path, json.dumps({**now, **cut}, indent=1).encode())
+        return plan
+    differences = [
+        f"{key}: {before.get(key)!r} before, {value!r} now"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+    if differences:
+        raise PackError(
+            f"{partial}: an unfinished pack made with other settings or of another source:\n  "
+            + "\n  ".join(differences)
+            + "\nRun the command with the former settings to continue it, or delete that folder to "
+            "begin again"
+        )
+    plan = dataclasses.replace(
+        plan, num_shards=before["num_shards"], shards_per_bucket=before["shards_per_bucket"]
+    )
+    _check_space(partial, plan)
+    return plan
+
+
+def _check_space(partial: str, plan: _Plan) -> None:
+    """Refuse to begin where the scratch and the shards cannot fit."""
+    shard_bytes = plan.source_bytes // plan.num_shards
+    at_once = shard_bytes * (1 if plan.shards_per_bucket == 1 else plan.shards_per_bucket + 1)
+    needed = plan.source_bytes * (1 + _SPACE_MARGIN) + at_once
+    present = sum(
+        os.stat(os.path.join(folder, name)).st_size
+        for folder, _, names in os.walk(partial)
+        for name in names
+    )
+    free = shutil.disk_usage(partial).free
+    if needed - present > free:
+        raise PackError(
+            f"{partial}: not enough room: packing {_megabytes(plan.source_bytes)} of images takes "
+            f"{_megabytes(needed)} while it runs, {_megabytes(present)} are there already, and the "
+            f"disk has {_megabytes(free)} free: make room for {_megabytes(needed - present - free)}"
+        )
+
+
+def _write_whole(path: str, content: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    with open(path + ".tmp", "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make renames in a folder last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- the plan: which sample goes where -----------------------------------------------------------
+
+
+def _stat_all(
+    index: Index, options: _RunOptions
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return size and inode of every sample's file; -1 where stat fails (reading says why)."""
+
+    def stat_slice(first: int) -> list[tuple[int, int]]:
+        found = []
+        for name in index.files[first : first + slice_size]:
+            try:
+                stat = os.stat(os.path.join(index.root, name))
+                found.append((stat.st_size, stat.st_ino & (2**63 - 1)))
+            except OSError:
+                found.append((-1, -1))
+        return found
+
+    slice_size = 1024
+    table = np.empty((len(index), 2), np.int64)
+    firsts = range(0, len(index), slice_size)
+    # Threads overlap the waits for a disk or a network; eight keep a disk's queue full.
+    with ThreadPoolExecutor(8) as threads, options.bar("look at files", len(index)) as bar:
+        for first, found in zip(firsts, threads.map(stat_slice, firsts), strict=True):
+            table[first : first + len(found)] = found
+            bar.update(len(found))
+    return table[:, 0].copy(), table[:, 1].copy()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that is known before the first image is read.
+
+    Attributes:
+        index: the source.
+        settings: what the pack is to be like.
+        sizes: bytes of each sample's file; -1 unknown.
+        num_shards: shards of the pack.
+        shards_per_bucket: shards that share a scratch file in the first round of dealing.
+        order: sample of each place in the pack.
+        shard_begin: place where each shard begins, and the number of places.
+        shard_of_sample: shard of each sample.
+    """
+
+    index: Index
+    settings: Settings
+    sizes: npt.NDArray[np.int64]
+    num_shards: int
+    shards_per_bucket: int
+
+    @classmethod
+    def make(
+        cls, index: Index, sizes: npt.NDArray[np.int64], settings: Settings, memory_bytes: int
+    ) -> _Plan:
+        source_bytes = int(sizes[sizes > 0].sum())
+        num_shards = max(1, min(len(index), -(-source_bytes // settings.shard_bytes)))
+        most_buckets = max(1, memory_bytes // _MIN_BUFFER_BYTES)
+        return cls(index, settings, sizes, num_shards, -(-num_shards // most_buckets))
+
+    @functools.cached_property
+    def source_bytes(self) -> int:
+        return int(self.sizes[self.sizes > 0].sum())
+
+    @functools.cached_property
+    def order(self) -> npt.NDArray[np.int64]:
+        return np.argsort(_place_hashes(self.index.name, self.settings.seed), kind="stable")
+
+    @functools.cached_property
+    def shard_begin(self) -> npt.NDArray[np.int64]:
+        # Shards of equal numbers of samples, not of bytes: so a place depends on names alone.
+        return np.arange(self.num_shards + 1, dtype=np.int64) * len(self.index) // self.num_shards
+
+    @functools.cached_property
+    def shard_of_sample(self) -> npt.NDArray[np.int64]:
+        shard = np.empty(len(self.index), np.int64)
+        shard[self.order] = np.repeat(np.arange(self.num_shards), np.diff(self.shard_begin))
+        return shard
+
+    @property
+    def num_buckets(self) -> int:
+        return -(-self.num_shards // self.shards_per_bucket)
+
+    def shards_of_bucket(self, bucket: int) -> range:
+        first = bucket * self.shards_per_bucket
+        return range(first, min(first + self.shards_per_bucket, self.num_shards))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a continued packing must agree on."""
+        return {
+            **asdict(self.settings),
+            "version": __version__,
+            "source": os.path.abspath(self.index.root),
+            "source_id": self.index.id,
+        }
+
+
+def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
+    """Return the number that each sample is sorted by; ties keep the source's order."""
+    keyed = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"))
+
+    def digest(name: str) -> bytes:
+        state = keyed.copy()
+        state.update(os.fsencode(name))
+        return state.digest()
+
+    return np.frombuffer(b"".join(map(digest, names)), "<u8").astype(np.uint64)
+
+
+# ---- encoding ------------------------------------------------------------------------------------
+
+
+class _Encoded(NamedTuple):
+    data: memoryview
+    width: int
+    height: int
+    crc32c: int
+    flags: int
+
+
+class _Refused(NamedTuple):
+    """Why a sample is no image, or could not be read."""
+
+    reason: str
+    data: bytes | None  # None: could not be read
+
+
+def _read(path: str) -> bytes | _Refused:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = file.readall()
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0, "?")
+        return _Refused(f"cannot be read: {error.strerror} ({code})", None)
+    if len(data) > layout.MAX_IMAGE_BYTES:
+        return _Refused(f"{len(data)} bytes are more than a tar member can hold", None)
+    return data
+
+
+def _encode(data: bytes, settings: Settings) -> _Encoded | _Refused:
+    """Re-code one image, or keep it where the core can't but Pillow can decode it."""
+    recoded = _native.transcode(data, settings.restart_interval, settings.strip)
+    if recoded is not None:
+        stored = memoryview(data) if settings.keep_bytes else recoded[0].data
+        flags = layout.FLAG_CLEAN | (0 if settings.keep_bytes else layout.FLAG_CANONICAL)
+        header = recoded[1]
+        return _Encoded(stored, header.width, header.height, _native.crc32c(stored), flags)
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            image.convert("RGB")
+    except UnidentifiedImageError:
+        # Pillow's own text holds a memory address, and reports must not differ between runs.
+        return _Refused("is no image that Pillow can identify", data)
+    except Exception as error:  # a damaged image raises almost anything
+        return _Refused(f"Pillow cannot decode it: {type(error).__name__}: {error}", data)
+    return _Encoded(memoryview(data), width, height, _native.crc32c(data), 0)
+
+
+def _keep_damaged(refused: _Refused) -> _Encoded | _Refused:
+    if refused.data is None:
+        return refused
+    crc = _native.crc32c(refused.data)
+    return _Encoded(memoryview(refused.data), -1, -1, crc, layout.FLAG_DAMAGED)
+
+
+# ---- scratch files -------------------------------------------------------------------------------
+
+_DEALT = np.dtype(
+    [
+        ("sample", "<i8"),
+        ("offset", "<i8"),
+        ("length", "<i8"),
+        ("bucket", "<i4"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("crc32c", "<u4"),
+        ("flags", "<u4"),
+        ("reserved", "<u4"),
+        ("source_length", "<i8"),
+    ]
+)
+"""One dealt sample: where it lies in the scratch file of its bucket, and what it is.
+
+`source_length` tells a source file that was replaced meanwhile: it is dealt again."""
+
+
+def _encoded_from(data: memoryview, row: Any) -> _Encoded:
+    fields = (int(row[key]) for key in ("width", "height", "crc32c", "flags"))
+    return _Encoded(data, *fields)
+
+
+class _Buckets:
+    """Scratch files that samples are appended to through large buffers.
+
+    Args:
+        folder: where the files lie.
+        prefix: of the files' names.
+        buffer_bytes: a bucket is written when its buffer has grown to this.
+        on_flush: called with the rows of a buffer after it has been written.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        prefix: str,
+        buffer_bytes: int,
+        on_flush: Callable[[npt.NDArray[np.void]], None],
+    ) -> None:
+        self._folder = folder
+        self._prefix = prefix
+        self._buffer_bytes = buffer_bytes
+        self._on_flush = on_flush
+        self._buffers: dict[int, bytearray] = {}
+        self._pending: dict[int, list[tuple[int, ...]]] = {}
+        self._ends: dict[int, int] = {}
+
+    def path(self, bucket: int) -> str:
+        return os.path.join(self._folder, f"{self._prefix}-{bucket:06d}")
+
+    def set_end(self, bucket: int, end: int) -> None:
+        """Continue a bucket that has `end` good bytes; what follows them is cut off."""
+        if os.path.exists(self.path(bucket)):
+            os.truncate(self.path(bucket), end)
+        self._ends[bucket] = end
+
+    def append(self, bucket: int, sample: int, encoded: _Encoded, source_length: int) -> None:
+        buffer = self._buffers.setdefault(bucket, bytearray())
+        offset = self._ends.get(bucket, 0) + len(buffer)
+        buffer += encoded.data
+        data, width, height, crc, flags = encoded
+        row = (sample, offset, len(data), bucket, width, height, crc, flags, 0, source_length)
+        self._pending.setdefault(bucket, []).append(row)
+        if len(buffer) >= self._buffer_bytes:
+            self._flush(bucket)
+
+    def flush(self) -> None:
+        for bucket in list(self._buffers):
+            self._flush(bucket)
+
+    def _flush(self, bucket: int) -> None:
+        buffer, rows = self._buffers.pop(bucket), self._pending.pop(bucket)
+        with open(self.path(bucket), "ab") as file:
+            file.write(buffer)
+        self._ends[bucket] = self._ends.get(bucket, 0) + len(buffer)
+        self._on_flush(np.array(rows, _DEALT))
+
+    def load(self, bucket: int) -> memoryview:
+        """Read a bucket's file whole, in one sequential run."""
+        try:
+            with open(self.path(bucket), "rb", buffering=0) as file:
+                return memoryview(file.readall())
+        except FileNotFoundError:
+            return memoryview(b"")
+
+    def remove(self, bucket: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(bucket))
+
+
+class _Journal:
+    """What has been dealt, appended after every buffer that was written to its bucket.
+
+    A batch of rows is preceded by its number of rows and its CRC-32C: what a kill tore is
+    recognised and cut off. Buckets are not synced: after a power failure the images' own CRC tells
+    what is missing, and that is read from the source again.
+    """
+
+    _HEADER = struct.Struct("<4sII")
+    _MAGIC = b"dlt1"
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._batches: list[npt.NDArray[np.void]] = []
+
+    def recover(self) -> None:
+        """Read the whole batches and rewrite the journal with them alone."""
+        try:
+            with open(self._path, "rb") as file:
+                self._batches = list(self._read(file))
+        except FileNotFoundError:
+            return
+
+    def rewrite(self, rows: npt.NDArray[np.void]) -> None:
+        """Replace the journal by one that holds `rows`, whole or not at all."""
+        self._batches = [rows] if len(rows) else []
+        content = b"".join(map(self._encode, self._batches))
+        _write_whole(self._path, content)
+
+    def add(self, rows: npt.NDArray[np.void]) -> None:
+        with open(self._path, "ab") as file:
+            file.write(self._encode(rows))
+        self._batches.append(rows)
+
+    def rows(self) -> npt.NDArray[np.void]:
+        return np.concatenate([np.empty(0, _DEALT), *self._batches])
+
+    def _encode(self, rows: npt.NDArray[np.void]) -> bytes:
+        content = rows.tobytes()
+        return self._HEADER.pack(self._MAGIC, len(rows), _native.crc32c(content)) + content
+
+    def _read(self, file: BinaryIO) -> Iterator[npt.NDArray[np.void]]:
+        while len(header := file.read(self._HEADER.size)) == self._HEADER.size:
+            magic, num_rows, crc = self._HEADER.unpack(header)
+            content = file.read(num_rows * _DEALT.itemsize) if magic == self._MAGIC else b""
+            if not content or len(content) % _DEALT.itemsize or _native.crc32c(content) != crc:
+                return
+            yield np.frombuffer(content, _DEALT)
+
+
+# ---- the two passes ------------------------------------------------------------------------------
+
+_RUN_SAMPLES, _RUN_BYTES = 16, 4 << 20
+"""A worker gets this many samples at once: enough to hide what handing over costs."""
+
+_MAX_REPORTED = 20
+_MAX_FAILURES = 1000
+"""With on_error="fail": more than this is a broken disk or a wrong folder, not a few bad files."""
+
+
+class _Workshop:
+    """Deals samples to scratch files, then makes shards of them, in a claimed folder."""
+
+    def __init__(self, partial: str, plan: _Plan, options: _RunOptions) -> None:
+        self._partial = partial
+        self._pack_folder = os.path.join(partial, "pack")
+        self._plan = plan
+        self._options = options
+        self._failures: dict[int, Failure] = {}
+        self._journal = _Journal(os.path.join(partial, "dealt"))
+        buffer_bytes = options.memory_bytes // plan.num_buckets
+        self._buckets = _Buckets(
+            partial,
+            "deal",
+            min(max(buffer_bytes, _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES),
+            self._journal.add,
+        )
+        self._recover()
+
+    def _recover(self) -> None:
+        """Take over what earlier runs have dealt, without what a kill tore."""
+        self._journal.recover()
+        rows = self._journal.rows()
+        rows = rows[self._is_good(rows)]
+        # Where a sample was dealt twice, the later one counts.
+        _, last = np.unique(rows["sample"][::-1], return_index=True)
+        rows = rows[len(rows) - 1 - last]
+        self._journal.rewrite(rows)
+        for bucket in range(self._plan.num_buckets):
+            mine = rows[rows["bucket"] == bucket]
+            end = int((mine["offset"] + mine["length"]).max()) if len(mine) else 0
+            self._buckets.set_end(bucket, end)
+
+    def _is_good(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        plan = self._plan
+        good = (rows["sample"] >= 0) & (rows["sample"] < len(plan.index))
+        sample = np.where(good, rows["sample"], 0)
+        file_size = np.zeros(plan.num_buckets, np.int64)
+        for bucket in range(plan.num_buckets):
+            with contextlib.suppress(FileNotFoundError):
+                file_size[bucket] = os.stat(self._buckets.path(bucket)).st_size
+        expected = plan.shard_of_sample[sample] // plan.shards_per_bucket
+        good &= rows["bucket"] == expected
+        good &= rows["offset"] + rows["length"] <= file_size[expected]
+        good &= rows["source_length"] == plan.sizes[sample]
+        if self._options.on_error != "keep":
+            good &= (rows["flags"] & layout.FLAG_DAMAGED) == 0
+        return np.asarray(good)
+
+    # ---- deal
+
+    def deal(self, inodes: npt.NDArray[np.int64]) -> None:
+        """Read, re-code and deal all samples that are missing.
+
+        Raises:
+            PackError: where samples fail and on_error asks to stop.
+        """
+        missing = np.ones(len(self._plan.index), np.bool_)
+        missing[self._journal.rows()["sample"]] = False
+        for shard in range(self._plan.num_shards):
+            if self._is_finished(shard):
+                missing[self._samples_of(shard)] = False
+        samples = np.flatnonzero(missing)
+        # Inodes are given out about in the order of a file system's blocks.
+        samples = samples[np.argsort(inodes[samples], kind="stable")]
+        done = len(missing) - len(samples)
+        with (
+            _quiet_pillow(),
+            ThreadPoolExecutor(self._options.num_workers) as threads,
+            self._options.bar("read and re-code", len(missing), done) as bar,
+        ):
+            try:
+                for run in self._encoded_runs(threads, samples):
+                    for sample, length, encoded in run:
+                        self._deal_one(sample, length, encoded)
+                    _advance(bar, len(run), sum(max(length, 0) for _, length, _ in run))
+            finally:
+                self._buckets.flush()
+        self._stop_on_failures()
+
+    def _encoded_runs(
+        self, threads: ThreadPoolExecutor, samples: npt.NDArray[np.int64]
+    ) -> Iterator[list[tuple[int, int, _Encoded | _Refused]]]:
+        """Read in this thread, in the order given; yield runs of (sample, length, re-coded)."""
+        waiting: deque[Future[list[tuple[int, int, _Encoded | _Refused]]]] = deque()
+        try:
+            for run in self._read_runs(samples):
+                waiting.append(threads.submit(self._encode_run, run))
+                if len(waiting) > 2 * self._options.num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _read_runs(
+        self, samples: npt.NDArray[np.int64]
+    ) -> Iterator[list[tuple[int, bytes | _Refused]]]:
+        run: list[tuple[int, bytes | _Refused]] = []
+        run_bytes = 0
+        for sample in samples.tolist():
+            data = _read(self._path(sample))
+            run.append((sample, data))
+            run_bytes += 0 if isinstance(data, _Refused) else len(data)
+            if len(run) >= _RUN_SAMPLES or run_bytes >= _RUN_BYTES:
+                yield run
+                run, run_bytes = [], 0
+        if run:
+            yield run
+
+    def _encode_run(
+        self, run: list[tuple[int, bytes | _Refused]]
+    ) -> list[tuple[int, int, _Encoded | _Refused]]:
+        return [
+            (sample, -1, data)
+            if isinstance(data, _Refused)
+            else (sample, len(data), _encode(data, self._plan.settings))
+            for sample, data in run
+        ]
+
+    def _deal_one(self, sample: int, length: int, encoded: _Encoded | _Refused) -> None:
+        if isinstance(encoded, _Refused):
+            encoded = self._fail(sample, encoded)
+        if isinstance(encoded, _Encoded):
+            bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
+            self._buckets.append(bucket, sample, encoded, length)
+
+    def _fail(self, sample: int, refused: _Refused) -> _Encoded | _Refused:
+        """Note a failure; return what is to be stored under on_error="keep"."""
+        kept = _keep_damaged(refused) if self._options.on_error == "keep" else refused
+        name = self._plan.index.name[sample]
+        self._failures[sample] = Failure(name, refused.reason, isinstance(kept, _Encoded))
+        if self._options.progress and len(self._failures) <= _MAX_REPORTED:
+            tqdm.write(f"{name}: {refused.reason}", file=sys.stderr)
+        if self._options.on_error == "fail" and len(self._failures) >= _MAX_FAILURES:
+            self._stop_on_failures()
+        return kept
+
+    def _stop_on_failures(self) -> None:
+        stopping = [f for f in self._failures.values() if not f.kept]
+        if not stopping or self._options.on_error == "skip":
+            return
+        stopping.sort(key=lambda failure: failure.name)
+        lines = [f"  {failure.name}: {failure.reason}" for failure in stopping[:_MAX_REPORTED]]
+        if len(stopping) > _MAX_REPORTED:
+            lines.append(f"  and {len(stopping) - _MAX_REPORTED} more")
+        keep = ", or --on-error keep to store their bytes as they are"
+        raise PackError(
+            f"{len(stopping)} of {len(self._plan.index)} images cannot be packed:\n"
+            + "\n".join(lines)
+            + "\nRepair them, or add --on-error skip to leave them out"
+            + (keep if self._options.on_error == "fail" else "")
+            + f"; then run the command again: it continues from {self._partial}"
+        )
+
+    # ---- finish
+
+    def finish_shards(self) -> None:
+        """Make every shard that is not there yet, each from one sequential read of its scratch."""
+        plan = self._plan
+        rows = self._journal.rows()
+        finished = [shard for shard in range(plan.num_shards) if self._is_finished(shard)]
+        done = sum(len(self._samples_of(shard)) for shard in finished)
+        with self._options.bar("write shards", len(plan.index), done) as bar:
+            for bucket in range(plan.num_buckets):
+                shards = [s for s in plan.shards_of_bucket(bucket) if s not in finished]
+                if not shards:
+                    continue
+                mine = rows[rows["bucket"] == bucket]
+                if plan.shards_per_bucket == 1:
+                    self._finish_shard(shards[0], self._buckets.load(bucket), mine, bar)
+                else:
+                    self._finish_group(bucket, shards, mine, bar)
+                self._buckets.remove(bucket)
+
+    def _finish_group(
+        self, bucket: int, shards: list[int], rows: npt.NDArray[np.void], bar: Any
+    ) -> None:
+        """Deal the scratch of several shards once more, to a file for each; then finish them.
+
+        Nothing of this is journalled: a killed run begins again with the group's scratch.
+        """
+        again: list[npt.NDArray[np.void]] = []
+        split = _Buckets(self._partial, "split", _MIN_BUFFER_BYTES, again.append)
+        for shard in shards:
+            split.remove(shard)
+        with open(self._buckets.path(bucket), "rb", buffering=_MAX_BUFFER_BYTES) as file:
+            for row in np.sort(rows, order="offset"):
+                shard = int(self._plan.shard_of_sample[row["sample"]])
+                if shard in shards:
+                    file.seek(int(row["offset"]))
+                    encoded = _encoded_from(memoryview(file.read(int(row["length"]))), row)
+                    split.append(shard, int(row["sample"]), encoded, int(row["source_length"]))
+        split.flush()
+        rows = np.concatenate([np.empty(0, _DEALT), *again])
+        for shard in shards:
+            self._finish_shard(shard, split.load(shard), rows[rows["bucket"] == shard], bar)
+            split.remove(shard)
+
+    def _finish_shard(
+        self, shard: int, scratch: memoryview, rows: npt.NDArray[np.void], bar: Any
+    ) -> None:
+        """Write one shard, and beside it the rows that the index will need."""
+        dealt = {int(row["sample"]): row for row in rows}
+        path = os.path.join(self._pack_folder, layout.shard_file(shard))
+        table: list[tuple[Any, ...]] = []
+        samples: list[int] = []
+        with _ShardFile(path + ".tmp") as file:
+            for sample in self._samples_of(shard).tolist():
+                encoded = self._take_dealt(scratch, dealt.get(sample), sample)
+                if encoded is not None:
+                    table.append(self._write_sample(file, shard, sample, encoded))
+                    samples.append(sample)
+                _advance(bar, 1, 0 if encoded is None else len(encoded.data))
+            file.write(layout.END_OF_SHARD)
+        about = {
+            "file": layout.shard_file(shard),
+            "bytes": file.size,
+            "crc32c": f"{file.crc32c:08x}",
+            "num_samples": len(table),
+        }
+        failures = [
+            asdict(self._failures[s]) for s in self._samples_of(shard) if s in self._failures
+        ]
+        content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
+        content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
+        _write_whole(self._rows_path(shard), content)
+        os.replace(path + ".tmp", path)
+
+    def _write_sample(
+        self, file: _ShardFile, shard: int, sample: int, encoded: _Encoded
+    ) -> tuple[Any, ...]:
+        name, label = self._plan.index.name[sample], int(self._label[sample])
+        canonical = bool(encoded.flags & layout.FLAG_CANONICAL)
+        file.write(layout.member_header(self._members.image(name, canonical), len(encoded.data)))
+        offset = file.size
+        file.write(encoded.data)
+        file.write(layout.padding(len(encoded.data)))
+        content = layout.label_content(label)
+        file.write(layout.member_header(self._members.label(name), len(content)))
+        file.write(content)
+        file.write(layout.padding(len(content)))
+        data, width, height, crc, flags = encoded
+        return (offset, len(data), shard, label, width, height, crc, flags, (0, 0, 0))
+
+    def _take_dealt(self, scratch: memoryview, row: Any, sample: int) -> _Encoded | None:
+        """Return a sample from the scratch, or from the source where the scratch is not sound.
+
+        None: the sample is to be left out.
+        """
+        if row is not None:
+            data = scratch[int(row["offset"]) : int(row["offset"]) + int(row["length"])]
+            if len(data) == row["length"] and _native.crc32c(data) == row["crc32c"]:
+                if row["flags"] & layout.FLAG_DAMAGED and sample not in self._failures:
+                    self._encode_again(sample, bytes(data))  # an earlier run knew what is wrong
+                return _encoded_from(data, row)
+        if sample in self._failures:
+            return None
+        encoded = self._encode_again(sample, _read(self._path(sample)))
+        self._stop_on_failures()
+        return encoded
+
+    def _encode_again(self, sample: int, data: bytes | _Refused) -> _Encoded | None:
+        encoded = data if isinstance(data, _Refused) else _encode(data, self._plan.settings)
+        if isinstance(encoded, _Refused):
+            encoded = self._fail(sample, encoded)
+        return encoded if isinstance(encoded, _Encoded) else None
+
+    @functools.cached_property
+    def _members(self) -> layout.MemberNames:
+        return layout.MemberNames(self._plan.index.name)
+
+    @functools.cached_property
+    def _label(self) -> npt.NDArray[np.int32]:
+        return np.asarray(self._plan.index.targets, np.int32)
+
+    def _path(self, sample: int) -> str:
+        index = self._plan.index
+        return os.path.join(index.root, index.files[int(index.file[sample])])
+
+    def _samples_of(self, shard: int) -> npt.NDArray[np.int64]:
+        begin, end = self._plan.shard_begin[shard : shard + 2]
+        return self._plan.order[begin:end]
+
+    def _rows_path(self, shard: int) -> str:
+        return os.path.join(self._partial, f"rows-{shard:06d}")
+
+    def _is_finished(self, shard: int) -> bool:
+        # The shard gets its name last, so where it is its rows are there too.
+        return os.path.exists(os.path.join(self._pack_folder, layout.shard_file(shard)))
+
+    def finish_pack(self, destination: str) -> None:
+        """Write the tables, then give the pack its name: the moment it comes to exist."""
+        abouts, failures, tables, samples = [], [], [], []
+        for shard in range(self._plan.num_shards):
+            with open(self._rows_path(shard), "rb") as file:
+                header = json.loads(file.readline())
+                content = file.read()
+            abouts.append(header["about"])
+            failures += header["failures"]
+            split = header["about"]["num_samples"] * layout.ROW.itemsize
+            tables.append(np.frombuffer(content[:split], layout.ROW))
+            samples.append(np.frombuffer(content[split:], "<i8"))
+        rows = np.concatenate(tables)
+        if not len(rows):
+            raise PackError(f"{self._plan.index.root}: no image is left to pack")
+        names = self._plan.index.name.take(np.concatenate(samples))
+        files = {
+            layout.INDEX_FILE: _npy(rows),
+            layout.NAMES_FILE: _npy(names.blob),
+            layout.NAMES_BEGIN_FILE: _npy(names.begin.astype("<i8")),
+        }
+        if failures:
+            text = json.dumps(sorted(failures, key=lambda f: str(f["name"])), indent=1)
+            files[layout.FAILURES_FILE] = text.encode()
+        for file_name, content in files.items():
+            _write_whole(os.path.join(self._pack_folder, file_name), content)
+        about = self._about(rows, names, abouts, failures, files)
+        text = json.dumps(about, indent=1, ensure_ascii=True)
+        _write_whole(os.path.join(self._pack_folder, layout.PACK_FILE), text.encode())
+        _sync_folder(self._pack_folder)
+        os.rename(self._pack_folder, destination)
+        _sync_folder(os.path.dirname(destination))
+        shutil.rmtree(self._partial)
+
+    def _about(
+        self,
+        rows: npt.NDArray[np.void],
+        names: Names,
+        shards: list[dict[str, Any]],
+        failures: list[dict[str, Any]],
+        files: dict[str, bytes],
+    ) -> dict[str, Any]:
+        plan = self._plan
+        index = layout.make_index("", rows, names, plan.index.classes, len(shards))
+        return {
+            "format": layout.FORMAT,
+            "format_version": layout.FORMAT_VERSION,
+            "created_by": f"imagenet-seq {__version__}",
+            "index_id": index.id,
+            "num_samples": len(rows),
+            "image_bytes": int(rows["length"].sum()),
+            "classes": list(plan.index.classes),
+            "settings": asdict(plan.settings),
+            "source": {
+                "kind": "imagefolder",
+                "num_samples": len(plan.index),
+                "bytes": plan.source_bytes,
+                "index_id": plan.index.id,
+            },
+            "counts": {
+                "canonical": int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL)),
+                "failures": len(failures),
+                "skipped": sum(not failure["kept"] for failure in failures),
+            },
+            "files": {
+                name: {"bytes": len(content), "crc32c": f"{_native.crc32c(content):08x}"}
+                for name, content in files.items()
+            },
+            "shards": shards,
+        }
+
+
+class _ShardFile:
+    """A file written in large pieces, synced at the end, whose size and CRC-32C are known."""
+
+    _PIECE_BYTES = 4 << 20
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by __exit__
+        self._buffer = bytearray()
+        self.size = 0
+        self.crc32c = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._buffer += data
+        self.size += len(data)
+        if len(self._buffer) >= self._PIECE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.crc32c = _native.crc32c(memoryview(self._buffer), self.crc32c)
+        left = memoryview(self._buffer)
+        while left:
+            left = left[self._file.write(left) :]
+        self._buffer = bytearray()
+
+    def __enter__(self) -> _ShardFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._flush()
+                os.fsync(self._file.fileno())
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _advance(bar: Any, num_samples: int, num_bytes: int) -> None:
+    """Move a progress bar on and show the rate in MB/s beside images/s."""
+    bar.moved_bytes = getattr(bar, "moved_bytes", 0) + num_bytes
+    if bar.update(num_samples) and not bar.disable:
+        elapsed = bar.format_dict["elapsed"] or 1
+        bar.set_postfix_str(f"{bar.moved_bytes / 1e6 / elapsed:.0f} MB/s", refresh=False)
+
+
+@contextlib.contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's remarks on odd metadata: what it decodes is good."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield

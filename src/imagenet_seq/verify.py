@@ -1,0 +1,272 @@
+"""Check a pack: every byte of it against its own tables, and its pixels against the source."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from imagenet_seq import _native
+from imagenet_seq.errors import DataError
+from imagenet_seq.sources import Source, open_source
+from imagenet_seq.sources import pack as layout
+
+_READ_BYTES = 8 << 20
+"""Shards are read in pieces of this size: threads that share a hard disk seek seldom."""
+
+_MAX_PROBLEMS = 1000
+"""After so many problems in one shard the rest of it is not looked at."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found.
+
+    Attributes:
+        num_samples: samples in the pack.
+        num_compared: samples whose pixels were compared with the source's.
+        problems: one line for each thing that is wrong; empty: the pack is sound.
+    """
+
+    num_samples: int
+    num_compared: int
+    problems: tuple[str, ...]
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Read a pack whole and compare every byte with what its tables promise.
+
+    Shards have one permitted form (docs/format.md), so each header, padding and label is compared
+    byte by byte, and each image by its CRC-32C.
+
+    Args:
+        folder: the pack.
+        against: the source it was made of: then names, labels and pixels are compared too, decoded
+            by Pillow on both sides. On a hard disk this reads the source in random order.
+        num_workers: threads; None: one for each available core.
+        progress: whether to show progress on stderr.
+
+    Raises:
+        OSError: where the operating system refuses to read `against`.
+        FileNotFoundError: where `against` is no data set.
+    """
+    try:
+        pack = layout.read_pack(folder, check_shards=False)
+    except (DataError, OSError) as error:
+        return Report(0, 0, (str(error),))
+    problems = list(_check_tables(pack))
+    reference = None
+    if against is not None:
+        reference = _Reference(pack, open_source(against, progress=progress))
+        problems += reference.check_names(pack)
+    workers = num_workers or layout.num_cores()
+    bar = tqdm(
+        desc=f"verify {pack.folder}", total=len(pack.rows), unit="img", disable=not progress,
+        dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
+    )  # fmt: skip
+    with bar, ThreadPoolExecutor(workers) as threads:
+        check = _ShardCheck(pack, reference, bar)
+        try:
+            for found in threads.map(check.run, range(len(pack.shard_bytes))):
+                problems += found
+        except BaseException:
+            check.stop.set()
+            raise
+    return Report(len(pack.rows), reference.num_compared if reference else 0, tuple(problems))
+
+
+def _check_tables(pack: layout.Pack) -> Iterator[str]:
+    """Check everything that no shard has to be read for."""
+    about, rows = pack.about, pack.rows
+    for name, expected in about.get("files", {}).items():
+        path = os.path.join(pack.folder, os.path.basename(name))
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            yield str(error)
+            continue
+        crc = f"{_native.crc32c(content):08x}"
+        if expected != {"bytes": len(content), "crc32c": crc}:
+            yield f"{path}: expected {expected}, got {len(content)} bytes with CRC-32C {crc}"
+    index = layout.make_index(pack.folder, rows, pack.names, pack.classes, len(pack.shard_bytes))
+    try:
+        index.validate(os.path.join(pack.folder, layout.INDEX_FILE))
+    except DataError as error:
+        yield str(error)
+    if index.id != about.get("index_id"):
+        yield (
+            f"{pack.folder}/{layout.PACK_FILE}: 'index_id' is {about.get('index_id')!r}, names, "
+            f"labels, offsets and classes give {index.id!r}: one of them was changed"
+        )
+    place = rows["shard"].astype(np.int64) << 48 | rows["offset"]
+    if (np.diff(place) <= 0).any():
+        sample = int((np.diff(place) <= 0).argmax()) + 1
+        path = os.path.join(pack.folder, layout.INDEX_FILE)
+        yield f"{path}: sample {sample} does not lie behind the one before it"
+
+
+class _Reference:
+    """The source a pack is compared with."""
+
+    def __init__(self, pack: layout.Pack, source: Source) -> None:
+        if source.foreign:
+            raise ValueError(
+                f"{source.index.root}: comparing with a {source.kind} is not supported"
+            )
+        self._pack = pack
+        self._index = source.index
+        self._label = np.asarray(source.index.targets)
+        self._sample = {name: sample for sample, name in enumerate(source.index.name)}
+        self._lock = threading.Lock()
+        self.num_compared = 0
+
+    def check_names(self, pack: layout.Pack) -> Iterator[str]:
+        """Report the source's samples that the pack lacks, beside those it says it left out."""
+        left_out = set()
+        if pack.about.get("counts", {}).get("skipped"):
+            with open(os.path.join(pack.folder, layout.FAILURES_FILE), "rb") as file:
+                left_out = {failure["name"] for failure in json.load(file) if not failure["kept"]}
+        missing = set(self._sample).difference(pack.names, left_out)
+        for name in sorted(missing)[:_MAX_PROBLEMS]:
+            yield f"{name}: is in {self._index.root} but not in the pack"
+
+    def check(self, name: str, label: int, data: bytes) -> str | None:
+        """Compare one sample; return what is wrong with it."""
+        sample = self._sample.get(name)
+        if sample is None:
+            return f"is in the pack but not in {self._index.root}"
+        expected = self._index.classes[int(self._label[sample])]
+        if not 0 <= label < len(self._pack.classes) or self._pack.classes[label] != expected:
+            return f"label {label} does not mean class {expected}, as in the source"
+        with open(os.path.join(self._index.root, name), "rb") as file:
+            original = file.read()
+        with self._lock:
+            self.num_compared += 1
+        if original == data:
+            return None
+        try:
+            same = _pixels(original) == _pixels(data)
+        except Exception as error:  # Pillow raises almost anything on a damaged image
+            return f"differs from the source's bytes, and Pillow cannot decode both: {error}"
+        return None if same else "its pixels differ from the source's"
+
+
+def _pixels(data: bytes) -> tuple[str, tuple[int, int], bytes]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        return image.mode, image.size, image.tobytes()
+
+
+@dataclass
+class _ShardCheck:
+    """Checks shards, several at once."""
+
+    pack: layout.Pack
+    reference: _Reference | None
+    bar: Any
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.members = layout.MemberNames(self.pack.names)
+
+    def run(self, shard: int) -> list[str]:
+        """Return the problems of one shard."""
+        path = os.path.join(self.pack.folder, layout.shard_file(shard))
+        problems: list[str] = []
+        try:
+            with open(path, "rb", buffering=_READ_BYTES) as file:
+                for problem in self._problems(shard, path, file):
+                    problems.append(problem)
+                    if len(problems) >= _MAX_PROBLEMS:
+                        problems.append(
+                            f"{path}: {_MAX_PROBLEMS} problems; the rest is not checked"
+                        )
+                        break
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror or error}")
+        return problems
+
+    def _problems(self, shard: int, path: str, file: BinaryIO) -> Iterator[str]:
+        size = os.fstat(file.fileno()).st_size
+        expected = int(self.pack.shard_bytes[shard])
+        if size != expected:
+            yield f"{path}: expected {expected} bytes, got {size}"
+        first, end = np.searchsorted(self.pack.rows["shard"], [shard, shard + 1])
+        crc, position = 0, 0
+        for sample in range(int(first), int(end)):
+            if self.stop.is_set():
+                return
+            expected_parts = self._parts(sample)
+            where = f"{path} offset {position}: sample {sample} ({self.pack.names[sample]})"
+            if int(self.pack.rows[sample]["offset"]) != position + len(expected_parts[0][1]):
+                yield f"{where}: the index places its image at {self.pack.rows[sample]['offset']}"
+                return
+            for what, content, length in expected_parts:
+                got = file.read(length)
+                crc = _native.crc32c(got, crc)
+                if len(got) != length:
+                    yield f"{where}: {what}: the shard ends {length - len(got)} bytes too early"
+                    return
+                problem = self._compare(sample, what, content, got)
+                if problem:
+                    yield f"{where}: {problem}"
+                position += length
+            with self.lock:
+                self.bar.update(1)
+        tail = file.read()
+        if tail != layout.END_OF_SHARD:
+            yield f"{path} offset {position}: expected 1024 zero bytes and the end, got {len(tail)}"
+        crc = _native.crc32c(tail, crc)
+        promised = self.pack.about["shards"][shard].get("crc32c")
+        if f"{crc:08x}" != promised:
+            yield f"{path}: CRC-32C is {crc:08x}, pack.json says {promised}"
+
+    def _parts(self, sample: int) -> list[tuple[str, bytes, int]]:
+        """Return (what, content, length) of a sample's parts; the image's content is b""."""
+        row, name = self.pack.rows[sample], self.pack.names[sample]
+        length = int(row["length"])
+        canonical = bool(row["flags"] & layout.FLAG_CANONICAL)
+        label = layout.label_content(int(row["label"]))
+        headers = (
+            layout.member_header(self.members.image(name, canonical), length),
+            layout.member_header(self.members.label(name), len(label)),
+        )
+        behind = layout.padding(length) + headers[1] + label + layout.padding(len(label))
+        return [
+            ("tar header of the image", headers[0], len(headers[0])),
+            ("image", b"", length),
+            ("padding and label", behind, len(behind)),
+        ]
+
+    def _compare(self, sample: int, what: str, content: bytes, got: bytes) -> str | None:
+        if what != "image":
+            if got == content:
+                return None
+            at = next(i for i, (a, b) in enumerate(zip(got, content, strict=True)) if a != b)
+            return f"{what}: byte {at} is {got[at]:#04x}, expected {content[at]:#04x}"
+        row = self.pack.rows[sample]
+        crc = _native.crc32c(got)
+        if crc != row["crc32c"]:
+            return f"image: CRC-32C is {crc:08x}, the index says {int(row['crc32c']):08x}"
+        if self.reference is not None:
+            return self.reference.check(self.pack.names[sample], int(row["label"]), got)
+        return None

@@ -1,0 +1,595 @@
+"""The Loader's surface: call forms, order, resume, formats, foreign rows and blocks, samplers."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import add_split, jpeg_bytes, photo_like
+from PIL import Image, ImageFile
+from torchvision import datasets
+from torchvision import transforms as v1
+from torchvision.transforms import v2
+
+import imagenet_seq
+from imagenet_seq.errors import SampleError, StateError
+from imagenet_seq.index import Index, Names
+from imagenet_seq.loader import ImagenetLoader, Loader, LoaderNote
+from imagenet_seq.sources import Block, Source
+
+SMALL = v2.Compose([v2.RandomResizedCrop(32), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+EVAL = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
+
+
+@pytest.fixture(scope="module")
+def root(make_folder: Callable[..., Path]) -> Path:
+    folder = make_folder(67, num_classes=5)
+    add_split(folder, 23, 5, "val", seed=1)
+    return folder
+
+
+def epoch_of(loader: Loader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(images.clone(), target.clone()) for images, target in loader]
+
+
+def same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) and torch.equal(s, t) for (x, s), (y, t) in zip(a, b, strict=True)
+    )
+
+
+# ---- call forms and surface ----------------------------------------------------------------------
+
+
+def test_call_forms_of_the_original_project(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="IMAGENET"):
+        ImagenetLoader("train")
+    monkeypatch.setenv("IMAGENET", str(root))
+    loader = ImagenetLoader("train", batch_size=16, num_workers=2)
+    images, target = next(iter(loader))
+    assert images.shape == (16, 3, 224, 224)
+    assert images.dtype == torch.float32
+    assert target.dtype == torch.int64
+    val = ImagenetLoader("val", batch_size=16, num_workers=2)
+    assert [len(t) for _, t in val] == [16, 7]
+    explicit = ImagenetLoader(
+        root, "train", SMALL, batch_size=16, num_workers=2, shuffle=True, cache=5000
+    )
+    assert next(iter(explicit))[0].shape == (16, 3, 32, 32)
+    from imagenet_seq.data import ImagenetLoader as named
+    from imagenet_seq.data import Loader as short
+
+    assert (short, named) == (imagenet_seq.Loader, imagenet_seq.ImagenetLoader)
+
+
+def test_length_classes_samples_and_targets(root: Path) -> None:
+    loader = Loader(root, "train", SMALL, batch_size=10)
+    assert len(loader) == 7
+    assert len(Loader(root, "train", SMALL, batch_size=10, drop_last=True)) == 6
+    reference = datasets.ImageFolder(str(root / "train"))
+    assert loader.dataset.classes == reference.classes
+    assert loader.dataset.class_to_idx == reference.class_to_idx
+    assert list(loader.dataset.samples) == reference.samples
+    assert list(loader.dataset.targets) == reference.targets
+    assert len(loader.dataset) == 67
+    image, label = loader.dataset[3]
+    assert image.shape == (3, 32, 32)
+    assert label == reference.targets[3]
+    with pytest.raises(IndexError):
+        loader.dataset[67]
+
+
+def test_every_sample_once_and_another_order_each_epoch(root: Path) -> None:
+    seen = SMALL_INDEX(root)
+    loader = Loader(root, "train", v2.Compose([*SMALL.transforms]), batch_size=10, num_workers=3)
+    labels = [torch.cat([t for _, t in loader]).tolist() for _ in range(2)]
+    assert Counter(labels[0]) == Counter(labels[1]) == Counter(seen)
+    assert labels[0] != labels[1]
+    again = Loader(root, "train", SMALL, batch_size=10, num_workers=1)
+    assert torch.cat([t for _, t in again]).tolist() == labels[0]
+    again.set_epoch(1)
+    assert torch.cat([t for _, t in again]).tolist() == labels[1]
+    again.sampler.set_epoch(0)
+    assert torch.cat([t for _, t in again]).tolist() == labels[0]
+
+
+def SMALL_INDEX(root: Path) -> list[int]:
+    return datasets.ImageFolder(str(root / "train")).targets
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_workers": 8}, {"prefetch_factor": 1}, {"num_workers": 3, "prefetch_factor": 9}],
+)
+def test_order_and_pixels_do_not_depend_on_threads_or_prefetch(root: Path, settings: dict) -> None:
+    reference = epoch_of(Loader(root, "train", SMALL, batch_size=9, num_workers=1))
+    assert same(epoch_of(Loader(root, "train", SMALL, batch_size=9, **settings)), reference)
+
+
+def test_validation_is_in_order_and_complete(root: Path) -> None:
+    loader = Loader(root, "val", EVAL, batch_size=5, num_workers=4)
+    expected = datasets.ImageFolder(str(root / "val"), EVAL)
+    images = torch.cat([x for x, _ in loader])
+    assert torch.equal(images, torch.stack([x for x, _ in expected]))
+    assert torch.cat([t for _, t in loader]).tolist() == expected.targets
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_formats_are_the_users_own_conversion(
+    root: Path, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    to_float = [v1.ToTensor(), v1.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    transform = v1.Compose([v1.Resize(40), v1.CenterCrop(32), *to_float])
+    loader = Loader(
+        root,
+        "val",
+        transform,
+        batch_size=6,
+        num_workers=2,
+        dtype=dtype,
+        memory_format=memory_format,
+    )
+    expected = datasets.ImageFolder(str(root / "val"), transform)
+    begin = 0
+    for images, target in loader:
+        assert images.is_contiguous(memory_format=memory_format)
+        reference = torch.stack([expected[begin + i][0] for i in range(len(target))]).to(dtype)
+        assert torch.equal(images, reference)
+        begin += len(target)
+    assert begin == 23
+
+
+def test_target_transform_and_collate_fn(root: Path) -> None:
+    loader = Loader(root, "val", EVAL, batch_size=23, target_transform=lambda label: label * 10)
+    ((_, target),) = loader
+    expected = [10 * label for label in datasets.ImageFolder(str(root / "val")).targets]
+    assert target.tolist() == expected
+
+    def collate(samples: list) -> tuple:
+        return len(samples), samples[0][1], torch.rand(1).item(), random.random()
+
+    loader = Loader(root, "val", EVAL, batch_size=8, collate_fn=collate)
+    first = list(loader)
+    assert [batch[0] for batch in first] == [8, 8, 7]
+    assert isinstance(first[0][1], int)
+    again = Loader(root, "val", EVAL, batch_size=8, collate_fn=collate, num_workers=4)
+    assert list(again) == first  # random draws of a collate_fn are keyed too
+
+
+# ---- torch datasets and samplers -----------------------------------------------------------------
+
+
+def test_an_imagefolder_a_subset_and_samplers_work_unchanged(root: Path) -> None:
+    dataset = datasets.ImageFolder(str(root / "train"), EVAL)
+    plain = torch.utils.data.DataLoader(dataset, batch_size=10)
+    assert same(epoch_of(Loader(dataset, batch_size=10, num_workers=2)), epoch_of(plain))
+    subset = torch.utils.data.Subset(dataset, [40, 3, 3, 66, 12])
+    reference = epoch_of(torch.utils.data.DataLoader(subset, batch_size=2))
+    assert same(epoch_of(Loader(subset, batch_size=2)), reference)
+    order = [5, 60, 2, 2, 33, 7, 8]
+    reference = epoch_of(torch.utils.data.DataLoader(dataset, batch_size=3, sampler=order))
+    loader = Loader(dataset, batch_size=3, sampler=order)
+    assert same(epoch_of(loader), reference)
+    assert len(loader) == 3
+    batches = [[1, 2, 3], [50], [4, 9]]
+    reference = epoch_of(torch.utils.data.DataLoader(dataset, batch_sampler=batches))
+    assert same(epoch_of(Loader(dataset, batch_sampler=batches)), reference)
+    with pytest.raises(StateError, match="sampler"):
+        loader.state_dict()
+    shuffled = Loader(dataset, batch_size=10, sampler=torch.utils.data.RandomSampler(dataset))
+    assert Counter(torch.cat([t for _, t in shuffled]).tolist()) == Counter(dataset.targets)
+
+
+def test_a_distributed_sampler_is_taken_over(root: Path) -> None:
+    dataset = datasets.ImageFolder(str(root / "train"), SMALL)
+    counts: Counter = Counter()
+    for rank in range(3):
+        sampler = torch.utils.data.distributed.DistributedSampler(
+            dataset, num_replicas=3, rank=rank, shuffle=False
+        )
+        counts.update(
+            torch.cat([t for _, t in Loader(dataset, batch_size=4, sampler=sampler)]).tolist()
+        )
+    assert counts == Counter(dataset.targets)  # exact: nothing is repeated to fill up
+    sampler = torch.utils.data.distributed.DistributedSampler(
+        dataset, num_replicas=1, rank=0, seed=5
+    )
+    loader = Loader(dataset, batch_size=10, sampler=sampler)
+    first, second = epoch_of(loader), epoch_of(loader)
+    assert not same(first, second)
+    sampler.set_epoch(1)
+    assert same(epoch_of(loader), second)
+    assert same(epoch_of(Loader(dataset, batch_size=10, shuffle=True, seed=5)), first)
+
+
+def test_datasets_that_would_be_changed_are_refused(root: Path) -> None:
+    class Other(datasets.ImageFolder):
+        def __getitem__(self, index: int) -> tuple:
+            return super().__getitem__(index)[0], 0
+
+    with pytest.raises(TypeError, match="own way"):
+        Loader(Other(str(root / "train"), SMALL))
+    with pytest.raises(TypeError, match="own way"):
+        Loader(datasets.ImageFolder(str(root / "train"), SMALL, loader=Image.open))
+    with pytest.raises(ValueError, match="transform"):
+        Loader(datasets.ImageFolder(str(root / "train")))
+    with pytest.raises(TypeError, match="expected a path"):
+        Loader([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"split": 32}, TypeError, "batch_size=32"),
+        ({"split": "test"}, ValueError, "split"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"batch_size": 2.5}, TypeError, "batch_size"),
+        ({"num_workers": -1}, ValueError, "num_workers"),
+        ({"shuffle": "always"}, ValueError, "shuffle"),
+        ({"sampler": [1], "shuffle": True}, ValueError, "exclude"),
+        ({"transform": 3}, TypeError, "callable"),
+        ({"exact": "no"}, ValueError, "exact"),
+        ({"timeout": -1}, ValueError, "timeout"),
+        ({"memory_format": torch.channels_last_3d}, ValueError, "memory_format"),
+        ({"device": "meta"}, ValueError, "device"),
+        ({"rank": 2, "world_size": 2}, ValueError, "rank"),
+        ({"rank": 0}, ValueError, "together"),
+        ({"prefetch_factor": 0}, ValueError, "prefetch_factor"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(
+    root: Path, arguments: dict, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Loader(root, **{"split": "train", **arguments})
+
+
+def test_arguments_that_threads_make_moot_are_accepted(root: Path) -> None:
+    loader = Loader(
+        root,
+        "train",
+        SMALL,
+        persistent_workers=True,
+        pin_memory=True,
+        pin_memory_device="",
+        in_order=True,
+        multiprocessing_context="spawn",
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert same(epoch_of(loader), epoch_of(Loader(root, "train", SMALL, seed=3)))
+    with pytest.warns(LoaderNote, match="worker_init_fn"):
+        Loader(root, "train", SMALL, worker_init_fn=print)
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 7])
+def test_resume_is_exact_with_another_number_of_threads(root: Path, stop: int) -> None:
+    whole = Loader(root, "train", SMALL, batch_size=10, num_workers=2)
+    expected = epoch_of(whole) + epoch_of(whole) + epoch_of(whole)
+    first = Loader(root, "train", SMALL, batch_size=10, num_workers=3)
+    seen = epoch_of(first)
+    iterator = iter(first)
+    for _ in range(stop):
+        images, target = next(iterator)
+        seen.append((images.clone(), target.clone()))
+    state = json.loads(json.dumps(first.state_dict()))
+    second = Loader(root, "train", SMALL, batch_size=10, num_workers=1, prefetch_factor=7)
+    second.load_state_dict(state)
+    if stop:
+        second.set_epoch(1)  # scripts call it with the epoch they are in
+    rest = epoch_of(second)
+    assert len(seen) + len(rest) == 14
+    rest += epoch_of(second)
+    assert same(seen + rest, expected)
+
+
+def test_state_at_the_end_of_an_epoch_is_the_next_epoch(root: Path) -> None:
+    loader = Loader(root, "train", SMALL, batch_size=10)
+    epoch_of(loader)
+    state = loader.state_dict()
+    assert (state["epoch"], state["samples_done"]) == (1, 0)
+    expected = epoch_of(loader)
+    resumed = Loader(root, "train", SMALL, batch_size=10)
+    resumed.load_state_dict(state)
+    assert same(epoch_of(resumed), expected)
+
+
+def test_a_state_of_other_data_or_settings_is_refused(root: Path) -> None:
+    state = Loader(root, "train", SMALL).state_dict()
+    with pytest.raises(StateError, match="seed"):
+        Loader(root, "train", SMALL, seed=1).load_state_dict(state)
+    with pytest.raises(StateError, match="index_id"):
+        Loader(root, "val", EVAL, shuffle=True).load_state_dict(state)
+    with pytest.raises(StateError, match="format version"):
+        Loader(root, "train", SMALL).load_state_dict({"epoch": 3})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_share_an_epoch_and_other_worlds_continue_it(root: Path, world_size: int) -> None:
+    """A run on two ranks stops in the middle; world_size ranks go on with exactly the rest."""
+    ids = v2.Compose([v2.Lambda(lambda image: torch.tensor(int(np.asarray(image).sum())))])
+
+    def loaders(world: int) -> list[Loader]:
+        with pytest.warns(LoaderNote):
+            return [
+                Loader(root, "train", ids, batch_size=6, rank=r, world_size=world)
+                for r in range(world)
+            ]
+
+    begun = loaders(2)
+    iterators = [iter(loader) for loader in begun]
+    done = [next(it) for _ in range(2) for it in iterators]
+    states = [loader.state_dict() for loader in begun]
+    assert states[0] == states[1]
+    assert states[0]["samples_done"] == 24
+    rest = [batch for it in iterators for batch in it]
+    continued = []
+    lengths = []
+    for loader in loaders(world_size):
+        loader.load_state_dict(states[0])
+        batches = list(loader)
+        lengths.append(len(batches))
+        continued += batches
+    assert len(set(lengths)) == 1
+
+    def flat(batches: list) -> Counter:
+        return Counter(
+            (value, label)
+            for x, t in batches
+            for value, label in zip(x.tolist(), t.tolist(), strict=True)
+        )
+
+    assert flat(continued) == flat(rest)
+    assert sum(flat(done).values()) == 24
+    assert sum(flat(rest).values()) == 66 - 24  # 67 samples on two streams: one is left over
+
+
+def test_validation_over_ranks_is_exact(root: Path) -> None:
+    for world in (2, 3, 7):
+        sizes = []
+        labels: list[int] = []
+        for rank in range(world):
+            loader = Loader(root, "val", EVAL, batch_size=4, rank=rank, world_size=world)
+            batches = [t.tolist() for _, t in loader]
+            assert len(batches) == len(loader)
+            sizes.append([len(b) for b in batches])
+            labels += [label for b in batches for label in b]
+        assert Counter(labels) == Counter(datasets.ImageFolder(str(root / "val")).targets)
+        assert len({len(s) for s in sizes}) == 1
+        assert all(max(column) - min(column) <= 1 for column in zip(*sizes, strict=True))
+        assert all(min(column) > 0 for column in zip(*sizes, strict=True))
+
+
+# ---- foreign rows and blocks ---------------------------------------------------------------------
+
+
+def test_a_folder_of_pngs_is_decoded_by_pillow(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for i in range(20):
+        folder = tmp_path / "train" / f"c{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = photo_like(rng, 50 + i, 60)
+        image = image.convert(("RGB", "L", "P", "RGBA")[i % 4])
+        image.save(folder / f"{i}.png")
+    reference = datasets.ImageFolder(str(tmp_path / "train"), EVAL)
+    for workers in (1, 8):
+        loader = Loader(tmp_path, "train", EVAL, batch_size=7, num_workers=workers, shuffle=False)
+        assert torch.equal(
+            torch.cat([x for x, _ in loader]), torch.stack([x for x, _ in reference])
+        )
+    assert loader.stats()["foreign_rows"] == 20
+    # Random crops of foreign rows follow the draws of the core, too.
+    a = epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=1))
+    assert same(epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=8)), a)
+
+
+def test_a_python_transform_in_the_middle(root: Path) -> None:
+    transform = v1.Compose(
+        [
+            v1.RandomResizedCrop(32),
+            v1.RandomHorizontalFlip(),
+            v1.ColorJitter(0.4, 0.4, 0.4),
+            v1.ToTensor(),
+            v1.Normalize([0.5] * 3, [0.25] * 3),
+        ]
+    )
+    with pytest.warns(LoaderNote, match="ColorJitter"):
+        one = Loader(root, "train", transform, batch_size=10, num_workers=1)
+    with pytest.warns(LoaderNote, match="ColorJitter"):
+        eight = Loader(root, "train", transform, batch_size=10, num_workers=8)
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    first = epoch_of(one)
+    assert same(epoch_of(eight), first)
+    assert not same(epoch_of(one), first)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert first[0][0].shape == (10, 3, 32, 32)
+    # The crops are those of the same transform without the jitter.
+    plain = v1.Compose([*transform.transforms[:2], v1.PILToTensor()])
+    gentle = v1.Compose([*transform.transforms[:2], v1.ColorJitter(0, 0, 0), v1.PILToTensor()])
+    with pytest.warns(LoaderNote):
+        gentle_loader = Loader(root, "train", gentle, batch_size=10)
+    assert same(epoch_of(gentle_loader), epoch_of(Loader(root, "train", plain, batch_size=10)))
+
+
+def test_any_callable_is_a_transform(root: Path) -> None:
+    reference = datasets.ImageFolder(str(root / "val"))
+
+    def transform(image: Image.Image) -> dict:
+        return {"size": torch.tensor(image.size), "mode": image.mode}
+
+    with pytest.warns(LoaderNote, match="transform"):
+        loader = Loader(root, "val", transform, batch_size=10, num_workers=4)
+    sizes = torch.cat([x["size"] for x, _ in loader])
+    assert [tuple(s) for s in sizes.tolist()] == [x.size for x, _ in reference]
+
+
+class Decompressed(Source):
+    """A source whose blocks only Python can make: here, four samples joined for each block."""
+
+    def read_block(self, number: int) -> Block:
+        encoded = [_generated_jpeg(4 * number + i) for i in range(4)]
+        lengths = np.array([len(e) for e in encoded])
+        gap = b"junk between samples"
+        offsets = np.cumsum([0, *(lengths[:-1] + len(gap))])
+        return Block(np.frombuffer(gap.join(encoded), np.uint8), offsets, lengths)
+
+
+def _generated_jpeg(number: int) -> bytes:
+    return jpeg_bytes(photo_like(np.random.default_rng(number), 64 + number, 50))
+
+
+@pytest.mark.parametrize("shuffle", [False, True, "block"])
+def test_a_source_that_hands_in_blocks(shuffle: bool | str, tmp_path: Path) -> None:
+    size = 40
+    index = Index(
+        file=np.arange(size) // 4,
+        offset=np.arange(size) % 4,
+        name=Names.from_strings(f"s{i}" for i in range(size)),
+        root="",
+        files=Names.from_strings([]),
+        classes=("a", "b"),
+        label=np.arange(size) % 2,
+    )
+    source = Decompressed("decompressed", index, foreign=True)
+    for i in range(size):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / f"{i:03d}.jpg").write_bytes(_generated_jpeg(i))
+    folder = datasets.ImageFolder(str(tmp_path), EVAL)
+    pixels = {x.numpy().tobytes(): i for i, (x, _) in enumerate(folder)}
+    for workers in (1, 8):
+        loader = Loader(source, "val", EVAL, batch_size=7, num_workers=workers, shuffle=shuffle)
+        order = [pixels[x.numpy().tobytes()] for images, _ in loader for x in images]
+        assert sorted(order) == list(range(size))
+        assert (order == list(range(size))) == (shuffle is False)
+        labels = [t for _, target in loader for t in target.tolist()]
+        assert Counter(labels) == {0: 20, 1: 20}
+    assert loader.stats()["foreign_blocks"] >= 20
+    assert loader.dataset[9][0].shape == (3, 32, 32)
+
+
+def test_a_block_that_fails_is_reported(tmp_path: Path) -> None:
+    class Broken(Decompressed):
+        def read_block(self, number: int) -> Block:
+            if number == 2:
+                raise ConnectionError("the bucket is gone")
+            return super().read_block(number)
+
+    index = Index(
+        file=np.arange(40) // 4,
+        offset=np.arange(40) % 4,
+        name=Names.from_strings(f"s{i}" for i in range(40)),
+        root="",
+        files=Names.from_strings([]),
+        classes=("a",),
+        label=np.zeros(40, np.int32),
+    )
+    loader = Loader(Broken("broken", index, foreign=True), "val", EVAL, batch_size=4)
+    iterator = iter(loader)
+    next(iterator)
+    next(iterator)
+    with pytest.raises(SampleError, match=r"sample 8 \(s8\).*bucket is gone") as caught:
+        next(iterator)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+# ---- bad images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    add_split(tmp_path, 12, 2, "train")
+    victim = sorted((tmp_path / "train").rglob("*.jpg"))[3]
+    victim.write_bytes(victim.read_bytes()[:-200])
+    return tmp_path
+
+
+def test_a_damaged_image_raises_as_pillow_does(damaged: Path) -> None:
+    loader = Loader(damaged, "train", EVAL, batch_size=2, shuffle=False)
+    with pytest.raises(SampleError, match=r"sample 3 \(.*class_000.*truncated") as caught:
+        list(loader)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.sample == 3
+
+
+def test_the_users_pillow_settings_are_respected(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    reference = datasets.ImageFolder(str(damaged / "train"), EVAL)
+    loader = Loader(damaged, "train", EVAL, batch_size=5, shuffle=False)
+    assert torch.equal(torch.cat([x for x, _ in loader]), torch.stack([x for x, _ in reference]))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    add_split(tmp_path, 12, 2, "train")
+    loader = Loader(tmp_path, "train", EVAL, batch_size=2, shuffle=False)
+    victim = Path(loader.dataset.samples[5][0])
+    victim.unlink()
+    with pytest.raises(FileNotFoundError, match=victim.name):
+        list(loader)
+
+
+def test_images_of_different_sizes_say_what_to_do(root: Path) -> None:
+    with pytest.warns(LoaderNote):
+        loader = Loader(root, "val", v2.PILToTensor(), batch_size=4)
+    with pytest.raises(SampleError, match="can't be collated"):
+        list(loader)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_a_slice_held_over_many_batches_never_changes(root: Path) -> None:
+    loader = Loader(root, "train", SMALL, batch_size=2, num_workers=4, prefetch_factor=2)
+    iterator = iter(loader)
+    held = [next(iterator)[0][0, :, 3:5] for _ in range(3)]
+    copies = [h.clone() for h in held]
+    for _ in range(4):
+        for _ in loader:
+            pass
+    assert all(torch.equal(h, c) for h, c in zip(held, copies, strict=True))
+
+
+def test_memory_of_batches_is_used_again(root: Path) -> None:
+    loader = Loader(root, "train", SMALL, batch_size=8, num_workers=2, prefetch_factor=2)
+    addresses = {images.data_ptr() for _ in range(6) for images, _ in loader}
+    assert len(addresses) <= 5  # two in the engine, one with the script, and their successors
+    assert loader.memory_bytes < 80e6
+    assert loader.stats()["block_bytes_peak"] <= 64 << 20
+
+
+def test_iterators_side_by_side_are_independent(root: Path) -> None:
+    expected = epoch_of(Loader(root, "train", SMALL, batch_size=10))
+    loader = Loader(root, "train", SMALL, batch_size=10, num_workers=2)
+    first = iter(loader)
+    head = [next(first) for _ in range(2)]
+    second = epoch_of(loader)  # the next epoch, beside the first
+    rest = [*head, *first]
+    assert same([(x, t) for x, t in rest], expected)
+    other = Loader(root, "train", SMALL, batch_size=10)
+    other.set_epoch(1)
+    assert same(second, epoch_of(other))
+
+
+def test_two_threads_may_iterate_at_once(root: Path) -> None:
+    loader = Loader(root, "val", EVAL, batch_size=4, num_workers=2)
+    expected = epoch_of(loader)
+    results: list = []
+    threads = [threading.Thread(target=lambda: results.append(epoch_of(loader))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert all(same(result, expected) for result in results)
