@@ -62,16 +62,18 @@ inline void transform(const int16_t (&in)[8], const int16_t* __restrict c, int (
 }
 
 // Both passes transform columns, all eight at once: the loop over x is what compilers vectorise, as
-// long as these are functions of their own.
+// long as these are functions of their own. Values from kRows on are zero: most blocks need no more
+// than four.
+template <int kRows>
 __attribute__((noinline)) void first_pass(const int16_t* __restrict coefficients,
                                           const int16_t* __restrict quant,
                                           const int16_t* __restrict rotation,
                                           int16_t* __restrict out) {
   constexpr int kShift = kConstBits - kPass1Bits;
   for (int x = 0; x < 8; ++x) {
-    int16_t in[8];
+    int16_t in[8] = {};
     int sums[8];
-    for (int k = 0; k < 8; ++k) in[k] = wrap16(coefficients[8 * k + x] * quant[8 * k + x]);
+    for (int k = 0; k < kRows; ++k) in[k] = wrap16(coefficients[8 * k + x] * quant[8 * k + x]);
     transform(in, rotation, sums);
     for (int k = 0; k < 8; ++k) {
       out[8 * k + x] = saturate16((sums[k] + (1 << (kShift - 1))) >> kShift);
@@ -79,14 +81,15 @@ __attribute__((noinline)) void first_pass(const int16_t* __restrict coefficients
   }
 }
 
+template <int kRows>
 __attribute__((noinline)) void second_pass(const int16_t* __restrict in,
                                            const int16_t* __restrict rotation,
                                            int16_t* __restrict out) {
   constexpr int kShift = kConstBits + kPass1Bits + 3;  // 3: both passes scale by sqrt(8)
   for (int x = 0; x < 8; ++x) {
-    int16_t column[8];
+    int16_t column[8] = {};
     int sums[8];
-    for (int k = 0; k < 8; ++k) column[k] = in[8 * k + x];
+    for (int k = 0; k < kRows; ++k) column[k] = in[8 * k + x];
     transform(column, rotation, sums);
     // 32 - 18 bits are left: no saturation is needed.
     for (int k = 0; k < 8; ++k) {
@@ -146,14 +149,23 @@ void idct_block(const int16_t* coefficients, const IdctTable& table, int last, u
     return;
   }
   int16_t block[64], samples[64];
-  // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates.
+  const int16_t* rotation = table.rotation.data();
+  // Up to zigzag index 9 all lie in the first four rows and columns.
+  const bool few = last <= 9;
   if (only_first_row(coefficients)) {
+    // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates.
     for (int k = 0; k < 64; ++k) block[k] = scaled(k & 7);
+  } else if (few) {
+    first_pass<4>(coefficients, quant, rotation, block);
   } else {
-    first_pass(coefficients, quant, table.rotation.data(), block);
+    first_pass<8>(coefficients, quant, rotation, block);
   }
   transpose(block);
-  second_pass(block, table.rotation.data(), samples);
+  if (few) {
+    second_pass<4>(block, rotation, samples);
+  } else {
+    second_pass<8>(block, rotation, samples);
+  }
   transpose(samples);
   for (int y = 0; y < 8; ++y) {
     for (int x = 0; x < 8; ++x) out[y * stride + x] = to_sample(samples[8 * y + x]);

@@ -11,7 +11,8 @@ namespace {
 // Resample.c: PRECISION_BITS = 32 - 8 - 2.
 constexpr int kPrecisionBits = 22;
 constexpr int kHalf = 1 << (kPrecisionBits - 1);
-// Rows may be read this far behind their end (with weight zero).
+// Rows may be read this far behind their end: by a strip of the vertical pass, and with weight zero
+// by the few taps of an unrolled horizontal pass.
 constexpr size_t kSlack = 64;
 
 // The filters of Resample.c, in its order of operations.
@@ -56,38 +57,41 @@ void grow(std::vector<T>* memory, size_t size) {
   if (memory->size() < size) memory->resize(size);
 }
 
-// One plane of a row. kTaps: number of taps, 0 if it is only known at run time.
-template <int kTaps>
-void horizontal_pass(const uint8_t* __restrict in, const ResizeWeights& weights, int num_outputs,
-                     uint8_t* __restrict out) {
-  const int num_taps = kTaps == 0 ? weights.max_taps() : kTaps;
+// Planes of a row; a plane's weights and places serve them all. kTaps: the number of taps of every
+// output, missing ones having weight zero; 0: each output has its own.
+template <int kPlanes, int kTaps>
+void horizontal_pass(const uint8_t* __restrict in, size_t in_stride, const ResizeWeights& weights,
+                     int num_outputs, uint8_t* __restrict out, size_t out_stride) {
   const int32_t* __restrict w = weights.weights(0);
-  for (int i = 0; i < num_outputs; ++i, w += num_taps) {
+  const int max_taps = weights.max_taps();
+  for (int i = 0; i < num_outputs; ++i, w += max_taps, ++out) {
     const uint8_t* pixel = in + weights.first_tap(i);
-    int32_t sum = kHalf;
-    for (int k = 0; k < num_taps; ++k) sum += w[k] * pixel[k];
-    out[i] = to_byte(sum);
+    const int num_taps = kTaps == 0 ? weights.num_taps(i) : kTaps;
+    int32_t sums[kPlanes];
+    for (int p = 0; p < kPlanes; ++p) sums[p] = kHalf;
+    for (int k = 0; k < num_taps; ++k) {
+      for (size_t p = 0; p < kPlanes; ++p) sums[p] += w[k] * pixel[p * in_stride + k];
+    }
+    for (size_t p = 0; p < kPlanes; ++p) out[p * out_stride] = to_byte(sums[p]);
   }
 }
 
-using HorizontalPass = void (*)(const uint8_t*, const ResizeWeights&, int, uint8_t*);
+using HorizontalPass = void (*)(const uint8_t*, size_t, const ResizeWeights&, int, uint8_t*,
+                                size_t);
 
+template <int kPlanes>
 HorizontalPass horizontal_pass_of(int num_taps) {
   switch (num_taps) {
-    case 1:
-      return horizontal_pass<1>;
     case 2:
-      return horizontal_pass<2>;
+      return horizontal_pass<kPlanes, 2>;
     case 3:
-      return horizontal_pass<3>;
+      return horizontal_pass<kPlanes, 3>;
     case 4:
-      return horizontal_pass<4>;
+      return horizontal_pass<kPlanes, 4>;
     case 5:
-      return horizontal_pass<5>;
-    case 6:
-      return horizontal_pass<6>;
+      return horizontal_pass<kPlanes, 5>;
     default:
-      return horizontal_pass<0>;
+      return horizontal_pass<kPlanes, 0>;
   }
 }
 
@@ -214,13 +218,12 @@ void Resizer::add_row(int y) {
 }
 
 void Resizer::resize_horizontally(const uint8_t* in, uint8_t* out) const {
-  const HorizontalPass pass = horizontal_pass_of(horizontal_.max_taps());
-  for (int p = 0; p < num_planes_; ++p) {
-    // Taps count from the first column of the box, the row begins with the first one needed.
-    pass(in - horizontal_.first_input(), horizontal_, end_column_ - first_column_, out);
-    in += source_stride_;
-    out += resized_stride_;
-  }
+  const int num_taps = horizontal_.max_taps();
+  const HorizontalPass pass =
+      num_planes_ == 1 ? horizontal_pass_of<1>(num_taps) : horizontal_pass_of<3>(num_taps);
+  // Taps count from the first column of the box, the row begins with the first one needed.
+  pass(in - horizontal_.first_input(), source_stride_, horizontal_, end_column_ - first_column_,
+       out, resized_stride_);
 }
 
 const uint8_t* Resizer::resize_vertically(int i, uint8_t* out) {
