@@ -651,6 +651,26 @@ def test_unreadable_files(
     assert make_pack(source, tmp_path / "pack").num_samples == 40
 
 
+@pytest.mark.parametrize("memory_bytes", [8 << 20, 2 << 20], ids=["one level", "two levels"])
+def test_a_shard_may_lose_all_its_samples(
+    damaged_source: Path, tmp_path: Path, memory_bytes: int
+) -> None:
+    make_pack(
+        damaged_source,
+        tmp_path / "pack",
+        settings=Settings(shard_bytes=1),
+        on_error="skip",
+        memory_bytes=memory_bytes,
+    )
+    assert len(list((tmp_path / "pack").glob("*.tar"))) == 5
+    assert problems(tmp_path / "pack", damaged_source) == ""
+
+
+def test_a_pack_is_no_source(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a folder of class folders, found a pack"):
+        make_pack(packed, tmp_path / "again")
+
+
 def test_nothing_left_to_pack(tmp_path: Path) -> None:
     add_image(tmp_path / "source", "a/bad.jpg", b"bad")
     with pytest.raises(PackError, match="no image is left"):

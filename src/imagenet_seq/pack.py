@@ -24,14 +24,13 @@ import io
 import json
 import os
 import shutil
-import struct
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +39,16 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from imagenet_seq import __version__, _native
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Index, Names
+from imagenet_seq.scratch import (
+    DEALT,
+    Buckets,
+    Encoded,
+    Journal,
+    ShardFile,
+    encoded_from,
+    sync_folder,
+    write_whole,
+)
 from imagenet_seq.sources import SPLITS, open_source
 from imagenet_seq.sources import pack as layout
 
@@ -200,12 +209,15 @@ class _RunOptions(NamedTuple):
 
 def _pack_one(source: str, destination: str, settings: Settings, options: _RunOptions) -> Summary:
     partial = destination + layout.PARTIAL_SUFFIX
-    index = open_source(source, progress=options.progress).index
+    opened = open_source(source, progress=options.progress)
+    if opened.kind != "imagefolder":
+        raise ValueError(f"{source}: expected a folder of class folders, found a {opened.kind}")
+    index = opened.index
     sizes, inodes = _stat_all(index, options)
     plan = _Plan.make(index, sizes, settings, options.memory_bytes)
     if os.path.lexists(destination):
         return _finished_before(destination, partial, plan)
-    with _clear_errors(partial), _claim(partial):
+    with _clear_errors(partial), _claim(partial), _quiet_pillow():
         plan = _agree_on_plan(partial, plan)
         workshop = _Workshop(partial, plan, options)
         workshop.deal(inodes)
@@ -307,7 +319,7 @@ def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
     except FileNotFoundError:
         _check_space(partial, plan)
         cut = {"num_shards": plan.num_shards, "shards_per_bucket": plan.shards_per_bucket}
-        _write_whole(path, json.dumps({**now, **cut}, indent=1).encode())
+        write_whole(path, json.dumps({**now, **cut}, indent=1).encode())
         return plan
     differences = [
         f"{key}: {before.get(key)!r} before, {value!r} now"
@@ -345,24 +357,6 @@ def _check_space(partial: str, plan: _Plan) -> None:
             f"{_megabytes(needed)} while it runs, {_megabytes(present)} are there already, and the "
             f"disk has {_megabytes(free)} free: make room for {_megabytes(needed - present - free)}"
         )
-
-
-def _write_whole(path: str, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    with open(path + ".tmp", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make renames in a folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- the plan: which sample goes where -----------------------------------------------------------
@@ -476,14 +470,6 @@ def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
 # ---- encoding ------------------------------------------------------------------------------------
 
 
-class _Encoded(NamedTuple):
-    data: memoryview
-    width: int
-    height: int
-    crc32c: int
-    flags: int
-
-
 class _Refused(NamedTuple):
     """Why a sample is no image, or could not be read."""
 
@@ -503,14 +489,14 @@ def _read(path: str) -> bytes | _Refused:
     return data
 
 
-def _encode(data: bytes, settings: Settings) -> _Encoded | _Refused:
+def _encode(data: bytes, settings: Settings) -> Encoded | _Refused:
     """Re-code one image, or keep it where the core can't but Pillow can decode it."""
     recoded = _native.transcode(data, settings.restart_interval, settings.strip)
     if recoded is not None:
         stored = memoryview(data) if settings.keep_bytes else recoded[0].data
         flags = layout.FLAG_CLEAN | (0 if settings.keep_bytes else layout.FLAG_CANONICAL)
         header = recoded[1]
-        return _Encoded(stored, header.width, header.height, _native.crc32c(stored), flags)
+        return Encoded(stored, header.width, header.height, _native.crc32c(stored), flags)
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -522,158 +508,14 @@ def _encode(data: bytes, settings: Settings) -> _Encoded | _Refused:
         return _Refused("is no image that Pillow can identify", data)
     except Exception as error:  # a damaged image raises almost anything
         return _Refused(f"Pillow cannot decode it: {type(error).__name__}: {error}", data)
-    return _Encoded(memoryview(data), width, height, _native.crc32c(data), 0)
+    return Encoded(memoryview(data), width, height, _native.crc32c(data), 0)
 
 
-def _keep_damaged(refused: _Refused) -> _Encoded | _Refused:
+def _keep_damaged(refused: _Refused) -> Encoded | _Refused:
     if refused.data is None:
         return refused
     crc = _native.crc32c(refused.data)
-    return _Encoded(memoryview(refused.data), -1, -1, crc, layout.FLAG_DAMAGED)
-
-
-# ---- scratch files -------------------------------------------------------------------------------
-
-_DEALT = np.dtype(
-    [
-        ("sample", "<i8"),
-        ("offset", "<i8"),
-        ("length", "<i8"),
-        ("bucket", "<i4"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("crc32c", "<u4"),
-        ("flags", "<u4"),
-        ("reserved", "<u4"),
-        ("source_length", "<i8"),
-    ]
-)
-"""One dealt sample: where it lies in the scratch file of its bucket, and what it is.
-
-`source_length` tells a source file that was replaced meanwhile: it is dealt again."""
-
-
-def _encoded_from(data: memoryview, row: Any) -> _Encoded:
-    fields = (int(row[key]) for key in ("width", "height", "crc32c", "flags"))
-    return _Encoded(data, *fields)
-
-
-class _Buckets:
-    """Scratch files that samples are appended to through large buffers.
-
-    Args:
-        folder: where the files lie.
-        prefix: of the files' names.
-        buffer_bytes: a bucket is written when its buffer has grown to this.
-        on_flush: called with the rows of a buffer after it has been written.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        prefix: str,
-        buffer_bytes: int,
-        on_flush: Callable[[npt.NDArray[np.void]], None],
-    ) -> None:
-        self._folder = folder
-        self._prefix = prefix
-        self._buffer_bytes = buffer_bytes
-        self._on_flush = on_flush
-        self._buffers: dict[int, bytearray] = {}
-        self._pending: dict[int, list[tuple[int, ...]]] = {}
-        self._ends: dict[int, int] = {}
-
-    def path(self, bucket: int) -> str:
-        return os.path.join(self._folder, f"{self._prefix}-{bucket:06d}")
-
-    def set_end(self, bucket: int, end: int) -> None:
-        """Continue a bucket that has `end` good bytes; what follows them is cut off."""
-        if os.path.exists(self.path(bucket)):
-            os.truncate(self.path(bucket), end)
-        self._ends[bucket] = end
-
-    def append(self, bucket: int, sample: int, encoded: _Encoded, source_length: int) -> None:
-        buffer = self._buffers.setdefault(bucket, bytearray())
-        offset = self._ends.get(bucket, 0) + len(buffer)
-        buffer += encoded.data
-        data, width, height, crc, flags = encoded
-        row = (sample, offset, len(data), bucket, width, height, crc, flags, 0, source_length)
-        self._pending.setdefault(bucket, []).append(row)
-        if len(buffer) >= self._buffer_bytes:
-            self._flush(bucket)
-
-    def flush(self) -> None:
-        for bucket in list(self._buffers):
-            self._flush(bucket)
-
-    def _flush(self, bucket: int) -> None:
-        buffer, rows = self._buffers.pop(bucket), self._pending.pop(bucket)
-        with open(self.path(bucket), "ab") as file:
-            file.write(buffer)
-        self._ends[bucket] = self._ends.get(bucket, 0) + len(buffer)
-        self._on_flush(np.array(rows, _DEALT))
-
-    def load(self, bucket: int) -> memoryview:
-        """Read a bucket's file whole, in one sequential run."""
-        try:
-            with open(self.path(bucket), "rb", buffering=0) as file:
-                return memoryview(file.readall())
-        except FileNotFoundError:
-            return memoryview(b"")
-
-    def remove(self, bucket: int) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path(bucket))
-
-
-class _Journal:
-    """What has been dealt, appended after every buffer that was written to its bucket.
-
-    A batch of rows is preceded by its number of rows and its CRC-32C: what a kill tore is
-    recognised and cut off. Buckets are not synced: after a power failure the images' own CRC tells
-    what is missing, and that is read from the source again.
-    """
-
-    _HEADER = struct.Struct("<4sII")
-    _MAGIC = b"dlt1"
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._batches: list[npt.NDArray[np.void]] = []
-
-    def recover(self) -> None:
-        """Read the whole batches and rewrite the journal with them alone."""
-        try:
-            with open(self._path, "rb") as file:
-                self._batches = list(self._read(file))
-        except FileNotFoundError:
-            return
-
-    def rewrite(self, rows: npt.NDArray[np.void]) -> None:
-        """Replace the journal by one that holds `rows`, whole or not at all."""
-        self._batches = [rows] if len(rows) else []
-        content = b"".join(map(self._encode, self._batches))
-        _write_whole(self._path, content)
-
-    def add(self, rows: npt.NDArray[np.void]) -> None:
-        with open(self._path, "ab") as file:
-            file.write(self._encode(rows))
-        self._batches.append(rows)
-
-    def rows(self) -> npt.NDArray[np.void]:
-        return np.concatenate([np.empty(0, _DEALT), *self._batches])
-
-    def _encode(self, rows: npt.NDArray[np.void]) -> bytes:
-        content = rows.tobytes()
-        return self._HEADER.pack(self._MAGIC, len(rows), _native.crc32c(content)) + content
-
-    def _read(self, file: BinaryIO) -> Iterator[npt.NDArray[np.void]]:
-        while len(header := file.read(self._HEADER.size)) == self._HEADER.size:
-            magic, num_rows, crc = self._HEADER.unpack(header)
-            content = file.read(num_rows * _DEALT.itemsize) if magic == self._MAGIC else b""
-            if not content or len(content) % _DEALT.itemsize or _native.crc32c(content) != crc:
-                return
-            yield np.frombuffer(content, _DEALT)
+    return Encoded(memoryview(refused.data), -1, -1, crc, layout.FLAG_DAMAGED)
 
 
 # ---- the two passes ------------------------------------------------------------------------------
@@ -695,9 +537,9 @@ class _Workshop:
         self._plan = plan
         self._options = options
         self._failures: dict[int, Failure] = {}
-        self._journal = _Journal(os.path.join(partial, "dealt"))
+        self._journal = Journal(os.path.join(partial, "dealt"))
         buffer_bytes = options.memory_bytes // plan.num_buckets
-        self._buckets = _Buckets(
+        self._buckets = Buckets(
             partial,
             "deal",
             min(max(buffer_bytes, _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES),
@@ -753,7 +595,6 @@ class _Workshop:
         samples = samples[np.argsort(inodes[samples], kind="stable")]
         done = len(missing) - len(samples)
         with (
-            _quiet_pillow(),
             ThreadPoolExecutor(self._options.num_workers) as threads,
             self._options.bar("read and re-code", len(missing), done) as bar,
         ):
@@ -768,9 +609,9 @@ class _Workshop:
 
     def _encoded_runs(
         self, threads: ThreadPoolExecutor, samples: npt.NDArray[np.int64]
-    ) -> Iterator[list[tuple[int, int, _Encoded | _Refused]]]:
+    ) -> Iterator[list[tuple[int, int, Encoded | _Refused]]]:
         """Read in this thread, in the order given; yield runs of (sample, length, re-coded)."""
-        waiting: deque[Future[list[tuple[int, int, _Encoded | _Refused]]]] = deque()
+        waiting: deque[Future[list[tuple[int, int, Encoded | _Refused]]]] = deque()
         try:
             for run in self._read_runs(samples):
                 waiting.append(threads.submit(self._encode_run, run))
@@ -799,7 +640,7 @@ class _Workshop:
 
     def _encode_run(
         self, run: list[tuple[int, bytes | _Refused]]
-    ) -> list[tuple[int, int, _Encoded | _Refused]]:
+    ) -> list[tuple[int, int, Encoded | _Refused]]:
         return [
             (sample, -1, data)
             if isinstance(data, _Refused)
@@ -807,18 +648,18 @@ class _Workshop:
             for sample, data in run
         ]
 
-    def _deal_one(self, sample: int, length: int, encoded: _Encoded | _Refused) -> None:
+    def _deal_one(self, sample: int, length: int, encoded: Encoded | _Refused) -> None:
         if isinstance(encoded, _Refused):
             encoded = self._fail(sample, encoded)
-        if isinstance(encoded, _Encoded):
+        if isinstance(encoded, Encoded):
             bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
             self._buckets.append(bucket, sample, encoded, length)
 
-    def _fail(self, sample: int, refused: _Refused) -> _Encoded | _Refused:
+    def _fail(self, sample: int, refused: _Refused) -> Encoded | _Refused:
         """Note a failure; return what is to be stored under on_error="keep"."""
         kept = _keep_damaged(refused) if self._options.on_error == "keep" else refused
         name = self._plan.index.name[sample]
-        self._failures[sample] = Failure(name, refused.reason, isinstance(kept, _Encoded))
+        self._failures[sample] = Failure(name, refused.reason, isinstance(kept, Encoded))
         if self._options.progress and len(self._failures) <= _MAX_REPORTED:
             tqdm.write(f"{name}: {refused.reason}", file=sys.stderr)
         if self._options.on_error == "fail" and len(self._failures) >= _MAX_FAILURES:
@@ -870,18 +711,16 @@ class _Workshop:
         Nothing of this is journalled: a killed run begins again with the group's scratch.
         """
         again: list[npt.NDArray[np.void]] = []
-        split = _Buckets(self._partial, "split", _MIN_BUFFER_BYTES, again.append)
+        split = Buckets(self._partial, "split", _MIN_BUFFER_BYTES, again.append)
         for shard in shards:
             split.remove(shard)
-        with open(self._buckets.path(bucket), "rb", buffering=_MAX_BUFFER_BYTES) as file:
-            for row in np.sort(rows, order="offset"):
-                shard = int(self._plan.shard_of_sample[row["sample"]])
-                if shard in shards:
-                    file.seek(int(row["offset"]))
-                    encoded = _encoded_from(memoryview(file.read(int(row["length"]))), row)
-                    split.append(shard, int(row["sample"]), encoded, int(row["source_length"]))
+        rows = rows[np.isin(self._plan.shard_of_sample[rows["sample"]], shards)]
+        for row, data in self._buckets.read(bucket, np.sort(rows, order="offset")):
+            sample = int(row["sample"])
+            shard = int(self._plan.shard_of_sample[sample])
+            split.append(shard, sample, encoded_from(data, row), int(row["source_length"]))
         split.flush()
-        rows = np.concatenate([np.empty(0, _DEALT), *again])
+        rows = np.concatenate([np.empty(0, DEALT), *again])
         for shard in shards:
             self._finish_shard(shard, split.load(shard), rows[rows["bucket"] == shard], bar)
             split.remove(shard)
@@ -894,7 +733,7 @@ class _Workshop:
         path = os.path.join(self._pack_folder, layout.shard_file(shard))
         table: list[tuple[Any, ...]] = []
         samples: list[int] = []
-        with _ShardFile(path + ".tmp") as file:
+        with ShardFile(path + ".tmp") as file:
             for sample in self._samples_of(shard).tolist():
                 encoded = self._take_dealt(scratch, dealt.get(sample), sample)
                 if encoded is not None:
@@ -913,11 +752,11 @@ class _Workshop:
         ]
         content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
         content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
-        _write_whole(self._rows_path(shard), content)
+        write_whole(self._rows_path(shard), content)
         os.replace(path + ".tmp", path)
 
     def _write_sample(
-        self, file: _ShardFile, shard: int, sample: int, encoded: _Encoded
+        self, file: ShardFile, shard: int, sample: int, encoded: Encoded
     ) -> tuple[Any, ...]:
         name, label = self._plan.index.name[sample], int(self._label[sample])
         canonical = bool(encoded.flags & layout.FLAG_CANONICAL)
@@ -932,7 +771,7 @@ class _Workshop:
         data, width, height, crc, flags = encoded
         return (offset, len(data), shard, label, width, height, crc, flags, (0, 0, 0))
 
-    def _take_dealt(self, scratch: memoryview, row: Any, sample: int) -> _Encoded | None:
+    def _take_dealt(self, scratch: memoryview, row: Any, sample: int) -> Encoded | None:
         """Return a sample from the scratch, or from the source where the scratch is not sound.
 
         None: the sample is to be left out.
@@ -942,18 +781,18 @@ class _Workshop:
             if len(data) == row["length"] and _native.crc32c(data) == row["crc32c"]:
                 if row["flags"] & layout.FLAG_DAMAGED and sample not in self._failures:
                     self._encode_again(sample, bytes(data))  # an earlier run knew what is wrong
-                return _encoded_from(data, row)
+                return encoded_from(data, row)
         if sample in self._failures:
             return None
         encoded = self._encode_again(sample, _read(self._path(sample)))
         self._stop_on_failures()
         return encoded
 
-    def _encode_again(self, sample: int, data: bytes | _Refused) -> _Encoded | None:
+    def _encode_again(self, sample: int, data: bytes | _Refused) -> Encoded | None:
         encoded = data if isinstance(data, _Refused) else _encode(data, self._plan.settings)
         if isinstance(encoded, _Refused):
             encoded = self._fail(sample, encoded)
-        return encoded if isinstance(encoded, _Encoded) else None
+        return encoded if isinstance(encoded, Encoded) else None
 
     @functools.cached_property
     def _members(self) -> layout.MemberNames:
@@ -1003,13 +842,13 @@ class _Workshop:
             text = json.dumps(sorted(failures, key=lambda f: str(f["name"])), indent=1)
             files[layout.FAILURES_FILE] = text.encode()
         for file_name, content in files.items():
-            _write_whole(os.path.join(self._pack_folder, file_name), content)
+            write_whole(os.path.join(self._pack_folder, file_name), content)
         about = self._about(rows, names, abouts, failures, files)
         text = json.dumps(about, indent=1, ensure_ascii=True)
-        _write_whole(os.path.join(self._pack_folder, layout.PACK_FILE), text.encode())
-        _sync_folder(self._pack_folder)
+        write_whole(os.path.join(self._pack_folder, layout.PACK_FILE), text.encode())
+        sync_folder(self._pack_folder)
         os.rename(self._pack_folder, destination)
-        _sync_folder(os.path.dirname(destination))
+        sync_folder(os.path.dirname(destination))
         shutil.rmtree(self._partial)
 
     def _about(
@@ -1048,40 +887,6 @@ class _Workshop:
             },
             "shards": shards,
         }
-
-
-class _ShardFile:
-    """A file written in large pieces, synced at the end, whose size and CRC-32C are known."""
-
-    _PIECE_BYTES = 4 << 20
-
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by __exit__
-        self._buffer = bytearray()
-        self.size = 0
-        self.crc32c = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._buffer += data
-        self.size += len(data)
-        if len(self._buffer) >= self._PIECE_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        self.crc32c = _native.crc32c(memoryview(self._buffer), self.crc32c)
-        left = memoryview(self._buffer)
-        while left:
-            left = left[self._file.write(left) :]
-        self._buffer = bytearray()
-
-    def __enter__(self) -> _ShardFile:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        with self._file:
-            if kind is None:
-                self._flush()
-                os.fsync(self._file.fileno())
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:
