@@ -7,7 +7,8 @@ namespace imseq {
 
 namespace {
 
-// Value: a type of the dtype's size. Entries of the table are copied as they are, whatever they mean.
+// Value: a type of the dtype's size. Entries of the table are copied as they are, whatever they
+// mean.
 template <typename Value, typename Convert>
 void store_plane(const uint8_t* __restrict in, ptrdiff_t n, bool flip, ptrdiff_t step,
                  const Convert& convert, Value* __restrict out) {

@@ -8,8 +8,8 @@
 
 namespace imseq {
 
-// Stores row y of an image, three planes of recipe.out_width bytes, in the batch's row (out_height x out_width
-// x 3 values of recipe.dtype). flip: the first pixel comes last.
+// Stores row y of an image, three planes of recipe.out_width bytes, in the batch's row (out_height
+// x out_width x 3 values of recipe.dtype). flip: the first pixel comes last.
 void store_row(const imseq_recipe& recipe, const std::array<const uint8_t*, 3>& planes, int y,
                bool flip, void* batch_row);
 

@@ -8,8 +8,8 @@ namespace imseq {
 namespace {
 
 // Doubles a row of `n` values that have a neighbour on both sides; T: samples, or sums of two rows.
-// Each pixel is 3/4 of its own value and 1/4 of the nearer neighbour's. The biases of left and right pixels
-// differ so that rounding does not lean to one side.
+// Each pixel is 3/4 of its own value and 1/4 of the nearer neighbour's. The biases of left and
+// right pixels differ so that rounding does not lean to one side.
 template <typename T>
 inline void double_width(const T* __restrict in, int n, int left_bias, int right_bias, int shift,
                          uint8_t* __restrict out) {
@@ -39,9 +39,10 @@ void upsample_h2v1(const uint8_t* in, int begin, int end, int width, uint8_t* ou
   }
 }
 
-void upsample_h2v2(const uint8_t* __restrict near, const uint8_t* __restrict far, int begin, int end,
-                   int width, uint16_t* __restrict sums, uint8_t* out) {
-  // An outermost pixel's missing neighbour is the sample itself: 3 s + s = 4 s, as libjpeg-turbo has it.
+void upsample_h2v2(const uint8_t* __restrict near, const uint8_t* __restrict far, int begin,
+                   int end, int width, uint16_t* __restrict sums, uint8_t* out) {
+  // An outermost pixel's missing neighbour is the sample itself: 3 s + s = 4 s, as libjpeg-turbo
+  // has it.
   const int first = std::max(begin - 1, 0), last = std::min(end + 1, width);
   uint16_t* __restrict row = sums + (first - (begin - 1));
   for (int i = 0; i < last - first; ++i) {
@@ -67,8 +68,9 @@ void replicate(const uint8_t* in, int n, int factor, uint8_t* out) {
 void ycc_to_rgb(const uint8_t* __restrict y, const uint8_t* __restrict cb,
                 const uint8_t* __restrict cr, int n, uint8_t* __restrict r, uint8_t* __restrict g,
                 uint8_t* __restrict b) {
-  // jdcolor.c's factors with their whole parts taken out, so that what is left fits 16-bit multiplication:
-  // 1.40200 = 1 + 26345 / 65536, 1.77200 = 2 - 14942 / 65536, 0.71414 = 1 - 18734 / 65536.
+  // jdcolor.c's factors with their whole parts taken out, so that what is left fits 16-bit
+  // multiplication: 1.40200 = 1 + 26345 / 65536, 1.77200 = 2 - 14942 / 65536, 0.71414 = 1 - 18734 /
+  // 65536.
   constexpr int kRed = 26345, kBlue = -14942, kGreenCb = -22554, kGreenCr = 18734;
   constexpr int kHalf = 1 << 15;
   for (int i = 0; i < n; ++i) {

@@ -49,8 +49,7 @@ uint32_t update_portably(uint32_t crc, const uint8_t* bytes, size_t size) {
 }
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2"))) uint32_t update_by_instruction(uint32_t crc,
-                                                                 const uint8_t* bytes,
+__attribute__((target("sse4.2"))) uint32_t update_by_instruction(uint32_t crc, const uint8_t* bytes,
                                                                  size_t size) {
   uint64_t wide = crc;
   for (; size >= 8; size -= 8, bytes += 8) {
@@ -69,6 +68,10 @@ uint32_t crc32c(uint32_t crc, const uint8_t* bytes, size_t size) {
   static const bool has_instruction = __builtin_cpu_supports("sse4.2");
   if (has_instruction) return ~update_by_instruction(~crc, bytes, size);
 #endif
+  return crc32c_portable(crc, bytes, size);
+}
+
+uint32_t crc32c_portable(uint32_t crc, const uint8_t* bytes, size_t size) {
   return ~update_portably(~crc, bytes, size);
 }
 

@@ -36,9 +36,7 @@ Soundness soundness_of(const imseq_recipe& recipe, uint32_t flags) {
 bool is_empty(const Region& region) { return region.height == 0; }
 
 int32_t out_of_memory(imseq_error* error, const imseq_key& key, size_t size) {
-  return fail(error, IMSEQ_ERROR_MEMORY, key.sample, -1, 0,
-              "sample %lld: no memory to decode it (%zu bytes)", static_cast<long long>(key.sample),
-              size);
+  return fail(error, IMSEQ_ERROR_MEMORY, key.sample, -1, 0, "no memory to decode %zu bytes", size);
 }
 
 }  // namespace
@@ -55,8 +53,7 @@ int32_t SampleDecoder::State::decode(const imseq_recipe& recipe, const imseq_key
   resizer.begin(view, recipe.out_height, recipe.out_width, num_planes, recipe.filter,
                 recipe.passes);
   // Even where padding is all that is seen the image must be one that Pillow would open.
-  const Region source =
-      is_empty(resizer.source()) ? Region{0, 0, 1, 1} : resizer.source();
+  const Region source = is_empty(resizer.source()) ? Region{0, 0, 1, 1} : resizer.source();
   if (!decoder.decode(header, bytes, size, source, soundness_of(recipe, flags))) {
     return IMSEQ_FOREIGN;
   }

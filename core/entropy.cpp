@@ -14,18 +14,20 @@ int extend(uint32_t extra, int size) {
   return value < 1 << (size - 1) ? value - (1 << size) + 1 : value;
 }
 
-// What a symbol means: zeros to skip and number of extra bits. T.81 F.1.2.1 and F.1.2.2.
+// What a symbol means: how far the zigzag index moves, and the number of extra bits. T.81 F.1.2.1,
+// F.1.2.2.
 struct Symbol {
-  uint8_t run;
+  uint8_t advance;
   int size;
 };
 
 Symbol read_symbol(uint8_t symbol, HuffmanTable::Kind kind) {
-  if (kind == HuffmanTable::Kind::kDc) return {0, symbol};
-  const uint8_t run = symbol >> 4;
-  const int size = symbol & 15;
-  if (size != 0 || run == 15) return {run, size};  // run 15 of size 0: 16 zeros
-  // libjpeg-turbo takes the undefined symbols 0x10 ... 0xE0 for an end of block; no encoder writes them.
+  if (kind == HuffmanTable::Kind::kDc) return {1, symbol};
+  const int run = symbol >> 4, size = symbol & 15;
+  // A run of 15 of size 0 stands for 16 zeros: 15, and a value of 0 behind them.
+  if (size != 0 || run == 15) return {static_cast<uint8_t>(run + 1), size};
+  // libjpeg-turbo takes the undefined symbols 0x10 ... 0xE0 for an end of block; no encoder writes
+  // them.
   return {run == 0 ? HuffmanTable::kEndOfBlock : HuffmanTable::kInvalid, 0};
 }
 
@@ -50,10 +52,10 @@ void HuffmanTable::build(const JpegHuffmanSpec& spec, Kind kind) {
 }
 
 void HuffmanTable::fill_lookup(uint32_t code, int length, uint8_t symbol) {
-  const auto [run, size] = read_symbol(symbol, kind_);
+  const auto [advance, size] = read_symbol(symbol, kind_);
   HuffmanEntry* entry = lookup_.data() + (static_cast<size_t>(code) << (kLookupBits - length));
   const int spare = kLookupBits - length - size;
-  if (spare < 0 || run == kInvalid) {
+  if (spare < 0 || advance == kInvalid) {
     const auto place = static_cast<int16_t>(length << 8 | symbol);
     std::fill_n(entry, size_t{1} << (kLookupBits - length), HuffmanEntry{0, 0, place});
     return;
@@ -61,7 +63,7 @@ void HuffmanTable::fill_lookup(uint32_t code, int length, uint8_t symbol) {
   const auto total = static_cast<uint8_t>(length + size);
   for (uint32_t extra = 0; extra < 1u << size; ++extra, entry += size_t{1} << spare) {
     const auto value = static_cast<int16_t>(extend(extra, size));
-    std::fill_n(entry, size_t{1} << spare, HuffmanEntry{total, run, value});
+    std::fill_n(entry, size_t{1} << spare, HuffmanEntry{total, advance, value});
   }
 }
 
@@ -75,14 +77,14 @@ HuffmanEntry HuffmanTable::decode_slowly(uint64_t bits) const {
     length = kLookupBits + 1;
     while (length <= 16 && code >= limit_[static_cast<size_t>(length)]) ++length;
     if (length > 16) return kNoCode;
-    const int32_t index = first_value_[static_cast<size_t>(length)] +
-                          static_cast<int32_t>(code >> (16 - length));
+    const int32_t index =
+        first_value_[static_cast<size_t>(length)] + static_cast<int32_t>(code >> (16 - length));
     symbol = spec_.values[static_cast<size_t>(index)];
   }
-  const auto [run, size] = read_symbol(symbol, kind_);
-  if (run == kInvalid) return kNoCode;
+  const auto [advance, size] = read_symbol(symbol, kind_);
+  if (advance == kInvalid) return kNoCode;
   const auto extra = size == 0 ? 0 : static_cast<uint32_t>(bits << length >> (64 - size));
-  return {static_cast<uint8_t>(length + size), run, static_cast<int16_t>(extend(extra, size))};
+  return {static_cast<uint8_t>(length + size), advance, static_cast<int16_t>(extend(extra, size))};
 }
 
 void HuffmanTables::build(const JpegHeader& header) {
@@ -132,8 +134,8 @@ bool decode_mcu(const JpegHeader& header, const HuffmanTables& tables, int64_t m
     const JpegComponent& component = header.components[static_cast<size_t>(c)];
     for (int y = 0; y < component.mcu_height; ++y) {
       for (int x = 0; x < component.mcu_width; ++x) {
-        int16_t* block = out->block(c, mcu_y * component.mcu_height + y,
-                                    mcu_x * component.mcu_width + x);
+        int16_t* block =
+            out->block(c, mcu_y * component.mcu_height + y, mcu_x * component.mcu_width + x);
         const int last =
             decode_block<true>(reader, tables.dc(c), tables.ac(c),
                                predictions[static_cast<size_t>(c)], kZigzag.data(), block);
@@ -144,8 +146,8 @@ bool decode_mcu(const JpegHeader& header, const HuffmanTables& tables, int64_t m
   return true;
 }
 
-// Sizes and zeroes the output. False where the bytes can't hold so many blocks (a block takes a DC and an
-// AC code of a bit each at least), before any memory is asked for.
+// Sizes and zeroes the output. False where the bytes can't hold so many blocks (a block takes a DC
+// and an AC code of a bit each at least), before any memory is asked for.
 bool prepare(const JpegHeader& header, size_t entropy_bytes, JpegCoefficients* out) {
   size_t num_blocks = 0;
   for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {

@@ -11,20 +11,24 @@
 
 namespace imseq {
 
-// ---- tables -----------------------------------------------------------------------------------------
+// ---- tables
+// -----------------------------------------------------------------------------------------
 
-// One look-up of the next kLookupBits bits. Where the code and its extra bits fit, it gives everything.
+// One look-up of the next kLookupBits bits. Where the code and its extra bits fit, it gives
+// everything.
 struct HuffmanEntry {
-  uint8_t length;  // bits of the code and its extra bits; 0: see HuffmanTable::decode_slowly
-  uint8_t run;     // zero coefficients before the value; kEndOfBlock behind the last one
-  int16_t value;   // of the coefficient; with length 0 a code's size: length << 8 | symbol, 0 unknown
+  uint8_t length;   // bits of the code and its extra bits; 0: see HuffmanTable::decode_slowly
+  uint8_t advance;  // from the last coefficient's zigzag index to this one's; or kEndOfBlock
+  int16_t
+      value;  // of the coefficient; with length 0 a code's size: length << 8 | symbol, 0 unknown
 };
 
 class HuffmanTable {
  public:
   static constexpr int kLookupBits = 12;
-  static constexpr uint8_t kEndOfBlock = 64;
-  static constexpr uint8_t kInvalid = 128;
+  static constexpr int kMaxSymbolBits = 16 + 15;  // a code and its extra bits
+  static constexpr uint8_t kEndOfBlock = 64;      // an advance beyond every block
+  static constexpr uint8_t kInvalid = 128;        // an advance too, of what is no symbol
 
   enum class Kind { kDc, kAc };
 
@@ -33,8 +37,9 @@ class HuffmanTable {
 
   [[nodiscard]] const HuffmanEntry* lookup() const { return lookup_.data(); }
 
-  // The entry for `bits` (the next 64, or at least 31, left-aligned) where lookup() has none: extra bits
-  // that do not fit, long codes, and bits that are no code or stand for nothing (run = kInvalid).
+  // The entry for `bits` (the next 64, or at least 31, left-aligned) where lookup() has none: extra
+  // bits that do not fit, long codes, and bits that are no code or stand for nothing (advance =
+  // kInvalid).
   [[nodiscard]] HuffmanEntry decode_slowly(uint64_t bits) const;
 
  private:
@@ -43,29 +48,33 @@ class HuffmanTable {
   JpegHuffmanSpec spec_;
   Kind kind_ = Kind::kDc;
   std::array<HuffmanEntry, size_t{1} << kLookupBits> lookup_;
-  std::array<uint32_t, 17> limit_;      // codes of n bits are below limit_[n], left-aligned in 16 bits
-  std::array<int32_t, 17> first_value_;  // index in spec_.values of code 0 of n bits, were there one
+  std::array<uint32_t, 17> limit_;  // codes of n bits are below limit_[n], left-aligned in 16 bits
+  std::array<int32_t, 17>
+      first_value_;  // index in spec_.values of code 0 of n bits, were there one
 };
 
-// ---- bits -------------------------------------------------------------------------------------------
+// ---- bits
+// -------------------------------------------------------------------------------------------
 
-// Bits of an interval whose byte stuffing has been removed, most significant first. It may run ahead of the
-// interval's end while a block is decoded, by a block's bits and a refill (kBlockBytes) at most:
-// memory must be readable as far as that, and overrun() tells afterwards.
+// Bits of an interval whose byte stuffing has been removed, most significant first. It may run
+// ahead of the interval's end while a block is decoded, by a block's bits and a refill
+// (kBlockBytes) at most: memory must be readable as far as that, and overrun() tells afterwards.
 class BitReader {
  public:
   static constexpr size_t kBlockBytes = 64 * 31 / 8 + 16;
+  static constexpr int kRefilledBits = 56;
 
   BitReader(const uint8_t* begin, const uint8_t* end) : next_(begin), end_(end) {}
 
-  // At least 56 bits are there afterwards. Branchless: reads 8 bytes, advances by whole bytes used.
+  // At least kRefilledBits are there afterwards. Branchless: reads 8 bytes, advances by whole bytes
+  // used.
   void refill() {
     uint64_t word;
     std::memcpy(&word, next_, 8);
     if constexpr (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) word = __builtin_bswap64(word);
     bits_ |= word >> count_;
     next_ += (63 - count_) >> 3;
-    count_ |= 56;
+    count_ |= kRefilledBits;
   }
   [[nodiscard]] uint64_t bits() const { return bits_; }
   [[nodiscard]] uint32_t peek(int n) const { return static_cast<uint32_t>(bits_ >> (64 - n)); }
@@ -86,41 +95,52 @@ class BitReader {
   int count_ = 0;      // valid bits in bits_
 };
 
-// ---- blocks -----------------------------------------------------------------------------------------
+// ---- blocks
+// -----------------------------------------------------------------------------------------
 
-// Decodes one block. With kStore, writes its coefficients other than zero to block[order[k]], k being the
-// zigzag index; the block must have been zeroed, but for block[0]. Without, only follows the DC
-// prediction. Returns the zigzag index of the last coefficient decoded, or -1 on an anomaly.
+// Decodes one block. With kStore, writes its coefficients other than zero to block[order[k]], k
+// being the zigzag index; the block must have been zeroed, but for block[0]. Without, only follows
+// the DC prediction. Returns the zigzag index of the last coefficient decoded, or -1 on an anomaly.
 // Does not check for an overrun: the caller does, block by block.
 template <bool kStore>
 inline int decode_block(BitReader& reader, const HuffmanTable& dc, const HuffmanTable& ac,
                         int& prediction, const uint8_t* order, int16_t* block) {
   BitReader bits = reader;  // a local copy stays in registers
-  const auto next_entry = [&bits](const HuffmanTable& table) {
-    bits.refill();
+  // Needs no more than kLookupBits bits, and refills itself before it takes more: three symbols can
+  // follow a refill, even if the first of them is of the longest.
+  static_assert(BitReader::kRefilledBits - HuffmanTable::kMaxSymbolBits >=
+                2 * HuffmanTable::kLookupBits);
+  const auto next_entry = [&bits](const HuffmanTable& table) __attribute__((always_inline)) {
     HuffmanEntry entry = table.lookup()[bits.peek(HuffmanTable::kLookupBits)];
-    if (entry.length == 0) [[unlikely]] entry = table.decode_slowly(bits.bits());
+    if (entry.length == 0) [[unlikely]] {
+      bits.refill();
+      entry = table.decode_slowly(bits.bits());
+    }
     bits.consume(entry.length);
     return entry;
   };
+  bits.refill();
   const HuffmanEntry difference = next_entry(dc);
   prediction += difference.value;
   // libjpeg-turbo stores the low 16 bits; a difference of 2^15 steps is no image's.
-  if (difference.run != 0 || prediction != static_cast<int16_t>(prediction)) return -1;
+  if (difference.advance != 1 || prediction != static_cast<int16_t>(prediction)) return -1;
   if constexpr (kStore) block[0] = static_cast<int16_t>(prediction);
-  int last = 0;
-  for (int k = 1; k < 64; ++k) {
-    const HuffmanEntry entry = next_entry(ac);
-    k += entry.run;
-    if (k > 63) {
-      if (entry.run != HuffmanTable::kEndOfBlock) return -1;
-      break;
-    }
+  int k = 0;
+  HuffmanEntry entry{0, 0, 0};
+  // Takes the next symbol; true when it was the block's last.
+  const auto step = [&]() __attribute__((always_inline)) {
+    entry = next_entry(ac);
+    k += entry.advance;
+    if (k > 63) return true;
     if constexpr (kStore) block[order[k]] = entry.value;
-    last = k;
-  }
+    return k == 63;
+  };
+  do {
+    bits.refill();
+  } while (!step() && !step() && !step());
   reader = bits;
-  return last;
+  if (k <= 63) return k;
+  return entry.advance == HuffmanTable::kEndOfBlock ? k - HuffmanTable::kEndOfBlock : -1;
 }
 
 // The tables of one image, kept from image to image as long as they are the same.
@@ -139,7 +159,8 @@ class HuffmanTables {
   std::array<size_t, 3> dc_index_{}, ac_index_{};  // component -> table
 };
 
-// ---- restart intervals ------------------------------------------------------------------------------
+// ---- restart intervals
+// ------------------------------------------------------------------------------
 
 struct Interval {
   const uint8_t* begin;  // without byte stuffing; BitReader::kBlockBytes readable behind the end
@@ -147,12 +168,13 @@ struct Interval {
   int64_t first_mcu, end_mcu;
 };
 
-// Splits a scan into its restart intervals, without byte stuffing; without restart markers it is one.
+// Splits a scan into its restart intervals, without byte stuffing; without restart markers it is
+// one.
 class IntervalReader {
  public:
-  // The intervals that hold an MCU for which `wanted` may be true come back in intervals(), the others are
-  // only counted. False where the markers are not exactly RST0, RST1, ... and EOI, as many as there must be.
-  // wanted(first_mcu, end_mcu): whether any MCU of the range is needed.
+  // The intervals that hold an MCU for which `wanted` may be true come back in intervals(), the
+  // others are only counted. False where the markers are not exactly RST0, RST1, ... and EOI, as
+  // many as there must be. wanted(first_mcu, end_mcu): whether any MCU of the range is needed.
   template <typename Wanted>
   [[nodiscard]] bool read(const JpegHeader& header, const uint8_t* bytes, size_t size,
                           const Wanted& wanted);
@@ -161,7 +183,8 @@ class IntervalReader {
   [[nodiscard]] size_t end_offset() const { return end_offset_; }
 
  private:
-  // Copies (where out is not null) up to the next marker, which *at is left behind. Returns it, 0 if none.
+  // Copies (where out is not null) up to the next marker, which *at is left behind. Returns it, 0
+  // if none.
   static int copy_to_marker(const uint8_t* bytes, size_t size, size_t* at, uint8_t** out);
   void reserve(size_t size);
 

@@ -17,10 +17,10 @@ constexpr int k0_298 = 2446, k0_390 = 3196, k0_541 = 4433, k0_765 = 6270, k0_899
               k2_562 = 20995, k3_072 = 25172;
 
 // As jidctint-sse2.asm pairs them up, so that every rotation is x * a + y * b.
-constexpr std::array<int16_t, 12> kRotation = {
-    k0_541,          k0_541 - k1_847, k0_541 + k0_765, k1_175 - k1_961,
-    k1_175,          k1_175 - k0_390, k0_298 - k0_899, -k0_899,
-    k2_053 - k2_562, -k2_562,         k3_072 - k2_562, k1_501 - k0_899};
+constexpr std::array<int16_t, 12> kRotation = {k0_541,          k0_541 - k1_847, k0_541 + k0_765,
+                                               k1_175 - k1_961, k1_175,          k1_175 - k0_390,
+                                               k0_298 - k0_899, -k0_899,         k2_053 - k2_562,
+                                               -k2_562,         k3_072 - k2_562, k1_501 - k0_899};
 
 // Wraps as 16-bit SIMD arithmetic does (the conversion is modulo 2^16, [conv.integral]).
 inline int16_t wrap16(int value) { return static_cast<int16_t>(value); }
@@ -33,8 +33,8 @@ inline uint8_t to_sample(int value) {
   return static_cast<uint8_t>(std::clamp(value, -128, 127) + 128);
 }
 
-// One-dimensional transform of 8 values (Loeffler, Ligtenberg and Moschytz, ICASSP 1989), the result scaled
-// by 2^kConstBits. No sum leaves 32 bits: none is beyond 32768 * 64570.
+// One-dimensional transform of 8 values (Loeffler, Ligtenberg and Moschytz, ICASSP 1989), the
+// result scaled by 2^kConstBits. No sum leaves 32 bits: none is beyond 32768 * 64570.
 inline void transform(const int16_t (&in)[8], const int16_t* __restrict c, int (&out)[8]) {
   const int even2 = in[2] * c[0] + in[6] * c[1];
   const int even3 = in[2] * c[2] + in[6] * c[0];
@@ -61,8 +61,8 @@ inline void transform(const int16_t (&in)[8], const int16_t* __restrict c, int (
   out[4] = sum3 - odd0;
 }
 
-// Both passes transform columns, all eight at once: the loop over x is what compilers vectorise, as long
-// as these are functions of their own.
+// Both passes transform columns, all eight at once: the loop over x is what compilers vectorise, as
+// long as these are functions of their own.
 __attribute__((noinline)) void first_pass(const int16_t* __restrict coefficients,
                                           const int16_t* __restrict quant,
                                           const int16_t* __restrict rotation,
@@ -122,6 +122,7 @@ inline void transpose(int16_t* block) {
 }
 
 bool only_first_row(const int16_t* coefficients) {
+  if (coefficients[8] != 0) return false;  // mostly
   int any = 0;
   for (int k = 8; k < 64; ++k) any |= coefficients[k];
   return any == 0;
@@ -145,9 +146,8 @@ void idct_block(const int16_t* coefficients, const IdctTable& table, int last, u
     return;
   }
   int16_t block[64], samples[64];
-  // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates. The first row
-  // ends at zigzag index 28.
-  if (last <= 28 && only_first_row(coefficients)) {
+  // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates.
+  if (only_first_row(coefficients)) {
     for (int k = 0; k < 64; ++k) block[k] = scaled(k & 7);
   } else {
     first_pass(coefficients, quant, table.rotation.data(), block);

@@ -9,9 +9,9 @@
 
 namespace imseq {
 
-// What the transform multiplies by. The constants of the rotations lie in memory beside the quantisation
-// table because compilers turn constants they know into chains of shifts and additions, which on vectors
-// is three times slower than 16-bit multiplication.
+// What the transform multiplies by. The constants of the rotations lie in memory beside the
+// quantisation table because compilers turn constants they know into chains of shifts and
+// additions, which on vectors is three times slower than 16-bit multiplication.
 struct IdctTable {
   explicit IdctTable(const JpegQuantTable& quant_table);
   IdctTable() = default;
@@ -20,12 +20,13 @@ struct IdctTable {
   std::array<int16_t, 12> rotation{};
 };
 
-// 8 x 8 samples from one block of quantised coefficients in natural order, none of them other than zero
-// behind zigzag index `last`. Rows of out are `stride` bytes apart.
+// 8 x 8 samples from one block of quantised coefficients in natural order, none of them other than
+// zero behind zigzag index `last`. Rows of out are `stride` bytes apart.
 //
-// Bit-exact with libjpeg-turbo's x86 SIMD code (jidctint-sse2.asm, jidctint-avx2.asm) for *every* input:
-// products of dequantisation and sums before multiplication wrap at 16 bits, the intermediate result and the
-// samples saturate. For coefficients that an encoder can have written this is the same as jidctint.c.
+// Bit-exact with libjpeg-turbo's x86 SIMD code (jidctint-sse2.asm, jidctint-avx2.asm) for *every*
+// input: products of dequantisation and sums before multiplication wrap at 16 bits, the
+// intermediate result and the samples saturate. For coefficients that an encoder can have written
+// this is the same as jidctint.c.
 void idct_block(const int16_t* coefficients, const IdctTable& table, int last, uint8_t* out,
                 ptrdiff_t stride);
 

@@ -44,8 +44,7 @@ bool parse_dqt(Payload in, JpegHeader* header) {
     JpegQuantTable& table = header->quant_tables[static_cast<size_t>(index)];
     table.defined = true;
     for (size_t k = 0; k < 64; ++k) {
-      table.values[k] =
-          static_cast<uint16_t>(precision == 0 ? in.u8(at + k) : in.u16(at + 2 * k));
+      table.values[k] = static_cast<uint16_t>(precision == 0 ? in.u8(at + k) : in.u16(at + 2 * k));
     }
     at += table_bytes;
   }
@@ -80,7 +79,8 @@ bool parse_frame(int marker, Payload in, JpegHeader* header) {
   header->width = in.u16(3);
   header->num_components = in.u8(5);
   const int n = header->num_components;
-  if (n < 1 || n > 4 || header->width == 0 || in.size != 6 + 3 * static_cast<size_t>(n)) return false;
+  if (n < 1 || n > 4 || header->width == 0 || in.size != 6 + 3 * static_cast<size_t>(n))
+    return false;
   for (size_t c = 0; c < static_cast<size_t>(n); ++c) {
     JpegComponent& component = header->components[c];
     component.id = in.u8(6 + 3 * c);
@@ -97,8 +97,8 @@ bool parse_frame(int marker, Payload in, JpegHeader* header) {
   return true;
 }
 
-// Pillow reads these blocks while it opens a file, and where one ends behind the resource code it fails
-// (IndexError in JpegImagePlugin.APP); everything else that is wrong with them it forgives.
+// Pillow reads these blocks while it opens a file, and where one ends behind the resource code it
+// fails (IndexError in JpegImagePlugin.APP); everything else that is wrong with them it forgives.
 bool pillow_fails_on_photoshop(Payload in) {
   size_t at = 14;
   while (in.size >= at + 4 && std::memcmp(in.bytes + at, "8BIM", 4) == 0) {
@@ -115,7 +115,8 @@ bool pillow_fails_on_photoshop(Payload in) {
   return false;
 }
 
-// Application segments decide the colour space; the known ones must be as long as Pillow and libjpeg expect.
+// Application segments decide the colour space; the known ones must be as long as Pillow and
+// libjpeg expect.
 bool parse_application(int marker, Payload in, JpegHeader* header) {
   if (marker == kApp0 && in.starts_with("JFIF", 4)) {
     if (in.size < 14) return false;
@@ -138,8 +139,8 @@ bool parse_scan(Payload in, JpegHeader* header, bool* whole_image) {
   const int n = in.u8(0);
   if (n < 1 || n > 4 || in.size != 4 + 2 * static_cast<size_t>(n)) return false;
   const size_t end = 1 + 2 * static_cast<size_t>(n);
-  *whole_image = n == header->num_components && in.u8(end) == 0 && in.u8(end + 1) == 63 &&
-                 in.u8(end + 2) == 0;
+  *whole_image =
+      n == header->num_components && in.u8(end) == 0 && in.u8(end + 1) == 63 && in.u8(end + 2) == 0;
   for (size_t c = 0; *whole_image && c < static_cast<size_t>(n); ++c) {
     JpegComponent& component = header->components[c];
     component.dc_table = in.u8(2 + 2 * c) >> 4;
@@ -180,7 +181,8 @@ bool is_prefix_code(const JpegHuffmanSpec& spec) {
   uint32_t code = 0;
   for (int bits = 1; bits <= 16; ++bits) {
     code = code * 2 + spec.counts[static_cast<size_t>(bits - 1)];
-    // The greatest code of this length is code - 1; where the length has none, nothing can be wrong.
+    // The greatest code of this length is code - 1; where the length has none, nothing can be
+    // wrong.
     if (spec.counts[static_cast<size_t>(bits - 1)] != 0 && code >= 1u << bits) return false;
   }
   return true;
@@ -229,9 +231,10 @@ bool has_arithmetic_conditioning(const JpegHeader& header) {
 }
 
 bool in_scope(const JpegHeader& header, bool whole_image) {
-  return whole_image && !has_arithmetic_conditioning(header) && (header.frame_marker == kSof0 || header.frame_marker == kSof1) &&
-         header.precision == 8 && (header.num_components == 1 || header.num_components == 3) &&
-         header.height > 0 && header.height <= kMaxDimension && header.width <= kMaxDimension &&
+  return whole_image && !has_arithmetic_conditioning(header) &&
+         (header.frame_marker == kSof0 || header.frame_marker == kSof1) && header.precision == 8 &&
+         (header.num_components == 1 || header.num_components == 3) && header.height > 0 &&
+         header.height <= kMaxDimension && header.width <= kMaxDimension &&
          !(header.has_adobe && header.adobe_transform > 1) && ids_are_distinct(header) &&
          sampling_is_integral(header) && tables_are_sound(header);
 }
@@ -254,7 +257,8 @@ void derive_geometry(JpegHeader* header) {
   header->mcus_high = divide_up(header->height, lone ? 8 : 8 * max_v);
   for (size_t c = 0; c < static_cast<size_t>(header->num_components); ++c) {
     JpegComponent& component = header->components[c];
-    // T.81 A.2.2: a scan of one component is not interleaved, its MCU is one block whatever the factors.
+    // T.81 A.2.2: a scan of one component is not interleaved, its MCU is one block whatever the
+    // factors.
     component.mcu_width = lone ? 1 : component.h_sampling;
     component.mcu_height = lone ? 1 : component.v_sampling;
     component.width = divide_up(header->width * component.h_sampling, max_h);
@@ -275,7 +279,8 @@ void reset(JpegHeader* header) {
 
 JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header) {
   reset(header);
-  if (size < 4 || bytes[0] != 0xFF || bytes[1] != kSoi || bytes[2] != 0xFF) return JpegKind::kDamaged;
+  if (size < 4 || bytes[0] != 0xFF || bytes[1] != kSoi || bytes[2] != 0xFF)
+    return JpegKind::kDamaged;
   bool whole_image = false;
   size_t at = 2;
   for (int marker = 0; marker != kSos;) {

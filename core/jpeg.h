@@ -3,14 +3,16 @@
 //   JpegHeader header;                         // reuse it: it keeps its memory
 //   if (parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) ...   // Pillow's business
 //   JpegCoefficients all;                      // reuse it as well
-//   if (!decode_coefficients(header, bytes, size, &all)) ...           // damaged: Pillow's business
-//   const int16_t* block = all.block(component, block_y, block_x);     // 64 values in zigzag order
+//   if (!decode_coefficients(header, bytes, size, &all)) ...           // damaged: Pillow's
+//   business const int16_t* block = all.block(component, block_y, block_x);     // 64 values in
+//   zigzag order
 //
-// Pixels of a region come from region.h. Both decode strictly: a stream is decoded without any anomaly or
-// not at all, because what libjpeg-turbo makes of a damaged stream is for libjpeg-turbo to say.
+// Pixels of a region come from region.h. Both decode strictly: a stream is decoded without any
+// anomaly or not at all, because what libjpeg-turbo makes of a damaged stream is for libjpeg-turbo
+// to say.
 //
-// References: ITU-T T.81 (the numbered sections below), ITU-T T.871 (JFIF), and libjpeg-turbo 3.x and Pillow
-// for whatever those leave open.
+// References: ITU-T T.81 (the numbered sections below), ITU-T T.871 (JFIF), and libjpeg-turbo 3.x
+// and Pillow for whatever those leave open.
 #pragma once
 
 #include <array>
@@ -46,7 +48,8 @@ struct JpegComponent {
   int blocks_wide = 0, blocks_high = 0;  // coded blocks, those that only fill up an MCU included
 };
 
-// A marker segment before the entropy-coded data: bytes[offset, offset + size) begins with its 0xFF.
+// A marker segment before the entropy-coded data: bytes[offset, offset + size) begins with its
+// 0xFF.
 struct JpegSegment {
   uint8_t marker;
   size_t offset, size;
@@ -61,7 +64,7 @@ struct JpegHeader {
   int num_components = 0;
   std::array<JpegComponent, 4> components{};
   int max_h_sampling = 1, max_v_sampling = 1;
-  int restart_interval = 0;           // MCUs, 0: none
+  int restart_interval = 0;  // MCUs, 0: none
   std::array<JpegQuantTable, 4> quant_tables{};
   std::array<JpegHuffmanSpec, 4> dc_tables{}, ac_tables{};
   bool has_jfif = false, has_adobe = false;
@@ -74,7 +77,8 @@ struct JpegHeader {
 
   [[nodiscard]] int64_t num_mcus() const { return int64_t{mcus_wide} * mcus_high; }
   [[nodiscard]] const JpegQuantTable& quant(int component) const {
-    return quant_tables[static_cast<size_t>(components[static_cast<size_t>(component)].quant_table)];
+    return quant_tables[static_cast<size_t>(
+        components[static_cast<size_t>(component)].quant_table)];
   }
 };
 
@@ -84,12 +88,14 @@ enum class JpegKind {
   kDamaged    // no JPEG, or a header that is not sound
 };
 
-// Reads everything up to the entropy-coded data of the first scan. Looks at no byte outside [0, size).
+// Reads everything up to the entropy-coded data of the first scan. Looks at no byte outside [0,
+// size).
 [[nodiscard]] JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header);
 
 // The coefficients of all blocks, quantised as they are coded.
 struct JpegCoefficients {
-  std::array<std::vector<int16_t>, 3> components;  // blocks row by row, 64 values each in zigzag order
+  std::array<std::vector<int16_t>, 3>
+      components;  // blocks row by row, 64 values each in zigzag order
   std::array<int, 3> blocks_wide{};
   size_t end_offset = 0;  // first byte behind the EOI marker
 

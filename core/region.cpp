@@ -78,7 +78,8 @@ void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   plane.left = first_mcu_x_ * 8 * component.mcu_width;
   plane.top = first_mcu_y_ * 8 * component.mcu_height;
   plane.stride = static_cast<ptrdiff_t>(end_mcu_x_ - first_mcu_x_) * 8 * component.mcu_width;
-  const ptrdiff_t rows = static_cast<ptrdiff_t>(end_mcu_y_ - first_mcu_y_) * 8 * component.mcu_height;
+  const ptrdiff_t rows =
+      static_cast<ptrdiff_t>(end_mcu_y_ - first_mcu_y_) * 8 * component.mcu_height;
   grow(&plane.samples, static_cast<size_t>(plane.stride * rows));
   // libjpeg-turbo's choice (jdsample.c, jinit_upsampler).
   if (h == 1 && v == 1) {
@@ -133,7 +134,8 @@ bool RegionDecoder::skip_mcus(BitReader& reader, int64_t num_mcus) {
       const HuffmanTable& dc = tables_.dc(static_cast<int>(c));
       const HuffmanTable& ac = tables_.ac(static_cast<int>(c));
       for (int b = planes_[c].mcu_width * planes_[c].mcu_height; b > 0; --b) {
-        if (decode_block<false>(reader, dc, ac, predictions_[c], nullptr, nullptr) < 0) return false;
+        if (decode_block<false>(reader, dc, ac, predictions_[c], nullptr, nullptr) < 0)
+          return false;
         if (reader.overrun()) return false;
       }
     }
@@ -156,8 +158,8 @@ bool RegionDecoder::decode_mcus(BitReader& reader, int64_t mcu, int64_t num_mcus
                        mcu_x * plane.mcu_width * 8;
         for (int x = 0; x < plane.mcu_width; ++x, out += 8) {
           std::memset(block, 0, sizeof(block));
-          const int last = decode_block<true>(reader, dc, ac, predictions_[c],
-                                              kNaturalOrder.data(), block);
+          const int last =
+              decode_block<true>(reader, dc, ac, predictions_[c], kNaturalOrder.data(), block);
           if (last < 0 || reader.overrun()) return false;
           idct_block(block, plane.idct, last, out, plane.stride);
         }

@@ -23,9 +23,9 @@ enum class Soundness {
   kAll       // everything up to the end marker
 };
 
-// Decodes only what a region needs: without restart markers the scan from its start to the region's last
-// row, with them the intervals that touch the region; and the inverse DCT of the region's blocks alone.
-// Keeps its memory from image to image.
+// Decodes only what a region needs: without restart markers the scan from its start to the region's
+// last row, with them the intervals that touch the region; and the inverse DCT of the region's
+// blocks alone. Keeps its memory from image to image.
 class RegionDecoder {
  public:
   // header: kBaseline. The region must lie in the image and not be empty. False: an anomaly.
@@ -44,12 +44,12 @@ class RegionDecoder {
   struct Plane {
     int h_factor, v_factor;  // pixels per sample
     Upsampling upsampling;
-    int width, height;              // of the component
-    int mcu_width, mcu_height;      // blocks
-    int left, top;                  // sample of the component that samples[0] is
+    int width, height;          // of the component
+    int mcu_width, mcu_height;  // blocks
+    int left, top;              // sample of the component that samples[0] is
     ptrdiff_t stride;
     std::vector<uint8_t> samples;
-    std::vector<uint8_t> pixels;    // a row of them, upsampled
+    std::vector<uint8_t> pixels;  // a row of them, upsampled
     IdctTable idct;
 
     // Row y of the component, indexed by sample of the component.

@@ -96,9 +96,9 @@ constexpr int kStrip = 16;
 
 constexpr size_t round_up_to_strip(size_t size) { return (size + kStrip - 1) / kStrip * kStrip; }
 
-// out[i] = sum of weights[k] * rows[k * row_bytes + i]; n is a multiple of kStrip. A weight is below 2 and so
-// has 24 bits. It is taken apart into two 16-bit numbers, which compilers for baseline x86-64 multiply eight
-// at a time (32-bit multiplication of vectors came with SSE4.1).
+// out[i] = sum of weights[k] * rows[k * row_bytes + i]; n is a multiple of kStrip. A weight is
+// below 2 and so has 24 bits. It is taken apart into two 16-bit numbers, which compilers for
+// baseline x86-64 multiply eight at a time (32-bit multiplication of vectors came with SSE4.1).
 void vertical_pass(const uint8_t* __restrict rows, size_t row_bytes,
                    const int32_t* __restrict weights, int num_taps, size_t n,
                    uint8_t* __restrict out) {
@@ -232,7 +232,8 @@ const uint8_t* Resizer::resize_vertically(int i, uint8_t* out) {
 
 std::array<const uint8_t*, 3> Resizer::output_row(int y) {
   if (y < first_row_ || y >= end_row_) return {zeros_.data(), zeros_.data(), zeros_.data()};
-  const uint8_t* row = resize_vertically(y - first_row_, vertical_first_ ? row_.data() : output_.data());
+  const uint8_t* row =
+      resize_vertically(y - first_row_, vertical_first_ ? row_.data() : output_.data());
   if (vertical_first_ && !horizontal_.identity()) {
     resize_horizontally(row, output_.data());
     row = output_.data();

@@ -1,4 +1,4 @@
-"""What the tests share: the sample photos, generated images, torchvision without its native part."""
+"""What the tests share: sample photos, generated images, torchvision without its native part."""
 
 from __future__ import annotations
 

@@ -71,9 +71,7 @@ def loader_of(source: Path, transform: list, **settings: object) -> Loader:
 def test_random_crops_of_every_photo(
     sources: dict[str, Path], decoded: dict[str, Image.Image], kind: str
 ) -> None:
-    loaders = [
-        loader_of(sources[kind], [*TRAIN, v2.PILToTensor()], num_workers=n) for n in (1, 8)
-    ]
+    loaders = [loader_of(sources[kind], [*TRAIN, v2.PILToTensor()], num_workers=n) for n in (1, 8)]
     names = [key_of(name) for name in loaders[0]._source.index.name]
     assert sorted(names) == sorted(decoded)
     assert len(names) == 500
@@ -131,6 +129,8 @@ def test_every_format_is_the_users_conversion_of_the_same_crops(
             assert images.dtype == dtype
             assert images.is_contiguous(memory_format=memory_format)
             assert torch.equal(images, again)
-            for i in range(0, len(pixels), 8):  # torchvision converts slowly; each format sees 64 photos
+            for i in range(
+                0, len(pixels), 8
+            ):  # torchvision converts slowly; each format sees 64 photos
                 image = Image.fromarray(pixels[i].permute(1, 2, 0).numpy())
                 assert torch.equal(images[i], convert(image).to(dtype))

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import add_split
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from conftest import add_split
 from imagenet_seq.errors import ForkError
 from imagenet_seq.loader import Loader
 
@@ -56,7 +56,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert result.stdout.strip() == "False", result.stderr
 
 
-# ---- iterators -------------------------------------------------------------------------------------
+# ---- iterators -----------------------------------------------------------------------------------
 
 
 def test_abandoned_iterators_leave_no_thread_and_no_open_file(root: Path) -> None:
@@ -67,9 +67,12 @@ def test_abandoned_iterators_leave_no_thread_and_no_open_file(root: Path) -> Non
     for _ in range(20):
         for _ in loader:
             break
-    with pytest.raises(ZeroDivisionError):
+
+    def fail() -> None:
         for _ in loader:
             raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fail)
     for _ in loader:  # an iteration to the end keeps its threads for the next one
         pass
     loader.close()
@@ -173,7 +176,7 @@ def test_ctrl_c_in_the_loop_then_state_and_exit(root: Path) -> None:
     assert json.loads(result.stdout)["samples_done"] in (12, 16)
 
 
-# ---- fork ------------------------------------------------------------------------------------------
+# ---- fork ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -245,7 +248,7 @@ def test_a_child_exits_normally_and_makes_a_loader_of_its_own(root: Path) -> Non
     assert result.stdout.strip() == "79"
 
 
-# ---- ranks -----------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 RANK_SCRIPT = """
 import json, sys, zlib

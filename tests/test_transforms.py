@@ -256,6 +256,10 @@ class MyCrop(v1.RandomResizedCrop):
     pass
 
 
+class CenterCrop(v1.Resize):
+    """A class of the user's with torchvision's name."""
+
+
 def modified_flip() -> Any:
     flip = v1.RandomHorizontalFlip(0.5)
     flip.forward = lambda image: image
@@ -283,6 +287,12 @@ CUTS: list[tuple[str, list[Any], int, str]] = [
         "RandAugment",
     ),
     ("subclass", [MyCrop(40), v1.ToTensor()], 0, "MyCrop"),
+    (
+        "same name",
+        [CenterCrop((40, 40)), v1.ToTensor()],
+        0,
+        "CenterCrop is not a torchvision class",
+    ),
     ("function", [v1.CenterCrop(40), lambda image: image, v1.ToTensor()], 1, "<lambda>"),
     ("replaced method", [v1.CenterCrop(40), modified_flip(), v1.ToTensor()], 1, "modified"),
     ("hook", [hooked_crop(), v1.ToTensor()], 0, "modified"),
@@ -301,6 +311,12 @@ CUTS: list[tuple[str, list[Any], int, str]] = [
     ("p above one", [v1.CenterCrop(40), v1.RandomHorizontalFlip(1.5), v1.ToTensor()], 1, "p=1.5"),
     ("double", [v1.CenterCrop(40), v2.ToImage(), v2.ToDtype(torch.float64)], 2, "float64"),
     ("shifted", [v1.CenterCrop(40), v2.ToImage(), v2.ToDtype(torch.int16, True)], 2, "int16"),
+    (
+        "bytes of other values",
+        [v1.CenterCrop(40), v2.ToImage(), v2.ToDtype(torch.int16, True), v2.ToDtype(torch.uint8)],
+        2,
+        "uint8 with these values",
+    ),
     (
         "mean image",
         [v1.CenterCrop(40), v1.ToTensor(), v1.Normalize(torch.zeros(3, 1, 256), STD)],
@@ -339,6 +355,16 @@ def test_core_part_ends_where_exactness_would(members: list[Any], num_core: int,
             assert pipeline.rows == Rows.FINISHED_BY_PYTHON
             assert list(pipeline.tail) == members[num_core:]
             assert f"member {num_core + 1} of {len(members)}" in pipeline.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "together"), [(0.5, 0.5, 0.5), (1, 1, 0), (1, 0, 1), (0, 0, 0), (0.2, 0.1, 0.26)]
+)
+def test_two_flips_are_one(p: float, q: float, together: float) -> None:
+    flips = [v1.RandomHorizontalFlip(p), v2.RandomHorizontalFlip(q)]
+    pipeline = interpret(v1.Compose([v1.CenterCrop(40), *flips, v1.ToTensor()]), train=True)
+    assert pipeline.recipe.flip_probability == pytest.approx(together, abs=1e-15)
+    assert together not in (0, 1) or pipeline.recipe.flip_probability == together
 
 
 def test_a_subclass_of_compose_is_not_looked_into() -> None:
@@ -585,30 +611,25 @@ def test_python_part_is_a_function_of_the_key(name: str) -> None:
     assert torch.equal(torch.rand(1), undisturbed)
 
 
-def test_python_part_draws_as_torchvision_with_a_seed() -> None:
-    """The draws are those of torch's generator with some seed: no distribution is changed."""
-    transform = v1.Compose([v1.RandomCrop(30), v1.RandAugment(), v1.ToTensor()])
-    seeds: list[int] = []
-
-    def with_seed(image: Image.Image) -> torch.Tensor:
-        generator = torch.Generator()
-        seeds.append(int(torch.empty((), dtype=torch.int64).random_()))
-        generator.manual_seed(seeds[-1])
-        return torch.rand(4, generator=generator) + torch.rand(4)
-
-    pipeline = interpret(with_seed, train=True)
+def test_random_and_numpy_are_keyed_too() -> None:
     data = jpeg_bytes(IMAGES[0])
-    first, again = (pipeline.from_bytes(data, (1, 1, 1)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert seeds[0] == seeds[1]
-    fractions = [
-        interpret(lambda image: torch.rand(1), train=True).from_bytes(data, (0, 0, i)).item()
-        for i in range(2000)
-    ]
+    for draw in (random.random, np.random.rand):
+        pipeline = interpret(lambda image, draw=draw: draw(), train=True)
+        results = []
+        for seed in (1, 2):  # of the user's own global state
+            random.seed(seed)
+            np.random.seed(seed)
+            results.append([pipeline.from_bytes(data, (0, 0, i)) for i in range(50)])
+        assert results[0] == results[1]
+        assert len(set(results[0])) == 50
+
+
+def test_draws_of_the_python_part_are_uniform_over_samples() -> None:
+    pipeline = interpret(lambda image: torch.rand(1).item(), train=True)
+    data = jpeg_bytes(IMAGES[-1])
+    fractions = [pipeline.from_bytes(data, (0, 0, i)) for i in range(2000)]
     histogram = np.histogram(fractions, bins=10, range=(0, 1))[0]
     assert ((histogram - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees, one in a thousand
-    image_batch = [interpret(transform, train=True).from_bytes(data, (0, 0, i)) for i in range(3)]
-    assert all(image.shape == (3, 30, 30) for image in image_batch)
 
 
 def test_draws_that_take_no_generator_are_refused() -> None:

@@ -371,7 +371,7 @@ def _address(data: bytes | bytearray | memoryview | np.ndarray) -> tuple[int, in
 def _native_recipe(recipe: Recipe) -> _Recipe:
     """Copy a recipe; its table must outlive the result."""
     native = _Recipe()
-    for name, _ in _Recipe._fields_:
+    for name in (field[0] for field in _Recipe._fields_):
         if name != "table":
             setattr(native, name, getattr(recipe, name))
     native.table = recipe.table.ctypes.data if recipe.table is not None else None
@@ -458,7 +458,8 @@ def transcode(
         strip: drop ICC profiles, Exif thumbnails and comments.
 
     Returns:
-        The new file as a uint8 array, and its header; None where the input is damaged or out of scope.
+        The new file as a uint8 array, and its header; None where the input is damaged or out of
+        scope.
     """
     header, error, size_out = Header(), _Error(), c_size_t(0)
     address, size, _keep = _address(data)
@@ -490,8 +491,8 @@ def crc32c(data: bytes | memoryview | np.ndarray, crc: int = 0) -> int:
 class Engine:
     """The core's threads: read, decode and batch one plan at a time, without the GIL.
 
-    Thread-safe except that one thread at a time may call `next`. In a forked child every method raises
-    ForkError, and closing only forgets.
+    Thread-safe except that one thread at a time may call `next`. In a forked child every method
+    raises ForkError, and closing only forgets.
     """
 
     def __init__(
@@ -522,7 +523,7 @@ class Engine:
         self.num_slots = num_slots
 
     def start(self, plan: EnginePlan, rows: Sequence[int]) -> None:
-        """Begin a plan; rows: the address of each slot's memory, lent until its batch is returned."""
+        """Begin a plan; rows: address of each slot's memory, lent until its batch is returned."""
         native = _Plan(
             seed=plan.seed,
             epoch=plan.epoch,
@@ -537,7 +538,7 @@ class Engine:
             column = getattr(plan, name)
             if column is None:
                 continue
-            array = np.ascontiguousarray(column, dtype)
+            array: np.ndarray = np.ascontiguousarray(column, dtype)
             keep.append(array)
             setattr(native, name, array.ctypes.data)
         error = _Error()
@@ -546,7 +547,7 @@ class Engine:
             raise ValueError(f"expected memory for {self.num_slots} slots, got {len(rows)}")
         check(_lib.imseq_engine_start(self._handle, byref(native), addresses, byref(error)), error)
 
-    def next(self, timeout_s: float, name_of_sample: Any = None) -> Batch | None | bool:
+    def next(self, timeout_s: float, name_of_sample: Any = None) -> Batch | bool | None:
         """Return the next batch, None at the end of the plan, False when the time-out passed."""
         batch, error = Batch(), _Error()
         status = _lib.imseq_engine_next(
@@ -569,16 +570,15 @@ class Engine:
         """Return the counters; names begin with their stage, times are in ns."""
         stats, error = _Stats(), _Error()
         check(_lib.imseq_engine_stats(self._handle, byref(stats), byref(error)), error)
-        return {name: int(getattr(stats, name)) for name, _ in _Stats._fields_}
+        return {field[0]: int(getattr(stats, field[0])) for field in _Stats._fields_}
 
-    def take(self, timeout_s: float) -> Task | None | bool:
+    def take(self, timeout_s: float) -> Task | None:
         """Return work for Python, None when no more will come, False when the time-out passed."""
         task, error = Task(), _Error()
         status = _lib.imseq_engine_take(
             self._handle, int(timeout_s * 1e9), byref(task), byref(error)
         )
-        check(status, error)
-        return task if status == OK else False if status == TIMEOUT else None
+        return task if check(status, error) == OK else None
 
     def finish_row(self, ticket: int, failure: str | None = None) -> None:
         """Say that a foreign row is filled, or why it can't be."""

@@ -1,8 +1,8 @@
 """The batch stage on Python's side: threads that do what the core can't, and an epoch's iterator.
 
-The core fills the rows of batches (``core/engine.cpp``). It hands out *foreign rows* (an image only Pillow
-decodes, a transform only Python knows) and *foreign blocks* (bytes only Python can produce); the threads
-of a `Crew` do those. Order, back-pressure and cancellation stay the core's.
+The core fills the rows of batches (``core/engine.cpp``). It hands out *foreign rows* (an image
+only Pillow decodes, a transform only Python knows) and *foreign blocks* (bytes only Python can
+produce); the threads of a `Crew` do those. Order, back-pressure and cancellation stay the core's.
 """
 
 from __future__ import annotations
@@ -21,14 +21,7 @@ from torch import Tensor
 
 from imagenet_seq import _native
 from imagenet_seq.errors import ForkError, SampleError
-from imagenet_seq.transforms import (
-    Key,
-    Layout,
-    Pipeline,
-    Recipe,
-    Rows,
-    _reproducible as reproducible,
-)
+from imagenet_seq.transforms import Key, Layout, Pipeline, Recipe, Rows, reproducible
 
 if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
@@ -69,7 +62,9 @@ class Work:
 
     def targets(self, begin: int, end: int) -> list[Any] | Tensor:
         """Return the targets of positions [begin, end): int64, or what target_transform makes."""
-        labels = self.source.index.label[self.plan.sample[begin:end]].astype(np.int64)
+        samples, column = self.plan.sample[begin:end], self.source.index.label
+        labels = np.full(len(samples), -1) if column is None else column[samples]
+        labels = labels.astype(np.int64)
         if self.target_transform is None:
             return torch.from_numpy(labels)
         return [self.target_transform(int(label)) for label in labels]
@@ -95,7 +90,7 @@ class Work:
             self._store(task, self.pipeline.finish(row, self.key(task.sample)))
 
     def _store(self, task: _native.Task, result: Any) -> None:
-        """Keep a sample that Python finished; the last one of a batch collates it, off the main thread."""
+        """Keep a sample that Python finished; the last one of a batch collates it here."""
         batch, begin = task.batch, task.position - task.row_index
         with self.lock:
             end = int(self.plan.batch_begin[batch + 1])
@@ -132,7 +127,7 @@ def images_of(memory: Tensor, recipe: Recipe) -> Tensor:
 
 
 def memory_shape(pipeline: Pipeline, recipe: Recipe) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return shape and dtype of one row as it lies in memory; an empty row where Python makes it all."""
+    """Return shape and dtype of a row as it lies in memory; empty where Python makes it all."""
     if pipeline.out_shape is None:
         return (0,), torch.uint8
     channels, height, width = pipeline.out_shape
@@ -232,9 +227,9 @@ class Crew:
     def close(self, join_s: float = 0.0) -> None:
         """Cancel the epoch and end the threads; the last one to leave frees the engine. Idempotent.
 
-        Does not wait for a user's transform that is still running, unless join_s says for how long. May be
-        called from any thread, also from one of the crew's (a collection of garbage can run there); in a
-        forked child it only forgets.
+        Does not wait for a user's transform that is still running, unless join_s says for how
+        long. May be called from any thread, also from one of the crew's (a collection of garbage
+        can run there); in a forked child it only forgets.
         """
         with self._lock:
             first, self._closed = not self._closed, True
@@ -266,8 +261,8 @@ def _close_crews() -> None:
 class EpochIterator:
     """The batches of one epoch, in plan order.
 
-    Yields pairs of the batch and a function to call when the script gets it, which keeps `state_dict`
-    exact however far the device stage runs ahead. Used by one thread at a time.
+    Yields pairs of the batch and a function to call when the script gets it, which keeps
+    `state_dict` exact however far the device stage runs ahead. Used by one thread at a time.
     """
 
     def __init__(
@@ -280,8 +275,8 @@ class EpochIterator:
         on_end: Callable[[Crew | None], None],
     ) -> None:
         """Args:
-        crew: starts with work here; given back through on_end(crew) after the last batch, closed and
-            on_end(None) otherwise.
+        crew: starts with work here; given back through on_end(crew) after the last batch, closed
+            and on_end(None) otherwise.
         work: the epoch.
         timeout_s: how long to wait for a batch, 0: for ever.
         on_delivered: called with the batch's number when the script gets it.
@@ -325,8 +320,8 @@ class EpochIterator:
         while (batch := crew.engine.next(_POLL_S, self._work.name_of)) is False:
             if deadline is not None and time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"no batch came within timeout={self._timeout_s:g} s; loader.stats() says who waits "
-                    "for whom"
+                    f"no batch came within timeout={self._timeout_s:g} s; loader.stats() says who "
+                    "waits for whom"
                 )
         return batch  # type: ignore[return-value]
 
@@ -363,6 +358,6 @@ class EpochIterator:
 
 
 def _samples(images: Tensor, targets: Sequence[Any] | Tensor) -> list[Any]:
-    """Split a batch into what a collate_fn expects: (image, target) with an int for a plain label."""
+    """Split a batch into what a collate_fn expects: pairs of an image and a plain int."""
     labels = targets.tolist() if isinstance(targets, Tensor) else targets
     return list(zip(images, labels, strict=True))

@@ -1,4 +1,4 @@
-"""The device stage: memory that batches lie in, and their way to the training device, normalised."""
+"""The device stage: memory of batches, and their way to the training device, normalised."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector a kernel stores
 class PagedMemory:
     """Batches in ordinary memory, used again once nothing refers to them.
 
-    Reuse saves a page fault for every 4 KB of every batch. A tensor's memory comes back only when its
-    *storage* is freed, so a slice of a batch that a script keeps never changes. Thread-safe.
+    Reuse saves a page fault for every 4 KB of every batch. A tensor's memory comes back only when
+    its *storage* is freed, so a slice of a batch that a script keeps never changes. Thread-safe.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, keep: int) -> None:
-        """shape: of a batch as it lies in memory; keep: how many unused batches are kept at most."""
+        """shape: of a batch as it lies in memory; keep: unused batches kept at most."""
         self._shape, self._dtype = shape, dtype
         self._num_bytes = int(np.prod(shape)) * dtype.itemsize
         self._unused: deque[np.ndarray] = deque(maxlen=max(1, keep))
@@ -91,8 +91,8 @@ def to_device(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 class CudaFeeder:
     """Copies batches to a GPU on a side stream, ahead of the training stream.
 
-    While the script trains on a batch, the next ones are copied and normalised. The script's stream waits
-    for the copy of the batch it gets, not for the host.
+    While the script trains on a batch, the next ones are copied and normalised. The script's
+    stream waits for the copy of the batch it gets, not for the host.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class CudaFeeder:
         """
         self._batches = batches
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._table = None if table is None else table.to(device)
         self._depth = depth
         self._ahead: deque[tuple[Any, torch.cuda.Event, Callable[[], None]]] = deque()
@@ -132,7 +132,7 @@ class CudaFeeder:
             )
             if self._table is not None:
                 moved = (normalise(moved[0], self._table), *moved[1:])
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         self._ahead.append((moved, event, delivered))
         return True

@@ -1,7 +1,7 @@
 """What can go wrong with data, and the one place that turns a native status into an exception.
 
-Mistakes in arguments raise ``ValueError`` or ``TypeError``, as everywhere in Python. Everything below is
-about data, state or the machine, and derives from `ImagenetSeqError`.
+Mistakes in arguments raise ``ValueError`` or ``TypeError``, as everywhere in Python. Everything
+below is about data, state or the machine, and derives from `ImagenetSeqError`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from imagenet_seq import _native, batch, plan, transforms
 from imagenet_seq.batch import Crew, EpochIterator, Memory, Work
@@ -21,7 +20,7 @@ from imagenet_seq.device import CudaFeeder, PagedMemory, PinnedMemory
 from imagenet_seq.errors import StateError
 from imagenet_seq.sources import SPLITS, Source, open_source
 from imagenet_seq.sources.imagefolder import from_samples
-from imagenet_seq.transforms import Layout, Rows
+from imagenet_seq.transforms import Rows
 
 MB = 1 << 20
 _READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
@@ -29,7 +28,7 @@ _FILE_READERS = 2  # threads that read small files: one waits for the disk while
 
 
 class LoaderNote(UserWarning):
-    """Something a user may want to know: what runs in Python and why, what an argument no longer does."""
+    """Something to know: what runs in Python and why, what an argument no longer does."""
 
 
 @dataclass
@@ -49,28 +48,30 @@ class Loader:
         loader = Loader(train_dataset, batch_size=256, sampler=train_sampler, num_workers=8)
         for images, target in loader: ...
 
-    Threads of the native core read, decode and batch; there are no worker processes. Order and pixels
-    depend on the arguments and the data alone: not on `num_workers`, `prefetch_factor`, or a resume. Each
-    sample's random draws are keyed by (seed, epoch, sample).
+    Threads of the native core read, decode and batch; there are no worker processes. Order and
+    pixels depend on the arguments and the data alone: not on `num_workers`, `prefetch_factor`, or
+    a resume. Each sample's random draws are keyed by (seed, epoch, sample).
 
     Memory: `memory_bytes` says how much the loader may hold at once.
 
     Args:
-        dataset: a path (a pack, an ImageFolder, or a root that holds train/ and val/ of either), or "train"
-            or "val" with the root in $IMAGENET, or a torchvision ImageFolder or ImageNet dataset, or a
-            torch Subset of one.
+        dataset: a path (a pack, an ImageFolder, or a root that holds train/ and val/ of either),
+            or "train" or "val" with the root in $IMAGENET, or a torchvision ImageFolder or
+            ImageNet dataset, or a torch Subset of one.
         split: "train" or "val"; decides the defaults of shuffle and transform.
-        transform: torchvision transforms (v1 or v2), or any callable from a PIL image. The core runs the
-            longest prefix it knows exactly; a note says what runs in Python. None: the standard ImageNet
-            transforms of the split, or those of the dataset object.
+        transform: torchvision transforms (v1 or v2), or any callable from a PIL image. The core
+            runs the longest prefix it knows exactly; a note says what runs in Python. None: the
+            standard ImageNet transforms of the split, or those of the dataset object.
         batch_size: samples a batch and rank.
-        shuffle: None: True for train, False otherwise. True: block shuffle for packs (their samples already
-            lie in random order), a uniform permutation otherwise; "uniform" and "block" force one.
-        sampler: a DistributedSampler's rank, seed, shuffle and drop_last are taken over and its set_epoch
-            is followed; the order of any other sampler is executed.
+        shuffle: None: True for train, False otherwise. True: block shuffle for packs (their
+            samples already lie in random order), a uniform permutation otherwise; "uniform" and
+            "block" force one.
+        sampler: a DistributedSampler's rank, seed, shuffle and drop_last are taken over and its
+            set_epoch is followed; the order of any other sampler is executed.
         batch_sampler: its batches are executed.
         num_workers: decoding threads; 0 or None: one for every core available to this rank.
-        collate_fn: gets a list of (image, target), as in torch. None: images and targets are stacked.
+        collate_fn: gets a list of (image, target), as in torch. None: images and targets are
+            stacked.
         pin_memory: put batches in page-locked memory (where CUDA is available).
         drop_last: drop a last batch that is smaller than the others.
         timeout: seconds to wait for a batch before a RuntimeError; 0: for ever.
@@ -79,26 +80,31 @@ class Loader:
         target_transform: applied to every label.
         seed: of order and augmentation.
         rank, world_size: of this process; None: from torch.distributed or torchrun's environment.
-        device: "cuda" (or a GPU): batches come on it, copied on a side stream ahead of the script and
-            normalised there, with the same bits as on the CPU. None or "cpu": batches stay on the CPU.
-        dtype: of the images: torch.float32, float16 or bfloat16 in place of what the transform gives.
+        device: "cuda" (or a GPU): batches come on it, copied on a side stream ahead of the script
+            and normalised there, with the same bits as on the CPU. None or "cpu": batches stay on
+            the CPU.
+        dtype: of the images: torch.float32, float16 or bfloat16 in place of what the transform
+            gives.
         memory_format: torch.contiguous_format or torch.channels_last.
-        exact: "crop": only what a crop needs is decoded, so damage elsewhere in an *unpacked* file's data
-            goes unnoticed; "strict": everything is decoded. Packs were decoded in full once, and damaged
-            files otherwise give Pillow's result either way.
-        pillow: the Pillow version whose resize rule is followed, such as "12"; None: the installed one's.
+        exact: "crop": only what a crop needs is decoded, so damage elsewhere in an *unpacked*
+            file's data goes unnoticed; "strict": everything is decoded. Packs were decoded in full
+            once, and damaged files otherwise give Pillow's result either way.
+        pillow: the Pillow version whose resize rule is followed, such as "12"; None: the installed
+            one's.
         block_bytes: size of a read from a pack.
         shuffle_blocks: blocks pooled and mixed together by a block shuffle, over all ranks.
-        num_streams: independent runs the order is cut into, one for each rank; None: world_size. Part of
-            the state: a run that continues on another number of ranks keeps it.
+        num_streams: independent runs the order is cut into, one for each rank; None: world_size.
+            Part of the state: a run that continues on another number of ranks keeps it.
         cache: the original project's name for the samples in the shuffle pool; sets shuffle_blocks.
         cuda: the original project's name for device="cuda".
         verify_checksums: check the CRC-32C of every sample read from a pack.
         worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order,
-            snapshot_every_n_steps: accepted for scripts that pass them; threads have no use for them.
+            snapshot_every_n_steps: accepted for scripts that pass them; threads have no use for
+                them.
 
     Raises:
-        ValueError, TypeError: an argument is not what it should be; the message says what was expected.
+        ValueError, TypeError: an argument is not what it should be; the message says what was
+            expected.
         FileNotFoundError: nothing that can be read lies at the path; says what was looked for.
         DataError: an index or a pack is damaged.
     """
@@ -236,7 +242,7 @@ class Loader:
         drop_last: bool,
         seed: int | None,
     ) -> tuple[Any, bool | str | None, bool, int | None]:
-        """Take over what a torch sampler says; return (order to execute, shuffle, drop_last, seed)."""
+        """Take over what a torch sampler says; return (order, shuffle, drop_last, seed)."""
         self._followed_sampler: Any = None
         if batch_sampler is not None:
             return batch_sampler, False, drop_last, seed
@@ -271,7 +277,7 @@ class Loader:
         if self._explicit_order is not None:
             if self.batch_sampler is not None:
                 return len(self.batch_sampler)
-            full, rest = divmod(len(self.sampler), self._batch_size)
+            full, rest = divmod(len(self._explicit_order), self._batch_size)
             return full + (rest > 0 and not self.drop_last)
         size = plan.epoch_size(len(self.dataset), self._order())
         begins = plan.batch_begins(size, self._batch_size, self._world_size, self.drop_last)
@@ -290,7 +296,8 @@ class Loader:
         def delivered(number: int) -> None:
             progress.samples_done = int(work.plan.samples_done[number + 1])
 
-        # The iterator outlives the loader in `for batch in Loader(...)`, and must not keep it alive.
+        # The iterator outlives the loader in `for batch in Loader(...)`, and must not keep it
+        # alive.
         loader = weakref.ref(self)
 
         def ended(crew: Crew | None) -> None:
@@ -320,14 +327,15 @@ class Loader:
             self._resumed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the script is, to the batch: plain numbers and strings, the same on every rank.
+        """Return where the script is, to the batch: plain numbers and strings, the same on every
+        rank.
 
         Batches that were prepared but not yet handed to the script are not counted.
         """
         if self._explicit_order is not None:
             raise StateError(
-                "a loader that executes the order of a sampler has no state: the order is the sampler's. "
-                "Use shuffle=True or a DistributedSampler"
+                "a loader that executes the order of a sampler has no state: the order is the "
+                "sampler's. Use shuffle=True or a DistributedSampler"
             )
         progress = self._progress
         if progress.ended:
@@ -338,15 +346,16 @@ class Loader:
         """Continue where `state` was taken, bit for bit, on any number of ranks and threads.
 
         Raises:
-            StateError: the state was taken on other data or with other settings of order or seed; says
-                expected and got.
+            StateError: the state was taken on other data or with other settings of order or seed;
+                says expected and got.
         """
         if self._explicit_order is not None:
             raise StateError("a loader that executes the order of a sampler can't load a state")
         saved = plan.State.from_dict(state)
         plan.check_state(self._state(saved.epoch, saved.samples_done), saved)
         if saved.num_streams != self._num_streams:
-            # The run that began decides how its order is cut; other worlds deal the same order again.
+            # The run that began decides how its order is cut; other worlds deal the same order
+            # again.
             self._num_streams = saved.num_streams
             self.close()  # threads that idle have memory for another number of streams
         self._progress = _Progress(saved.epoch, saved.samples_done)
@@ -355,8 +364,8 @@ class Loader:
     def stats(self) -> dict[str, float]:
         """Return counters of the current or last epoch's engine; names begin with their stage.
 
-        Bytes, requests and seeks of reading, samples decoded, foreign rows and blocks, and the seconds
-        each stage worked or waited for another (``*_s``, summed over threads).
+        Bytes, requests and seeks of reading, samples decoded, foreign rows and blocks, and the
+        seconds each stage worked or waited for another (``*_s``, summed over threads).
         """
         for iterator in list(self._iterators):
             self._stats = iterator.stats() or self._stats
@@ -506,7 +515,7 @@ class Loader:
         return self._shuffle != "uniform" and self._source.index.length is not None
 
     def _block_budget(self) -> int:
-        """Return the bytes of blocks in memory: for a block shuffle one pool to draw from, one to fill."""
+        """Return the bound of block memory; a block shuffle has a pool in use and one filling."""
         if self._shuffle != "block" or self._source.index.length is None:
             return _READ_AHEAD_BYTES
         streams = -(-self._num_streams // self._world_size)
@@ -523,7 +532,8 @@ class ImagenetLoader(Loader):
     """The original project's name for `Loader`; all its call forms work.
 
     ``ImagenetLoader('train', batch_size=..., num_workers=...)``,
-    ``ImagenetLoader(root, 'train', transform, batch_size=..., num_workers=..., cache=..., shuffle=True)``.
+    ``ImagenetLoader(root, 'train', transform, batch_size=..., num_workers=..., cache=...,
+    shuffle=True)``.
     """
 
 
@@ -543,8 +553,8 @@ class EpochSampler:
 class Dataset(Sequence[Any]):
     """The samples behind a loader, as torchvision's ImageFolder shows them.
 
-    ``dataset[i]`` is (image, target) through the loader's transform, with the draws of epoch 0; it reads
-    one file and is meant for a look, not for training.
+    ``dataset[i]`` is (image, target) through the loader's transform, with the draws of epoch 0; it
+    reads one file and is meant for a look, not for training.
     """
 
     def __init__(
@@ -604,7 +614,8 @@ def _check_arguments(**given: Any) -> None:
     split, transform = given["split"], given["transform"]
     if isinstance(split, int):
         raise TypeError(
-            f"the second argument is the split, 'train' or 'val', got {split!r}; pass batch_size={split}"
+            f"the second argument is the split, 'train' or 'val', got {split!r}; "
+            f"pass batch_size={split}"
         )
     if split is not None and split not in SPLITS:
         raise ValueError(f"expected split 'train' or 'val' (or None), got {split!r}")
@@ -668,17 +679,17 @@ def _from_torch_dataset(
     folder = sys.modules.get("torchvision.datasets.folder")
     if folder is None or not isinstance(dataset, folder.DatasetFolder):
         raise TypeError(
-            "expected a path, 'train', 'val', a torchvision ImageFolder or ImageNet, or a Subset of one, "
-            f"got {type(dataset).__module__}.{type(dataset).__qualname__}"
+            "expected a path, 'train', 'val', a torchvision ImageFolder or ImageNet, or a Subset "
+            f"of one, got {type(dataset).__module__}.{type(dataset).__qualname__}"
         )
     if (
         type(dataset).__getitem__ is not folder.DatasetFolder.__getitem__
         or dataset.loader is not folder.default_loader
     ):
         raise TypeError(
-            f"{type(dataset).__qualname__} reads its samples in its own way (a __getitem__ or loader of its "
-            "own), which this Loader would bypass; keep torch's DataLoader for it, or move the change "
-            "into transform"
+            f"{type(dataset).__qualname__} reads its samples in its own way (a __getitem__ or "
+            "loader of its own), which this Loader would bypass; keep torch's DataLoader for it, or move "
+            "the change into transform"
         )
     if dataset.transform is None:
         raise ValueError(
@@ -711,7 +722,7 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def _shuffle_kind(shuffle: bool | str, source: Source) -> str:
-    """Return the plan's word for a shuffle argument: block shuffle only where the data is permuted."""
+    """Return the plan's word for a shuffle: "block" by itself only where the data is permuted."""
     if isinstance(shuffle, str):
         return shuffle
     if not shuffle:
@@ -740,7 +751,7 @@ def _is_default_collate(collate_fn: Any) -> bool:
 
 
 def _available_cores() -> int:
-    """Return the cores this rank may use: affinity, cgroup quota, divided among the node's ranks."""
+    """Return the cores of this rank: affinity and cgroup quota, divided among the node's ranks."""
     if hasattr(os, "sched_getaffinity"):
         cores = float(len(os.sched_getaffinity(0)))
     else:

@@ -123,8 +123,8 @@ class EnginePlan:
     length: IntArray
     checksum: npt.NDArray[np.uint32] | None
     flags: npt.NDArray[np.uint8] | None
-    block_file: Int32Array
-    block_offset: Int64Array
+    block_file: IntArray
+    block_offset: IntArray
     block_length: IntArray
     root: str
     paths: npt.NDArray[np.uint8]
@@ -232,7 +232,8 @@ def rank_plan(
 ) -> EnginePlan:
     """Plan what is left of an epoch for one rank.
 
-    Takes about 0.15 s for 1.28 million samples and 2 s for 14 million on one rank.
+    Takes 0.05 to 0.2 s of one core for 1.28 million samples, 0.5 to 4 s for 14 million (a rank of
+    eight with blocks, one rank with a uniform permutation of a pack; benchmarks/bench_plan.py).
 
     Args:
         index: the dataset.
@@ -258,11 +259,15 @@ def rank_plan(
     np.cumsum(_shares(np.diff(begins), rank, world_size), out=batch_begin[1:])
     sequence = _sequence(index, order, epoch, foreign)
     sample, entry = _deal(sequence, order, begins, rank, world_size)
+    extents = _extents(index, sample)
     if sequence.blocks is None:
-        reads = _reads_in_order(index, sample, order.block_bytes, foreign)
+        file = _gather(index.file, sample, np.int32)
+        reads = _reads_in_order(file, extents, order.block_bytes, foreign)
     else:
-        reads = _reads_of_blocks(sequence.blocks, sequence.block, entry)
-    return _engine_plan(index, sample, reads, batch_begin, begins, order.seed, epoch, foreign)
+        reads = _reads_of_blocks(sequence.blocks, sequence.block, entry, extents, foreign)
+    return _engine_plan(
+        index, sample, extents.length, reads, batch_begin, begins, order.seed, epoch, foreign
+    )
 
 
 def explicit_plan(
@@ -303,8 +308,9 @@ def explicit_plan(
     if not len(begins) or begins[0] or begins[-1] != len(chosen) or np.any(np.diff(begins) < 0):
         raise ValueError(f"batch_begin: expected to rise from 0 to {len(chosen)}, got {begins}")
     chosen = chosen.astype(_index_dtype(len(index)))
-    reads = _reads_in_order(index, chosen, block_bytes, foreign)
-    return _engine_plan(index, chosen, reads, begins, begins, seed, epoch, foreign)
+    extents = _extents(index, chosen)
+    reads = _reads_in_order(index.file[chosen], extents, block_bytes, foreign)
+    return _engine_plan(index, chosen, extents.length, reads, begins, begins, seed, epoch, foreign)
 
 
 def peak_block_bytes(plan: EnginePlan, unknown_bytes: int = 0) -> int:
@@ -551,23 +557,46 @@ def _block_begins(
 # ---- reads ---------------------------------------------------------------------------------------
 
 
-class _Reads(NamedTuple):
-    """What a rank reads, in the order of first use, and which read holds each position."""
+class _Extents(NamedTuple):
+    """Where the sample of each position lies in its file."""
 
-    block: Int32Array  # of each position: the place of its read in the other columns
-    file: Int32Array
-    offset: Int64Array
+    offset: IntArray
     length: IntArray
 
 
-def _reads_of_blocks(blocks: Blocks, block_of_entry: IntArray, entry: Int32Array) -> _Reads:
+class _Reads(NamedTuple):
+    """What a rank reads, in the order of first use, and where in it each position's sample lies."""
+
+    block: Int32Array  # of each position: the place of its read in the last three columns
+    offset_in_block: IntArray
+    file: IntArray
+    offset: IntArray
+    length: IntArray
+
+
+def _extents(index: Index, sample: IntArray) -> _Extents:
+    length = np.broadcast_to(np.int64(-1), len(index)) if index.length is None else index.length
+    longest_file = int(index.offset.max(initial=0)) + int(length.max(initial=0))
+    dtype = _index_dtype(longest_file + 1)
+    return _Extents(_gather(index.offset, sample, dtype), _gather(length, sample, dtype))
+
+
+def _reads_of_blocks(
+    blocks: Blocks, block_of_entry: IntArray, entry: Int32Array, extents: _Extents, foreign: bool
+) -> _Reads:
+    """Read every entry once, when its first sample is wanted."""
     first = _first_uses(entry, len(block_of_entry))
     used = np.flatnonzero(first < len(entry))
     used = used[np.argsort(first[used])]
     place = np.empty(len(block_of_entry), np.int32)
     place[used] = np.arange(len(used), dtype=np.int32)
-    block = block_of_entry[used]
-    return _Reads(place[entry], blocks.file[block], blocks.offset[block], blocks.length[block])
+    block = place[entry]
+    number = block_of_entry[used]
+    offset = blocks.offset[number]
+    offset_in_block = extents.offset
+    if not foreign:
+        offset_in_block = offset_in_block - offset.astype(offset_in_block.dtype)[block]
+    return _Reads(block, offset_in_block, blocks.file[number], offset, blocks.length[number])
 
 
 def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
@@ -578,50 +607,43 @@ def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
     return first
 
 
-def _reads_in_order(index: Index, sample: IntArray, block_bytes: int, foreign: bool) -> _Reads:
+def _reads_in_order(file: IntArray, extents: _Extents, block_bytes: int, foreign: bool) -> _Reads:
     """Read every sample alone, but neighbours on disk that follow each other in one go."""
-    begins_read = _follows_no_neighbour(index, sample, foreign)
+    offset, length = extents
+    begins_read = _changes(file)
+    if not foreign:
+        _cut_between_strangers(begins_read, extents)
+    if np.all(begins_read) and not foreign:
+        alone = np.arange(len(file), dtype=np.int32)
+        return _Reads(alone, np.broadcast_to(np.int32(0), len(file)), file, offset, length)
     first = np.flatnonzero(begins_read)
-    if len(first) < len(sample) and not foreign:
-        into_run = index.offset[sample] - np.repeat(
-            index.offset[sample[first]], np.diff(np.append(first, len(sample)))
-        )
-        begins_read |= _changes(into_run // block_bytes)
+    if not foreign:
+        run_offset = np.repeat(offset[first], np.diff(np.append(first, len(file))))
+        begins_read |= _changes((offset - run_offset) // block_bytes)
         first = np.flatnonzero(begins_read)
     block = np.cumsum(begins_read, dtype=np.int32)
     block -= 1
-    first_sample = sample[first]
-    file, offset = index.file[first_sample], _column(index.offset, first_sample)
     if foreign:
-        return _Reads(block, file, file.astype(np.int64), np.broadcast_to(np.int32(-1), len(file)))
-    if index.length is None:
-        return _Reads(block, file, offset, np.broadcast_to(np.int32(-1), len(file)))
-    last_sample = sample[np.append(first[1:], len(sample))[: len(first)] - 1]
-    length = index.length[last_sample]
-    known = index.offset[last_sample] + length - offset
-    return _Reads(block, file, offset, np.where(length < 0, -1, known))
+        unknown = np.broadcast_to(np.int32(-1), len(first))
+        return _Reads(block, offset, file[first], file[first], unknown)
+    last = np.append(first[1:], len(file)) - 1
+    read_length = np.where(length[last] < 0, -1, offset[last] + length[last] - offset[first])
+    return _Reads(block, offset - offset[first][block], file[first], offset[first], read_length)
 
 
-def _follows_no_neighbour(index: Index, sample: IntArray, foreign: bool) -> npt.NDArray[np.bool_]:
-    """Return for each position whether its sample can't be read together with the one before."""
-    result = np.ones(len(sample), bool)
-    length = index.length
-    if length is None and not foreign:
-        return result
-    for part in _slices(len(sample), overlap=1):
-        file = index.file[sample[part]]
-        joined = file[1:] == file[:-1]
-        if length is not None and not foreign:
-            offset, size = index.offset[sample[part]], length[sample[part]]
-            gap = offset[1:] - offset[:-1] - size[:-1]
-            joined &= (gap >= 0) & (gap <= MAX_GAP_BYTES) & (size[1:] >= 0) & (size[:-1] >= 0)
-        result[part.start + 1 : part.stop] = ~joined
-    return result
+def _cut_between_strangers(begins_read: npt.NDArray[np.bool_], extents: _Extents) -> None:
+    """Begin a read where a sample does not lie closely behind the one before it."""
+    for part in _slices(len(begins_read), overlap=1):
+        offset, length = extents.offset[part], extents.length[part]
+        gap = offset[1:] - offset[:-1] - length[:-1]
+        cut = (gap < 0) | (gap > MAX_GAP_BYTES) | (length[1:] < 0) | (length[:-1] < 0)
+        begins_read[part.start + 1 : part.stop] |= cut
 
 
 def _engine_plan(
     index: Index,
     sample: IntArray,
+    length: IntArray,
     reads: _Reads,
     batch_begin: Int64Array,
     samples_done: Int64Array,
@@ -629,13 +651,11 @@ def _engine_plan(
     epoch: int,
     foreign: bool,
 ) -> EnginePlan:
-    longest = int(reads.length.max(initial=0))
-    dtype = _index_dtype(longest + 1)
-    if foreign:
-        root_files, block_file = Names.from_strings(()), np.full(len(reads.file), -1, np.int32)
-    else:
-        root_files, block_file = _files_used(index.files, reads.file)
-    first, end = root_files.begin[0], root_files.begin[-1]
+    files = Names.from_strings(())
+    block_file: Int32Array = np.broadcast_to(np.int32(-1), len(reads.file))
+    if not foreign:
+        files, block_file = _files_used(index.files, reads.file)
+    first, end = files.begin[0], files.begin[-1]
     return EnginePlan(
         seed=seed,
         epoch=epoch,
@@ -643,20 +663,20 @@ def _engine_plan(
         batch_begin=batch_begin,
         sample=sample,
         block=reads.block,
-        offset=_offsets(index, sample, reads, dtype, foreign),
-        length=_lengths(index, sample, dtype),
+        offset=reads.offset_in_block,
+        length=length,
         checksum=None if index.checksum is None else index.checksum[sample],
         flags=None if index.flags is None else index.flags[sample],
         block_file=block_file,
         block_offset=reads.offset,
         block_length=reads.length,
         root=index.root,
-        paths=root_files.blob[first:end],
-        path_begin=root_files.begin - first if first else root_files.begin,
+        paths=files.blob[first:end],
+        path_begin=files.begin - first if first else files.begin,
     )
 
 
-def _files_used(files: Names, file: Int32Array) -> tuple[Names, Int32Array]:
+def _files_used(files: Names, file: IntArray) -> tuple[Names, IntArray]:
     """Return the names of the files that are used, and the new number of each of `file`."""
     is_used = np.zeros(len(files), bool)
     is_used[file] = True
@@ -687,36 +707,14 @@ def _changes(values: IntArray) -> npt.NDArray[np.bool_]:
     return result
 
 
-def _column(column: npt.NDArray[Any], chosen: IntArray) -> npt.NDArray[Any]:
-    """Gather from a column; without memory where all its elements are one and the same."""
-    if column.strides == (0,):
-        return np.broadcast_to(column[:1], len(chosen)) if len(chosen) else column[:0]
-    return column[chosen]
-
-
-def _offsets(
-    index: Index,
-    sample: IntArray,
-    reads: _Reads,
-    dtype: type[np.signedinteger[Any]],
-    foreign: bool,
-) -> IntArray:
-    if index.offset.strides == (0,):
-        return np.broadcast_to(np.int32(0), len(sample))
-    offset: IntArray = np.empty(len(sample), dtype)
-    for part in _slices(len(sample)):
-        in_file = index.offset[sample[part]]
-        offset[part] = in_file if foreign else in_file - reads.offset[reads.block[part]]
-    return offset
-
-
-def _lengths(index: Index, sample: IntArray, dtype: type[np.signedinteger[Any]]) -> IntArray:
-    if index.length is None:
-        return np.broadcast_to(np.int32(-1), len(sample))
-    length: IntArray = np.empty(len(sample), dtype)
-    for part in _slices(len(sample)):
-        length[part] = index.length[sample[part]]
-    return length
+def _gather(column: IntArray, chosen: IntArray, dtype: type[np.signedinteger[Any]]) -> IntArray:
+    """Return column[chosen] as dtype; without memory where all elements are one and the same."""
+    if column.strides == (0,) and len(column):
+        return np.broadcast_to(column[:1].astype(dtype), len(chosen))
+    gathered: IntArray = np.empty(len(chosen), dtype)
+    for part in _slices(len(chosen)):
+        gathered[part] = column[chosen[part]]
+    return gathered
 
 
 # ---- state ---------------------------------------------------------------------------------------

@@ -416,9 +416,8 @@ def _horizontal_flip(prefix: _Prefix, member: Any) -> _Prefix:
 
 
 def _elementwise(prefix: _Prefix, member: Any) -> _Prefix:
-    value = prefix.value if prefix.is_image else prefix.value.clone()
     try:
-        value = member(value)
+        value = member(prefix.value)
     except Exception as error:
         raise _NotInCoreError(
             f"it raises {type(error).__name__} ({error}) on what it receives"

@@ -241,7 +241,7 @@ class _ShardCheck:
             yield f"{path}: CRC-32C is {crc:08x}, pack.json says {promised}"
 
     def _parts(self, sample: int) -> list[tuple[str, bytes, int]]:
-        """Return (what, content, length) of all that makes up a sample; the image's content is b""."""
+        """Return (what, content, length) of a sample's parts; the image's content is b""."""
         row, name = self.pack.rows[sample], self.pack.names[sample]
         length = int(row["length"])
         canonical = bool(row["flags"] & layout.FLAG_CANONICAL)

@@ -225,7 +225,9 @@ def _map_npy(folder: str, name: str, dtype: np.dtype[Any], size: int) -> npt.NDA
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: missing; {RUN_VERIFY}") from None
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy raises almost anything on a damaged header
         raise DataError(f"{path}: damaged or truncated: {error}; {RUN_VERIFY}") from error
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (size,):
         got = f"{array.shape} of {array.dtype}" if isinstance(array, np.ndarray) else "no array"

@@ -1,0 +1,474 @@
+// The JPEG decoder by itself: the inverse DCT against libjpeg's C code, entropy coding there and
+// back, regions against the whole image, and damage that must neither be accepted nor read past the
+// bytes (for sanitizers). Equality with Pillow is tests/test_decode.py's.
+#include "jpeg.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "crc32c.h"
+#include "idct.h"
+#include "region.h"
+
+namespace {
+
+using imseq::IdctTable;
+using imseq::JpegCoefficients;
+using imseq::JpegHeader;
+using imseq::JpegKind;
+using imseq::JpegQuantTable;
+using imseq::kNaturalOrder;
+using imseq::Region;
+using imseq::RegionDecoder;
+using imseq::Soundness;
+
+using Bytes = std::vector<uint8_t>;
+
+int num_failures = 0;
+std::mt19937 generator(1);
+
+void expect(bool holds, const char* what, long long a = 0, long long b = 0, long long c = 0) {
+  if (holds) return;
+  ++num_failures;
+  std::fprintf(stderr, "failed: %s (%lld, %lld, %lld)\n", what, a, b, c);
+}
+
+int draw(int low, int high) {
+  return low + static_cast<int>(generator() % static_cast<unsigned>(high - low + 1));
+}
+
+// ---- inverse DCT
+// ---------------------------------------------------------------------------------
+
+// jpeg_idct_islow (jidctint.c) for one row or column; `shift` descales.
+void libjpeg_pass(const long* in, long* out, int step, int shift) {
+  const auto at = [&](int k) { return in[k * step]; };
+  const long z1 = (at(2) + at(6)) * 4433;
+  const long e2 = z1 - at(6) * 15137, e3 = z1 + at(2) * 6270;
+  const long e0 = (at(0) + at(4)) * 8192, e1 = (at(0) - at(4)) * 8192;
+  const long s[4] = {e0 + e3, e1 + e2, e1 - e2, e0 - e3};
+  long t0 = at(7), t1 = at(5), t2 = at(3), t3 = at(1);
+  const long y1 = (t0 + t3) * -7373, y2 = (t1 + t2) * -20995;
+  const long y5 = (t0 + t2 + t1 + t3) * 9633;
+  const long y3 = (t0 + t2) * -16069 + y5, y4 = (t1 + t3) * -3196 + y5;
+  t0 = t0 * 2446 + y1 + y3;
+  t1 = t1 * 16819 + y2 + y4;
+  t2 = t2 * 25172 + y2 + y3;
+  t3 = t3 * 12299 + y1 + y4;
+  const long odd[4] = {t3, t2, t1, t0};
+  for (int k = 0; k < 4; ++k) {
+    out[k * step] = (s[k] + odd[k] + (1L << (shift - 1))) >> shift;
+    out[(7 - k) * step] = (s[k] - odd[k] + (1L << (shift - 1))) >> shift;
+  }
+}
+
+void libjpeg_idct(const int16_t* block, const IdctTable& table, uint8_t* out) {
+  long work[64];
+  for (size_t k = 0; k < 64; ++k) work[k] = block[k] * table.quant[k];
+  for (int x = 0; x < 8; ++x) libjpeg_pass(work + x, work + x, 8, 11);
+  for (int y = 0; y < 8; ++y) libjpeg_pass(work + 8 * y, work + 8 * y, 1, 18);
+  for (int k = 0; k < 64; ++k) out[k] = static_cast<uint8_t>(std::clamp(work[k] + 128, 0L, 255L));
+}
+
+void test_idct() {
+  for (int i = 0; i < 20000; ++i) {
+    JpegQuantTable quant;
+    for (uint16_t& value : quant.values) value = static_cast<uint16_t>(draw(1, i % 2 ? 4 : 60));
+    const IdctTable table(quant);
+    int16_t block[64] = {};
+    int last = 0;
+    // As large as an encoder can make them: values of a dequantised block are within 8 * 128 or so.
+    for (int n = draw(0, 12); n > 0; --n) {
+      const int k = draw(0, draw(0, 63));
+      const int limit = 1024 / (quant.values[static_cast<size_t>(k)] * (i % 3 == 0 ? 1 : 4)) + 1;
+      block[kNaturalOrder[static_cast<size_t>(k)]] = static_cast<int16_t>(draw(-limit, limit));
+      last = std::max(last, k);
+    }
+    uint8_t expected[64], exact[64], with_bound[64];
+    libjpeg_idct(block, table, expected);
+    imseq::idct_block(block, table, last, exact, 8);
+    imseq::idct_block(block, table, 63, with_bound, 8);
+    expect(std::memcmp(expected, exact, 64) == 0, "idct_block is jpeg_idct_islow", i, last);
+    expect(std::memcmp(exact, with_bound, 64) == 0, "the bound `last` changes nothing", i, last);
+  }
+  // Out of range nothing is undefined, and the short cuts agree with the transform they replace.
+  for (int i = 0; i < 20000; ++i) {
+    JpegQuantTable quant;
+    for (uint16_t& value : quant.values) value = static_cast<uint16_t>(generator());
+    const IdctTable table(quant);
+    int16_t block[64] = {};
+    const int last = i % 4 == 0 ? 0 : draw(0, 63);
+    for (size_t k = 0; k <= static_cast<size_t>(last); ++k) {
+      block[kNaturalOrder[k]] = static_cast<int16_t>(generator());
+    }
+    uint8_t exact[64], with_bound[64];
+    imseq::idct_block(block, table, last, exact, 8);
+    imseq::idct_block(block, table, 63, with_bound, 8);
+    expect(std::memcmp(exact, with_bound, 64) == 0, "`last` with values out of range", i, last);
+  }
+}
+
+// ---- a writer
+// ------------------------------------------------------------------------------------
+
+class BitWriter {
+ public:
+  void put(uint32_t value, int num_bits) {
+    for (int i = num_bits - 1; i >= 0; --i) {
+      byte_ = byte_ << 1 | (value >> i & 1);
+      if (++num_bits_ == 8) flush();
+    }
+  }
+  void pad() {
+    while (num_bits_ != 0) put(1, 1);
+  }
+  Bytes bytes;
+
+ private:
+  void flush() {
+    bytes.push_back(static_cast<uint8_t>(byte_));
+    if ((byte_ & 255) == 255) bytes.push_back(0);
+    num_bits_ = 0;
+  }
+  uint32_t byte_ = 0;
+  int num_bits_ = 0;
+};
+
+// A Huffman code for symbols in order of their frequency: lengths as given by counts.
+struct Code {
+  Bytes counts, symbols;
+  std::map<int, std::pair<uint32_t, int>> words;
+
+  Code(Bytes counts_of_lengths, Bytes symbols_in_order)
+      : counts(std::move(counts_of_lengths)), symbols(std::move(symbols_in_order)) {
+    uint32_t word = 0;
+    size_t next = 0;
+    for (int length = 1; length <= 16; ++length, word <<= 1) {
+      for (int i = 0; i < counts[static_cast<size_t>(length - 1)]; ++i) {
+        words[symbols[next++]] = {word++, length};
+      }
+    }
+  }
+};
+
+// Shuffled symbols under codes of 1, 2, ... bits and, for most, 16 (AC): every way through the
+// decoder's tables is taken.
+Code code_of(Bytes symbols) {
+  std::shuffle(symbols.begin(), symbols.end(), generator);
+  Bytes counts(16, 0);
+  size_t left = symbols.size();
+  const size_t short_codes = symbols.size() > 100 ? 8 : 3;
+  for (size_t n = 0; n < short_codes; ++n, --left) counts[n] = 1;
+  // 2^-short_codes of the code space is left; one code, all ones, must stay free.
+  size_t rest_length = short_codes;
+  while ((size_t{1} << (rest_length - short_codes)) <= left) ++rest_length;
+  counts[rest_length - 1] = static_cast<uint8_t>(left);
+  return Code(counts, symbols);
+}
+
+struct Image {
+  int width, height, restart_interval;
+  std::vector<std::pair<int, int>> sampling;
+  Bytes file;
+  size_t entropy_offset;
+  std::vector<std::vector<int16_t>> blocks;  // in the order of the scan, zigzag
+};
+
+void append(Bytes* out, const Bytes& more) {
+  for (const uint8_t byte : more) out->push_back(byte);
+}
+
+void put_segment(Bytes* out, int marker, const Bytes& payload) {
+  const size_t length = payload.size() + 2;
+  append(out, {0xFF, static_cast<uint8_t>(marker), static_cast<uint8_t>(length >> 8),
+               static_cast<uint8_t>(length)});
+  append(out, payload);
+}
+
+void put_value(BitWriter* bits, const Code& code, int run, int value) {
+  const int size = std::bit_width(static_cast<unsigned>(std::abs(value)));
+  const auto [word, length] = code.words.at(run << 4 | size);
+  bits->put(word, length);
+  bits->put(static_cast<uint32_t>(value > 0 ? value : value + (1 << size) - 1), size);
+}
+
+void put_block(BitWriter* bits, const Code& dc, const Code& ac, const std::vector<int16_t>& block,
+               int prediction) {
+  put_value(bits, dc, 0, block[0] - prediction);
+  int run = 0;
+  for (size_t k = 1; k < 64; ++k) {
+    if (block[k] == 0) {
+      ++run;
+      continue;
+    }
+    for (; run > 15; run -= 16) put_value(bits, ac, 15, 0);
+    put_value(bits, ac, run, block[k]);
+    run = 0;
+  }
+  if (run > 0) put_value(bits, ac, 0, 0);
+}
+
+std::vector<int16_t> random_block(int limit) {
+  std::vector<int16_t> block(64, 0);
+  block[0] = static_cast<int16_t>(draw(-limit, limit) / 2);
+  const int density = draw(0, 3);
+  for (int n = density == 3 ? 90 : density * 5; n > 0; --n) {
+    block[static_cast<size_t>(draw(1, 63))] = static_cast<int16_t>(draw(-limit, limit));
+  }
+  return block;
+}
+
+Image random_image(const std::vector<std::pair<int, int>>& sampling, int limit) {
+  Image image{draw(1, 70), draw(1, 70), draw(0, 3) * draw(0, 3), sampling, {0xFF, 0xD8}, 0, {}};
+  Bytes& file = image.file;
+  Bytes quant(65, 3), frame = {8,
+                               static_cast<uint8_t>(image.height >> 8),
+                               static_cast<uint8_t>(image.height),
+                               static_cast<uint8_t>(image.width >> 8),
+                               static_cast<uint8_t>(image.width),
+                               static_cast<uint8_t>(sampling.size())};
+  quant[0] = 0;
+  Bytes scan = {static_cast<uint8_t>(sampling.size())};
+  Bytes dc_symbols, ac_symbols = {0x00, 0xF0};
+  for (uint8_t size = 0; size < 16; ++size) dc_symbols.push_back(size);
+  for (int run = 0; run < 16; ++run) {
+    for (int size = 1; size < 16; ++size)
+      ac_symbols.push_back(static_cast<uint8_t>(run << 4 | size));
+  }
+  const Code dc = code_of(dc_symbols), ac = code_of(ac_symbols);
+  int max_h = 1, max_v = 1, id = 0;
+  for (const auto& [h, v] : sampling) {
+    max_h = std::max(max_h, h);
+    max_v = std::max(max_v, v);
+    append(&frame, {static_cast<uint8_t>(++id), static_cast<uint8_t>(h << 4 | v), 0});
+    append(&scan, {static_cast<uint8_t>(id), 0});
+  }
+  append(&scan, {0, 63, 0});
+  put_segment(&file, 0xDB, quant);
+  put_segment(&file, 0xC0, frame);
+  for (int kind = 0; kind < 2; ++kind) {
+    const Code& code = kind == 0 ? dc : ac;
+    Bytes table = {static_cast<uint8_t>(kind << 4)};
+    append(&table, code.counts);
+    append(&table, code.symbols);
+    put_segment(&file, 0xC4, table);
+  }
+  put_segment(&file, 0xDD, {0, static_cast<uint8_t>(image.restart_interval)});
+  put_segment(&file, 0xDA, scan);
+  image.entropy_offset = file.size();
+
+  const bool lone = sampling.size() == 1;
+  const int mcu_width = lone ? 8 : 8 * max_h, mcu_height = lone ? 8 : 8 * max_v;
+  const int num_mcus =
+      ((image.width + mcu_width - 1) / mcu_width) * ((image.height + mcu_height - 1) / mcu_height);
+  BitWriter bits;
+  std::vector<int> predictions(sampling.size(), 0);
+  for (int mcu = 0; mcu < num_mcus; ++mcu) {
+    if (image.restart_interval > 0 && mcu > 0 && mcu % image.restart_interval == 0) {
+      bits.pad();
+      bits.bytes.push_back(0xFF);
+      bits.bytes.push_back(static_cast<uint8_t>(0xD0 + (mcu / image.restart_interval - 1) % 8));
+      std::fill(predictions.begin(), predictions.end(), 0);
+    }
+    for (size_t c = 0; c < sampling.size(); ++c) {
+      for (int n = lone ? 1 : sampling[c].first * sampling[c].second; n > 0; --n) {
+        image.blocks.push_back(random_block(limit));
+        put_block(&bits, dc, ac, image.blocks.back(), predictions[c]);
+        predictions[c] = image.blocks.back()[0];
+      }
+    }
+  }
+  bits.pad();
+  append(&file, bits.bytes);
+  append(&file, {0xFF, 0xD9});
+  return image;
+}
+
+const std::vector<std::vector<std::pair<int, int>>> kSamplings = {{{1, 1}, {1, 1}, {1, 1}},
+                                                                  {{2, 1}, {1, 1}, {1, 1}},
+                                                                  {{2, 2}, {1, 1}, {1, 1}},
+                                                                  {{1, 2}, {1, 1}, {1, 1}},
+                                                                  {{4, 1}, {1, 1}, {1, 1}},
+                                                                  {{2, 2}, {2, 1}, {1, 2}},
+                                                                  {{1, 1}, {2, 2}, {1, 1}},
+                                                                  {{1, 1}},
+                                                                  {{2, 2}}};
+
+// Memory of exactly the file's size, so that a read behind it is seen.
+struct ExactCopy {
+  explicit ExactCopy(const Bytes& file, size_t size_of_copy)
+      : size(size_of_copy), bytes(new uint8_t[size_of_copy]) {
+    std::copy_n(file.begin(), size, bytes.get());
+  }
+  size_t size;
+  std::unique_ptr<uint8_t[]> bytes;
+};
+
+// ---- tests over generated images
+// -------------------------------------------------------------------
+
+void test_coefficients_come_back() {
+  JpegHeader header;
+  JpegCoefficients out;
+  for (int i = 0; i < 300; ++i) {
+    const Image image = random_image(kSamplings[static_cast<size_t>(i) % kSamplings.size()],
+                                     i % 3 == 0 ? 32767 : 1 << draw(1, 11));
+    const ExactCopy file(image.file, image.file.size());
+    const bool parsed =
+        imseq::parse_jpeg(file.bytes.get(), file.size, &header) == JpegKind::kBaseline;
+    expect(parsed, "a sound header", i);
+    if (!parsed) continue;
+    expect(header.entropy_offset == image.entropy_offset, "entropy_offset", i);
+    expect(header.segments.size() == 6, "six segments", i);
+    const bool decoded = imseq::decode_coefficients(header, file.bytes.get(), file.size, &out);
+    expect(decoded, "a sound scan", i);
+    if (!decoded) continue;
+    expect(out.end_offset == file.size, "end_offset", i);
+    size_t next = 0;
+    for (int64_t mcu = 0; mcu < header.num_mcus(); ++mcu) {
+      const int mcu_y = static_cast<int>(mcu) / header.mcus_wide;
+      const int mcu_x = static_cast<int>(mcu) % header.mcus_wide;
+      for (int c = 0; c < header.num_components; ++c) {
+        const auto& component = header.components[static_cast<size_t>(c)];
+        for (int b = 0; b < component.mcu_width * component.mcu_height; ++b) {
+          const int16_t* block =
+              out.block(c, mcu_y * component.mcu_height + b / component.mcu_width,
+                        mcu_x * component.mcu_width + b % component.mcu_width);
+          expect(std::equal(block, block + 64, image.blocks[next].begin()), "a block", i, mcu, c);
+          ++next;
+        }
+      }
+    }
+  }
+}
+
+std::vector<uint8_t> pixels_of(RegionDecoder* decoder, const Region& region) {
+  const auto width = static_cast<size_t>(region.width);
+  std::vector<uint8_t> pixels(3 * width * static_cast<size_t>(region.height), 0);
+  uint8_t* at = pixels.data();
+  for (int y = region.top; y < region.top + region.height; ++y, at += 3 * width) {
+    uint8_t* planes[3] = {at, at + width, at + 2 * width};
+    decoder->row(y, planes);
+  }
+  return pixels;
+}
+
+void test_regions_are_parts_of_the_image() {
+  JpegHeader header;
+  RegionDecoder whole, part;
+  for (int i = 0; i < 200; ++i) {
+    const Image image = random_image(kSamplings[static_cast<size_t>(i) % kSamplings.size()], 100);
+    const uint8_t* bytes = image.file.data();
+    const size_t size = image.file.size();
+    if (imseq::parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) {
+      expect(false, "a sound header", i);
+      continue;
+    }
+    const Region all{0, 0, image.height, image.width};
+    expect(whole.decode(header, bytes, size, all, Soundness::kAll), "the whole image", i);
+    const std::vector<uint8_t> expected = pixels_of(&whole, all);
+    for (int j = 0; j < 10; ++j) {
+      Region region;
+      region.top = draw(0, image.height - 1);
+      region.left = draw(0, image.width - 1);
+      region.height = draw(1, image.height - region.top);
+      region.width = draw(1, image.width - region.left);
+      const Soundness soundness[] = {Soundness::kRegion, Soundness::kMarkers, Soundness::kAll};
+      expect(part.decode(header, bytes, size, region, soundness[j % 3]), "a region", i, j);
+      const std::vector<uint8_t> pixels = pixels_of(&part, region);
+      const auto width = static_cast<size_t>(region.width);
+      for (size_t y = 0; y < static_cast<size_t>(region.height); ++y) {
+        for (size_t p = 0; p < 3; ++p) {
+          const size_t row = (static_cast<size_t>(region.top) + y) * 3 + p;
+          const uint8_t* from = expected.data() + row * static_cast<size_t>(image.width);
+          expect(std::equal(from + region.left, from + region.left + region.width,
+                            pixels.data() + (y * 3 + p) * width),
+                 "a region's row", i, j, static_cast<long long>(y));
+        }
+      }
+    }
+  }
+}
+
+// Strictly decoded: true or false, but never a crash.
+bool accepts(const uint8_t* bytes, size_t size) {
+  static JpegHeader header;
+  static JpegCoefficients coefficients;
+  static RegionDecoder decoder;
+  if (imseq::parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) return false;
+  const bool accepted = imseq::decode_coefficients(header, bytes, size, &coefficients);
+  const Region region{header.height / 2, header.width / 2, 1, 1};
+  const bool by_region = decoder.decode(header, bytes, size, region, Soundness::kAll);
+  expect(accepted == by_region, "both strict decoders agree", static_cast<long long>(size));
+  return accepted;
+}
+
+void test_damage() {
+  for (int i = 0; i < 20; ++i) {
+    const Image image = random_image(kSamplings[static_cast<size_t>(i) % kSamplings.size()], 200);
+    expect(accepts(image.file.data(), image.file.size()), "the file itself", i);
+    const size_t step = image.file.size() / 400 + 1;
+    for (size_t size = 0; size < image.file.size(); size += step) {
+      const ExactCopy cut(image.file, size);
+      expect(!accepts(cut.bytes.get(), size), "a file that was cut", i,
+             static_cast<long long>(size));
+    }
+    for (int j = 0; j < 300; ++j) {
+      const ExactCopy damaged(image.file, image.file.size());
+      for (int n = draw(1, 4); n > 0; --n) {
+        damaged.bytes[static_cast<size_t>(draw(0, static_cast<int>(damaged.size) - 1))] =
+            static_cast<uint8_t>(generator());
+      }
+      (void)accepts(damaged.bytes.get(), damaged.size);
+    }
+  }
+}
+
+// A header that promises more blocks than the bytes can hold is refused before memory is asked for.
+void test_huge_promises() {
+  Image image = random_image(kSamplings[0], 10);
+  for (size_t at = 2; at + 9 < image.entropy_offset; ++at) {
+    if (image.file[at] != 0xFF || image.file[at + 1] != 0xC0) continue;
+    image.file[at + 5] = image.file[at + 7] = 0xFF;  // 65280 + x in both directions
+    image.file[at + 6] = image.file[at + 8] = 0x00;
+  }
+  expect(!accepts(image.file.data(), image.file.size()), "65280 x 65280 pixels in a few bytes");
+}
+
+// ---- checksum
+// --------------------------------------------------------------------------------------
+
+void test_crc32c() {
+  const char* check = "123456789";
+  const auto* bytes = reinterpret_cast<const uint8_t*>(check);
+  expect(imseq::crc32c(0, bytes, 9) == 0xE3069283, "RFC 3720 check value");
+  Bytes data(300);
+  for (uint8_t& byte : data) byte = static_cast<uint8_t>(generator());
+  for (size_t begin = 0; begin < 9; ++begin) {
+    for (size_t size = 0; begin + size <= data.size(); ++size) {
+      expect(imseq::crc32c(7, data.data() + begin, size) ==
+                 imseq::crc32c_portable(7, data.data() + begin, size),
+             "both ways to a checksum", static_cast<long long>(begin),
+             static_cast<long long>(size));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_idct();
+  test_coefficients_come_back();
+  test_regions_are_parts_of_the_image();
+  test_damage();
+  test_huge_promises();
+  test_crc32c();
+  return num_failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,822 @@
+"""Packs: reproducible, whole or absent, readable by anyone, and never believed blindly."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import gc
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import jpeg_bytes, photo_like
+from PIL import Image
+
+from imagenet_seq import _native
+from imagenet_seq.errors import DataError, PackError
+from imagenet_seq.index import Names
+from imagenet_seq.pack import OnError, Settings, Summary, pack
+from imagenet_seq.sources import open_source
+from imagenet_seq.sources import pack as layout
+from imagenet_seq.verify import verify
+
+SMALL_SHARDS = Settings(shard_bytes=60_000)
+FOUR_SHARDS = Settings(shard_bytes=1_300_000)
+"""Of `noisy_source`."""
+
+
+def make_pack(source: Path, destination: Path, **options: Any) -> Summary:
+    options = {"settings": SMALL_SHARDS, "num_workers": 2, "progress": False, **options}
+    return pack(source, destination, **options)[""]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Digest of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def pixels(data: bytes) -> tuple[str, tuple[int, int], bytes]:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode, image.size, image.tobytes()
+
+
+def image_of(folder: Path, sample: int) -> bytes:
+    """The stored bytes of a sample, found through the public index."""
+    index = open_source(folder).index
+    path = folder / index.files[int(index.file[sample])]
+    assert index.length is not None
+    begin = int(index.offset[sample])
+    return path.read_bytes()[begin : begin + int(index.length[sample])]
+
+
+def read_webdataset(shards: list[str]) -> list[dict[str, Any]]:
+    with warnings.catch_warnings():
+        # The package leaves its files to the garbage collector to close.
+        warnings.simplefilter("ignore", ResourceWarning)
+        samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+        gc.collect()
+    return samples
+
+
+def problems(folder: Path, against: Path | None = None) -> str:
+    return "\n".join(verify(folder, against, num_workers=2, progress=False).problems)
+
+
+def add_image(folder: Path, name: str, data: bytes) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def source(make_folder: Callable[..., Path]) -> Path:
+    return make_folder(40, num_classes=4) / "train"
+
+
+@pytest.fixture(scope="module")
+def noisy_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 images of 100 KB: the buffers of a deal overflow in the middle of it."""
+    folder = tmp_path_factory.mktemp("noisy")
+    rng = np.random.default_rng(5)
+    for i in range(48):
+        noise = rng.integers(0, 256, (320, 320, 3), np.uint8)
+        add_image(folder, f"class_{i % 3}/{i}.jpg", jpeg_bytes(Image.fromarray(noise), quality=92))
+    return folder
+
+
+# ---- what a pack holds ---------------------------------------------------------------------------
+
+
+def test_samples_labels_and_pixels_are_those_of_the_source(source: Path, tmp_path: Path) -> None:
+    summary = make_pack(source, tmp_path / "pack")
+    original = open_source(source).index
+    assert (summary.num_samples, summary.num_canonical, summary.failures) == (40, 40, ())
+    opened = open_source(tmp_path / "pack")
+    index = opened.index
+    assert opened.kind == "pack"
+    assert opened.permuted
+    assert index.classes == original.classes
+    assert sorted(zip(index.name, index.targets, strict=True)) == sorted(
+        zip(original.name, original.targets, strict=True)
+    )
+    assert list(index.name) != list(original.name)
+    assert len(index.files) > 2
+    assert index.width is not None
+    assert index.height is not None
+    assert index.checksum is not None
+    for sample, name in enumerate(index.name):
+        data = image_of(tmp_path / "pack", sample)
+        assert pixels(data) == pixels((source / name).read_bytes())
+        assert (index.width[sample], index.height[sample]) == pixels(data)[1]
+        assert index.checksum[sample] == _native.crc32c(data)
+    assert problems(tmp_path / "pack", source) == ""
+
+
+def test_photos(sample_folder: Path, tmp_path: Path) -> None:
+    settings = Settings(shard_bytes=10**7)
+    summary = make_pack(sample_folder / "train", tmp_path / "pack", settings=settings)
+    assert summary.num_samples == summary.num_canonical >= 500
+    report = verify(tmp_path / "pack", sample_folder / "train", progress=False)
+    assert report.problems == ()
+    assert report.num_compared == summary.num_samples
+
+
+def test_tarfile_tar_and_webdataset_read_the_shards(source: Path, tmp_path: Path) -> None:
+    make_pack(source, tmp_path / "pack")
+    expected = {
+        name.removesuffix(".jpg"): (label, pixels((source / name).read_bytes()))
+        for name, label in zip(
+            open_source(source).index.name, open_source(source).index.targets, strict=True
+        )
+    }
+    shards = sorted(map(str, (tmp_path / "pack").glob("*.tar")))
+    members, listed = [], []
+    for shard in shards:
+        with tarfile.open(shard) as archive:
+            members += archive.getnames()
+        listing = subprocess.run(["tar", "tf", shard], capture_output=True, text=True, check=True)
+        assert listing.stderr == ""
+        listed += listing.stdout.split()
+    assert members == listed
+    assert sorted(members) == sorted(
+        [k + ".jpg" for k in expected] + [k + ".cls" for k in expected]
+    )
+    found = {s["__key__"]: (int(s["cls"]), pixels(s["jpg"])) for s in read_webdataset(shards)}
+    assert found == expected
+
+
+STRANGE_NAMES = [
+    "class/plain.jpg",
+    "class/two.dots.jpg",
+    "class/two%2Edots.jpg",
+    "class/same.jpg",
+    "class/same.JPEG",
+    "class/same.jpeg.jpg",
+    "class/.jpg",
+    "class/.jpg.jpg",
+    "class/spaces and 'quotes'.jpg",
+    "class/line\nbreak.jpg",
+    "class/gr\u00fc\u00dfe \u65e5\u672c.jpg",
+    "class/" + os.fsdecode(b"not utf-8 \xff.jpg"),
+    "class/" + "n" * 200 + ".jpg",
+    "class/" + "\u00e9" * 110 + ".jpg",
+    "__odd__/plain.jpg",
+    "cl.ass/plain.jpg",
+    "cl.ass/" + "/".join(["deep" * 20] * 5) + "/plain.jpg",
+]
+
+
+def test_strange_names_stay_apart_and_readable(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for name in STRANGE_NAMES:
+        add_image(tmp_path / "source", name, jpeg_bytes(photo_like(rng, 24, 20)))
+    make_pack(tmp_path / "source", tmp_path / "pack")
+    assert problems(tmp_path / "pack", tmp_path / "source") == ""
+    index = open_source(tmp_path / "pack").index
+    assert sorted(index.name) == sorted(STRANGE_NAMES)
+    keys = {layout.MemberNames(index.name).key(name) for name in index.name}
+    assert len(keys) == len(STRANGE_NAMES)
+    shards = sorted(map(str, (tmp_path / "pack").glob("*.tar")))
+    found = {s["__key__"]: pixels(s["jpg"]) for s in read_webdataset(shards)}
+    assert found.keys() == keys
+    by_key = {layout.MemberNames(index.name).key(name): name for name in index.name}
+    for key, stored in found.items():
+        assert stored == pixels((tmp_path / "source" / by_key[key]).read_bytes())
+    for shard in shards:
+        assert subprocess.run(["tar", "tf", shard], capture_output=True, check=True).stderr == b""
+
+
+def test_what_cannot_be_recoded_is_stored_as_it_is(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    image = photo_like(rng, 40, 30)
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    kept = {
+        "a/png.JPEG": png.getvalue(),
+        "a/real.png": png.getvalue(),
+        "a/cmyk.jpg": jpeg_bytes(image.convert("CMYK")),
+        "b/progressive.jpeg": jpeg_bytes(image, progressive=True),
+    }
+    for name, data in {**kept, "b/plain.JPEG": jpeg_bytes(image)}.items():
+        add_image(tmp_path / "source", name, data)
+    summary = make_pack(tmp_path / "source", tmp_path / "pack", settings=Settings())
+    assert (summary.num_canonical, summary.num_as_is, summary.failures) == (1, 4, ())
+    index = open_source(tmp_path / "pack").index
+    for sample, name in enumerate(index.name):
+        if name in kept:
+            assert image_of(tmp_path / "pack", sample) == kept[name]
+    with tarfile.open(tmp_path / "pack" / "shard-000000.tar") as archive:
+        images = {name for name in archive.getnames() if not name.endswith(".cls")}
+    assert images == {"a/png.jpeg", "a/real.png", "a/cmyk.jpg", "b/progressive.jpeg", "b/plain.jpg"}
+    assert problems(tmp_path / "pack", tmp_path / "source") == ""
+
+
+def test_keep_bytes_stores_the_files(source: Path, tmp_path: Path) -> None:
+    settings = Settings(keep_bytes=True, shard_bytes=60_000)
+    assert make_pack(source, tmp_path / "pack", settings=settings).num_canonical == 0
+    for sample, name in enumerate(open_source(tmp_path / "pack").index.name):
+        assert image_of(tmp_path / "pack", sample) == (source / name).read_bytes()
+    assert problems(tmp_path / "pack", source) == ""
+
+
+def test_strip_and_restart_interval_reach_the_core(source: Path, tmp_path: Path) -> None:
+    settings = Settings(strip=True, restart_interval=3)
+    make_pack(source, tmp_path / "pack", settings=settings)
+    index = open_source(tmp_path / "pack").index
+    for sample, name in enumerate(index.name):
+        expected = _native.transcode((source / name).read_bytes(), 3, True)
+        assert expected is not None
+        assert image_of(tmp_path / "pack", sample) == expected[0].tobytes()
+
+
+def test_single_sample(tmp_path: Path) -> None:
+    add_image(tmp_path / "source", "only/one.jpg", jpeg_bytes(Image.new("RGB", (8, 8))))
+    assert make_pack(tmp_path / "source", tmp_path / "pack").num_samples == 1
+    assert problems(tmp_path / "pack", tmp_path / "source") == ""
+
+
+def test_an_empty_class_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    add_image(tmp_path / "source", "full/one.jpg", jpeg_bytes(Image.new("RGB", (8, 8))))
+    (tmp_path / "source" / "hollow").mkdir()
+    with pytest.raises(FileNotFoundError, match="hollow"):
+        make_pack(tmp_path / "source", tmp_path / "pack")
+    assert not (tmp_path / "pack.partial").exists()
+
+
+def test_root_with_both_splits(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = make_folder(6, 2)
+    for name in ("class_000", "class_001"):
+        add_image(root / "val", f"{name}/v.jpg", jpeg_bytes(Image.new("RGB", (16, 16))))
+    only_val = pack(root, tmp_path / "pack", splits=["val"], progress=False)
+    assert list(only_val) == ["val"]
+    both = pack(root, tmp_path / "pack", progress=False)
+    assert {split: summary.num_samples for split, summary in both.items()} == {"train": 6, "val": 2}
+    for split in both:
+        assert open_source(tmp_path / "pack", split).kind == "pack"
+    with pytest.raises(ValueError, match="expected a folder train"):
+        pack(root / "val", tmp_path / "other", splits=["train"], progress=False)
+
+
+# ---- reproducible --------------------------------------------------------------------------------
+
+
+def test_same_bytes_from_any_disk_order_and_number_of_threads(source: Path, tmp_path: Path) -> None:
+    make_pack(source, tmp_path / "one", num_workers=1)
+    copy = tmp_path / "copy"
+    for path in sorted(source.rglob("*.jpg"), reverse=True):
+        add_image(copy, str(path.relative_to(source)), path.read_bytes())
+    make_pack(copy, tmp_path / "two", num_workers=4)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_seed_moves_samples(source: Path, tmp_path: Path) -> None:
+    names = []
+    for seed in (0, 1):
+        make_pack(source, tmp_path / str(seed), settings=Settings(seed=seed))
+        names.append(list(open_source(tmp_path / str(seed)).index.name))
+    assert names[0] != names[1]
+    assert sorted(names[0]) == sorted(names[1])
+
+
+def test_a_place_depends_on_seed_and_name_alone(source: Path, tmp_path: Path) -> None:
+    make_pack(source, tmp_path / "all", settings=Settings())
+    order = list(open_source(tmp_path / "all").index.name)
+    fewer = tmp_path / "fewer"
+    for name in order[::2]:
+        add_image(fewer, name, jpeg_bytes(Image.new("RGB", (9, 9))))
+    make_pack(fewer, tmp_path / "pack", settings=Settings())
+    assert list(open_source(tmp_path / "pack").index.name) == order[::2]
+
+
+def test_dealing_in_two_levels_gives_the_same_pack(noisy_source: Path, tmp_path: Path) -> None:
+    settings = Settings(shard_bytes=400_000)
+    make_pack(noisy_source, tmp_path / "one", settings=settings)
+    assert len(list((tmp_path / "one").glob("*.tar"))) > 8
+    make_pack(noisy_source, tmp_path / "two", settings=settings, memory_bytes=3 << 20)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+# ---- interrupted ---------------------------------------------------------------------------------
+
+KILLED = """
+import importlib, os, signal, sys
+from pathlib import Path
+from imagenet_seq.pack import Settings, pack
+source, destination, module, name, count, memory = sys.argv[1:]
+module, left = importlib.import_module(module), int(count)
+original = getattr(module, name)
+def dying(*arguments, **options):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
+setattr(module, name, dying)
+settings = Settings(shard_bytes=1_300_000)
+options = {"num_workers": 2, "memory_bytes": int(memory), "progress": False}
+pack(source, destination, settings=settings, **options)
+"""
+
+
+def run_until_killed(source: Path, destination: Path, module: str, name: str, count: int,
+                     memory_bytes: int) -> int:  # fmt: skip
+    arguments = [str(source), str(destination), module, name, str(count), str(memory_bytes)]
+    return subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False).returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(noisy_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "pack"
+    make_pack(noisy_source, folder, settings=FOUR_SHARDS)
+    return tree(folder)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "count"),
+    [
+        ("imagenet_seq._native", "transcode", 0),
+        ("imagenet_seq._native", "transcode", 40),
+        ("os", "replace", 0),
+        ("os", "replace", 1),
+        ("os", "replace", 2),
+        ("os", "replace", 5),
+        ("os", "replace", 10),
+        ("os", "replace", 13),
+        ("os", "unlink", 0),
+        ("os", "rename", 0),
+        ("shutil", "rmtree", 0),
+    ],
+)
+@pytest.mark.parametrize("memory_bytes", [4 << 20, 2 << 20], ids=["one level", "two levels"])
+def test_killed_then_run_again_gives_the_same_bytes(
+    noisy_source: Path,
+    uninterrupted: dict[str, str],
+    tmp_path: Path,
+    module: str,
+    name: str,
+    count: int,
+    memory_bytes: int,
+) -> None:
+    destination = tmp_path / "pack"
+    code = run_until_killed(noisy_source, destination, module, name, count, memory_bytes)
+    assert code == -signal.SIGKILL
+    if name != "rmtree":
+        assert not destination.exists()
+        with pytest.raises((DataError, FileNotFoundError)):
+            open_source(destination)
+    continue_packing(noisy_source, destination, memory_bytes=memory_bytes)
+    assert tree(destination) == uninterrupted
+    assert not (tmp_path / "pack.partial").exists()
+
+
+@pytest.fixture
+def unfinished(noisy_source: Path, tmp_path: Path) -> Path:
+    """DESTINATION of a packing that was killed when all was dealt and no shard written."""
+    code = run_until_killed(noisy_source, tmp_path / "pack", "os", "replace", 2, 4 << 20)
+    assert code == -signal.SIGKILL
+    return tmp_path / "pack"
+
+
+def continue_packing(source: Path, destination: Path, **options: Any) -> Summary:
+    return make_pack(source, destination, **{"settings": FOUR_SHARDS, **options})
+
+
+def test_an_unfinished_pack_says_so(unfinished: Path) -> None:
+    for path in (unfinished, unfinished.with_name("pack.partial")):
+        with pytest.raises(DataError, match=r"unfinished pack.*run the same .*command again"):
+            open_source(path)
+
+
+def test_a_second_run_reads_only_what_is_missing(
+    noisy_source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    transcode = _native.transcode
+    monkeypatch.setattr(_native, "transcode", lambda *a: calls.append(1) or transcode(*a))
+    continue_packing(noisy_source, unfinished)
+    assert len(calls) == 0
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut scratch", "cut journal", "append", "delete"])
+def test_damaged_scratch_is_made_good_from_the_source(
+    noisy_source: Path, unfinished: Path, uninterrupted: dict[str, str], damage: str
+) -> None:
+    partial = unfinished.with_name("pack.partial")
+    scratch = partial / "deal-000001"
+    content = bytearray(scratch.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        scratch.write_bytes(content)
+    elif damage == "cut scratch":
+        scratch.write_bytes(content[:-1000])
+    elif damage == "cut journal":
+        journal = partial / "dealt"
+        journal.write_bytes(journal.read_bytes()[:-10])
+    elif damage == "append":
+        for path in (scratch, partial / "dealt"):
+            path.write_bytes(path.read_bytes() + b"torn" * 100)
+    else:
+        scratch.unlink()
+    continue_packing(noisy_source, unfinished)
+    assert tree(unfinished) == uninterrupted
+
+
+def test_other_settings_or_another_source_are_refused(
+    noisy_source: Path, unfinished: Path, source: Path
+) -> None:
+    with pytest.raises(PackError, match=r"restart_interval: 8 before, 4 now[\s\S]*delete"):
+        continue_packing(
+            noisy_source, unfinished, settings=Settings(shard_bytes=1_300_000, restart_interval=4)
+        )
+    with pytest.raises(PackError, match=r"source: .* before, .* now"):
+        continue_packing(source, unfinished)
+
+
+def test_two_packers_keep_apart(
+    noisy_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcode, refused = _native.transcode, []
+
+    def meanwhile(*arguments: Any) -> Any:
+        if not refused:
+            refused.append(None)
+            with pytest.raises(PackError, match="another process is packing there"):
+                make_pack(noisy_source, tmp_path / "pack")
+        return transcode(*arguments)
+
+    monkeypatch.setattr(_native, "transcode", meanwhile)
+    make_pack(noisy_source, tmp_path / "pack")
+    assert refused
+
+
+def test_existing_destination_is_refused_and_the_same_pack_is_accepted(
+    source: Path, tmp_path: Path
+) -> None:
+    make_pack(source, tmp_path / "pack")
+    before = tree(tmp_path / "pack")
+    assert make_pack(source, tmp_path / "pack").num_samples == 40
+    for settings in (Settings(), Settings(shard_bytes=60_000, strip=True)):
+        with pytest.raises(PackError, match="exists already"):
+            make_pack(source, tmp_path / "pack", settings=settings)
+    assert tree(tmp_path / "pack") == before
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PackError, match="exists already"):
+        make_pack(source, tmp_path / "empty")
+
+
+def test_interrupt_keeps_what_is_done(
+    noisy_source: Path,
+    uninterrupted: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transcode, calls = _native.transcode, []
+
+    def interrupting(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return transcode(*arguments)
+
+    monkeypatch.setattr(_native, "transcode", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        continue_packing(noisy_source, tmp_path / "pack", num_workers=1)
+    calls.clear()
+    continue_packing(noisy_source, tmp_path / "pack")
+    assert 0 < len(calls) < 48
+    assert tree(tmp_path / "pack") == uninterrupted
+
+
+# ---- a disk that refuses -------------------------------------------------------------------------
+
+
+def test_room_is_checked_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(PackError, match=r"not enough room: .* MB of images takes .* MB free"):
+        make_pack(source, tmp_path / "pack")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_reported_and_the_run_continues(
+    noisy_source: Path,
+    uninterrupted: dict[str, str],
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shutil
+
+    with pytest.raises(PackError, match="not enough room"):
+        continue_packing(noisy_source, small_disk / "pack")
+    usage = shutil.disk_usage(small_disk)
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
+        with pytest.raises(PackError, match=r"disk is full .*run the same command again"):
+            continue_packing(noisy_source, small_disk / "pack", memory_bytes=4 << 20)
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    continue_packing(noisy_source, small_disk / "pack", memory_bytes=4 << 20)
+    assert tree(small_disk / "pack") == uninterrupted
+
+
+def test_a_failing_sync_is_reported(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", refuse)
+        with pytest.raises(PackError, match=r"Input/output error.*run the same command again"):
+            make_pack(source, tmp_path / "pack")
+    make_pack(source, tmp_path / "pack")
+    assert problems(tmp_path / "pack", source) == ""
+
+
+# ---- bad images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged_source(tmp_path: Path) -> Path:
+    folder = tmp_path / "damaged"
+    good = jpeg_bytes(photo_like(np.random.default_rng(6), 90, 60))
+    add_image(folder, "a/good.jpg", good)
+    add_image(folder, "a/torn.jpg", good[: len(good) // 2])
+    add_image(folder, "b/text.jpg", b"no image at all")
+    add_image(folder, "b/empty.jpg", b"")
+    add_image(folder, "b/fine.jpg", good)
+    return folder
+
+
+def test_damaged_images_stop_the_packing_by_default(damaged_source: Path, tmp_path: Path) -> None:
+    with pytest.raises(PackError) as caught:
+        make_pack(damaged_source, tmp_path / "pack")
+    message = str(caught.value)
+    assert "3 of 5 images cannot be packed" in message
+    for part in ("a/torn.jpg: Pillow cannot decode it", "b/text.jpg", "b/empty.jpg",
+                 "--on-error skip", "--on-error keep", "continues from"):  # fmt: skip
+        assert part in message
+    assert not (tmp_path / "pack").exists()
+
+
+@pytest.mark.parametrize("first_policy", ["fail", None])
+@pytest.mark.parametrize("on_error", ["skip", "keep"])
+def test_damaged_images_are_left_out_or_kept(
+    damaged_source: Path, tmp_path: Path, on_error: OnError, first_policy: OnError | None
+) -> None:
+    if first_policy:
+        with pytest.raises(PackError):
+            make_pack(damaged_source, tmp_path / "pack", on_error=first_policy)
+    summary = make_pack(damaged_source, tmp_path / "pack", on_error=on_error)
+    kept = on_error == "keep"
+    assert summary.num_samples == (5 if kept else 2)
+    assert [(f.name, f.kept) for f in summary.failures] == [
+        (name, kept) for name in ("a/torn.jpg", "b/empty.jpg", "b/text.jpg")
+    ]
+    assert "0x" not in "".join(failure.reason for failure in summary.failures)
+    report = json.loads((tmp_path / "pack" / "failures.json").read_text())
+    assert [entry["name"] for entry in report] == ["a/torn.jpg", "b/empty.jpg", "b/text.jpg"]
+    index = open_source(tmp_path / "pack").index
+    for sample, name in enumerate(index.name):
+        if name in ("a/torn.jpg", "b/empty.jpg", "b/text.jpg"):
+            assert kept
+            assert image_of(tmp_path / "pack", sample) == (damaged_source / name).read_bytes()
+            assert index.flags is not None
+            assert not index.flags[sample] & layout.FLAG_CLEAN
+    assert problems(tmp_path / "pack", damaged_source) == ""
+
+
+def test_a_repaired_image_is_taken_by_the_next_run(damaged_source: Path, tmp_path: Path) -> None:
+    with pytest.raises(PackError):
+        make_pack(damaged_source, tmp_path / "pack")
+    good = (damaged_source / "a/good.jpg").read_bytes()
+    for name in ("a/torn.jpg", "b/text.jpg", "b/empty.jpg"):
+        add_image(damaged_source, name, good)
+    assert make_pack(damaged_source, tmp_path / "pack").num_canonical == 5
+    assert problems(tmp_path / "pack", damaged_source) == ""
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_unreadable_files(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    refused = open_source(source).index.name[7]
+    original = builtins.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(refused):
+            raise OSError(code, os.strerror(code), path)
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(builtins, "open", refusing)
+        for on_error in ("fail", "keep"):  # what can't be read can't be kept
+            with pytest.raises(
+                PackError, match=f"{refused}: cannot be read.*{errno.errorcode[code]}"
+            ):
+                make_pack(source, tmp_path / "pack", on_error=on_error)
+        skipped = make_pack(source, tmp_path / "skipped", on_error="skip")
+        assert (skipped.num_samples, skipped.failures[0].name) == (39, refused)
+    assert make_pack(source, tmp_path / "pack").num_samples == 40
+
+
+def test_nothing_left_to_pack(tmp_path: Path) -> None:
+    add_image(tmp_path / "source", "a/bad.jpg", b"bad")
+    with pytest.raises(PackError, match="no image is left"):
+        make_pack(tmp_path / "source", tmp_path / "pack", on_error="skip")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"restart_interval": 0}, "restart_interval: expected 1 to 65535"),
+        ({"shard_bytes": 0}, "shard_bytes: expected 1"),
+        ({"seed": -1}, "seed: expected 0"),
+        ({"keep_bytes": True, "strip": True}, "contradict"),
+    ],
+)
+def test_settings_outside_their_domain(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**arguments)
+
+
+# ---- a pack is not believed ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(source: Path, tmp_path: Path) -> Path:
+    make_pack(source, tmp_path / "pack")
+    return tmp_path / "pack"
+
+
+def edit_index(folder: Path, **fields: int) -> None:
+    rows = np.load(folder / "index.npy")
+    for field, value in fields.items():
+        rows[11][field] = value
+    np.save(folder / "index.npy", rows)
+
+
+def edit_about(folder: Path, **entries: Any) -> None:
+    path = folder / "pack.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+OPENING_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("version", lambda f: edit_about(f, format_version=2), "format version 2.*update"),
+    ("format", lambda f: edit_about(f, format="other"), "expected an object whose 'format'"),
+    ("no json", lambda f: (f / "pack.json").write_text("{"), "expected JSON"),
+    ("num_samples", lambda f: edit_about(f, num_samples=41), r"expected shape \(41,\)"),
+    ("bad count", lambda f: edit_about(f, num_samples="many"), "expected an integer"),
+    ("classes", lambda f: edit_about(f, classes=["a", "a"]), "do not repeat"),
+    ("shards", lambda f: edit_about(f, shards=[{"file": "/etc/passwd"}]), "expected file"),
+    ("no index", lambda f: (f / "index.npy").unlink(), "index.npy: missing"),
+    ("cut index", lambda f: os.truncate(f / "index.npy", 700), "index.npy: damaged or truncated"),
+    ("pickle", lambda f: np.save(f / "names.npy", np.array([{}])), "names.npy: damaged"),
+    ("cut names", lambda f: np.save(f / "names.npy", np.zeros(3, "u1")), "names.npy: expected"),
+    ("shard number", lambda f: edit_index(f, shard=99), "sample 11: bytes .* outside"),
+    ("offset", lambda f: edit_index(f, offset=1 << 40), "sample 11: bytes .* outside"),
+    ("negative offset", lambda f: edit_index(f, offset=-1), "sample 11: bytes .* outside"),
+    ("overflow", lambda f: edit_index(f, length=2**63 - 1), "sample 11: bytes .* outside"),
+    ("label", lambda f: edit_index(f, label=4), "'label' of sample 11"),
+    ("missing shard", lambda f: (f / "shard-000001.tar").unlink(), "shard is missing"),
+    ("cut shard", lambda f: os.truncate(f / "shard-000001.tar", 99), r"expected \d+ bytes, got 99"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(d, m) for _, d, m in OPENING_DAMAGE],
+    ids=[i for i, _, _ in OPENING_DAMAGE],
+)
+def test_opening_a_damaged_pack(packed: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(packed)
+    with pytest.raises(DataError, match=message):
+        open_source(packed)
+    assert problems(packed) != ""
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_verify_finds_a_flipped_bit_wherever_it_is(packed: Path) -> None:
+    assert problems(packed) == ""
+    rows = np.load(packed / "index.npy")
+    row, size = rows[3], (packed / "shard-000000.tar").stat().st_size
+    begin, end = int(row["offset"]), int(row["offset"] + row["length"])
+    name = open_source(packed).index.name[3]
+    padded = end + -end % 512
+    for place, expected in {
+        begin - 500: "tar header of the image",
+        begin + 100: "image: CRC-32C",
+        padded + 3: "padding and label",
+        padded + 512: "padding and label",
+        size - 1: "expected 1024 zero bytes",
+    }.items():
+        flip(packed / "shard-000000.tar", place)
+        found = problems(packed)
+        assert expected in found
+        assert "shard-000000.tar" in found
+        if place != size - 1:
+            assert f"sample 3 ({name})" in found
+        flip(packed / "shard-000000.tar", place)
+    assert problems(packed) == ""
+
+
+def test_verify_finds_every_flipped_bit_of_the_tables(packed: Path) -> None:
+    rng = np.random.default_rng(7)
+    for name in ("index.npy", "names.npy", "names_begin.npy"):
+        size = (packed / name).stat().st_size
+        for offset in rng.integers(0, size, 20):
+            flip(packed / name, int(offset))
+            assert problems(packed) != ""
+            flip(packed / name, int(offset))
+    assert problems(packed) == ""
+
+
+def test_verify_finds_missing_and_truncated_shards(packed: Path) -> None:
+    shard = packed / "shard-000001.tar"
+    content = shard.read_bytes()
+    os.truncate(shard, len(content) - 3000)
+    assert "ends" in problems(packed)
+    assert f"expected {len(content)} bytes" in problems(packed)
+    shard.unlink()
+    assert "shard-000001.tar: No such file" in problems(packed)
+
+
+def test_verify_finds_an_edited_label(packed: Path, source: Path) -> None:
+    label = int(np.load(packed / "index.npy")[11]["label"])
+    edit_index(packed, label=(label + 1) % 4)
+    found = problems(packed, source)
+    assert "index_id" in found
+    assert "padding and label" in found
+    assert "does not mean class" in found
+
+
+def test_verify_against_finds_missing_extra_and_changed_samples(
+    source: Path, packed: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    for path in source.rglob("*.jpg"):
+        add_image(other, str(path.relative_to(source)), path.read_bytes())
+    names = open_source(source).index.name
+    (other / names[0]).unlink()
+    add_image(other, "class_001/new.jpg", (source / names[1]).read_bytes())
+    add_image(other, names[2], jpeg_bytes(Image.new("RGB", (50, 50))))
+    found = problems(packed, other)
+    assert f"({names[0]}): is in the pack but not in {other}" in found
+    assert f"class_001/new.jpg: is in {other} but not in the pack" in found
+    assert f"({names[2]}): its pixels differ" in found
+    assert len(found.splitlines()) == 3
+
+
+def test_opening_a_large_pack_takes_well_under_a_second(packed: Path) -> None:
+    num_samples = 1_281_167
+    about = json.loads((packed / "pack.json").read_text())
+    rows = np.resize(np.load(packed / "index.npy"), num_samples)
+    names = Names.from_strings(
+        f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG" for i in range(num_samples)
+    )
+    np.save(packed / "index.npy", rows)
+    np.save(packed / "names.npy", names.blob)
+    np.save(packed / "names_begin.npy", names.begin)
+    edit_about(packed, num_samples=num_samples)
+    began = time.perf_counter()
+    index = open_source(packed).index
+    elapsed_s = time.perf_counter() - began
+    assert len(index) == num_samples
+    assert index.id == about["index_id"]
+    assert elapsed_s < 1
