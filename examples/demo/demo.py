@@ -45,7 +45,9 @@ def run(*command: str | Path) -> None:
     """Run one of the project's commands, shown as a user would type it."""
     words = [os.path.relpath(word) if isinstance(word, Path) else word for word in command]
     print("$ " + shlex.join(["python", *words]), flush=True)
-    subprocess.run([sys.executable, *map(str, command)], check=True)
+    # GNU OpenMP's threads spin while they wait, which starves the loader's on the same few cores.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    subprocess.run([sys.executable, *map(str, command)], env=environment, check=True)
 
 
 def take_subset(imagenet: Path, destination: Path) -> Path:

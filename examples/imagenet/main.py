@@ -137,8 +137,11 @@ class Totals(NamedTuple):
     num_samples: float
 
     def __str__(self) -> str:
-        loss, acc1, acc5 = self.loss / self.num_samples, self.acc1, self.acc5
-        return f"Loss {loss:.4e}  Acc@1 {acc1:6.2f}  Acc@5 {acc5:6.2f}"
+        return f"Loss {self.mean_loss:.4e}  Acc@1 {self.acc1:6.2f}  Acc@5 {self.acc5:6.2f}"
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.num_samples
 
     @property
     def acc1(self) -> float:
@@ -315,7 +318,8 @@ class Training:
             self._stop_if_asked()
         total = counts.total()
         hits = f"{total.correct1:.0f} and {total.correct5:.0f} of {total.num_samples:.0f}"
-        self.say(f" *   Acc@1 {total.acc1:.3f} Acc@5 {total.acc5:.3f} ({hits} samples)")
+        accuracy = f"Acc@1 {total.acc1:.3f} Acc@5 {total.acc5:.3f}"
+        self.say(f" *   {accuracy} ({hits} samples), Loss {total.mean_loss:.5f}")
         return total.acc1
 
     def _stop_if_asked(self) -> None:
