@@ -49,8 +49,13 @@ uint32_t update_portably(uint32_t crc, const uint8_t* bytes, size_t size) {
 }
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2"))) uint32_t update_by_instruction(uint32_t crc, const uint8_t* bytes,
-                                                                 size_t size) {
+// Clang gave the instruction a feature of its own in version 14.
+#if defined(__clang__) && __clang_major__ >= 14
+#define IMSEQ_TARGET_CRC32 __attribute__((target("sse4.2,crc32")))
+#else
+#define IMSEQ_TARGET_CRC32 __attribute__((target("sse4.2")))
+#endif
+IMSEQ_TARGET_CRC32 uint32_t update_by_instruction(uint32_t crc, const uint8_t* bytes, size_t size) {
   uint64_t wide = crc;
   for (; size >= 8; size -= 8, bytes += 8) {
     uint64_t word;

@@ -9,7 +9,7 @@
 
 namespace imseq {
 
-// Scratch memory and tables of one thread; grows to the largest image seen, allocates nothing after.
+// Scratch memory and tables of one thread; grows to the largest image seen and stays.
 class SampleDecoder {
  public:
   SampleDecoder();

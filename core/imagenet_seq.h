@@ -1,14 +1,15 @@
 /* The whole boundary between Python and the native core: a plain C ABI.
  *
  * Rules that hold for every function here (ARCHITECTURE.md, "The native boundary"):
- *   - The core never calls Python and knows no dataset format: it gets byte ranges, recipes and rows.
- *   - Memory: every pointer is owned by the caller. Plan arrays are copied by imseq_engine_start; rows
- *     of a batch are lent from imseq_engine_start / imseq_engine_release until imseq_engine_next has
- *     returned their batch. The core frees nothing it did not allocate.
- *   - Errors: a status below zero fills the error struct the caller passed (NULL is allowed and fills
- *     nothing). Statuses of zero and above are answers, not errors.
- *   - Threads: functions without an engine are pure and may run on any thread at once. Engine functions
- *     may run on any thread at once, except that one thread at a time may call imseq_engine_next.
+ *   - The core never calls Python and knows no dataset format: it gets byte ranges, recipes, rows.
+ *   - Memory: every pointer is owned by the caller. Plan arrays are copied by imseq_engine_start;
+ *     rows of a batch are lent from imseq_engine_start / imseq_engine_release until
+ *     imseq_engine_next has returned their batch. The core frees nothing it did not allocate.
+ *   - Errors: a status below zero fills the error struct the caller passed (NULL is allowed and
+ *     fills nothing). Statuses of zero and above are answers, not errors.
+ *   - Threads: functions without an engine are pure and may run on any thread at once. Engine
+ *     functions may run on any thread at once, except that one thread at a time may call
+ *     imseq_engine_next.
  *   - Fork: in a child process every engine function is refused with IMSEQ_ERROR_FORK, and
  *     imseq_engine_destroy forgets the engine without touching it.
  *
@@ -35,7 +36,7 @@ extern "C" {
 
 #define IMSEQ_ABI 1
 
-/* ---- status ------------------------------------------------------------------------------------ */
+/* ---- status ---------------------------------------------------------------------------------- */
 
 enum {
   IMSEQ_OK = 0,
@@ -46,11 +47,11 @@ enum {
 
   IMSEQ_ERROR_ARGUMENT = -1, /* the caller broke the contract */
   IMSEQ_ERROR_MEMORY = -2,
-  IMSEQ_ERROR_READ = -3,     /* the operating system refused a read: see os_errno */
-  IMSEQ_ERROR_DATA = -4,     /* bytes that were read are not what the index promised */
-  IMSEQ_ERROR_SAMPLE = -5,   /* a foreign row or block was reported as failed */
-  IMSEQ_ERROR_FORK = -6,     /* the engine belongs to the parent process */
-  IMSEQ_ERROR_CAPACITY = -7  /* the output buffer is too small; the size needed is reported */
+  IMSEQ_ERROR_READ = -3,    /* the operating system refused a read: see os_errno */
+  IMSEQ_ERROR_DATA = -4,    /* bytes that were read are not what the index promised */
+  IMSEQ_ERROR_SAMPLE = -5,  /* a foreign row or block was reported as failed */
+  IMSEQ_ERROR_FORK = -6,    /* the engine belongs to the parent process */
+  IMSEQ_ERROR_CAPACITY = -7 /* the output buffer is too small; the size needed is reported */
 };
 
 typedef struct imseq_error {
@@ -61,13 +62,13 @@ typedef struct imseq_error {
   char message[512];
 } imseq_error;
 
-/* ---- version ----------------------------------------------------------------------------------- */
+/* ---- version --------------------------------------------------------------------------------- */
 
 IMSEQ_API int32_t imseq_abi(void);
 /* "0.1.0, GCC 12.2.0, x86-64, portable kernels"; a static string. */
 IMSEQ_API const char* imseq_build_info(void);
 
-/* ---- one sample -------------------------------------------------------------------------------- */
+/* ---- one sample ------------------------------------------------------------------------------ */
 
 enum { IMSEQ_UINT8 = 0, IMSEQ_FLOAT32 = 1, IMSEQ_FLOAT16 = 2, IMSEQ_BFLOAT16 = 3 };
 enum { IMSEQ_CHW = 0, IMSEQ_HWC = 1 };
@@ -76,8 +77,8 @@ enum { IMSEQ_FILTER_BOX = 0, IMSEQ_FILTER_BILINEAR = 1, IMSEQ_FILTER_BICUBIC = 2
 enum { IMSEQ_PASSES_HORIZONTAL_FIRST = 0, IMSEQ_PASSES_PILLOW_13 = 1 };
 enum {
   IMSEQ_GEOMETRY_RANDOM_RESIZED_CROP = 1, /* torchvision RandomResizedCrop */
-  IMSEQ_GEOMETRY_RESIZE_CROP = 2,         /* torchvision Resize (optional), then CenterCrop (optional) */
-  IMSEQ_GEOMETRY_FIXED_CROP = 3           /* a given crop resized to the output: tests, notebooks */
+  IMSEQ_GEOMETRY_RESIZE_CROP = 2, /* torchvision Resize (optional), then CenterCrop (optional) */
+  IMSEQ_GEOMETRY_FIXED_CROP = 3   /* a given crop resized to the output: tests, notebooks */
 };
 /* CenterCrop's offset of a crop in an image: int(round((n - c) / 2.0)), or (n - c) // 2. */
 enum { IMSEQ_CENTER_ROUND = 0, IMSEQ_CENTER_FLOOR = 1 };
@@ -90,12 +91,13 @@ typedef struct imseq_recipe {
   int32_t passes;
   int32_t dtype;
   int32_t layout;
-  int32_t strict; /* 1: decode the whole entropy data of unpacked files, not only what the crop needs */
+  int32_t
+      strict; /* 1: decode the whole entropy data of unpacked files, not only what the crop needs */
   /* RANDOM_RESIZED_CROP */
   double scale_min, scale_max; /* fraction of the image's area */
   double ratio_min, ratio_max; /* width / height */
-  /* RESIZE_CROP: resize_height = 0: no resize; resize_width = 0: the shorter side becomes resize_height
-     and the longer at most resize_max (0: no limit). crop_height = 0: no crop, and then the resized
+  /* RESIZE_CROP: resize_height = 0: no resize; resize_width = 0: the shorter side becomes
+     resize_height and the longer at most resize_max (0: no limit). crop_height = 0: no crop, and then the resized
      image must have the output's size. */
   int32_t resize_height, resize_width, resize_max;
   int32_t crop_height, crop_width, center_rule;
@@ -115,10 +117,10 @@ typedef struct imseq_key {
 
 /* The geometry drawn for one image: crop the box, resize it, cut the window, flip. */
 typedef struct imseq_view {
-  int32_t top, left, height, width;               /* box, pixels of the image */
-  int32_t resized_height, resized_width;          /* size the box is resized to */
-  int32_t window_top, window_left;                /* of the output in the resized box; may be negative: */
-  int32_t flip;                                   /* what lies outside it is zero, as CenterCrop pads */
+  int32_t top, left, height, width;      /* box, pixels of the image */
+  int32_t resized_height, resized_width; /* size the box is resized to */
+  int32_t window_top, window_left;       /* of the output in the resized box; may be negative: */
+  int32_t flip;                          /* what lies outside it is zero, as CenterCrop pads */
 } imseq_view;
 
 enum {
@@ -128,10 +130,10 @@ enum {
 typedef struct imseq_header {
   int32_t width, height, num_components;
   int32_t h_sampling[4], v_sampling[4];
-  int32_t restart_interval;  /* MCUs, 0: none */
-  int32_t progressive;       /* 1 for SOF2 */
-  int32_t supported;         /* 1: in the scope of the core's decoder */
-  int64_t entropy_offset;    /* first byte of the entropy-coded data of the first scan */
+  int32_t restart_interval; /* MCUs, 0: none */
+  int32_t progressive;      /* 1 for SOF2 */
+  int32_t supported;        /* 1: in the scope of the core's decoder */
+  int64_t entropy_offset;   /* first byte of the entropy-coded data of the first scan */
 } imseq_header;
 
 /* Read a JPEG's header. IMSEQ_FOREIGN where the bytes are no JPEG or its header is damaged. */
@@ -142,7 +144,8 @@ IMSEQ_CHECKED int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq
 IMSEQ_CHECKED int32_t imseq_draw(const imseq_recipe* recipe, const imseq_key* key, int32_t width,
                                  int32_t height, imseq_view* out, imseq_error* error);
 
-/* Decode one JPEG into a row of out_height x out_width x 3 values. IMSEQ_FOREIGN leaves row undefined. */
+/* Decode one JPEG into a row of out_height x out_width x 3 values. IMSEQ_FOREIGN leaves the row
+ * undefined. */
 IMSEQ_CHECKED int32_t imseq_decode(const imseq_recipe* recipe, const imseq_key* key,
                                    const uint8_t* bytes, size_t size, uint32_t flags, void* row,
                                    imseq_error* error);
@@ -152,12 +155,12 @@ IMSEQ_CHECKED int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* k
                                   const uint8_t* pixels, int32_t width, int32_t height, void* row,
                                   imseq_error* error);
 
-/* ---- packing ----------------------------------------------------------------------------------- */
+/* ---- packing --------------------------------------------------------------------------------- */
 
 enum { IMSEQ_STRIP_METADATA = 1 };
 
-/* Re-code a JPEG losslessly into canonical form: baseline, Huffman tables fitted to the image, a restart
- * marker every restart_interval MCUs. Decodes the whole stream; any anomaly is IMSEQ_FOREIGN.
+/* Re-code a JPEG losslessly into canonical form: baseline, Huffman tables fitted to the image, a
+ * restart marker every restart_interval MCUs. Decodes the whole stream; any anomaly is IMSEQ_FOREIGN.
  * *out_size: the bytes written, or with IMSEQ_ERROR_CAPACITY the capacity that is enough. */
 IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t restart_interval,
                                       uint32_t options, uint8_t* out, size_t capacity,
@@ -166,14 +169,15 @@ IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t
 /* CRC-32C (Castagnoli, RFC 3720) of bytes, continuing from crc (0 to begin). */
 IMSEQ_API uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size);
 
-/* ---- the engine -------------------------------------------------------------------------------- */
+/* ---- the engine ------------------------------------------------------------------------------ */
 
 typedef struct imseq_engine imseq_engine;
 
 enum {
-  IMSEQ_ROWS_DECODED = 0, /* the core fills rows by the recipe; what it can't decode becomes a foreign row */
+  IMSEQ_ROWS_DECODED =
+      0, /* the core fills rows by the recipe; what it can't decode becomes a foreign row */
   IMSEQ_ROWS_FINISHED_BY_PYTHON = 1, /* the same, and then every row is handed out for the rest */
-  IMSEQ_ROWS_FROM_BYTES = 2          /* every row is handed out with its bytes, nothing is decoded */
+  IMSEQ_ROWS_FROM_BYTES = 2 /* every row is handed out with its bytes, nothing is decoded */
 };
 
 typedef struct imseq_engine_config {
@@ -183,10 +187,10 @@ typedef struct imseq_engine_config {
   int32_t rows;             /* IMSEQ_ROWS_... */
   int32_t verify_checksums; /* 1: CRC-32C of every sample that has one is checked */
   int32_t reserved;
-  int64_t row_bytes;        /* bytes of a row of a batch */
-  int64_t block_budget_bytes; /* blocks are read ahead of decoding up to this; what the plan itself needs
+  int64_t row_bytes;          /* bytes of a row of a batch */
+  int64_t block_budget_bytes; /* blocks are read ahead of decoding up to this; what the plan needs
                                  at once is always allowed */
-  imseq_recipe recipe;      /* its table is copied */
+  imseq_recipe recipe;        /* its table is copied */
 } imseq_engine_config;
 
 /* One epoch's work of one rank. All arrays are copied. Position: place in the order of delivery. */
@@ -194,14 +198,15 @@ typedef struct imseq_plan {
   uint64_t seed;
   int64_t epoch;
   int64_t num_positions, num_batches, num_blocks, num_files;
-  const int64_t* batch_begin;  /* [num_batches + 1] first position of each batch */
-  const int64_t* sample;       /* [num_positions] index of the sample: key and messages */
-  const int32_t* block;        /* [num_positions] block that holds it */
-  const int64_t* offset;       /* [num_positions] byte offset in the block; foreign block: ordinal in it */
-  const int64_t* length;       /* [num_positions] bytes; -1: up to the end of the block */
-  const uint32_t* checksum;    /* [num_positions] or NULL: CRC-32C */
-  const uint8_t* flags;        /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
-  const int32_t* block_file;   /* [num_blocks] file, or -1: foreign block; in the order of reading */
+  const int64_t* batch_begin; /* [num_batches + 1] first position of each batch */
+  const int64_t* sample;      /* [num_positions] index of the sample: key and messages */
+  const int32_t* block;       /* [num_positions] block that holds it */
+  const int64_t*
+      offset; /* [num_positions] byte offset in the block; foreign block: ordinal in it */
+  const int64_t* length;     /* [num_positions] bytes; -1: up to the end of the block */
+  const uint32_t* checksum;  /* [num_positions] or NULL: CRC-32C */
+  const uint8_t* flags;      /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
+  const int32_t* block_file; /* [num_blocks] file, or -1: foreign block; in the order of reading */
   const int64_t* block_offset; /* [num_blocks] bytes; foreign block: its number in the source */
   const int64_t* block_length; /* [num_blocks] bytes; -1: up to the end of the file */
   const char* root;            /* folder that paths are relative to */
@@ -210,7 +215,7 @@ typedef struct imseq_plan {
 } imseq_plan;
 
 typedef struct imseq_batch {
-  int64_t batch; /* number in the plan */
+  int64_t batch;      /* number in the plan */
   int64_t begin, end; /* positions */
   int32_t slot;
   int32_t reserved;
@@ -251,29 +256,31 @@ typedef struct imseq_stats {
 
 IMSEQ_CHECKED int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** out,
                                           imseq_error* error);
-/* Begin a plan; rows[num_slots] lends memory for as many batches. The former plan must have ended. */
+/* Begin a plan; rows[num_slots] lends memory for as many batches. The former plan must have ended.
+ */
 IMSEQ_CHECKED int32_t imseq_engine_start(imseq_engine* engine, const imseq_plan* plan,
                                          void* const* rows, imseq_error* error);
-/* The next batch in plan order. From its return on, the slot's memory belongs to the caller again. */
+/* The next batch in plan order. From its return on, the slot's memory is the caller's again. */
 IMSEQ_CHECKED int32_t imseq_engine_next(imseq_engine* engine, int64_t timeout_ns, imseq_batch* out,
                                         imseq_error* error);
-/* Lend memory for the slot's next batch. Slots are released in the order in which their batches came. */
+/* Lend memory for the slot's next batch. Slots are released in the order of their batches. */
 IMSEQ_CHECKED int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, void* rows,
                                            imseq_error* error);
-/* End the plan now. Returns when no thread of the core touches lent rows any more; rows and blocks that
- * Python holds are forgotten, and finishing them later is answered with IMSEQ_CANCELLED. */
+/* End the plan now. Returns when no thread of the core touches lent rows any more; rows and blocks
+ * that Python holds are forgotten, and finishing them later is answered with IMSEQ_CANCELLED. */
 IMSEQ_CHECKED int32_t imseq_engine_cancel(imseq_engine* engine, imseq_error* error);
-IMSEQ_CHECKED int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out, imseq_error* error);
+IMSEQ_CHECKED int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out,
+                                         imseq_error* error);
 /* Cancel, join and free. No other call may be running or follow. */
 IMSEQ_API void imseq_engine_destroy(imseq_engine* engine);
-/* Make every waiting and later imseq_engine_take return IMSEQ_CANCELLED, so that its threads can end. */
+/* Make every waiting and later imseq_engine_take return IMSEQ_CANCELLED: its threads can end. */
 IMSEQ_CHECKED int32_t imseq_engine_close_tasks(imseq_engine* engine, imseq_error* error);
 
 /* Work for Python's threads: a foreign row or block. */
 IMSEQ_CHECKED int32_t imseq_engine_take(imseq_engine* engine, int64_t timeout_ns, imseq_task* out,
                                         imseq_error* error);
-/* failure: NULL when the row is filled; otherwise the reason, which imseq_engine_next will report as
- * IMSEQ_ERROR_SAMPLE when the batch's turn comes. */
+/* failure: NULL when the row is filled; otherwise the reason, which imseq_engine_next will report
+ * as IMSEQ_ERROR_SAMPLE when the batch's turn comes. */
 IMSEQ_CHECKED int32_t imseq_engine_finish_row(imseq_engine* engine, int64_t ticket,
                                               const char* failure, imseq_error* error);
 /* Sample i of the block lies at offsets[i] and has lengths[i] bytes; everything is copied. */
