@@ -91,14 +91,13 @@ typedef struct imseq_recipe {
   int32_t passes;
   int32_t dtype;
   int32_t layout;
-  int32_t
-      strict; /* 1: decode the whole entropy data of unpacked files, not only what the crop needs */
+  int32_t strict; /* 1: decode all of an unpacked file's entropy data, not only the crop's */
   /* RANDOM_RESIZED_CROP */
   double scale_min, scale_max; /* fraction of the image's area */
   double ratio_min, ratio_max; /* width / height */
   /* RESIZE_CROP: resize_height = 0: no resize; resize_width = 0: the shorter side becomes
-     resize_height and the longer at most resize_max (0: no limit). crop_height = 0: no crop, and then the resized
-     image must have the output's size. */
+     resize_height and the longer at most resize_max (0: no limit). crop_height = 0: no crop, and
+     then the resized image must have the output's size. */
   int32_t resize_height, resize_width, resize_max;
   int32_t crop_height, crop_width, center_rule;
   /* FIXED_CROP, in pixels of the image */
@@ -160,7 +159,8 @@ IMSEQ_CHECKED int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* k
 enum { IMSEQ_STRIP_METADATA = 1 };
 
 /* Re-code a JPEG losslessly into canonical form: baseline, Huffman tables fitted to the image, a
- * restart marker every restart_interval MCUs. Decodes the whole stream; any anomaly is IMSEQ_FOREIGN.
+ * restart marker every restart_interval MCUs. Decodes the whole stream; any anomaly is
+ * IMSEQ_FOREIGN.
  * *out_size: the bytes written, or with IMSEQ_ERROR_CAPACITY the capacity that is enough. */
 IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t restart_interval,
                                       uint32_t options, uint8_t* out, size_t capacity,
@@ -201,9 +201,8 @@ typedef struct imseq_plan {
   const int64_t* batch_begin; /* [num_batches + 1] first position of each batch */
   const int64_t* sample;      /* [num_positions] index of the sample: key and messages */
   const int32_t* block;       /* [num_positions] block that holds it */
-  const int64_t*
-      offset; /* [num_positions] byte offset in the block; foreign block: ordinal in it */
-  const int64_t* length;     /* [num_positions] bytes; -1: up to the end of the block */
+  const int64_t* offset; /* [num_positions] bytes from the block's begin; foreign: ordinal in it */
+  const int64_t* length; /* [num_positions] bytes; -1: up to the end of the block */
   const uint32_t* checksum;  /* [num_positions] or NULL: CRC-32C */
   const uint8_t* flags;      /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
   const int32_t* block_file; /* [num_blocks] file, or -1: foreign block; in the order of reading */
