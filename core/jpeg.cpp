@@ -115,8 +115,10 @@ bool pillow_fails_on_photoshop(Payload in) {
   return false;
 }
 
-// Application segments decide the colour space; the known ones must be as long as Pillow and
-// libjpeg expect.
+// Application segments decide the colour space. Those that Pillow takes apart while it opens a file
+// must be as it expects. The one exception we know is a damaged XResolution in Exif data, which
+// some versions of Pillow stumble over (JpegImageFile._read_dpi_from_exif); here it is ignored like
+// all of Exif.
 bool parse_application(int marker, Payload in, JpegHeader* header) {
   if (marker == kApp0 && in.starts_with("JFIF", 4)) {
     if (in.size < 14) return false;

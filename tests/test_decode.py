@@ -400,6 +400,24 @@ def test_restart_markers_must_be_right() -> None:
             assert decode(corner, bytes_) is None, name
 
 
+def test_metadata_that_pillow_refuses() -> None:
+    """Damage in application segments that matter to Pillow alone."""
+    rest = Jpeg(16, 16, head=b"").data()[2:]
+    segments = {
+        "JFIF too short": segment(0xE0, b"JFIF\0"),
+        "Adobe too short": segment(0xEE, b"Adobe"),
+        "ICC without number": segment(0xE2, b"ICC_PROFILE\0"),
+        "Photoshop block without name": segment(0xED, b"Photoshop 3.0\x008BIM\4\4"),
+    }
+    assert_as_pillow(SOI + rest, "no metadata")
+    for name, damaged in segments.items():
+        with pytest.raises(PIL.UnidentifiedImageError):
+            by_pillow(SOI + damaged + rest)
+        assert decode_all(SOI + damaged + rest) is None, name
+    sound = segment(0xED, b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\2ab8BIM\4\4\3abc\0\0\0\1x\0")
+    assert_as_pillow(SOI + sound + rest, "Photoshop blocks")
+
+
 def mutations(generator: random.Random, seeds: list[bytes]) -> Iterator[bytes]:
     while True:
         data = bytearray(generator.choice(seeds))
