@@ -59,6 +59,8 @@ class Result(NamedTuple):
 
 # ---- in the measuring process ----
 
+PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
 
 def import_torchvision() -> Any:
     """Import torchvision, also one whose compiled operators were built for another torch.
@@ -126,7 +128,7 @@ def measure(run: Run) -> Result:
             first_batch_seconds = time.perf_counter() - begin
         num_images += len(images)
     seconds, cpu_seconds = time.perf_counter() - begin, _cpu_seconds() - cpu_begin
-    peak = max(resource.getrusage(who).ru_maxrss for who in _WHO)
+    peak = max(resource.getrusage(who).ru_maxrss for who in PROCESSES)
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return Result(
         images_per_second=num_images / seconds,
@@ -136,11 +138,8 @@ def measure(run: Run) -> Result:
     )
 
 
-_WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-
-
 def _cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in _WHO]
+    usages = [resource.getrusage(who) for who in PROCESSES]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 

@@ -53,10 +53,14 @@ def run(*command: str | Path) -> None:
 def take_subset(imagenet: Path, destination: Path) -> Path:
     """Link some samples of ten classes, evenly spaced over all, below destination."""
     classes = sorted(path.name for path in (imagenet / "train").iterdir() if path.is_dir())
+    if len(classes) < NUM_CLASSES:
+        raise SystemExit(
+            f"{imagenet}/train has {len(classes)} class folders, expected at least {NUM_CLASSES}"
+        )
     chosen = [classes[i * len(classes) // NUM_CLASSES] for i in range(NUM_CLASSES)]
     shutil.rmtree(destination, ignore_errors=True)
     for split, limit in (("train", TRAIN_LIMIT), ("val", VAL_LIMIT)):
-        for name in dict.fromkeys(chosen):
+        for name in chosen:
             folder = destination / split / name
             folder.mkdir(parents=True)
             for image in sorted((imagenet / split / name).iterdir())[:limit]:
