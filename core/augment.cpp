@@ -16,8 +16,7 @@ constexpr int32_t kMaxResized =
     1 << 24;                       // of an image between resize and crop; Pillow decides beyond
 constexpr double kMaxRatio = 1e9;  // keeps exp and log far from subnormals
 
-// ---- randomness
-// -----------------------------------------------------------------------------------
+// ---- randomness ---------------------------------------------------------------------------------
 
 // What a stream of draws is for. A new augmentation takes a new number, so that it can't shift the
 // draws of another; numbers are never reused, or the same seed would mean other pixels.
@@ -134,8 +133,7 @@ int32_t round_half_even(double x) {
   return static_cast<int32_t>(floor + (up ? 1 : 0));
 }
 
-// ---- geometry
-// -------------------------------------------------------------------------------------
+// ---- geometry -----------------------------------------------------------------------------------
 
 struct Box {
   int32_t top, left, height, width;
@@ -230,8 +228,7 @@ void resize_box_to_output(const imseq_recipe& recipe, const Box& box, imseq_view
   view->resized_width = recipe.out_width;
 }
 
-// ---- checks
-// ---------------------------------------------------------------------------------------
+// ---- checks -------------------------------------------------------------------------------------
 
 int32_t refuse(imseq_error* error, const char* field, const char* domain, double value) {
   return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "recipe.%s must be %s, got %g", field, domain,

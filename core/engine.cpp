@@ -255,8 +255,7 @@ struct imseq_engine {
   std::vector<std::thread> threads_;
 };
 
-// ---- life
-// -----------------------------------------------------------------------------------------
+// ---- life ---------------------------------------------------------------------------------------
 
 namespace {
 
@@ -392,8 +391,7 @@ void imseq_engine::cancel() {
   block_bytes_ = 0;
 }
 
-// ---- the consumer
-// ---------------------------------------------------------------------------------
+// ---- the consumer -------------------------------------------------------------------------------
 
 int32_t imseq_engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   std::unique_lock lock(mutex_);
@@ -465,8 +463,7 @@ void imseq_engine::stats(imseq_stats* out) {
   out->block_bytes_peak = block_bytes_peak_;
 }
 
-// ---- decoding
-// -------------------------------------------------------------------------------------
+// ---- decoding -----------------------------------------------------------------------------------
 
 void imseq_engine::decode_thread() {
   SampleDecoder decoder;
@@ -634,8 +631,7 @@ void imseq_engine::fail_row(Run& run, int64_t position, int64_t batch, const ims
   done_with_row(run, batch);
 }
 
-// ---- reading
-// --------------------------------------------------------------------------------------
+// ---- reading ------------------------------------------------------------------------------------
 
 void imseq_engine::read_thread() {
   FileReader reader;
@@ -744,8 +740,7 @@ void imseq_engine::block_failed(Run& run, int64_t number, const imseq_error& err
   block_changed_.notify_all();
 }
 
-// ---- work for Python
-// ------------------------------------------------------------------------------
+// ---- work for Python ----------------------------------------------------------------------------
 
 void imseq_engine::push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position,
                              bool prefix_done) {
@@ -856,8 +851,7 @@ void imseq_engine::close_tasks() {
   task_added_.notify_all();
 }
 
-// ---- the C functions
-// ------------------------------------------------------------------------------
+// ---- the C functions ----------------------------------------------------------------------------
 
 namespace {
 

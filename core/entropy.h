@@ -11,16 +11,14 @@
 
 namespace imseq {
 
-// ---- tables
-// -----------------------------------------------------------------------------------------
+// ---- tables -------------------------------------------------------------------------------------
 
 // One look-up of the next kLookupBits bits. Where the code and its extra bits fit, it gives
 // everything.
 struct HuffmanEntry {
   uint8_t length;   // bits of the code and its extra bits; 0: see HuffmanTable::decode_slowly
   uint8_t advance;  // from the last coefficient's zigzag index to this one's; or kEndOfBlock
-  int16_t
-      value;  // of the coefficient; with length 0 a code's size: length << 8 | symbol, 0 unknown
+  int16_t value;    // of the coefficient; length 0: code's length << 8 | symbol, 0 unknown
 };
 
 class HuffmanTable {
@@ -53,8 +51,7 @@ class HuffmanTable {
       first_value_;  // index in spec_.values of code 0 of n bits, were there one
 };
 
-// ---- bits
-// -------------------------------------------------------------------------------------------
+// ---- bits ---------------------------------------------------------------------------------------
 
 // Bits of an interval whose byte stuffing has been removed, most significant first. It may run
 // ahead of the interval's end while a block is decoded, by a block's bits and a refill
@@ -95,8 +92,7 @@ class BitReader {
   int count_ = 0;      // valid bits in bits_
 };
 
-// ---- blocks
-// -----------------------------------------------------------------------------------------
+// ---- blocks -------------------------------------------------------------------------------------
 
 // Decodes one block. With kStore, writes its coefficients other than zero to block[order[k]], k
 // being the zigzag index; the block must have been zeroed, but for block[0]. Without, only follows
@@ -159,8 +155,7 @@ class HuffmanTables {
   std::array<size_t, 3> dc_index_{}, ac_index_{};  // component -> table
 };
 
-// ---- restart intervals
-// ------------------------------------------------------------------------------
+// ---- restart intervals --------------------------------------------------------------------------
 
 struct Interval {
   const uint8_t* begin;  // without byte stuffing; BitReader::kBlockBytes readable behind the end

@@ -113,7 +113,7 @@ constexpr int64_t kMaxPixels = 178956970;
 constexpr int kLargestValue = 2047;
 constexpr uint32_t kMaxAcSize = 10;
 
-// ---- metadata ----------------------------------------------------------------------------------
+// ---- metadata -----------------------------------------------------------------------------------
 
 struct Bytes {
   const uint8_t* data;
@@ -253,7 +253,7 @@ void write_scan_header(const JpegHeader& header, HeaderWriter* writer) {
   writer->segment(kSos, payload);
 }
 
-// ---- entropy coding ----------------------------------------------------------------------------
+// ---- entropy coding -----------------------------------------------------------------------------
 
 // A symbol to code: bits 0 to 9 the table and the symbol in it, bits 16 and up the extra bits.
 using Token = uint32_t;
@@ -496,7 +496,7 @@ bool write_scan(const ScanTokens& scan, const SymbolCodes& codes, EntropyWriter*
   return true;
 }
 
-// ---- the whole ---------------------------------------------------------------------------------
+// ---- the whole ----------------------------------------------------------------------------------
 
 void fill_header(const JpegHeader& from, int restart_interval, size_t entropy_offset,
                  imseq_header* out) {

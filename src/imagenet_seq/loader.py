@@ -76,7 +76,7 @@ class Loader:
         drop_last: drop a last batch that is smaller than the others.
         timeout: seconds to wait for a batch before a RuntimeError; 0: for ever.
         generator: its initial seed becomes `seed`, unless that is given.
-        prefetch_factor: batches in memory ahead of the script, in total; None: 4.
+        prefetch_factor: batches in memory ahead of the script, in total; None: 3.
         target_transform: applied to every label.
         seed: of order and augmentation.
         rank, world_size: of this process; None: from torch.distributed or torchrun's environment.
@@ -209,7 +209,7 @@ class Loader:
         self._target_transform = target_transform or own_target_transform
         self._collate_fn = None if _is_default_collate(collate_fn) else collate_fn
         self._num_threads = num_workers or _available_cores()
-        self._num_slots = prefetch_factor or 4
+        self._num_slots = prefetch_factor or 3
         self._timeout_s = timeout
         self._verify_checksums = verify_checksums
 

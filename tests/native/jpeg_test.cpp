@@ -44,8 +44,7 @@ int draw(int low, int high) {
   return low + static_cast<int>(generator() % static_cast<unsigned>(high - low + 1));
 }
 
-// ---- inverse DCT
-// ---------------------------------------------------------------------------------
+// ---- inverse DCT --------------------------------------------------------------------------------
 
 // jpeg_idct_islow (jidctint.c) for one row or column; `shift` descales.
 void libjpeg_pass(const long* in, long* out, int step, int shift) {
@@ -115,8 +114,7 @@ void test_idct() {
   }
 }
 
-// ---- a writer
-// ------------------------------------------------------------------------------------
+// ---- a writer -----------------------------------------------------------------------------------
 
 class BitWriter {
  public:
@@ -311,8 +309,7 @@ struct ExactCopy {
   std::unique_ptr<uint8_t[]> bytes;
 };
 
-// ---- tests over generated images
-// -------------------------------------------------------------------
+// ---- tests over generated images ----------------------------------------------------------------
 
 void test_coefficients_come_back() {
   JpegHeader header;
@@ -442,8 +439,7 @@ void test_huge_promises() {
   expect(!accepts(image.file.data(), image.file.size()), "65280 x 65280 pixels in a few bytes");
 }
 
-// ---- checksum
-// --------------------------------------------------------------------------------------
+// ---- checksum -----------------------------------------------------------------------------------
 
 void test_crc32c() {
   const char* check = "123456789";
