@@ -89,10 +89,10 @@ class Draws {
   int used_ = 4;
 };
 
-// ---- arithmetic that is the same everywhere
-// ------------------------------------------------------- libm's exp and log differ between
-// platforms in the last bit, which can move a crop by a pixel. These two use only + - * / in one
-// order; their errors stay below 2 units in the last place.
+// ---- arithmetic that is the same everywhere --------------------------------------------------
+
+// libm's exp and log differ between platforms in the last bit, which can move a crop by a pixel.
+// These two use only + - * / in one order; their errors stay below 2 units in the last place.
 
 // ln 2 in two parts; the upper has 32 significant bits, so that its product with an exponent is
 // exact.
