@@ -23,7 +23,7 @@ struct HuffmanEntry {
 
 class HuffmanTable {
  public:
-  static constexpr int kLookupBits = 12;
+  static constexpr int kLookupBits = 11;  // 8 KB a table: two of them, busy, fit the L1 cache
   static constexpr int kMaxSymbolBits = 16 + 15;  // a code and its extra bits
   static constexpr uint8_t kEndOfBlock = 64;      // an advance beyond every block
   static constexpr uint8_t kInvalid = 128;        // an advance too, of what is no symbol

@@ -11,8 +11,8 @@ namespace {
 // Resample.c: PRECISION_BITS = 32 - 8 - 2.
 constexpr int kPrecisionBits = 22;
 constexpr int kHalf = 1 << (kPrecisionBits - 1);
-// Rows may be read this far behind their end: by a strip of the vertical pass, and with weight zero
-// by the few taps of an unrolled horizontal pass.
+// Rows may be read this far behind their end: by the last columns of the vertical pass, and with
+// weight zero by the few taps of an unrolled horizontal pass.
 constexpr size_t kSlack = 64;
 
 // The filters of Resample.c, in its order of operations.
@@ -48,8 +48,10 @@ int32_t fixed_point(double weight) {
   return static_cast<int32_t>(weight < 0 ? scaled - 0.5 : scaled + 0.5);
 }
 
+// 10 bits are left; saying so lets compilers clamp 16-bit vectors, which all x86-64 can.
 inline uint8_t to_byte(int32_t sum) {
-  return static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
+  const auto value = static_cast<int16_t>(sum >> kPrecisionBits);
+  return static_cast<uint8_t>(std::clamp(static_cast<int>(value), 0, 255));
 }
 
 template <typename T>
@@ -57,22 +59,32 @@ void grow(std::vector<T>* memory, size_t size) {
   if (memory->size() < size) memory->resize(size);
 }
 
-// Planes of a row; a plane's weights and places serve them all. kTaps: the number of taps of every
-// output, missing ones having weight zero; 0: each output has its own.
+constexpr int kStrip = 64;  // outputs of the horizontal pass that are rounded to bytes at a time
+
+// Three planes of a row, or one; weights and places serve them all. kTaps: the number of taps of
+// every output, missing ones having weight zero; 0: each output has its own.
 template <int kPlanes, int kTaps>
 void horizontal_pass(const uint8_t* __restrict in, size_t in_stride, const ResizeWeights& weights,
                      int num_outputs, uint8_t* __restrict out, size_t out_stride) {
+  const uint8_t* const planes[3] = {in, in + in_stride, in + 2 * in_stride};
   const int32_t* __restrict w = weights.weights(0);
   const int max_taps = weights.max_taps();
-  for (int i = 0; i < num_outputs; ++i, w += max_taps, ++out) {
-    const uint8_t* pixel = in + weights.first_tap(i);
-    const int num_taps = kTaps == 0 ? weights.num_taps(i) : kTaps;
-    int32_t sums[kPlanes];
-    for (int p = 0; p < kPlanes; ++p) sums[p] = kHalf;
-    for (int k = 0; k < num_taps; ++k) {
-      for (size_t p = 0; p < kPlanes; ++p) sums[p] += w[k] * pixel[p * in_stride + k];
+  int32_t sums[kPlanes][kStrip];
+  for (int begin = 0; begin < num_outputs; begin += kStrip) {
+    const int n = std::min(kStrip, num_outputs - begin);
+    for (int i = 0; i < n; ++i, w += max_taps) {
+      const int first = weights.first_tap(begin + i);
+      const int num_taps = kTaps == 0 ? weights.num_taps(begin + i) : kTaps;
+      for (int p = 0; p < kPlanes; ++p) {
+        int32_t sum = kHalf;
+        for (int k = 0; k < num_taps; ++k) sum += w[k] * planes[p][first + k];
+        sums[p][i] = sum;
+      }
     }
-    for (size_t p = 0; p < kPlanes; ++p) out[p * out_stride] = to_byte(sums[p]);
+    for (size_t p = 0; p < kPlanes; ++p) {
+      uint8_t* __restrict bytes = out + p * out_stride + begin;
+      for (int i = 0; i < n; ++i) bytes[i] = to_byte(sums[p][i]);
+    }
   }
 }
 
@@ -96,29 +108,31 @@ HorizontalPass horizontal_pass_of(int num_taps) {
 }
 
 // The vertical pass takes so many columns at a time, their sums in registers.
-constexpr int kStrip = 16;
+constexpr int kColumns = 16;
 
-constexpr size_t round_up_to_strip(size_t size) { return (size + kStrip - 1) / kStrip * kStrip; }
+constexpr size_t round_up_to_columns(size_t size) {
+  return (size + kColumns - 1) / kColumns * kColumns;
+}
 
-// out[i] = sum of weights[k] * rows[k * row_bytes + i]; n is a multiple of kStrip. A weight is
+// out[i] = sum of weights[k] * rows[k * row_bytes + i]; n is a multiple of kColumns. A weight is
 // below 2 and so has 24 bits. It is taken apart into two 16-bit numbers, which compilers for
 // baseline x86-64 multiply eight at a time (32-bit multiplication of vectors came with SSE4.1).
 void vertical_pass(const uint8_t* __restrict rows, size_t row_bytes,
                    const int32_t* __restrict weights, int num_taps, size_t n,
                    uint8_t* __restrict out) {
-  for (size_t i = 0; i < n; i += kStrip) {
-    int32_t sums[kStrip];
-    for (int j = 0; j < kStrip; ++j) sums[j] = kHalf;
+  for (size_t i = 0; i < n; i += kColumns) {
+    int32_t sums[kColumns];
+    for (int j = 0; j < kColumns; ++j) sums[j] = kHalf;
     const uint8_t* __restrict row = rows + i;
     for (int k = 0; k < num_taps; ++k, row += row_bytes) {
       const auto high = static_cast<int16_t>(weights[k] >> 8);
       const auto low = static_cast<int16_t>(weights[k] & 255);
-      for (int j = 0; j < kStrip; ++j) {
+      for (int j = 0; j < kColumns; ++j) {
         const int16_t value = row[j];
         sums[j] += high * value * 256 + low * value;
       }
     }
-    for (int j = 0; j < kStrip; ++j) out[i + static_cast<size_t>(j)] = to_byte(sums[j]);
+    for (int j = 0; j < kColumns; ++j) out[i + static_cast<size_t>(j)] = to_byte(sums[j]);
   }
 }
 
@@ -200,10 +214,10 @@ void Resizer::begin(const imseq_view& view, int out_height, int out_width, int n
   source_stride_ = static_cast<size_t>(source_.width);
   resized_stride_ = static_cast<size_t>(end_column_ - first_column_);
   const auto planes = static_cast<size_t>(num_planes);
-  row_bytes_ = round_up_to_strip(planes * (vertical_first_ ? source_stride_ : resized_stride_));
+  row_bytes_ = round_up_to_columns(planes * (vertical_first_ ? source_stride_ : resized_stride_));
   grow(&rows_, row_bytes_ * static_cast<size_t>(source_.height) + kSlack);
-  grow(&row_, round_up_to_strip(planes * source_stride_) + kSlack);
-  grow(&output_, round_up_to_strip(planes * resized_stride_) + kSlack);
+  grow(&row_, round_up_to_columns(planes * source_stride_) + kSlack);
+  grow(&output_, round_up_to_columns(planes * resized_stride_) + kSlack);
 }
 
 std::array<uint8_t*, 3> Resizer::source_planes(int y) {
