@@ -31,18 +31,21 @@ $(VENV)/installed: $(BIN)/python $(SOURCES) $(CONSTRAINTS)
 	$(PIP) install -q .
 	touch $@
 
-# torchvision is the tests' reference. Without its dependencies: its pixel code needs only torch, Pillow and
-# NumPy, which are there, and pip would replace torch to fit.
-$(VENV)/installed-test: $(VENV)/installed
-	$(PIP) install -q ".[test]"
+# torchvision is what tests and benchmarks compare with. Without its dependencies: its pixel code needs only
+# torch, Pillow and NumPy, which are there, and pip would replace torch to fit.
+$(VENV)/installed-reference: $(VENV)/installed
 	$(PIP) install -q --no-deps torchvision
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-reference
+	$(PIP) install -q ".[test]"
 	touch $@
 
 $(VENV)/installed-lint: $(VENV)/installed-test
 	$(PIP) install -q ".[lint]"
 	touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-reference
 	$(BIN)/python examples/demo/demo.py
 
 test: $(VENV)/installed-test
@@ -59,16 +62,18 @@ format: $(VENV)/installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i core/*.h core/*.cpp tests/native/*.cpp
 
+native-test: export PATH := $(abspath $(BIN)):$(PATH)
 native-test: $(BIN)/python
 	$(PIP) install -q cmake ninja
-	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/sanitized -G Ninja -DIMAGENET_SEQ_TESTS=ON \
+	cmake -S . -B build/sanitized -G Ninja -DIMAGENET_SEQ_TESTS=ON \
 	    -DIMAGENET_SEQ_SANITIZE=$(NATIVE_SANITIZE) -DCMAKE_BUILD_TYPE=Release
-	PATH=$(abspath $(BIN)):$$PATH cmake --build build/sanitized
-	PATH=$(abspath $(BIN)):$$PATH ctest --test-dir build/sanitized --output-on-failure
+	cmake --build build/sanitized
+	ctest --test-dir build/sanitized --output-on-failure
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/bench_loader.py
 	$(BIN)/python benchmarks/bench_plan.py
+	$(BIN)/python benchmarks/bench_pack.py
 
 # Zig's compiler links against the symbols of glibc 2.28 on any machine; auditwheel checks that it did.
 wheel: $(BIN)/python
