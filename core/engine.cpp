@@ -70,14 +70,20 @@ struct Counters {
 
 enum class BlockState : uint8_t { waiting, reading, ready, failed };
 
-struct Block {
-  std::atomic<BlockState> state{BlockState::waiting};
-  std::atomic<int64_t> remaining{0};  // positions that still need it
+// What a block has between being read and its last sample's decoding.
+struct Loaded {
   Buffer buffer;
   int64_t size_bytes = 0;
   int64_t reserved_bytes = 0;             // what it counts for in the budget
   std::vector<int64_t> offsets, lengths;  // foreign block: its samples
   std::unique_ptr<imseq_error> error;     // failed
+};
+
+// A plan of a folder has a block for every file, so this is kept small.
+struct Block {
+  std::atomic<BlockState> state{BlockState::waiting};
+  std::atomic<int32_t> remaining{0};  // positions that still need it
+  std::unique_ptr<Loaded> loaded;     // from reading on
 };
 
 struct Batch {
@@ -517,32 +523,33 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
   const Block& block = run.blocks[run.block[position]];
   const int64_t sample = run.sample[position];
   if (block.state.load(std::memory_order_acquire) == BlockState::failed) {
-    *error = *block.error;
+    *error = *block.loaded->error;
     error->sample = sample;
     return error->code;
   }
+  const Loaded& loaded = *block.loaded;
   int64_t offset = run.offset[position], length = run.length[position];
   if (run.block_file[run.block[position]] < 0) {
-    const int64_t num_samples = static_cast<int64_t>(block.offsets.size());
+    const int64_t num_samples = static_cast<int64_t>(loaded.offsets.size());
     if (offset >= num_samples) {
       return fail(error, IMSEQ_ERROR_DATA, sample, -1, 0,
                   "expected at place %lld of a block that has %lld samples",
                   static_cast<long long>(offset), static_cast<long long>(num_samples));
     }
-    length = block.lengths[offset];
-    offset = block.offsets[offset];
+    length = loaded.lengths[offset];
+    offset = loaded.offsets[offset];
   } else if (length < 0) {
-    length = block.size_bytes - offset;
+    length = loaded.size_bytes - offset;
   }
-  if (length < 0 || offset > block.size_bytes || length > block.size_bytes - offset) {
+  if (length < 0 || offset > loaded.size_bytes || length > loaded.size_bytes - offset) {
     return fail(
         error, IMSEQ_ERROR_DATA, sample, offset, 0,
         "expected %lld bytes at offset %lld of a block of %lld bytes: the index does not fit "
         "the data; for a pack run 'imagenet-seq verify'",
         static_cast<long long>(length), static_cast<long long>(offset),
-        static_cast<long long>(block.size_bytes));
+        static_cast<long long>(loaded.size_bytes));
   }
-  *bytes = block.buffer.bytes.get() + offset;
+  *bytes = loaded.buffer.bytes.get() + offset;
   *size = length;
   return IMSEQ_OK;
 }
@@ -605,10 +612,10 @@ void imseq_engine::process(const std::shared_ptr<Run>& run, int64_t position, in
 void imseq_engine::done_with_block(Run& run, int64_t position) {
   Block& block = run.blocks[run.block[position]];
   if (block.remaining.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  const std::unique_ptr<Loaded> loaded = std::move(block.loaded);
   std::lock_guard lock(mutex_);
-  if (!run.cancelled) block_bytes_ -= block.reserved_bytes;
-  block.reserved_bytes = 0;
-  buffers_.give(std::move(block.buffer));
+  if (!run.cancelled) block_bytes_ -= loaded->reserved_bytes;
+  buffers_.give(std::move(loaded->buffer));
   budget_changed_.notify_all();
 }
 
@@ -648,8 +655,9 @@ void imseq_engine::read_thread() {
       }
       const int64_t number = run->next_block++;
       Block& block = run->blocks[number];
-      block.reserved_bytes = estimate(*run, number);
-      block_bytes_ += block.reserved_bytes;
+      block.loaded = std::make_unique<Loaded>();
+      block.loaded->reserved_bytes = estimate(*run, number);
+      block_bytes_ += block.loaded->reserved_bytes;
       block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
       block.state = BlockState::reading;
       lock.unlock();
@@ -720,14 +728,15 @@ void imseq_engine::count_request(const Run& run, int64_t block, int64_t offset, 
 void imseq_engine::block_ready(Run& run, int64_t number, Buffer buffer, int64_t size_bytes) {
   std::lock_guard lock(mutex_);
   Block& block = run.blocks[number];
-  block.buffer = std::move(buffer);
-  block.size_bytes = size_bytes;
+  Loaded& loaded = *block.loaded;
+  loaded.buffer = std::move(buffer);
+  loaded.size_bytes = size_bytes;
   if (!run.cancelled) {
-    block_bytes_ += size_bytes - block.reserved_bytes;
+    block_bytes_ += size_bytes - loaded.reserved_bytes;
     block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
   }
   if (run.block_length[number] < 0) mean_block_bytes_ += (size_bytes - mean_block_bytes_) / 16;
-  block.reserved_bytes = size_bytes;
+  loaded.reserved_bytes = size_bytes;
   block.state.store(BlockState::ready, std::memory_order_release);
   block_changed_.notify_all();
 }
@@ -735,7 +744,8 @@ void imseq_engine::block_ready(Run& run, int64_t number, Buffer buffer, int64_t 
 void imseq_engine::block_failed(Run& run, int64_t number, const imseq_error& error) {
   std::lock_guard lock(mutex_);
   Block& block = run.blocks[number];
-  block.error = std::make_unique<imseq_error>(error);
+  Loaded& loaded = *block.loaded;
+  loaded.error = std::make_unique<imseq_error>(error);
   block.state.store(BlockState::failed, std::memory_order_release);
   block_changed_.notify_all();
 }
@@ -835,9 +845,9 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
   {
     std::lock_guard lock(mutex_);
     buffer = buffers_.get(size);
-    Block& block = run.blocks[task.position];
-    block.offsets.assign(offsets, offsets + num_samples);
-    block.lengths.assign(lengths, lengths + num_samples);
+    Loaded& loaded = *run.blocks[task.position].loaded;
+    loaded.offsets.assign(offsets, offsets + num_samples);
+    loaded.lengths.assign(lengths, lengths + num_samples);
   }
   if (size > 0) std::memcpy(buffer.bytes.get(), bytes, static_cast<size_t>(size));
   counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
