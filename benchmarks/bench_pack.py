@@ -2,9 +2,10 @@
 
     python benchmarks/bench_pack.py [DIR] [--images 2000] [--repeats 3]
 
-DIR is an ImageFolder (default: the sample photos); photos are repeated through links up to --images.
-Each repeat packs into a fresh temporary folder with one worker; images/s is per second of CPU time of
-the whole process, reading, checksums and writing included. The files are in the page cache.
+DIR is an ImageFolder (default: the sample photos); photos are repeated through links up to
+--images. Each repeat packs into a fresh temporary folder with one worker; images/s is per second of
+CPU time of the whole process, reading, checksums and writing included. The files are in the page
+cache.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def main() -> int:
             shard_bytes = sum(p.stat().st_size for p in destination.glob("*.tar"))
             print(
                 f"{args.images} images: {args.images / cpu_s:.0f} images/s of one core's CPU time, "
-                f"{args.images / wall_s:.0f} images/s on the clock, shards {shard_bytes / 1e6:.1f} MB "
-                f"from {source_bytes / 1e6:.1f} MB",
+                f"{args.images / wall_s:.0f} images/s on the clock, shards "
+                f"{shard_bytes / 1e6:.1f} MB from {source_bytes / 1e6:.1f} MB",
                 flush=True,
             )
     print(f"median: {statistics.median(rates):.0f} images/s a core")

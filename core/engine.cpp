@@ -95,7 +95,8 @@ struct Batch {
 // A plan, copied, and how far it has come.
 struct Run {
   imseq_plan plan;
-  std::vector<int64_t> batch_begin, sample, offset, length, block_offset, block_length, path_begin;
+  std::vector<int64_t> batch_begin, sample, draw, offset, length, block_offset, block_length,
+      path_begin;
   std::vector<int32_t> block, block_file;
   std::vector<uint32_t> checksum;
   std::vector<uint8_t> flags;
@@ -110,14 +111,18 @@ struct Run {
 
   // Guarded by the engine's mutex.
   int64_t next_block = 0;
-  int64_t wanted_block = -1;  // a decoder waits for this block
-  int64_t delivered = 0;      // batches returned by next
-  int64_t released = 0;       // slots lent again
+  int64_t wanted_block = -1;    // a decoder waits for this block
+  int64_t foreign_pending = 0;  // foreign blocks asked for and not yet there
+  int64_t delivered = 0;        // batches returned by next
+  int64_t released = 0;         // slots lent again
 
   Run(int64_t num_blocks, int64_t num_batches)
       : plan(),
         blocks(static_cast<size_t>(num_blocks)),
         batches(static_cast<size_t>(num_batches)) {}
+
+  // What stands for a position's sample in its key.
+  int64_t drawn(int64_t position) const { return draw.empty() ? sample[position] : draw[position]; }
 
   std::string path(int32_t file) const {
     const int64_t begin = path_begin[file], end = path_begin[file + 1];
@@ -226,6 +231,7 @@ struct imseq_engine {
   bool may_read(const Run& run) const;
   void read_block(Run& run, int64_t block, FileReader& reader);
   void count_request(const Run& run, int64_t block, int64_t offset, int64_t length);
+  void foreign_block_came(Run& run, int64_t number);
   void block_ready(Run& run, int64_t block, Buffer buffer, int64_t size_bytes);
   void block_failed(Run& run, int64_t block, const imseq_error& error);
   bool claim_ticket(int64_t ticket, int32_t kind, Ticket* out);
@@ -248,6 +254,7 @@ struct imseq_engine {
   int64_t generation_ = 0;
   int64_t threads_in_run_ = 0;
   bool stop_ = false;
+  bool ended_ = false;  // the last plan was delivered whole
   bool tasks_closed_ = false;
   int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
   int64_t mean_block_bytes_ =
@@ -255,7 +262,7 @@ struct imseq_engine {
   std::string last_path_;
   int64_t last_end_ = -1;
   BufferPool buffers_;
-  std::deque<Ticket> tasks_;
+  std::deque<Ticket> row_tasks_, block_tasks_;
   std::unordered_map<int64_t, Ticket> taken_;
   int64_t next_ticket_ = 0;
   std::vector<std::thread> threads_;
@@ -276,7 +283,7 @@ size_t table_bytes(const imseq_recipe& recipe) {
 }  // namespace
 
 imseq_engine::imseq_engine(const imseq_engine_config& config)
-    : config_(config), recipe_(config.recipe), buffers_(config.block_budget_bytes) {
+    : config_(config), recipe_(config.recipe) {
   const auto* table = static_cast<const uint8_t*>(config.recipe.table);
   if (table != nullptr) {
     table_.assign(table, table + table_bytes(config.recipe));
@@ -336,6 +343,7 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   run->plan = plan;
   run->batch_begin = copied(plan.batch_begin, plan.num_batches + 1);
   run->sample = copied(plan.sample, plan.num_positions);
+  run->draw = copied(plan.draw, plan.num_positions);
   run->block = copied(plan.block, plan.num_positions);
   run->offset = copied(plan.offset, plan.num_positions);
   run->length = copied(plan.length, plan.num_positions);
@@ -365,7 +373,13 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
     }
   }
   for (int64_t i = 0; i < plan.num_batches; ++i) {
-    run->batches[i].remaining = run->batch_begin[i + 1] - run->batch_begin[i];
+    const int64_t num_rows = run->batch_begin[i + 1] - run->batch_begin[i];
+    if (num_rows > plan.slot_rows) {
+      return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                  "plan: batch %lld has %lld rows, its memory %lld", static_cast<long long>(i),
+                  static_cast<long long>(num_rows), static_cast<long long>(plan.slot_rows));
+    }
+    run->batches[i].remaining = num_rows;
   }
   run->slot_rows.assign(rows, rows + config_.num_slots);
   run->open_batches = std::min<int64_t>(config_.num_slots, plan.num_batches);
@@ -376,6 +390,7 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
                 "start: the former plan has not ended; cancel it first");
   }
   run_ = std::move(run);
+  ended_ = false;
   ++generation_;
   run_changed_.notify_all();
   return IMSEQ_OK;
@@ -383,12 +398,14 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
 
 void imseq_engine::cancel() {
   std::unique_lock lock(mutex_);
+  ended_ = false;
   if (run_ == nullptr) return;
   const std::shared_ptr<Run> run = std::move(run_);
   run_ = nullptr;
   run->cancelled = true;
   // Tasks nobody took are dropped; those taken keep their run, and so their bytes, alive.
-  tasks_.clear();
+  row_tasks_.clear();
+  block_tasks_.clear();
   slot_opened_.notify_all();
   block_changed_.notify_all();
   budget_changed_.notify_all();
@@ -402,9 +419,13 @@ void imseq_engine::cancel() {
 int32_t imseq_engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   std::unique_lock lock(mutex_);
   const std::shared_ptr<Run> run = run_;
-  if (run == nullptr) return IMSEQ_CANCELLED;
+  if (run == nullptr) return ended_ ? IMSEQ_END : IMSEQ_CANCELLED;
   const int64_t number = run->delivered;
-  if (number >= run->plan.num_batches) return IMSEQ_END;
+  if (number >= run->plan.num_batches) {
+    run_ = nullptr;  // the plan's arrays are not kept beside the next ones
+    ended_ = true;
+    return IMSEQ_END;
+  }
   Batch& batch = run->batches[number];
   const auto finished = [&] {
     return run->cancelled || (number < run->open_batches.load(std::memory_order_acquire) &&
@@ -541,7 +562,8 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
   } else if (length < 0) {
     length = loaded.size_bytes - offset;
   }
-  if (length < 0 || offset > loaded.size_bytes || length > loaded.size_bytes - offset) {
+  if (length < 0 || offset < 0 || offset > loaded.size_bytes ||
+      length > loaded.size_bytes - offset) {
     return fail(
         error, IMSEQ_ERROR_DATA, sample, offset, 0,
         "expected %lld bytes at offset %lld of a block of %lld bytes: the index does not fit "
@@ -580,7 +602,7 @@ void imseq_engine::process(const std::shared_ptr<Run>& run, int64_t position, in
       status = IMSEQ_FOREIGN;
     } else {
       Timer timer(&counters_.decode_ns);
-      const imseq_key key = {run->plan.seed, run->plan.epoch, sample};
+      const imseq_key key = {run->plan.seed, run->plan.epoch, run->drawn(position)};
       const uint32_t flags = run->flags.empty() ? 0 : run->flags[position];
       try {
         status = decoder.decode(recipe_, key, bytes, static_cast<size_t>(size), flags,
@@ -615,7 +637,7 @@ void imseq_engine::done_with_block(Run& run, int64_t position) {
   const std::unique_ptr<Loaded> loaded = std::move(block.loaded);
   std::lock_guard lock(mutex_);
   if (!run.cancelled) block_bytes_ -= loaded->reserved_bytes;
-  buffers_.give(std::move(loaded->buffer));
+  buffers_.give(std::move(loaded->buffer), config_.block_budget_bytes - block_bytes_);
   budget_changed_.notify_all();
 }
 
@@ -660,6 +682,7 @@ void imseq_engine::read_thread() {
       block_bytes_ += block.loaded->reserved_bytes;
       block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
       block.state = BlockState::reading;
+      if (run->block_file[number] < 0) ++run->foreign_pending;
       lock.unlock();
       if (run->block_file[number] < 0) {
         push_task(run, IMSEQ_TASK_BLOCK, number, false);
@@ -680,8 +703,13 @@ int64_t imseq_engine::estimate(const Run& run, int64_t block) const {
 
 bool imseq_engine::may_read(const Run& run) const {
   if (run.next_block >= run.plan.num_blocks) return false;
-  return run.next_block <= run.wanted_block ||
-         block_bytes_ + estimate(run, run.next_block) <= config_.block_budget_bytes;
+  if (run.next_block <= run.wanted_block) return true;
+  // How large a foreign block will be is not known before it comes, so only as many are asked for
+  // as there are threads to make them.
+  if (run.block_file[run.next_block] < 0 && run.foreign_pending >= config_.num_decoders) {
+    return false;
+  }
+  return block_bytes_ + estimate(run, run.next_block) <= config_.block_budget_bytes;
 }
 
 void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
@@ -725,8 +753,15 @@ void imseq_engine::count_request(const Run& run, int64_t block, int64_t offset, 
   counters_.read_bytes.fetch_add(length, std::memory_order_relaxed);
 }
 
+void imseq_engine::foreign_block_came(Run& run, int64_t number) {
+  if (run.block_file[number] >= 0) return;
+  --run.foreign_pending;
+  budget_changed_.notify_all();
+}
+
 void imseq_engine::block_ready(Run& run, int64_t number, Buffer buffer, int64_t size_bytes) {
   std::lock_guard lock(mutex_);
+  foreign_block_came(run, number);
   Block& block = run.blocks[number];
   Loaded& loaded = *block.loaded;
   loaded.buffer = std::move(buffer);
@@ -743,6 +778,7 @@ void imseq_engine::block_ready(Run& run, int64_t number, Buffer buffer, int64_t 
 
 void imseq_engine::block_failed(Run& run, int64_t number, const imseq_error& error) {
   std::lock_guard lock(mutex_);
+  foreign_block_came(run, number);
   Block& block = run.blocks[number];
   Loaded& loaded = *block.loaded;
   loaded.error = std::make_unique<imseq_error>(error);
@@ -756,18 +792,22 @@ void imseq_engine::push_task(const std::shared_ptr<Run>& run, int32_t kind, int6
                              bool prefix_done) {
   std::lock_guard lock(mutex_);
   if (run->cancelled) return;
-  tasks_.push_back({run, kind, position, prefix_done});
+  // Rows go first: they free blocks, and the next batch may wait for them.
+  (kind == IMSEQ_TASK_ROW ? row_tasks_ : block_tasks_)
+      .push_back({run, kind, position, prefix_done});
   task_added_.notify_one();
 }
 
 int32_t imseq_engine::take(int64_t timeout_ns, imseq_task* out) {
   std::unique_lock lock(mutex_);
-  if (!task_added_.wait_for(lock, std::chrono::nanoseconds(timeout_ns),
-                            [&] { return tasks_closed_ || !tasks_.empty(); })) {
+  if (!task_added_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [&] {
+        return tasks_closed_ || !row_tasks_.empty() || !block_tasks_.empty();
+      })) {
     return IMSEQ_TIMEOUT;
   }
   if (tasks_closed_) return IMSEQ_CANCELLED;
-  const Ticket task = tasks_.front();
+  std::deque<Ticket>& tasks = row_tasks_.empty() ? block_tasks_ : row_tasks_;
+  const Ticket task = tasks.front();
   const Run& run = *task.run;
   *out = {};
   out->kind = task.kind;
@@ -781,6 +821,7 @@ int32_t imseq_engine::take(int64_t timeout_ns, imseq_task* out) {
     out->slot = static_cast<int32_t>(out->batch % config_.num_slots);
     out->row_index = task.position - begins[out->batch];
     out->sample = run.sample[task.position];
+    out->draw = run.drawn(task.position);
     out->row = row_of(run, task.position, out->batch);
     imseq_error unused = {};
     if (!task.prefix_done && locate(run, task.position, &out->bytes, &out->size, &unused) < 0) {
@@ -789,7 +830,7 @@ int32_t imseq_engine::take(int64_t timeout_ns, imseq_task* out) {
   }
   out->ticket = next_ticket_++;
   taken_.emplace(out->ticket, task);
-  tasks_.pop_front();
+  tasks.pop_front();
   return IMSEQ_OK;
 }
 
@@ -842,12 +883,18 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
     return IMSEQ_OK;
   }
   Buffer buffer;
-  {
+  try {
     std::lock_guard lock(mutex_);
     buffer = buffers_.get(size);
     Loaded& loaded = *run.blocks[task.position].loaded;
     loaded.offsets.assign(offsets, offsets + num_samples);
     loaded.lengths.assign(lengths, lengths + num_samples);
+  } catch (const std::bad_alloc&) {
+    // The ticket is spent, so the failure has to reach the consumer from here.
+    (void)fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory for a block of %lld bytes",
+               static_cast<long long>(size));
+    block_failed(run, task.position, reason);
+    return IMSEQ_OK;
   }
   if (size > 0) std::memcpy(buffer.bytes.get(), bytes, static_cast<size_t>(size));
   counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);

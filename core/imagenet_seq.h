@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-#define IMSEQ_ABI 1
+#define IMSEQ_ABI 2
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
@@ -198,8 +198,10 @@ typedef struct imseq_plan {
   uint64_t seed;
   int64_t epoch;
   int64_t num_positions, num_batches, num_blocks, num_files;
+  int64_t slot_rows;          /* rows that each slot's memory holds: no batch may have more */
   const int64_t* batch_begin; /* [num_batches + 1] first position of each batch */
   const int64_t* sample;      /* [num_positions] index of the sample: key and messages */
+  const int64_t* draw;        /* [num_positions] or NULL: stands for the sample in its key */
   const int32_t* block;       /* [num_positions] block that holds it */
   const int64_t* offset; /* [num_positions] bytes from the block's begin; foreign: ordinal in it */
   const int64_t* length; /* [num_positions] bytes; -1: up to the end of the block */
@@ -229,6 +231,7 @@ typedef struct imseq_task {
   int64_t ticket;   /* names this task in imseq_engine_finish_...; unique in the engine's life */
   int64_t position; /* row: position. block: index in the plan's blocks */
   int64_t sample;   /* row: sample. block: its number in the source (block_offset) */
+  int64_t draw;     /* row: what stands for the sample in its key */
   int64_t batch;
   int64_t row_index;    /* row of the batch */
   void* row;            /* memory to fill; where prefix_done, the core has filled it */

@@ -36,8 +36,8 @@ Buffer BufferPool::get(int64_t size_bytes) {
   return buffer;
 }
 
-void BufferPool::give(Buffer buffer) {
-  if (buffer.bytes == nullptr || free_bytes_ + buffer.capacity_bytes > keep_bytes_) return;
+void BufferPool::give(Buffer buffer, int64_t keep_bytes) {
+  if (buffer.bytes == nullptr || free_bytes_ + buffer.capacity_bytes > keep_bytes) return;
   free_bytes_ += buffer.capacity_bytes;
   free_.push_back(std::move(buffer));
 }

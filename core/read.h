@@ -21,16 +21,14 @@ struct Buffer {
 // every 4 KB. Not thread-safe.
 class BufferPool {
  public:
-  explicit BufferPool(int64_t keep_bytes) : keep_bytes_(keep_bytes) {}
-
   // A buffer of at least size_bytes. Throws std::bad_alloc.
   [[nodiscard]] Buffer get(int64_t size_bytes);
-  void give(Buffer buffer);
+  // Keeps the buffer as long as all unused ones take keep_bytes at most.
+  void give(Buffer buffer, int64_t keep_bytes);
 
  private:
   std::vector<Buffer> free_;
   int64_t free_bytes_ = 0;
-  const int64_t keep_bytes_;
 };
 
 // Reads ranges of files; keeps the file read last open, since blocks of one shard follow each

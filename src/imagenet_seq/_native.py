@@ -24,11 +24,17 @@ from ctypes import (
     c_void_p,
 )
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from imagenet_seq.errors import DataError, ForkError, ImagenetSeqError, SampleError
+from imagenet_seq.errors import (
+    DataError,
+    ForkError,
+    ImagenetSeqError,
+    LoaderClosedError,
+    SampleError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
     from imagenet_seq.transforms import Recipe
 
-ABI = 1
+ABI = 2
 
 OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
@@ -146,8 +152,10 @@ class _Plan(Structure):
         ("num_batches", c_int64),
         ("num_blocks", c_int64),
         ("num_files", c_int64),
+        ("slot_rows", c_int64),
         ("batch_begin", c_void_p),
         ("sample", c_void_p),
+        ("draw", c_void_p),
         ("block", c_void_p),
         ("offset", c_void_p),
         ("length", c_void_p),
@@ -183,6 +191,7 @@ class Task(Structure):
         ("ticket", c_int64),
         ("position", c_int64),
         ("sample", c_int64),
+        ("draw", c_int64),
         ("batch", c_int64),
         ("row_index", c_int64),
         ("row", c_void_p),
@@ -522,8 +531,14 @@ class Engine:
         self._handle = handle.value
         self.num_slots = num_slots
 
-    def start(self, plan: EnginePlan, rows: Sequence[int]) -> None:
-        """Begin a plan; rows: address of each slot's memory, lent until its batch is returned."""
+    def start(self, plan: EnginePlan, rows: Sequence[int], slot_rows: int) -> None:
+        """Begin a plan.
+
+        Args:
+            plan: arrays, copied.
+            rows: address of each slot's memory, lent until its batch is returned.
+            slot_rows: rows of a batch that each of them holds.
+        """
         native = _Plan(
             seed=plan.seed,
             epoch=plan.epoch,
@@ -531,6 +546,7 @@ class Engine:
             num_batches=len(plan.batch_begin) - 1,
             num_blocks=len(plan.block_file),
             num_files=len(plan.path_begin) - 1,
+            slot_rows=slot_rows,
             root=os.fsencode(plan.root),
         )
         keep = []
@@ -547,13 +563,19 @@ class Engine:
             raise ValueError(f"expected memory for {self.num_slots} slots, got {len(rows)}")
         check(_lib.imseq_engine_start(self._handle, byref(native), addresses, byref(error)), error)
 
-    def next(self, timeout_s: float, name_of_sample: Any = None) -> Batch | bool | None:
-        """Return the next batch, None at the end of the plan, False when the time-out passed."""
+    def next(self, timeout_s: float, name_of_sample: Any = None) -> Batch | Literal[False] | None:
+        """Return the next batch, None at the end of the plan, False when the time-out passed.
+
+        Raises:
+            LoaderClosedError: the plan was cancelled meanwhile.
+        """
         batch, error = Batch(), _Error()
         status = _lib.imseq_engine_next(
             self._handle, int(timeout_s * 1e9), byref(batch), byref(error)
         )
         check(status, error, name_of_sample)
+        if status == CANCELLED:
+            raise LoaderClosedError("the loader was closed while it was iterated")
         return batch if status == OK else False if status == TIMEOUT else None
 
     def release(self, slot: int, row: int) -> None:
@@ -572,13 +594,14 @@ class Engine:
         check(_lib.imseq_engine_stats(self._handle, byref(stats), byref(error)), error)
         return {field[0]: int(getattr(stats, field[0])) for field in _Stats._fields_}
 
-    def take(self, timeout_s: float) -> Task | None:
+    def take(self, timeout_s: float) -> Task | Literal[False] | None:
         """Return work for Python, None when no more will come, False when the time-out passed."""
         task, error = Task(), _Error()
         status = _lib.imseq_engine_take(
             self._handle, int(timeout_s * 1e9), byref(task), byref(error)
         )
-        return task if check(status, error) == OK else None
+        check(status, error)
+        return task if status == OK else False if status == TIMEOUT else None
 
     def finish_row(self, ticket: int, failure: str | None = None) -> None:
         """Say that a foreign row is filled, or why it can't be."""
@@ -637,6 +660,7 @@ def _text(failure: str | None) -> bytes | None:
 _PLAN_DTYPES: dict[str, type] = {
     "batch_begin": np.int64,
     "sample": np.int64,
+    "draw": np.int64,
     "block": np.int32,
     "offset": np.int64,
     "length": np.int64,

@@ -8,19 +8,21 @@ produce); the threads of a `Crew` do those. Order, back-pressure and cancellatio
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from imagenet_seq import _native
-from imagenet_seq.errors import ForkError, SampleError
+from imagenet_seq.errors import CollateError, ForkError, LoaderClosedError, SampleError
 from imagenet_seq.transforms import Key, Layout, Pipeline, Recipe, Rows, reproducible
 
 if TYPE_CHECKING:
@@ -60,6 +62,26 @@ class Work:
         """Return a sample's name, for messages."""
         return self.source.index.name[sample]
 
+    def failed(self, task: _native.Task, error: BaseException) -> str:
+        """Keep an exception as the cause of what the iteration will raise; return its text."""
+        if task.kind == _native.TASK_ROW:
+            self.failures[task.sample] = error
+        else:
+            for sample in self.plan.sample[self.plan.block == task.position]:
+                self.failures[int(sample)] = error
+        try:
+            return f"{type(error).__name__}: {error}"
+        except Exception:  # an exception whose text can't be had
+            return type(error).__name__
+
+    def explained(self, error: SampleError) -> Exception:
+        """Return what to raise: that a batch can't be collated is no sample's fault."""
+        cause = self.failures.get(error.sample)
+        if isinstance(cause, CollateError):
+            return cause
+        error.__cause__ = cause
+        return error
+
     def targets(self, begin: int, end: int) -> list[Any] | Tensor:
         """Return the targets of positions [begin, end): int64, or what target_transform makes."""
         samples, column = self.plan.sample[begin:end], self.source.index.label
@@ -69,25 +91,25 @@ class Work:
             return torch.from_numpy(labels)
         return [self.target_transform(int(label)) for label in labels]
 
-    def key(self, sample: int) -> Key:
-        """Return what decides a sample's random draws."""
-        return (self.plan.seed, self.plan.epoch, sample)
+    def key(self, draw: int) -> Key:
+        """Return what decides random draws; draw: what stands for the sample."""
+        return (self.plan.seed, self.plan.epoch, draw)
 
     # ---- foreign rows ----
 
     def fill_row(self, task: _native.Task) -> None:
         """Do what is left to do for a row that the core handed out."""
         if self.pipeline.rows == Rows.FROM_BYTES:
-            result = self.pipeline.from_bytes(task.encoded(), self.key(task.sample))
+            result = self.pipeline.from_bytes(task.encoded(), self.key(task.draw))
             self._store(task, result)
             return
         slot = self.slots[task.slot]  # holds the memory while this thread writes to it
         if not task.prefix_done:
-            data, key = task.encoded(), self.key(task.sample)
+            data, key = task.encoded(), self.key(task.draw)
             _decode_with_pillow(self.pipeline, self.recipe, data, key, task.row)
         if self.pipeline.rows == Rows.FINISHED_BY_PYTHON:
             row = images_of(slot, self.recipe)[task.row_index]
-            self._store(task, self.pipeline.finish(row, self.key(task.sample)))
+            self._store(task, self.pipeline.finish(row, self.key(task.draw)))
 
     def _store(self, task: _native.Task, result: Any) -> None:
         """Keep a sample that Python finished; the last one of a batch collates it here."""
@@ -99,7 +121,7 @@ class Work:
             self.num_missing[batch] = self.num_missing.get(batch, end - begin) - 1
             last = self.num_missing[batch] == 0
         if last:
-            samples = list(zip(results, self.targets(begin, end), strict=True))
+            samples = _samples(results, self.targets(begin, end))
             self.results[batch] = [self.collate(samples, batch)]
 
     def collate(self, samples: list[Any], batch: int) -> Any:
@@ -112,7 +134,7 @@ class Work:
             with reproducible(self.key(place), one_at_a_time=True):
                 return self.collate_fn(samples)
         except Exception as error:
-            raise RuntimeError(f"batch {batch} can't be collated: {error}") from error
+            raise CollateError(f"batch {batch} can't be collated: {error}") from error
 
     def _stacked(self, batch: Any) -> Any:
         images = batch[0]
@@ -166,96 +188,160 @@ def _decode_with_pillow(
 class Crew:
     """An engine and the Python threads that serve it, for one epoch after the other.
 
-    Close it when an epoch is abandoned: rows that threads still hold belong to that epoch.
+    Close it when an epoch is abandoned: rows that threads still hold belong to that epoch. A crew
+    that nothing refers to any more closes itself.
     """
 
     def __init__(self, engine: _native.Engine, num_threads: int) -> None:
-        self.engine = engine
-        self._work: Work | None = None
-        self._lock = threading.Lock()
-        self._users = 1  # whoever closes; each thread adds one. The last one out frees the engine.
-        self._closed = False
-        self._threads: list[threading.Thread] = []
-        _crews.add(self)
+        self._shared = _Shared(engine)
+        weakref.finalize(self, self._shared.close).atexit = False
+        self.num_slots = engine.num_slots
         for number in range(num_threads):
-            thread = threading.Thread(
-                target=self._serve, name=f"imagenet-seq-{number}", daemon=True
-            )
-            self._users += 1
-            thread.start()
-            self._threads.append(thread)
+            self._shared.add_thread(f"imagenet-seq-{number}")
 
     def start(self, work: Work) -> None:
         """Begin an epoch; the former one must have been delivered whole."""
-        work.slots = [work.memory.allocate() for _ in range(self.engine.num_slots)]
-        self._work = work
+        work.slots = [work.memory.allocate() for _ in range(self.num_slots)]
         addresses = [slot.data_ptr() for slot in work.slots]
-        self.engine.start(work.plan, addresses)
+        slot_rows = len(work.slots[0])
+        with self._shared.using() as engine:
+            self._shared.work = work
+            engine.start(work.plan, addresses, slot_rows)
+
+    def next(
+        self, timeout_s: float, name_of: Callable[[int], str]
+    ) -> _native.Batch | Literal[False] | None:
+        """As `_native.Engine.next`."""
+        with self._shared.using() as engine:
+            return engine.next(timeout_s, name_of)
+
+    def release(self, slot: int, address: int) -> None:
+        """As `_native.Engine.release`."""
+        with self._shared.using() as engine:
+            engine.release(slot, address)
+
+    def stats(self) -> dict[str, int]:
+        """As `_native.Engine.stats`."""
+        with self._shared.using() as engine:
+            return engine.stats()
+
+    def rest(self) -> None:
+        """Forget the epoch that was delivered whole; its memory is not kept until the next one."""
+        self._shared.work = None
+
+    def close(self) -> None:
+        """End the epoch and the threads; does not wait for a transform that still runs. Idempotent.
+
+        May be called from any thread, also from one of the crew's (a collection of garbage can run
+        there). In a forked child it does nothing.
+        """
+        self._shared.close()
+
+
+class _Shared:
+    """What a crew and its threads have in common. Threads refer to this and never to the crew."""
+
+    def __init__(self, engine: _native.Engine) -> None:
+        self.work: Work | None = None
+        self._engine = engine
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # garbage collection may close a crew anywhere
+        self._num_users = (
+            1  # until it is closed, and each call and thread. The last frees the engine.
+        )
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        _all_shared.add(self)
+
+    @contextmanager
+    def using(self) -> Iterator[_native.Engine]:
+        """Keep the engine alive for a call."""
+        if os.getpid() != self._pid:  # the lock may have been held when the process forked
+            yield self._engine  # which refuses every call
+            return
+        with self._lock:
+            if self._closed:
+                raise LoaderClosedError("the loader was closed while it was iterated")
+            self._num_users += 1
+        try:
+            yield self._engine
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._num_users -= 1
+            last = self._num_users == 0
+        if last:
+            self._engine.destroy()
+
+    def add_thread(self, name: str) -> None:
+        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        with self._lock:
+            self._num_users += 1
+        try:
+            thread.start()
+        except BaseException:
+            self._leave()
+            raise
+        self._threads.append(thread)
 
     def _serve(self) -> None:
         try:
-            while task := self.engine.take(_IDLE_S):
-                self._do(task)
+            while (task := self._engine.take(_IDLE_S)) is not None:
+                if task:
+                    self._do(task)
         finally:
             self._leave()
 
     def _do(self, task: _native.Task) -> None:
-        work, failure = self._work, None
+        work = self.work
         assert work is not None
+        failure = None
         try:
             if task.kind == _native.TASK_BLOCK:
-                data, offsets, lengths = work.source.read_block(task.sample)
-                self.engine.finish_block(task.ticket, data, offsets, lengths)
+                block = work.source.read_block(task.sample)
+                self._engine.finish_block(task.ticket, *block)
                 return
             work.fill_row(task)
-        except BaseException as error:  # whatever a user's transform raises is the sample's failure
-            failure = f"{type(error).__name__}: {error}"
-            work.failures[task.sample if task.kind == _native.TASK_ROW else -1] = error
-            if task.kind == _native.TASK_BLOCK:
-                empty = np.empty(0, np.int64)
-                self.engine.finish_block(task.ticket, b"", empty, empty, failure)
-                return
-        self.engine.finish_row(task.ticket, failure)
+        except BaseException as error:  # whatever a user's code raises is the sample's failure
+            failure = work.failed(task, error)
+        if task.kind == _native.TASK_BLOCK:
+            nothing = np.empty(0, np.int64)
+            self._engine.finish_block(task.ticket, b"", nothing, nothing, failure)
+        else:
+            self._engine.finish_row(task.ticket, failure)
 
-    def _leave(self) -> None:
+    def close(self) -> None:
+        if os.getpid() != self._pid:
+            return
         with self._lock:
-            self._users -= 1
-            last = self._users == 0
-        if last:
-            self.engine.destroy()
-
-    def close(self, join_s: float = 0.0) -> None:
-        """Cancel the epoch and end the threads; the last one to leave frees the engine. Idempotent.
-
-        Does not wait for a user's transform that is still running, unless join_s says for how
-        long. May be called from any thread, also from one of the crew's (a collection of garbage
-        can run there); in a forked child it only forgets.
-        """
-        with self._lock:
-            first, self._closed = not self._closed, True
-        if first:
-            try:
-                self.engine.cancel()
-                self.engine.close_tasks()
-            except ForkError:
-                self.engine.destroy()
+            if self._closed:
                 return
-            self._leave()
-        deadline = time.monotonic() + join_s
+            self._engine.cancel()
+            self._engine.close_tasks()
+            self._closed = True
+        self._leave()
+
+    def join(self, deadline: float) -> None:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
 
 _EXIT_JOIN_S = 5.0
-_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+_all_shared: weakref.WeakSet[_Shared] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_crews() -> None:
+def _close_all() -> None:
     """No thread may be inside torch or Pillow when the interpreter goes."""
-    for crew in list(_crews):
-        crew.close(_EXIT_JOIN_S)
+    everything = list(_all_shared)
+    for shared in everything:
+        shared.close()
+    deadline = time.monotonic() + _EXIT_JOIN_S
+    for shared in everything:
+        shared.join(deadline)
 
 
 class EpochIterator:
@@ -272,21 +358,22 @@ class EpochIterator:
         *,
         timeout_s: float,
         on_delivered: Callable[[int], None],
-        on_end: Callable[[Crew | None], None],
+        on_end: Callable[[Crew | None, dict[str, int]], None],
     ) -> None:
         """Args:
-        crew: starts with work here; given back through on_end(crew) after the last batch, closed
-            and on_end(None) otherwise.
+        crew: starts with work here.
         work: the epoch.
         timeout_s: how long to wait for a batch, 0: for ever.
         on_delivered: called with the batch's number when the script gets it.
-        on_end: called once.
+        on_end: called once with the counters, and with the crew after the last batch, or None where
+            the epoch is given up and the crew closed.
         """
         self._crew: Crew | None = crew
         self._work = work
         self._timeout_s = timeout_s
         self._on_delivered = on_delivered
         self._on_end = on_end
+        self._complete = False
         try:
             crew.start(work)
         except BaseException:
@@ -299,37 +386,39 @@ class EpochIterator:
 
     def __next__(self) -> tuple[Any, Callable[[], None]]:
         """Return the next batch and its function."""
-        if self._crew is None:
-            raise StopIteration
+        crew = self._crew
+        if crew is None:
+            if self._complete:
+                raise StopIteration
+            raise LoaderClosedError("the loader was closed while it was iterated")
         try:
-            batch = self._wait(self._crew)
+            batch = self._wait(crew)
+            if batch is not None:
+                number = batch.batch
+                return self._take(crew, batch), lambda: self._on_delivered(number)
         except BaseException as error:
             self.close()
             if isinstance(error, SampleError):
-                raise error from self._work.failures.get(error.sample, self._work.failures.get(-1))
+                raise self._work.explained(error)  # noqa: B904 -- it sets the cause
             raise
-        if batch is None:
-            crew, self._crew = self._crew, None
-            self._on_end(crew)
-            raise StopIteration
-        number = batch.batch
-        return self._take(self._crew, batch), lambda: self._on_delivered(number)
+        self._end(crew)
+        raise StopIteration
 
     def _wait(self, crew: Crew) -> _native.Batch | None:
         deadline = time.monotonic() + self._timeout_s if self._timeout_s > 0 else None
-        while (batch := crew.engine.next(_POLL_S, self._work.name_of)) is False:
+        while (batch := crew.next(_POLL_S, self._work.name_of)) is False:
             if deadline is not None and time.monotonic() > deadline:
                 raise RuntimeError(
                     f"no batch came within timeout={self._timeout_s:g} s; loader.stats() says who "
                     "waits for whom"
                 )
-        return batch  # type: ignore[return-value]
+        return batch
 
     def _take(self, crew: Crew, batch: _native.Batch) -> Any:
         work = self._work
         memory = work.slots[batch.slot]
         work.slots[batch.slot] = work.memory.allocate()
-        crew.engine.release(batch.slot, work.slots[batch.slot].data_ptr())
+        crew.release(batch.slot, work.slots[batch.slot].data_ptr())
         if work.pipeline.rows != Rows.DECODED and batch.end > batch.begin:
             work.num_missing.pop(batch.batch, None)
             return work.results.pop(batch.batch)[0]
@@ -338,26 +427,38 @@ class EpochIterator:
         if work.collate_fn is not None:
             return work.collate(_samples(images, targets), batch.batch)
         if not isinstance(targets, Tensor):
-            targets = torch.utils.data.default_collate(targets)
+            targets = torch.utils.data.default_collate(targets) if targets else torch.empty(0)
         return [images, targets]
 
     def stats(self) -> dict[str, int] | None:
         """Return the engine's counters, None after the end."""
-        return None if self._crew is None else self._crew.engine.stats()
+        return None if self._crew is None else self._crew.stats()
+
+    def _end(self, crew: Crew) -> None:
+        self._complete = True
+        self._crew = None
+        self._work.slots.clear()
+        crew.rest()
+        self._on_end(crew, crew.stats())
 
     def close(self) -> None:
         """Give everything back; no more batches come. Idempotent."""
         crew, self._crew = self._crew, None
-        if crew is not None:
-            crew.close()
-            self._on_end(None)
+        if crew is None:
+            return
+        try:
+            stats = crew.stats()
+        except (ForkError, LoaderClosedError):
+            stats = {}
+        crew.close()
+        self._on_end(None, stats)
 
     def __del__(self) -> None:
         if getattr(self, "_crew", None) is not None:
             self.close()
 
 
-def _samples(images: Tensor, targets: Sequence[Any] | Tensor) -> list[Any]:
+def _samples(images: Sequence[Any] | Tensor, targets: Sequence[Any] | Tensor) -> list[Any]:
     """Split a batch into what a collate_fn expects: pairs of an image and a plain int."""
     labels = targets.tolist() if isinstance(targets, Tensor) else targets
     return list(zip(images, labels, strict=True))

@@ -88,6 +88,11 @@ def to_device(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """Return the tensor in page-locked memory; one that is there, or on a GPU, as it is."""
+    return tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
+
+
 class CudaFeeder:
     """Copies batches to a GPU on a side stream, ahead of the training stream.
 
@@ -98,40 +103,41 @@ class CudaFeeder:
     def __init__(
         self,
         batches: Iterator[tuple[Any, Callable[[], None]]],
-        device: torch.device,
+        stream: torch.cuda.Stream,
         table: Tensor | None,
         depth: int,
     ) -> None:
         """Args:
-        batches: pairs of a batch in pinned memory and what to call when the script gets it.
-        device: the GPU.
-        table: (3, 256) values for uint8 images, or None: images are copied as they are.
+        batches: pairs of a batch and what to call when the script gets it.
+        stream: a stream of the GPU for the copies.
+        table: (3, 256) values on the GPU for uint8 images; None: images are copied as they are.
         depth: batches copied ahead.
         """
         self._batches = batches
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._table = None if table is None else table.to(device)
+        self._device = stream.device
+        self._stream = stream
+        self._table = table
         self._depth = depth
         self._ahead: deque[tuple[Any, torch.cuda.Event, Callable[[], None]]] = deque()
-        torch.cuda.current_stream(
-            device
-        ).synchronize()  # the table is there before the side stream reads
+        self._end: BaseException | None = None  # why no more batches come, raised in its turn
+        # The table, copied on the script's stream, is there before the side stream reads it.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def _copy_one(self) -> bool:
+        if self._end is not None:
+            return False
         try:
             batch, delivered = next(self._batches)
-        except StopIteration:
+        except (Exception, StopIteration) as end:
+            self._end = end
             return False
         with torch.cuda.stream(self._stream):
             moved = to_device(
                 batch,
-                lambda t: (t if t.is_pinned() else t.pin_memory()).to(
-                    self._device, non_blocking=True
-                ),
+                lambda t: pinned(t).to(self._device, non_blocking=True),
             )
             if self._table is not None:
-                moved = (normalise(moved[0], self._table), *moved[1:])
+                moved[0] = normalise(moved[0], self._table)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         self._ahead.append((moved, event, delivered))
@@ -146,7 +152,8 @@ class CudaFeeder:
         while len(self._ahead) <= self._depth and self._copy_one():
             pass
         if not self._ahead:
-            raise StopIteration
+            assert self._end is not None
+            raise self._end
         batch, event, delivered = self._ahead.popleft()
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(event)

@@ -39,3 +39,11 @@ class ForkError(ImagenetSeqError):
 
 class PackError(ImagenetSeqError):
     """Packing stopped; the message says why and how to go on."""
+
+
+class CollateError(ImagenetSeqError):
+    """The samples of a batch could not be made into one."""
+
+
+class LoaderClosedError(ImagenetSeqError):
+    """A loader was closed while it was iterated, so the epoch ends before its last batch."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from imagenet_seq import _native, batch, plan, transforms
 from imagenet_seq.batch import Crew, EpochIterator, Memory, Work
-from imagenet_seq.device import CudaFeeder, PagedMemory, PinnedMemory
+from imagenet_seq.device import CudaFeeder, PagedMemory, PinnedMemory, pinned, to_device
 from imagenet_seq.errors import StateError
 from imagenet_seq.sources import SPLITS, Source, open_source
 from imagenet_seq.sources.imagefolder import from_samples
@@ -36,8 +39,9 @@ class _Progress:
     """How far an epoch has come; shared by the loader and the epoch's iterator."""
 
     epoch: int
-    samples_done: int = 0  # over all ranks
-    ended: bool = False
+    samples_done: int = 0  # that scripts have, over all ranks
+    samples_end: int = -1  # samples_done after the last batch
+    ended: bool = False  # the engine has no more; a device stage may still have some
 
 
 class Loader:
@@ -164,6 +168,8 @@ class Loader:
             block_bytes=block_bytes,
             shuffle_blocks=shuffle_blocks,
             cache=cache,
+            num_streams=num_streams,
+            seed=seed,
         )
         if worker_init_fn is not None:
             _note("worker_init_fn is not called: there are no worker processes")
@@ -179,7 +185,7 @@ class Loader:
         if seed is None:
             seed = generator.initial_seed() if generator is not None else 0
         self._seed = int(seed) & 0xFFFF_FFFF_FFFF_FFFF
-        self._num_streams = num_streams or self._world_size
+        self._num_streams = num_streams if num_streams is not None else self._world_size
         self._block_bytes = block_bytes
         self._shuffle_blocks = (
             shuffle_blocks if cache is None else self._blocks_of_cache(cache, block_bytes)
@@ -227,8 +233,12 @@ class Loader:
 
         self._progress = _Progress(epoch=0, ended=False)
         self._resumed = True  # the next iter() begins where _progress stands
+        self._lock = threading.Lock()
         self._idle_crew: Crew | None = None
         self._memory: Memory | None = None
+        self._memory_rows = 0
+        self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
+        self._on_device: tuple[torch.cuda.Stream, Tensor | None] | None = None
         self._stats: dict[str, int] = {}
         self._iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
 
@@ -244,21 +254,28 @@ class Loader:
     ) -> tuple[Any, bool | str | None, bool, int | None]:
         """Take over what a torch sampler says; return (order, shuffle, drop_last, seed)."""
         self._followed_sampler: Any = None
+        self._leave_over = False  # in an order that is not shuffled
         if batch_sampler is not None:
             return batch_sampler, False, drop_last, seed
         if sampler is None:
             return None, shuffle, drop_last, seed
         kind = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
+        data = getattr(sampler, "data_source", getattr(sampler, "dataset", ()))
+        if len(data) != self._source.index.num_samples:
+            return sampler, False, drop_last, seed  # made for something else: a subset, say
         if kind == "torch.utils.data.distributed.DistributedSampler":
             self._rank, self._world_size = sampler.rank, sampler.num_replicas
             self._followed_sampler = sampler
             self._followed_epoch: int | None = None
+            self._leave_over = bool(sampler.drop_last)
             return None, sampler.shuffle, drop_last, sampler.seed if seed is None else seed
         if kind == "torch.utils.data.sampler.SequentialSampler":
             return None, False, drop_last, seed
         if kind == "torch.utils.data.sampler.RandomSampler" and not (
-            sampler.replacement or sampler.num_samples != len(sampler.data_source)
+            sampler.replacement or sampler.num_samples != len(data)
         ):
+            if seed is None and sampler.generator is not None:
+                seed = sampler.generator.initial_seed()
             return None, True, drop_last, seed
         return sampler, False, drop_last, seed
 
@@ -283,37 +300,52 @@ class Loader:
         begins = plan.batch_begins(size, self._batch_size, self._world_size, self.drop_last)
         return len(begins) - 1
 
+    def _num_samples(self) -> int:
+        size = plan.epoch_size(len(self.dataset), self._order())
+        return size // self._world_size + (self._rank < size % self._world_size)
+
     def __iter__(self) -> Iterator[Any]:
         """Begin an epoch, or go on with the one that load_state_dict or set_epoch named."""
         self._follow_sampler()
-        if not self._resumed:
-            self._progress = _Progress(self._progress.epoch + 1)
-        self._resumed = False
-        progress = self._progress = _Progress(self._progress.epoch, self._progress.samples_done)
+        before = self._progress
+        if self._resumed:
+            progress = _Progress(before.epoch, before.samples_done)
+        else:
+            progress = _Progress(before.epoch + 1)
         work = self._work(progress)
-        crew, self._idle_crew = self._idle_crew or self._new_crew(), None
+        progress.samples_end = int(work.plan.samples_done[-1])
 
         def delivered(number: int) -> None:
             progress.samples_done = int(work.plan.samples_done[number + 1])
 
-        # The iterator outlives the loader in `for batch in Loader(...)`, and must not keep it
-        # alive.
+        # The iterator outlives the loader in `for batch in Loader(...)`, and must not keep it.
         loader = weakref.ref(self)
 
-        def ended(crew: Crew | None) -> None:
+        def ended(crew: Crew | None, stats: dict[str, int]) -> None:
             progress.ended = crew is not None
             owner = loader()
-            if crew is not None and (owner is None or not owner._keep(crew)):
+            if owner is not None:
+                owner._stats = stats or owner._stats
+                crew = owner._keep(crew)
+            if crew is not None:
                 crew.close()
 
+        with self._lock:
+            crew, self._idle_crew = self._idle_crew, None
         iterator = EpochIterator(
-            crew, work, timeout_s=self._timeout_s, on_delivered=delivered, on_end=ended
+            crew or self._new_crew(),
+            work,
+            timeout_s=self._timeout_s,
+            on_delivered=delivered,
+            on_end=ended,
         )
+        # Only now: an epoch that could not begin is not an epoch that was begun.
+        self._progress, self._resumed = progress, False
         self._iterators.add(iterator)
         if self._device is None:
-            return _delivering(iterator)
-        table = self._pipeline.table if self._table_on_device else None
-        return CudaFeeder(iterator, self._device, table, depth=2)
+            return _delivering(iterator, pin=self._pins)
+        stream, table = self._device_state(self._device)
+        return CudaFeeder(iterator, stream, table, depth=2)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iter() epoch number `epoch`; a resumed position in that epoch is kept.
@@ -338,7 +370,7 @@ class Loader:
                 "sampler's. Use shuffle=True or a DistributedSampler"
             )
         progress = self._progress
-        if progress.ended:
+        if progress.ended and progress.samples_done == progress.samples_end:
             return self._state(progress.epoch + 1, 0).to_dict()
         return self._state(progress.epoch, progress.samples_done).to_dict()
 
@@ -357,7 +389,7 @@ class Loader:
             # The run that began decides how its order is cut; other worlds deal the same order
             # again.
             self._num_streams = saved.num_streams
-            self.close()  # threads that idle have memory for another number of streams
+            self._close_idle_crew()  # made for another number of streams
         self._progress = _Progress(saved.epoch, saved.samples_done)
         self._resumed = True
 
@@ -369,8 +401,6 @@ class Loader:
         """
         for iterator in list(self._iterators):
             self._stats = iterator.stats() or self._stats
-        if self._idle_crew is not None:
-            self._stats = self._idle_crew.engine.stats()
         return {
             (name[:-3] + "_s" if name.endswith("_ns") else name): (
                 value / 1e9 if name.endswith("_ns") else value
@@ -384,21 +414,20 @@ class Loader:
 
         Batches that the script keeps and scratch memory of the threads (a few MB each) come on top.
         """
-        shape, dtype = self._batch_memory()
-        batches = (self._num_slots + 1) * int(np.prod(shape)) * dtype.itemsize
-        return batches + self._block_budget()
+        shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
+        rows = max(self._batch_size, self._memory_rows)
+        row_bytes = int(np.prod(shape)) * dtype.itemsize
+        return (self._num_slots + 1) * rows * row_bytes + self._block_budget()
 
     def close(self) -> None:
         """End the threads of every epoch in progress. Later iteration starts new ones."""
         for iterator in list(self._iterators):
             iterator.close()
-        crew, self._idle_crew = self._idle_crew, None
-        if crew is not None:
-            crew.close()
+        self._close_idle_crew()
 
-    def __del__(self) -> None:
-        # Iterators may outlive the loader; its idle threads must not.
-        crew = getattr(self, "_idle_crew", None)
+    def _close_idle_crew(self) -> None:
+        with self._lock:
+            crew, self._idle_crew = self._idle_crew, None
         if crew is not None:
             crew.close()
 
@@ -412,12 +441,12 @@ class Loader:
                 self.set_epoch(sampler.epoch)
             self._followed_epoch = sampler.epoch
 
-    def _keep(self, crew: Crew) -> bool:
-        """Keep one idle crew for the next epoch: its threads, arenas and block memory."""
-        if self._idle_crew is None:
-            self._idle_crew = crew
-            return True
-        return False
+    def _keep(self, crew: Crew | None) -> Crew | None:
+        """Keep one idle crew for the next epoch, with its scratch memory; return another one."""
+        with self._lock:
+            if self._idle_crew is None:
+                self._idle_crew, crew = crew, None
+        return crew
 
     def _order(self) -> plan.Order:
         return plan.Order(
@@ -426,7 +455,7 @@ class Loader:
             block_bytes=self._block_bytes,
             shuffle_blocks=self._shuffle_blocks,
             num_streams=self._num_streams,
-            exact=self._shuffle == "none",
+            exact=self._shuffle == "none" and not self._leave_over,
         )
 
     def _state(self, epoch: int, samples_done: int) -> plan.State:
@@ -463,49 +492,59 @@ class Loader:
             begins,
             seed=self._seed,
             epoch=progress.epoch,
+            rank=self._rank,
             block_bytes=self._block_bytes,
             foreign=foreign,
         )
 
     def _work(self, progress: _Progress) -> Work:
         epoch_plan = self._plan(progress)
-        if self._memory is None:
-            shape, dtype = self._batch_memory(epoch_plan)
-            pinned = torch.cuda.is_available() and (self.pin_memory or self._device is not None)
-            self._memory = (
-                PinnedMemory(shape, dtype)
-                if pinned and self._pipeline.rows == Rows.DECODED
-                else PagedMemory(shape, dtype, keep=self._num_slots + 1)
-            )
+        rows = self._batch_size
+        if self.batch_sampler is not None:  # its batches may be of any size
+            rows = int(np.diff(epoch_plan.batch_begin).max(initial=1))
         return Work(
             plan=epoch_plan,
             source=self._source,
             pipeline=self._pipeline,
             recipe=self._recipe,
-            memory=self._memory,
+            memory=self._batch_memory(rows),
             target_transform=self._target_transform,
             collate_fn=self._collate_fn,
         )
 
-    def _batch_memory(
-        self, epoch_plan: plan.EnginePlan | None = None
-    ) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and dtype of a batch as it lies in memory."""
-        rows = self._batch_size
-        if epoch_plan is not None and self.batch_sampler is not None:
-            rows = int(np.diff(epoch_plan.batch_begin).max(initial=1))
-        shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
-        return (rows, *shape), dtype
+    def _batch_memory(self, rows: int) -> Memory:
+        """Return where batches of up to `rows` rows come from."""
+        if self._memory is None or self._memory_rows < rows:
+            shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
+            if self._pins and self._pipeline.rows == Rows.DECODED:
+                self._memory = PinnedMemory((rows, *shape), dtype)
+            else:
+                self._memory = PagedMemory((rows, *shape), dtype, keep=self._num_slots + 1)
+            self._memory_rows = rows
+        return self._memory
+
+    def _device_state(self, device: torch.device) -> tuple[torch.cuda.Stream, Tensor | None]:
+        """Return the side stream and the table on the GPU.
+
+        One stream for all epochs: torch's allocator keeps freed memory for the stream that used it.
+        """
+        if self._on_device is None:
+            table = self._pipeline.table if self._table_on_device else None
+            self._on_device = (
+                torch.cuda.Stream(device),  # type: ignore[no-untyped-call]
+                None if table is None else table.to(device),
+            )
+        return self._on_device
 
     def _new_crew(self) -> Crew:
-        shape, dtype = self._batch_memory()
+        shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
         engine = _native.Engine(
             self._recipe,
             num_decoders=self._num_threads,
             num_readers=1 if self._reads_blocks() else _FILE_READERS,
             num_slots=self._num_slots,
             rows=self._pipeline.rows,
-            row_bytes=int(np.prod(shape[1:])) * dtype.itemsize,
+            row_bytes=int(np.prod(shape)) * dtype.itemsize,
             block_budget_bytes=self._block_budget(),
             verify_checksums=self._verify_checksums,
         )
@@ -518,14 +557,15 @@ class Loader:
         """Return the bound of block memory; a block shuffle has a pool in use and one filling."""
         if self._shuffle != "block" or self._source.index.length is None:
             return _READ_AHEAD_BYTES
-        streams = -(-self._num_streams // self._world_size)
+        # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
+        streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
         return 2 * streams * self._order().pool_blocks * self._block_bytes
 
 
-def _delivering(iterator: EpochIterator) -> Iterator[Any]:
+def _delivering(iterator: EpochIterator, pin: bool) -> Iterator[Any]:
     for prepared, delivered in iterator:
         delivered()
-        yield prepared
+        yield to_device(prepared, pinned) if pin else prepared
 
 
 class ImagenetLoader(Loader):
@@ -542,6 +582,11 @@ class EpochSampler:
 
     def __init__(self, loader: Loader) -> None:
         self._loader = weakref.ref(loader)
+
+    def __len__(self) -> int:
+        """Return the samples of an epoch on this rank."""
+        loader = self._loader()
+        return 0 if loader is None else loader._num_samples()
 
     def set_epoch(self, epoch: int) -> None:
         """Forward to `Loader.set_epoch`."""
@@ -623,6 +668,8 @@ def _check_arguments(**given: Any) -> None:
         raise TypeError(f"expected a callable transform, got {transform!r}")
     for name in ("batch_size", "prefetch_factor", "block_bytes", "shuffle_blocks", "cache"):
         positive(name)
+    positive("num_streams")
+    positive("seed", least=0)
     positive("num_workers", least=0)
     if given["timeout"] < 0:
         raise ValueError(f"expected timeout of 0 or more seconds, got {given['timeout']}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,7 @@ class EnginePlan:
         root: folder that the paths are relative to.
         paths: bytes of the paths of the files used, one after the other (uint8).
         path_begin: where each path begins, and the end of the last (int64, num_files + 1).
+        draw: what stands for the sample in the key of its random draws; None: the sample.
     """
 
     seed: int
@@ -129,6 +130,7 @@ class EnginePlan:
     root: str
     paths: npt.NDArray[np.uint8]
     path_begin: Int64Array
+    draw: Int64Array | None = None
 
 
 class Blocks(NamedTuple):
@@ -277,6 +279,7 @@ def explicit_plan(
     *,
     seed: int,
     epoch: int,
+    rank: int = 0,
     block_bytes: int = 16 * MEBIBYTE,
     foreign: bool = False,
 ) -> EnginePlan:
@@ -285,12 +288,16 @@ def explicit_plan(
     Samples that follow each other on disk as in the order, with at most `MAX_GAP_BYTES` between
     them, are read as one block of about block_bytes; every other sample is read alone.
 
+    A sample that comes again, in this order or on another rank, is drawn differently each time, as
+    samplers that repeat samples (repeated augmentation, weights) mean it.
+
     Args:
         index: the dataset.
         sample: samples in the order of delivery; may repeat.
         batch_begin: place in `sample` where each batch begins, and the end of the last.
         seed: seed of the epoch's random draws.
         epoch: number of the epoch.
+        rank: number of this rank.
         block_bytes: bytes of a block, about.
         foreign: `Source.foreign`.
 
@@ -310,7 +317,26 @@ def explicit_plan(
     chosen = chosen.astype(_index_dtype(len(index)))
     extents = _extents(index, chosen)
     reads = _reads_in_order(index.file[chosen], extents, block_bytes, foreign)
-    return _engine_plan(index, chosen, extents.length, reads, begins, begins, seed, epoch, foreign)
+    made = _engine_plan(index, chosen, extents.length, reads, begins, begins, seed, epoch, foreign)
+    return replace(made, draw=_draws(chosen, rank))
+
+
+def _draws(sample: IntArray, rank: int) -> Int64Array | None:
+    """Return what stands for each sample in its key: itself where it comes first on rank 0."""
+    order = np.argsort(sample, kind="stable")
+    is_first = np.ones(len(sample), bool)
+    is_first[1:] = sample[order[1:]] != sample[order[:-1]]
+    if rank == 0 and is_first.all():
+        return None
+    place = np.arange(len(sample))
+    time = np.empty(len(sample), np.int64)  # how often the sample has come before
+    time[order] = place - np.maximum.accumulate(np.where(is_first, place, 0))
+    # Numbers from 2**62 on, where no sample is.
+    mixed = _mixed(
+        sample.astype(np.uint64) ^ _mixed(time.astype(np.uint64) ^ np.uint64(_key(rank)))
+    )
+    drawn = (mixed >> np.uint64(2) | np.uint64(1 << 62)).astype(np.int64)
+    return np.where((time == 0) & (rank == 0), sample, drawn)
 
 
 def peak_block_bytes(plan: EnginePlan, unknown_bytes: int = 0) -> int:
@@ -407,6 +433,14 @@ def _key(*words: int) -> int:
         key = ((key ^ key >> 27) * _FACTORS[1]) & _MASK
         key ^= key >> 31
     return key
+
+
+def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Mix each word as `_key` does."""
+    key = words + np.uint64(_GOLDEN)
+    key = (key ^ key >> np.uint64(30)) * np.uint64(_FACTORS[0])
+    key = (key ^ key >> np.uint64(27)) * np.uint64(_FACTORS[1])
+    return key ^ key >> np.uint64(31)
 
 
 def _permutation(size: int, key: int) -> IntArray:

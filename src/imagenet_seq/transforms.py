@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
 import struct
 import sys
@@ -769,7 +770,16 @@ def reproducible(key: Key, one_at_a_time: bool) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-_global_state_lock = threading.Lock()
+_global_state_lock = threading.RLock()  # a transform may itself run one, through loader.dataset[i]
+
+
+def _renew_lock() -> None:
+    # A thread of the parent may have held it when the process forked.
+    global _global_state_lock
+    _global_state_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _tail_seed(key: Key) -> int:

@@ -104,6 +104,7 @@ struct Plan {
     native.num_positions = data.size();
     native.num_batches = static_cast<int64_t>(batch_begin.size()) - 1;
     native.num_blocks = native.num_files = data.num_files();
+    native.slot_rows = batch_size;
     native.batch_begin = batch_begin.data();
     native.sample = sample.data();
     native.block = block.data();
