@@ -449,6 +449,19 @@ class Decompressed(Source):
         return Block(np.frombuffer(gap.join(encoded), np.uint8), offsets, lengths)
 
 
+def blocks_source(kind: type[Source], num_samples: int = 40) -> Source:
+    index = Index(
+        file=np.arange(num_samples) // 4,
+        offset=np.arange(num_samples) % 4,
+        name=Names.from_strings(f"s{i}" for i in range(num_samples)),
+        root="",
+        files=Names.from_strings([]),
+        classes=("a", "b"),
+        label=np.arange(num_samples) % 2,
+    )
+    return kind("made here", index, foreign=True)
+
+
 def _generated_jpeg(number: int) -> bytes:
     return jpeg_bytes(photo_like(np.random.default_rng(number), 64 + number, 50))
 
@@ -456,16 +469,7 @@ def _generated_jpeg(number: int) -> bytes:
 @pytest.mark.parametrize("shuffle", [False, True, "block"])
 def test_a_source_that_hands_in_blocks(shuffle: bool | str, tmp_path: Path) -> None:
     size = 40
-    index = Index(
-        file=np.arange(size) // 4,
-        offset=np.arange(size) % 4,
-        name=Names.from_strings(f"s{i}" for i in range(size)),
-        root="",
-        files=Names.from_strings([]),
-        classes=("a", "b"),
-        label=np.arange(size) % 2,
-    )
-    source = Decompressed("decompressed", index, foreign=True)
+    source = blocks_source(Decompressed, size)
     for i in range(size):
         (tmp_path / "x").mkdir(exist_ok=True)
         (tmp_path / "x" / f"{i:03d}.jpg").write_bytes(_generated_jpeg(i))
@@ -489,16 +493,7 @@ def test_a_block_that_fails_is_reported(tmp_path: Path) -> None:
                 raise ConnectionError("the bucket is gone")
             return super().read_block(number)
 
-    index = Index(
-        file=np.arange(40) // 4,
-        offset=np.arange(40) % 4,
-        name=Names.from_strings(f"s{i}" for i in range(40)),
-        root="",
-        files=Names.from_strings([]),
-        classes=("a",),
-        label=np.zeros(40, np.int32),
-    )
-    loader = Loader(Broken("broken", index, foreign=True), "val", EVAL, batch_size=4)
+    loader = Loader(blocks_source(Broken), "val", EVAL, batch_size=4)
     iterator = iter(loader)
     next(iterator)
     next(iterator)
@@ -676,19 +671,6 @@ def test_samplers_say_what_they_say(root: Path) -> None:
 def test_numbers_are_checked_at_once(root: Path, arguments: dict) -> None:
     with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
         Loader(root, "train", EVAL, **arguments)
-
-
-def blocks_source(kind: type[Source], num_samples: int = 40) -> Source:
-    index = Index(
-        file=np.arange(num_samples) // 4,
-        offset=np.arange(num_samples) % 4,
-        name=Names.from_strings(f"s{i}" for i in range(num_samples)),
-        root="",
-        files=Names.from_strings([]),
-        classes=("a",),
-        label=np.zeros(num_samples, np.int32),
-    )
-    return kind("made here", index, foreign=True)
 
 
 @pytest.mark.parametrize("wrong", [-5_000_000_000, -1, 1 << 40])
