@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(abspath $(CONSTRAINTS))) $(BIN)/pip --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard core/* src/imagenet_seq/*.py src/imagenet_seq/sources/*.py)
 NATIVE_SANITIZE ?= address,undefined
+comma := ,
+NATIVE_BUILD := build/$(subst $(comma),-,$(NATIVE_SANITIZE))
 
 .PHONY: help demo test lint format native-test bench wheel clean
 
@@ -65,10 +67,10 @@ format: $(VENV)/installed-lint
 native-test: export PATH := $(abspath $(BIN)):$(PATH)
 native-test: $(BIN)/python
 	$(PIP) install -q cmake ninja
-	cmake -S . -B build/sanitized -G Ninja -DIMAGENET_SEQ_TESTS=ON \
+	cmake -S . -B $(NATIVE_BUILD) -G Ninja -DIMAGENET_SEQ_TESTS=ON \
 	    -DIMAGENET_SEQ_SANITIZE=$(NATIVE_SANITIZE) -DCMAKE_BUILD_TYPE=Release
-	cmake --build build/sanitized
-	ctest --test-dir build/sanitized --output-on-failure
+	cmake --build $(NATIVE_BUILD)
+	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/bench_loader.py
