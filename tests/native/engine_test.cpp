@@ -346,6 +346,7 @@ void wrong_plans_and_configurations_are_refused() {
   refused([](Plan& plan) { plan.path_begin[1] = 100; });
   refused([](Plan& plan) { std::fill(plan.block.begin(), plan.block.end(), 0); });
   refused([](Plan& plan) { plan.native.sample = nullptr; });
+  refused([](Plan& plan) { plan.native.slot_rows = 9; });
   imseq_engine* engine = nullptr;
   imseq_engine_config config = {};
   CHECK(imseq_engine_create(&config, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
