@@ -104,7 +104,7 @@ def choose_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "off" or (amp == "auto" and device.type == "cpu"):
         return None
     if amp == "auto":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bfloat16 else torch.float16
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}[amp]
 

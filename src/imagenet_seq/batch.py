@@ -134,7 +134,11 @@ class Work:
             with reproducible(self.key(place), one_at_a_time=True):
                 return self.collate_fn(samples)
         except Exception as error:
-            raise CollateError(f"batch {batch} can't be collated: {error}") from error
+            raise CollateError(
+                f"batch {batch} can't be collated: {error}. A batch needs samples of one size: let "
+                "the transform end in a crop or a Resize to (height, width), and in a tensor "
+                "(ToTensor, PILToTensor)"
+            ) from error
 
     def _stacked(self, batch: Any) -> Any:
         images = batch[0]

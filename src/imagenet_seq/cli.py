@@ -14,7 +14,7 @@ import numpy as np
 
 from imagenet_seq import __version__
 from imagenet_seq.errors import ImagenetSeqError
-from imagenet_seq.sources import SPLITS, open_source
+from imagenet_seq.sources import SPLITS, Source, open_source
 from imagenet_seq.sources import pack as layout
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -90,7 +90,7 @@ def _add_pack(commands: Any) -> None:
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
     command.add_argument("source", help="class folders, or a folder with train/ and/or val/")
-    command.add_argument("destination", help="the pack to make; must not exist")
+    command.add_argument("destination", help="the pack to make, outside SOURCE")
     command.add_argument(
         "--keep-bytes", action="store_true", help="store every file's own bytes, re-code nothing"
     )
@@ -140,7 +140,8 @@ def _pack(options: argparse.Namespace) -> int:
     )
     for summary in summaries.values():
         ratio = summary.pack_bytes / max(summary.source_bytes, 1)
-        print(f"{summary.folder}: {summary.num_samples} samples")
+        already = ", complete already: nothing was done" if summary.was_complete else ""
+        print(f"{summary.folder}: {summary.num_samples} samples{already}")
         print(
             f"  {_bytes(summary.source_bytes)} of images became {_bytes(summary.pack_bytes)} of "
             f"shards ({ratio:.1%})"
@@ -185,7 +186,27 @@ def _add_info(commands: Any) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    source = open_source(options.path, options.split, progress=not options.json)
+    folders = [os.path.join(options.path, split) for split in SPLITS]
+    both = options.split is None and all(map(os.path.isdir, folders))
+    splits = SPLITS if both else (options.split,)
+    all_facts = [
+        _facts(open_source(options.path, split, progress=not options.json)) for split in splits
+    ]
+    if options.json:
+        facts = dict(zip(SPLITS, all_facts, strict=True)) if both else all_facts[0]
+        print(json.dumps(facts, indent=1))
+        return EXIT_OK
+    for number, facts in enumerate(all_facts):
+        if number:
+            print()
+        for name, value in facts.items():
+            listed = isinstance(value, dict)
+            text = ", ".join(f"{k} {v}" for k, v in value.items()) if listed else value
+            print(f"{name.replace('_', ' ') + ':':20} {text}")
+    return EXIT_OK
+
+
+def _facts(source: Source) -> dict[str, Any]:
     index = source.index
     facts: dict[str, Any] = {
         "path": index.root,
@@ -195,13 +216,7 @@ def _info(options: argparse.Namespace) -> int:
     }
     if source.kind == "pack":
         facts.update(_pack_facts(layout.read_pack(index.root)))
-    if options.json:
-        print(json.dumps(facts, indent=1))
-        return EXIT_OK
-    for name, value in facts.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        print(f"{name.replace('_', ' ') + ':':20} {text}")
-    return EXIT_OK
+    return facts
 
 
 def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
@@ -240,7 +255,7 @@ def _add_verify(commands: Any) -> None:
         "--against", metavar="SOURCE", help="what it was made of: compare names, labels and pixels"
     )
     command.add_argument(
-        "--problems", type=int, default=20, metavar="N", help="problems to show (default 20)"
+        "--problems", type=_positive, default=20, metavar="N", help="problems to show (default 20)"
     )
     _add_workers(command)
 
@@ -273,8 +288,17 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _add_workers(command: Any) -> None:
     command.add_argument(
-        "--workers", type=int, metavar="N", help="threads (default: one for each available core)"
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="threads (default: one for each available core)",
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    return int(text)
 
 
 _UNITS = {

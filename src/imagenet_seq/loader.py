@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from imagenet_seq.sources.imagefolder import from_samples
 from imagenet_seq.transforms import Rows
 
 MB = 1 << 20
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 _READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
 _FILE_READERS = 2  # threads that read small files: one waits for the disk while one opens the next
 
@@ -62,7 +64,8 @@ class Loader:
         dataset: a path (a pack, an ImageFolder, or a root that holds train/ and val/ of either),
             or "train" or "val" with the root in $IMAGENET, or a torchvision ImageFolder or
             ImageNet dataset, or a torch Subset of one.
-        split: "train" or "val"; decides the defaults of shuffle and transform.
+        split: "train" or "val"; decides the defaults of shuffle and transform. None: the name of
+            the folder, where it is one of them.
         transform: torchvision transforms (v1 or v2), or any callable from a PIL image. The core
             runs the longest prefix it knows exactly; a note says what runs in Python. None: the
             standard ImageNet transforms of the split, or those of the dataset object.
@@ -100,6 +103,7 @@ class Loader:
         num_streams: independent runs the order is cut into, one for each rank; None: world_size.
             Part of the state: a run that continues on another number of ranks keeps it.
         cache: the original project's name for the samples in the shuffle pool; sets shuffle_blocks.
+            A uniform shuffle has no pool.
         cuda: the original project's name for device="cuda".
         verify_checksums: check the CRC-32C of every sample read from a pack.
         worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order,
@@ -175,6 +179,11 @@ class Loader:
             _note("worker_init_fn is not called: there are no worker processes")
         self._source, split, own_transform, own_target_transform = _resolve_dataset(dataset, split)
         transform = transform if transform is not None else own_transform
+        if transform is None and split is None:
+            raise ValueError(
+                "without a split there is no standard transform: pass split='train' or 'val', or "
+                "transform="
+            )
         self._rank, self._world_size = _ranks(rank, world_size)
         self._explicit_order, shuffle, drop_last, seed = self._adopt_sampler(
             sampler, batch_sampler, shuffle, drop_last, seed
@@ -228,8 +237,10 @@ class Loader:
         self.pin_memory = pin_memory
         self.timeout = timeout
         self.generator = generator
+        self.prefetch_factor = prefetch_factor
+        self.persistent_workers = persistent_workers
         self.sampler = sampler if sampler is not None else EpochSampler(self)
-        self.dataset = Dataset(self._source, self._pipeline, self._target_transform)
+        self.dataset = Dataset(self._source, self._pipeline, transform, self._target_transform)
 
         self._progress = _Progress(epoch=0, ended=False)
         self._resumed = True  # the next iter() begins where _progress stands
@@ -288,6 +299,12 @@ class Loader:
         return max(1, round(cache * mean_bytes / block_bytes))
 
     # ---- the DataLoader surface ----
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, "
+            f"shuffle={self._shuffle!r}, rank {self._rank} of {self._world_size})"
+        )
 
     def __len__(self) -> int:
         """Return the number of batches an epoch has on this rank."""
@@ -394,10 +411,12 @@ class Loader:
         self._resumed = True
 
     def stats(self) -> dict[str, float]:
-        """Return counters of the current or last epoch's engine; names begin with their stage.
+        """Return counters of the current or last epoch's engine.
 
-        Bytes, requests and seeks of reading, samples decoded, foreign rows and blocks, and the
-        seconds each stage worked or waited for another (``*_s``, summed over threads).
+        ``read_``: bytes, requests, seeks. ``decode_``: samples. ``batch_``: batches given to the
+        script. ``foreign_``: rows and blocks that Python made. ``block_``: bytes of blocks in
+        memory, now and at most. ``*_s``: seconds a stage worked or waited for another, summed over
+        threads.
         """
         for iterator in list(self._iterators):
             self._stats = iterator.stats() or self._stats
@@ -410,14 +429,17 @@ class Loader:
 
     @property
     def memory_bytes(self) -> int:
-        """Bound of what this rank's loader holds at once: batches, and blocks read ahead or pooled.
+        """Bound of what one iteration holds in this rank's memory: batches, and blocks of data.
 
-        Batches that the script keeps and scratch memory of the threads (a few MB each) come on top.
+        The batches are those in the engine, the script's, and one on its way. On top come scratch
+        memory of the threads (a few MB each), more batches that the script keeps, what a
+        transform's Python part makes for the batches in the engine, and on a GPU up to three
+        batches there.
         """
         shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
         rows = max(self._batch_size, self._memory_rows)
         row_bytes = int(np.prod(shape)) * dtype.itemsize
-        return (self._num_slots + 1) * rows * row_bytes + self._block_budget()
+        return (self._num_slots + 2) * rows * row_bytes + self._block_budget()
 
     def close(self) -> None:
         """End the threads of every epoch in progress. Later iteration starts new ones."""
@@ -519,7 +541,7 @@ class Loader:
             if self._pins and self._pipeline.rows == Rows.DECODED:
                 self._memory = PinnedMemory((rows, *shape), dtype)
             else:
-                self._memory = PagedMemory((rows, *shape), dtype, keep=self._num_slots + 1)
+                self._memory = PagedMemory((rows, *shape), dtype, keep=2)
             self._memory_rows = rows
         return self._memory
 
@@ -606,9 +628,11 @@ class Dataset(Sequence[Any]):
         self,
         source: Source,
         pipeline: transforms.Pipeline,
+        transform: Callable[[Any], Any] | None,
         target_transform: Callable[[int], Any] | None,
     ) -> None:
         self._source, self._pipeline = source, pipeline
+        self.transform = transform
         self.target_transform = target_transform
         index = source.index
         self.root = index.root
@@ -622,7 +646,10 @@ class Dataset(Sequence[Any]):
         return self._source.index.num_samples
 
     def __getitem__(self, index: Any) -> tuple[Any, Any]:
-        number = range(len(self))[operator.index(index)]
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {number}")
+        number %= len(self)
         image = batch.one_sample(self._pipeline, self.encoded(number), (0, 0, number))
         label = self.targets[number]
         return image, label if self.target_transform is None else self.target_transform(label)
@@ -711,7 +738,9 @@ def _resolve_dataset(
                 "environment variable IMAGENET to the folder that holds train/ and val/"
             )
     if isinstance(dataset, (str, os.PathLike)):
-        return open_source(dataset, split), split, None, None
+        source = open_source(dataset, split)
+        name = os.path.basename(os.path.abspath(os.path.expanduser(os.fspath(dataset))))
+        return source, split or (name if name in SPLITS else None), None, None
     if isinstance(dataset, Source):
         return dataset, split, None, None
     return _from_torch_dataset(dataset, split)
@@ -807,21 +836,24 @@ def _available_cores() -> int:
     return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _cgroup_cores() -> float:
-    """Return the CPU quota of this process's cgroup in cores; infinity without one."""
+def _cgroup_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = _OWN_CGROUPS) -> float:
+    """Return the least CPU quota of this process's cgroups (version 2) in cores, or infinity."""
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:  # version 2
-            quota, period = file.read().split()
-    except (OSError, ValueError):
+        path = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return math.inf
+    cores = math.inf
+    group = root / path.strip("/")
+    for folder in (group, *group.parents):
         try:
-            folder = "/sys/fs/cgroup/cpu/"
-            with open(folder + "cpu.cfs_quota_us") as a, open(folder + "cpu.cfs_period_us") as b:
-                quota, period = a.read().strip(), b.read().strip()
-        except OSError:
-            return float("inf")
-    if quota in ("max", "-1"):
-        return float("inf")
-    return max(1.0, int(quota) / int(period))
+            quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            quota = "max"
+        if quota != "max":
+            cores = min(cores, int(quota) / int(period))
+        if folder == root:
+            break
+    return cores
 
 
 def _note(message: str) -> None:

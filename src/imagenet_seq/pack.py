@@ -123,6 +123,7 @@ class Summary:
         num_canonical: samples re-coded into canonical form.
         num_as_is: samples whose own bytes are stored.
         failures: samples left out, or kept although damaged.
+        was_complete: the pack was there already, and nothing was done.
     """
 
     folder: str
@@ -132,6 +133,7 @@ class Summary:
     num_canonical: int
     num_as_is: int
     failures: tuple[Failure, ...]
+    was_complete: bool = False
 
 
 def pack(
@@ -175,6 +177,11 @@ def pack(
     settings = settings or Settings()
     source = os.path.abspath(os.path.expanduser(os.fspath(source)))
     destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
+    if _is_inside(destination, source):
+        raise ValueError(
+            f"{destination} lies in the source {source}, where it would be taken for a class; name a "
+            "destination outside it"
+        )
     present = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
     options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
     if not present:
@@ -190,6 +197,11 @@ def pack(
         )
         for split in splits or present
     }
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    folder = os.path.realpath(folder)
+    return os.path.commonpath([os.path.realpath(path), folder]) == folder
 
 
 class _RunOptions(NamedTuple):
@@ -258,7 +270,7 @@ def _finished_before(destination: str, partial: str, plan: _Plan) -> Summary:
         )
     # A run that was killed after its last rename left only scrap.
     shutil.rmtree(partial, ignore_errors=True)
-    return summary_of(destination)
+    return dataclasses.replace(summary_of(destination), was_complete=True)
 
 
 @contextlib.contextmanager
