@@ -14,8 +14,11 @@ def test_windows_is_refused_before_anything_else(tmp_path: Path) -> None:
     if cmake is None:
         pytest.skip("no cmake on PATH")
     result = subprocess.run(
-        [cmake, "-S", str(Path(__file__).parents[1]), "-B", str(tmp_path)]
-        + ["-DCMAKE_SYSTEM_NAME=Windows", "-DCMAKE_CXX_COMPILER=/no/compiler"],
+        [
+            cmake,
+            *("-S", str(Path(__file__).parents[1]), "-B", str(tmp_path)),
+            *("-DCMAKE_SYSTEM_NAME=Windows", "-DCMAKE_CXX_COMPILER=/no/compiler"),
+        ],
         capture_output=True,
         text=True,
         check=False,
