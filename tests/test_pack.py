@@ -274,6 +274,108 @@ def test_root_with_both_splits(make_folder: Callable[..., Path], tmp_path: Path)
         pack(root / "val", tmp_path / "other", splits=["train"], progress=False)
 
 
+def test_a_split_that_cannot_be_packed_is_refused_before_the_other_is_packed(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_folder(6, 2)
+    add_image(root / "val", "flat.jpg", jpeg_bytes(Image.new("RGB", (16, 16))))
+    with pytest.raises(FileNotFoundError, match="val holds 1 files but no class folders"):
+        pack(root, tmp_path / "pack", progress=False)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_classes_called_train_and_val_are_no_splits(tmp_path: Path) -> None:
+    for name in ("train/a.jpg", "val/b.jpg", "bus/c.jpg"):
+        add_image(tmp_path / "source", name, jpeg_bytes(Image.new("RGB", (16, 16))))
+    make_pack(tmp_path / "source", tmp_path / "pack")
+    assert open_source(tmp_path / "pack").index.classes == ("bus", "train", "val")
+
+
+# ---- what packing must not touch -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("from_", "to"),
+    [
+        ("x/train.partial", "x/train"),
+        ("x/train.partial/deep", "x/train"),
+        ("x/train", "x/train"),
+        ("x/train", "x/train/pack"),
+        ("x/train", "x"),
+        ("x/train", "link/train/pack"),
+        ("x/train", "alias"),
+    ],
+)
+def test_source_and_destination_must_lie_apart(
+    make_folder: Callable[..., Path], tmp_path: Path, from_: str, to: str
+) -> None:
+    source = tmp_path / from_
+    for name in ("a/one.jpg", "b/two.jpg"):
+        add_image(source, name, jpeg_bytes(Image.new("RGB", (16, 16))))
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "alias.partial").symlink_to(tmp_path / "x/train")
+    before = tree(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"lie in, one another.*name a destination"):
+        make_pack(source, tmp_path / to)
+    assert tree(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file", "symlink", "symlink to an unfinished pack"])
+def test_a_partial_folder_of_somebody_else_is_not_touched(
+    source: Path, tmp_path: Path, kind: str, finished: bool
+) -> None:
+    if finished:
+        make_pack(source, tmp_path / "pack")
+    other = tmp_path / "other"
+    add_image(other, "dealt", b"mine")
+    partial = tmp_path / "pack.partial"
+    if kind == "folder":
+        other.rename(partial)
+    elif kind == "file":
+        partial.write_bytes(b"mine")
+    else:
+        partial.symlink_to(other)
+    if kind == "symlink to an unfinished pack":
+        add_image(other, "lock", b"")
+    before = tree(tmp_path)
+    if finished:
+        assert make_pack(source, tmp_path / "pack").was_complete
+    else:
+        with pytest.raises(PackError, match="was not made by imagenet-seq pack: move it"):
+            make_pack(source, tmp_path / "pack")
+    assert tree(tmp_path) == before
+    assert partial.is_symlink() == kind.startswith("symlink")
+
+
+def test_a_strange_file_in_the_partial_folder_outlives_the_packing(
+    source: Path, tmp_path: Path
+) -> None:
+    add_image(tmp_path / "pack.partial", "lock", b"")
+    add_image(tmp_path / "pack.partial", "notes.txt", b"mine")
+    make_pack(source, tmp_path / "pack")
+    assert tree(tmp_path / "pack.partial").keys() == {"notes.txt"}
+
+
+def test_a_deletion_cut_short_is_still_known_as_ours(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink, left = os.unlink, []
+
+    def dying(path: Any, *arguments: Any, **options: Any) -> None:
+        if not left and str(path).endswith("pack.partial/lock"):
+            left.extend(os.listdir(tmp_path / "pack.partial"))
+            raise KeyboardInterrupt
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", dying)
+    with pytest.raises(KeyboardInterrupt):
+        make_pack(source, tmp_path / "pack")
+    assert left == ["lock"]
+    assert make_pack(source, tmp_path / "pack").was_complete
+    assert not (tmp_path / "pack.partial").exists()
+
+
 # ---- reproducible --------------------------------------------------------------------------------
 
 
@@ -361,7 +463,7 @@ def uninterrupted(noisy_source: Path, tmp_path_factory: pytest.TempPathFactory) 
         ("os", "replace", 13),
         ("os", "unlink", 0),
         ("os", "rename", 0),
-        ("shutil", "rmtree", 0),
+        ("os", "rmdir", 0),
     ],
 )
 @pytest.mark.parametrize("memory_bytes", [4 << 20, 2 << 20], ids=["one level", "two levels"])
@@ -377,7 +479,7 @@ def test_killed_then_run_again_gives_the_same_bytes(
     destination = tmp_path / "pack"
     code = run_until_killed(noisy_source, destination, module, name, count, memory_bytes)
     assert code == -signal.SIGKILL
-    if name != "rmtree":
+    if name != "rmdir":
         assert not destination.exists()
         with pytest.raises((DataError, FileNotFoundError)):
             open_source(destination)

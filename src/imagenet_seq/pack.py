@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -49,7 +50,7 @@ from imagenet_seq.scratch import (
     sync_folder,
     write_whole,
 )
-from imagenet_seq.sources import SPLITS, open_source
+from imagenet_seq.sources import SPLITS, is_split, open_source
 from imagenet_seq.sources import pack as layout
 
 OnError = Literal["fail", "skip", "keep"]
@@ -177,26 +178,57 @@ def pack(
     settings = settings or Settings()
     source = os.path.abspath(os.path.expanduser(os.fspath(source)))
     destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
-    if _is_inside(destination, source):
-        raise ValueError(
-            f"{destination} lies in the source {source}, where it would be taken for a class; name a "
-            "destination outside it"
-        )
-    present = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
     options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
-    if not present:
+    tasks = _tasks(source, destination, splits)
+    _refuse_overlap(source, destination, tasks)
+    # All are opened before the first is packed for hours.
+    opened = [_open_folder(task.source, options) for task in tasks]
+    return {
+        task.split: _pack_one(index, task.destination, settings, options)
+        for task, index in zip(tasks, opened, strict=True)
+    }
+
+
+class _Task(NamedTuple):
+    """One pack to make; `split` is "" where the source is no root."""
+
+    split: str
+    source: str
+    destination: str
+
+    @property
+    def partial(self) -> str:
+        return self.destination + layout.PARTIAL_SUFFIX
+
+
+def _tasks(source: str, destination: str, splits: Sequence[str] | None) -> list[_Task]:
+    folders = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
+    if not any(is_split(os.path.join(source, split)) for split in folders):
         if splits:
             raise ValueError(f"{source}: expected a folder {' or '.join(splits)} in it, found none")
-        return {"": _pack_one(source, destination, settings, options)}
-    missing = [split for split in splits or () if split not in present]
+        return [_Task("", source, destination)]
+    missing = [split for split in splits or () if split not in folders]
     if missing:
-        raise ValueError(f"{source}: expected a folder {missing[0]} in it, found {present}")
-    return {
-        split: _pack_one(
-            os.path.join(source, split), os.path.join(destination, split), settings, options
-        )
-        for split in splits or present
-    }
+        raise ValueError(f"{source}: expected a folder {missing[0]} in it, found {folders}")
+    return [
+        _Task(split, os.path.join(source, split), os.path.join(destination, split))
+        for split in splits or folders
+    ]
+
+
+def _refuse_overlap(source: str, destination: str, tasks: Sequence[_Task]) -> None:
+    """Refuse folders of which one is, or lies in, another: packing would write to its source."""
+    read = [source, *(task.source for task in tasks)]
+    written = [destination, *(path for task in tasks for path in (task.destination, task.partial))]
+    pairs = [(path, folder) for path in written for folder in read]
+    pairs += [(task.partial, task.destination) for task in tasks]
+    for path, folder in pairs:
+        if _is_inside(path, folder) or _is_inside(folder, path):
+            raise ValueError(
+                f"{path} and {folder} are, or lie in, one another: packing {source} to "
+                f"{destination} reads one and writes the other. Nothing was changed: name a "
+                "destination outside the source that does not hold it either"
+            )
 
 
 def _is_inside(path: str, folder: str) -> bool:
@@ -219,12 +251,15 @@ class _RunOptions(NamedTuple):
         )  # fmt: skip
 
 
-def _pack_one(source: str, destination: str, settings: Settings, options: _RunOptions) -> Summary:
-    partial = destination + layout.PARTIAL_SUFFIX
+def _open_folder(source: str, options: _RunOptions) -> Index:
     opened = open_source(source, progress=options.progress)
     if opened.kind != "imagefolder":
         raise ValueError(f"{source}: expected a folder of class folders, found a {opened.kind}")
-    index = opened.index
+    return opened.index
+
+
+def _pack_one(index: Index, destination: str, settings: Settings, options: _RunOptions) -> Summary:
+    partial = destination + layout.PARTIAL_SUFFIX
     sizes, inodes = _stat_all(index, options)
     plan = _Plan.make(index, sizes, settings, options.memory_bytes)
     if os.path.lexists(destination):
@@ -268,8 +303,11 @@ def _finished_before(destination: str, partial: str, plan: _Plan) -> Summary:
             f"{destination}: exists already and is no pack of this source with these settings. "
             "Nothing was changed: name another destination, or delete it first"
         )
-    # A run that was killed after its last rename left only scrap.
-    shutil.rmtree(partial, ignore_errors=True)
+    # A run that was killed after its last rename left only scrap; a folder that is not ours, or
+    # that another process holds, stays.
+    if os.path.lexists(partial):
+        with contextlib.suppress(PackError), _claim(partial):
+            _delete_scrap(partial)
     return dataclasses.replace(summary_of(destination), was_complete=True)
 
 
@@ -296,15 +334,26 @@ def _megabytes(size: float) -> str:
 # ---- the folder that a pack is made in -----------------------------------------------------------
 
 
+_LOCK_FILE, _JOURNAL_FILE, _PACK_FOLDER = "lock", "dealt", "pack"
+
+_OURS = re.compile(r"(dealt|(deal|split|rows)-\d{6,}|settings\.json)(\.tmp)?")
+"""What packing writes into DESTINATION.partial, beside the lock and the folder `pack`."""
+
+_OURS_IN_PACK = re.compile(
+    r"(shard-\d{6,}\.tar|(index|names|names_begin)\.npy|(pack|failures)\.json)(\.tmp)?"
+)
+
+
 @contextlib.contextmanager
 def _claim(partial: str) -> Iterator[None]:
     """Make the folder and hold its lock, which the kernel releases when the process ends.
 
     Raises:
-        PackError: where another packer holds it.
+        PackError: where another packer holds it, or where the folder is somebody else's.
     """
-    os.makedirs(os.path.join(partial, "pack"), exist_ok=True)
-    path = os.path.join(partial, "lock")
+    _refuse_foreign(partial)
+    os.makedirs(partial, exist_ok=True)
+    path = os.path.join(partial, _LOCK_FILE)
     with open(path, "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -314,7 +363,57 @@ def _claim(partial: str) -> Iterator[None]:
             held = False
         if not held:
             raise PackError(f"{partial}: another process is packing there; wait for it, or stop it")
+        os.makedirs(os.path.join(partial, _PACK_FOLDER), exist_ok=True)
         yield
+
+
+def _refuse_foreign(partial: str) -> None:
+    """Refuse a folder that packing did not make: what is in it must not be touched.
+
+    The lock is the first thing in a folder of ours and the last one deleted.
+    """
+    if not os.path.lexists(partial):
+        return
+    ours = False
+    if os.path.isdir(partial) and not os.path.islink(partial):
+        names = os.listdir(partial)
+        lock = os.path.join(partial, _LOCK_FILE)
+        ours = not names or (os.path.isfile(lock) and not os.path.islink(lock))
+    if not ours:
+        raise PackError(
+            f"{partial}: exists and was not made by imagenet-seq pack: move it, or name another "
+            "destination"
+        )
+
+
+def _delete_scrap(partial: str) -> None:
+    """Delete what packing made, by its names; a file that somebody else put there stays.
+
+    Settings and lock go last, so that a folder whose deletion was cut short is still ours.
+    """
+    pack_folder = os.path.join(partial, _PACK_FOLDER)
+    if os.path.isdir(pack_folder):
+        _delete_matching(pack_folder, _OURS_IN_PACK)
+        _remove_empty(pack_folder)
+    _delete_matching(partial, _OURS, keep=layout.SETTINGS_FILE)
+    for name in (layout.SETTINGS_FILE, _LOCK_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(partial, name))
+    _remove_empty(partial)
+
+
+def _delete_matching(folder: str, pattern: re.Pattern[str], keep: str = "") -> None:
+    for name in os.listdir(folder):
+        if pattern.fullmatch(name) and name != keep:
+            os.unlink(os.path.join(folder, name))
+
+
+def _remove_empty(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
@@ -545,11 +644,11 @@ class _Workshop:
 
     def __init__(self, partial: str, plan: _Plan, options: _RunOptions) -> None:
         self._partial = partial
-        self._pack_folder = os.path.join(partial, "pack")
+        self._pack_folder = os.path.join(partial, _PACK_FOLDER)
         self._plan = plan
         self._options = options
         self._failures: dict[int, Failure] = {}
-        self._journal = Journal(os.path.join(partial, "dealt"))
+        self._journal = Journal(os.path.join(partial, _JOURNAL_FILE))
         buffer_bytes = options.memory_bytes // plan.num_buckets
         self._buckets = Buckets(
             partial,
@@ -861,7 +960,7 @@ class _Workshop:
         sync_folder(self._pack_folder)
         os.rename(self._pack_folder, destination)
         sync_folder(os.path.dirname(destination))
-        shutil.rmtree(self._partial)
+        _delete_scrap(self._partial)
 
     def _about(
         self,
