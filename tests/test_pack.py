@@ -551,6 +551,133 @@ def test_other_settings_or_another_source_are_refused(
         continue_packing(source, unfinished)
 
 
+def pack_until(name: str, suffix: str, source: Path, destination: Path, **options: Any) -> None:
+    """Pack until os.`name` gets a last path that ends with `suffix`: there an interrupt comes."""
+    original = getattr(os, name)
+
+    def stopping(*paths: Any) -> Any:
+        if str(paths[-1]).endswith(suffix):
+            raise KeyboardInterrupt
+        return original(*paths)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, name, stopping)
+        make_pack(source, destination, **options)
+
+
+def finish_shards_only(source: Path, destination: Path, **options: Any) -> None:
+    """Pack up to the last rename."""
+    pack_until("rename", destination.name, source, destination, **options)
+
+
+@pytest.fixture
+def editable(source: Path, tmp_path: Path) -> Path:
+    """A copy of the source, with one damaged image."""
+    for path in source.rglob("*.jpg"):
+        add_image(tmp_path / "editable", str(path.relative_to(source)), path.read_bytes())
+    next((tmp_path / "editable/class_001").glob("*.jpg")).write_bytes(b"damaged")
+    return tmp_path / "editable"
+
+
+@pytest.mark.parametrize("first", ["skip", "keep"])
+@pytest.mark.parametrize("then", ["fail", "skip", "keep"])
+def test_a_finished_shard_must_be_what_on_error_asks_for_now(
+    editable: Path, tmp_path: Path, first: OnError, then: OnError
+) -> None:
+    finish_shards_only(editable, tmp_path / "pack", on_error=first)
+    if then == "fail":
+        with pytest.raises(PackError, match="1 of 40 images cannot be packed"):
+            make_pack(editable, tmp_path / "pack")
+        return
+    make_pack(editable, tmp_path / "pack", on_error=then)
+    make_pack(editable, tmp_path / "whole", on_error=then)
+    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+
+
+def test_failures_that_were_repaired_leave_no_trace(
+    editable: Path, source: Path, tmp_path: Path
+) -> None:
+    finish_shards_only(editable, tmp_path / "pack", on_error="skip")
+    for path in source.rglob("*.jpg"):
+        add_image(editable, str(path.relative_to(source)), path.read_bytes())
+    make_pack(editable, tmp_path / "pack")
+    make_pack(source, tmp_path / "whole")
+    assert not (tmp_path / "pack/failures.json").exists()
+    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["in a shard", "dealt"])
+@pytest.mark.parametrize("same_length", [True, False])
+def test_a_replaced_source_file_is_noticed(
+    source: Path, tmp_path: Path, finished: bool, same_length: bool
+) -> None:
+    copy = tmp_path / "copy"
+    for path in source.rglob("*.jpg"):
+        add_image(copy, str(path.relative_to(source)), path.read_bytes())
+    if finished:
+        finish_shards_only(copy, tmp_path / "pack")
+    else:
+        pack_until("replace", "rows-000000", copy, tmp_path / "pack")
+    name = open_source(copy).index.name[3]
+    data = (copy / name).read_bytes()
+    new = jpeg_bytes(Image.new("RGB", (8, 8)))
+    (copy / name).write_bytes(new + bytes(len(data) - len(new)) if same_length else new)
+    make_pack(copy, tmp_path / "pack")
+    make_pack(copy, tmp_path / "whole")
+    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+    assert problems(tmp_path / "pack", copy) == ""
+
+
+def test_a_source_that_makes_another_number_of_shards_is_refused(
+    noisy_source: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    for path in noisy_source.rglob("*.jpg"):
+        add_image(copy, str(path.relative_to(noisy_source)), path.read_bytes())
+    settings = unfinished.with_name("pack.partial") / "settings.json"
+    settings.write_text(settings.read_text().replace(str(noisy_source), str(copy)))
+    name = open_source(copy).index.name[0]
+    (copy / name).write_bytes((copy / name).read_bytes() + bytes(10**6))
+    with pytest.raises(PackError, match=r"source changed since .* delete that folder"):
+        continue_packing(copy, unfinished)
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_a_shard_without_its_rows_is_not_finished(
+    source: Path, tmp_path: Path, damage: str
+) -> None:
+    finish_shards_only(source, tmp_path / "pack")
+    rows = tmp_path / "pack.partial/rows-000001"
+    if damage == "missing":
+        rows.unlink()
+    else:
+        os.truncate(rows, 700)
+    make_pack(source, tmp_path / "pack")
+    make_pack(source, tmp_path / "whole")
+    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+
+
+def test_rows_are_on_disk_before_their_shard(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, replace, fsync = [], os.replace, os.fsync
+
+    def noting_replace(old: str, new: str) -> None:
+        steps.append(os.path.basename(new))
+        replace(old, new)
+
+    def noting_fsync(descriptor: int) -> None:
+        steps.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", noting_replace)
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    make_pack(source, tmp_path / "pack")
+    for shard in range(2):
+        rows, image = steps.index(f"rows-{shard:06d}"), steps.index(f"shard-{shard:06d}.tar")
+        assert "sync pack.partial" in steps[rows:image]
+
+
 def test_two_packers_keep_apart(
     noisy_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,6 +708,18 @@ def test_existing_destination_is_refused_and_the_same_pack_is_accepted(
     (tmp_path / "empty").mkdir()
     with pytest.raises(PackError, match="exists already"):
         make_pack(source, tmp_path / "empty")
+
+
+def test_a_finished_pack_of_a_changed_source_is_refused(editable: Path, tmp_path: Path) -> None:
+    make_pack(editable, tmp_path / "pack", on_error="skip")
+    assert make_pack(editable, tmp_path / "pack", on_error="skip").was_complete
+    for other in ("fail", "keep"):
+        with pytest.raises(PackError, match=f"0 damaged samples kept and 1 left out.*{other}"):
+            make_pack(editable, tmp_path / "pack", on_error=other)
+    path = next(editable.rglob("*.jpg"))
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(PackError, match="exists already and is no pack of this source, as it is"):
+        make_pack(editable, tmp_path / "pack", on_error="skip")
 
 
 def test_interrupt_keeps_what_is_done(

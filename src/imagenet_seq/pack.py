@@ -260,14 +260,14 @@ def _open_folder(source: str, options: _RunOptions) -> Index:
 
 def _pack_one(index: Index, destination: str, settings: Settings, options: _RunOptions) -> Summary:
     partial = destination + layout.PARTIAL_SUFFIX
-    sizes, inodes = _stat_all(index, options)
-    plan = _Plan.make(index, sizes, settings, options.memory_bytes)
+    files = _stat_all(index, options)
+    plan = _Plan.make(index, files, settings, options.memory_bytes)
     if os.path.lexists(destination):
-        return _finished_before(destination, partial, plan)
+        return _finished_before(destination, partial, plan, options.on_error)
     with _clear_errors(partial), _claim(partial), _quiet_pillow():
         plan = _agree_on_plan(partial, plan)
         workshop = _Workshop(partial, plan, options)
-        workshop.deal(inodes)
+        workshop.deal()
         workshop.finish_shards()
         workshop.finish_pack(destination)
     return summary_of(destination)
@@ -291,16 +291,25 @@ def summary_of(folder: str) -> Summary:
     )
 
 
-def _finished_before(destination: str, partial: str, plan: _Plan) -> Summary:
+def _finished_before(destination: str, partial: str, plan: _Plan, on_error: OnError) -> Summary:
     """Accept a pack that the same command made before; refuse everything else that is there."""
-    same = False
+    summary = None
     with contextlib.suppress(DataError, OSError):
         about = layout.read_pack(destination).about
         same = about["settings"] == asdict(plan.settings)
         same = same and about["source"]["index_id"] == plan.index.id
-    if not same:
+        if same and about["source"]["bytes"] == plan.source_bytes:
+            summary = summary_of(destination)
+    if summary is None:
         raise PackError(
-            f"{destination}: exists already and is no pack of this source with these settings. "
+            f"{destination}: exists already and is no pack of this source, as it is now, with "
+            "these settings. Nothing was changed: name another destination, or delete it first"
+        )
+    if not _fits_policy(on_error, [failure.kept for failure in summary.failures]):
+        kept = sum(failure.kept for failure in summary.failures)
+        raise PackError(
+            f"{destination}: exists already, with {kept} damaged samples kept and "
+            f"{len(summary.failures) - kept} left out, which --on-error {on_error} would not do. "
             "Nothing was changed: name another destination, or delete it first"
         )
     # A run that was killed after its last rename left only scrap; a folder that is not ours, or
@@ -308,7 +317,14 @@ def _finished_before(destination: str, partial: str, plan: _Plan) -> Summary:
     if os.path.lexists(partial):
         with contextlib.suppress(PackError), _claim(partial):
             _delete_scrap(partial)
-    return dataclasses.replace(summary_of(destination), was_complete=True)
+    return dataclasses.replace(summary, was_complete=True)
+
+
+def _fits_policy(on_error: OnError, kept: Sequence[bool]) -> bool:
+    """Tell whether failures, each kept or left out, are what a run with `on_error` gives."""
+    if on_error == "fail":
+        return not kept
+    return all(kept) if on_error == "keep" else not any(kept)
 
 
 @contextlib.contextmanager
@@ -431,6 +447,7 @@ def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
         _check_space(partial, plan)
         cut = {"num_shards": plan.num_shards, "shards_per_bucket": plan.shards_per_bucket}
         write_whole(path, json.dumps({**now, **cut}, indent=1).encode())
+        sync_folder(partial)
         return plan
     differences = [
         f"{key}: {before.get(key)!r} before, {value!r} now"
@@ -444,9 +461,15 @@ def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
             + "\nRun the command with the former settings to continue it, or delete that folder to "
             "begin again"
         )
-    plan = dataclasses.replace(
-        plan, num_shards=before["num_shards"], shards_per_bucket=before["shards_per_bucket"]
-    )
+    if before["num_shards"] != plan.num_shards:
+        # The number of shards follows from the source's bytes, and decides where all samples go.
+        raise PackError(
+            f"{partial}: the source changed since the interrupted run: its "
+            f"{_megabytes(plan.source_bytes)} now make {plan.num_shards} shards, "
+            f"{before['num_shards']} before: delete that folder and run again"
+        )
+    # How scratch is grouped follows from the memory allowed and does not show in the pack.
+    plan = dataclasses.replace(plan, shards_per_bucket=before["shards_per_bucket"])
     _check_space(partial, plan)
     return plan
 
@@ -473,30 +496,34 @@ def _check_space(partial: str, plan: _Plan) -> None:
 # ---- the plan: which sample goes where -----------------------------------------------------------
 
 
-def _stat_all(
-    index: Index, options: _RunOptions
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return size and inode of every sample's file; -1 where stat fails (reading says why)."""
+class _Files(NamedTuple):
+    """What stat says of every sample's file; -1 where it fails (reading says why)."""
 
-    def stat_slice(first: int) -> list[tuple[int, int]]:
+    sizes: npt.NDArray[np.int64]
+    mtimes_ns: npt.NDArray[np.int64]
+    inodes: npt.NDArray[np.int64]
+
+
+def _stat_all(index: Index, options: _RunOptions) -> _Files:
+    def stat_slice(first: int) -> list[tuple[int, int, int]]:
         found = []
         for name in index.files[first : first + slice_size]:
             try:
                 stat = os.stat(os.path.join(index.root, name))
-                found.append((stat.st_size, stat.st_ino & (2**63 - 1)))
+                found.append((stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1)))
             except OSError:
-                found.append((-1, -1))
+                found.append((-1, -1, -1))
         return found
 
     slice_size = 1024
-    table = np.empty((len(index), 2), np.int64)
+    table = np.empty((len(index), 3), np.int64)
     firsts = range(0, len(index), slice_size)
     # Threads overlap the waits for a disk or a network; eight keep a disk's queue full.
     with ThreadPoolExecutor(8) as threads, options.bar("look at files", len(index)) as bar:
         for first, found in zip(firsts, threads.map(stat_slice, firsts), strict=True):
             table[first : first + len(found)] = found
             bar.update(len(found))
-    return table[:, 0].copy(), table[:, 1].copy()
+    return _Files(*(column.copy() for column in table.T))
 
 
 @dataclass(frozen=True)
@@ -506,7 +533,7 @@ class _Plan:
     Attributes:
         index: the source.
         settings: what the pack is to be like.
-        sizes: bytes of each sample's file; -1 unknown.
+        files: size, time and inode of each sample's file.
         num_shards: shards of the pack.
         shards_per_bucket: shards that share a scratch file in the first round of dealing.
         order: sample of each place in the pack.
@@ -516,22 +543,20 @@ class _Plan:
 
     index: Index
     settings: Settings
-    sizes: npt.NDArray[np.int64]
+    files: _Files
     num_shards: int
     shards_per_bucket: int
 
     @classmethod
-    def make(
-        cls, index: Index, sizes: npt.NDArray[np.int64], settings: Settings, memory_bytes: int
-    ) -> _Plan:
-        source_bytes = int(sizes[sizes > 0].sum())
+    def make(cls, index: Index, files: _Files, settings: Settings, memory_bytes: int) -> _Plan:
+        source_bytes = _known_bytes(files)
         num_shards = max(1, min(len(index), -(-source_bytes // settings.shard_bytes)))
         most_buckets = max(1, memory_bytes // _MIN_BUFFER_BYTES)
-        return cls(index, settings, sizes, num_shards, -(-num_shards // most_buckets))
+        return cls(index, settings, files, num_shards, -(-num_shards // most_buckets))
 
     @functools.cached_property
     def source_bytes(self) -> int:
-        return int(self.sizes[self.sizes > 0].sum())
+        return _known_bytes(self.files)
 
     @functools.cached_property
     def order(self) -> npt.NDArray[np.int64]:
@@ -564,6 +589,10 @@ class _Plan:
             "source": os.path.abspath(self.index.root),
             "source_id": self.index.id,
         }
+
+
+def _known_bytes(files: _Files) -> int:
+    return int(files.sizes[files.sizes > 0].sum())
 
 
 def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
@@ -639,6 +668,16 @@ _MAX_FAILURES = 1000
 """With on_error="fail": more than this is a broken disk or a wrong folder, not a few bad files."""
 
 
+class _ShardRows(NamedTuple):
+    """What is written beside a finished shard: its rows, and what it was made of."""
+
+    about: dict[str, Any]
+    failures: list[dict[str, Any]]
+    table: npt.NDArray[np.void]
+    samples: npt.NDArray[np.int64]
+    source_files: npt.NDArray[np.int64]
+
+
 class _Workshop:
     """Deals samples to scratch files, then makes shards of them, in a claimed folder."""
 
@@ -656,7 +695,36 @@ class _Workshop:
             min(max(buffer_bytes, _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES),
             self._journal.add,
         )
+        self._finished = self._keep_finished()
         self._recover()
+
+    def _keep_finished(self) -> set[int]:
+        """Return the shards that are as this run would write them; delete all others.
+
+        Their samples are dealt again.
+        """
+        finished = {shard for shard in range(self._plan.num_shards) if self._is_finished(shard)}
+        for shard in set(range(self._plan.num_shards)) - finished:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._shard_path(shard))
+        # Otherwise a power failure could bring an old shard back beside its new rows.
+        sync_folder(self._pack_folder)
+        return finished
+
+    def _is_finished(self, shard: int) -> bool:
+        rows = self._read_rows(shard)
+        if rows is None:
+            return False
+        try:
+            size = os.stat(self._shard_path(shard)).st_size
+        except FileNotFoundError:
+            return False
+        kept = [failure["kept"] for failure in rows.failures]
+        return (
+            size == rows.about["bytes"]
+            and np.array_equal(rows.source_files, self._source_files(shard))
+            and _fits_policy(self._options.on_error, kept)
+        )
 
     def _recover(self) -> None:
         """Take over what earlier runs have dealt, without what a kill tore."""
@@ -683,14 +751,15 @@ class _Workshop:
         expected = plan.shard_of_sample[sample] // plan.shards_per_bucket
         good &= rows["bucket"] == expected
         good &= rows["offset"] + rows["length"] <= file_size[expected]
-        good &= rows["source_length"] == plan.sizes[sample]
+        good &= rows["source_length"] == plan.files.sizes[sample]
+        good &= rows["source_mtime_ns"] == plan.files.mtimes_ns[sample]
         if self._options.on_error != "keep":
             good &= (rows["flags"] & layout.FLAG_DAMAGED) == 0
         return np.asarray(good)
 
     # ---- deal
 
-    def deal(self, inodes: npt.NDArray[np.int64]) -> None:
+    def deal(self) -> None:
         """Read, re-code and deal all samples that are missing.
 
         Raises:
@@ -698,12 +767,11 @@ class _Workshop:
         """
         missing = np.ones(len(self._plan.index), np.bool_)
         missing[self._journal.rows()["sample"]] = False
-        for shard in range(self._plan.num_shards):
-            if self._is_finished(shard):
-                missing[self._samples_of(shard)] = False
+        for shard in self._finished:
+            missing[self._samples_of(shard)] = False
         samples = np.flatnonzero(missing)
         # Inodes are given out about in the order of a file system's blocks.
-        samples = samples[np.argsort(inodes[samples], kind="stable")]
+        samples = samples[np.argsort(self._plan.files.inodes[samples], kind="stable")]
         done = len(missing) - len(samples)
         with (
             ThreadPoolExecutor(self._options.num_workers) as threads,
@@ -764,7 +832,8 @@ class _Workshop:
             encoded = self._fail(sample, encoded)
         if isinstance(encoded, Encoded):
             bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
-            self._buckets.append(bucket, sample, encoded, length)
+            mtime_ns = int(self._plan.files.mtimes_ns[sample])
+            self._buckets.append(bucket, sample, encoded, length, mtime_ns)
 
     def _fail(self, sample: int, refused: _Refused) -> Encoded | _Refused:
         """Note a failure; return what is to be stored under on_error="keep"."""
@@ -800,11 +869,10 @@ class _Workshop:
         """Make every shard that is not there yet, each from one sequential read of its scratch."""
         plan = self._plan
         rows = self._journal.rows()
-        finished = [shard for shard in range(plan.num_shards) if self._is_finished(shard)]
-        done = sum(len(self._samples_of(shard)) for shard in finished)
+        done = sum(len(self._samples_of(shard)) for shard in self._finished)
         with self._options.bar("write shards", len(plan.index), done) as bar:
             for bucket in range(plan.num_buckets):
-                shards = [s for s in plan.shards_of_bucket(bucket) if s not in finished]
+                shards = [s for s in plan.shards_of_bucket(bucket) if s not in self._finished]
                 if not shards:
                     continue
                 mine = rows[rows["bucket"] == bucket]
@@ -829,7 +897,8 @@ class _Workshop:
         for row, data in self._buckets.read(bucket, np.sort(rows, order="offset")):
             sample = int(row["sample"])
             shard = int(self._plan.shard_of_sample[sample])
-            split.append(shard, sample, encoded_from(data, row), int(row["source_length"]))
+            stamp = (int(row["source_length"]), int(row["source_mtime_ns"]))
+            split.append(shard, sample, encoded_from(data, row), *stamp)
         split.flush()
         rows = np.concatenate([np.empty(0, DEALT), *again])
         for shard in shards:
@@ -841,7 +910,7 @@ class _Workshop:
     ) -> None:
         """Write one shard, and beside it the rows that the index will need."""
         dealt = {int(row["sample"]): row for row in rows}
-        path = os.path.join(self._pack_folder, layout.shard_file(shard))
+        path = self._shard_path(shard)
         table: list[tuple[Any, ...]] = []
         samples: list[int] = []
         with ShardFile(path + ".tmp") as file:
@@ -863,7 +932,9 @@ class _Workshop:
         ]
         content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
         content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
+        content += self._source_files(shard).tobytes()
         write_whole(self._rows_path(shard), content)
+        sync_folder(self._partial)  # a power failure must not leave a shard without its rows
         os.replace(path + ".tmp", path)
 
     def _write_sample(
@@ -924,22 +995,45 @@ class _Workshop:
     def _rows_path(self, shard: int) -> str:
         return os.path.join(self._partial, f"rows-{shard:06d}")
 
-    def _is_finished(self, shard: int) -> bool:
-        # The shard gets its name last, so where it is its rows are there too.
-        return os.path.exists(os.path.join(self._pack_folder, layout.shard_file(shard)))
+    def _shard_path(self, shard: int) -> str:
+        return os.path.join(self._pack_folder, layout.shard_file(shard))
 
-    def finish_pack(self, destination: str) -> None:
-        """Write the tables, then give the pack its name: the moment it comes to exist."""
-        abouts, failures, tables, samples = [], [], [], []
-        for shard in range(self._plan.num_shards):
+    def _source_files(self, shard: int) -> npt.NDArray[np.int64]:
+        """Return sizes and times, before reading, of the files that the shard is made of."""
+        samples, files = self._samples_of(shard), self._plan.files
+        return np.stack([files.sizes[samples], files.mtimes_ns[samples]]).astype("<i8")
+
+    def _read_rows(self, shard: int) -> _ShardRows | None:
+        """Return what was written beside a shard; None where it is missing or torn."""
+        try:
             with open(self._rows_path(shard), "rb") as file:
                 header = json.loads(file.readline())
                 content = file.read()
-            abouts.append(header["about"])
-            failures += header["failures"]
-            split = header["about"]["num_samples"] * layout.ROW.itemsize
-            tables.append(np.frombuffer(content[:split], layout.ROW))
-            samples.append(np.frombuffer(content[split:], "<i8"))
+            num_rows = header["about"]["num_samples"]
+            split = np.cumsum([num_rows * layout.ROW.itemsize, num_rows * 8])
+            return _ShardRows(
+                header["about"],
+                header["failures"],
+                np.frombuffer(content[: split[0]], layout.ROW),
+                np.frombuffer(content[split[0] : split[1]], "<i8"),
+                np.frombuffer(content[split[1] :], "<i8").reshape(2, -1),
+            )
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def finish_pack(self, destination: str) -> None:
+        """Write the tables, then give the pack its name: the moment it comes to exist."""
+        abouts: list[dict[str, Any]] = []
+        failures: list[dict[str, Any]] = []
+        tables, samples = [], []
+        for shard in range(self._plan.num_shards):
+            written = self._read_rows(shard)
+            if written is None:
+                raise PackError(f"{self._rows_path(shard)}: damaged; run the same command again")
+            abouts.append(written.about)
+            failures += written.failures
+            tables.append(written.table)
+            samples.append(written.samples)
         rows = np.concatenate(tables)
         if not len(rows):
             raise PackError(f"{self._plan.index.root}: no image is left to pack")
@@ -952,6 +1046,10 @@ class _Workshop:
         if failures:
             text = json.dumps(sorted(failures, key=lambda f: str(f["name"])), indent=1)
             files[layout.FAILURES_FILE] = text.encode()
+        else:
+            # A run that was killed here may have had failures that are repaired now.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._pack_folder, layout.FAILURES_FILE))
         for file_name, content in files.items():
             write_whole(os.path.join(self._pack_folder, file_name), content)
         about = self._about(rows, names, abouts, failures, files)
