@@ -506,6 +506,14 @@ def test_an_unfinished_pack_says_so(unfinished: Path) -> None:
             open_source(path)
 
 
+def test_an_unfinished_root_says_so(unfinished: Path, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    unfinished.with_name("pack.partial").rename(tmp_path / "root/train.partial")
+    for split in (None, "train", "val"):
+        with pytest.raises(DataError, match=r"train\.partial: unfinished pack.*run the same"):
+            open_source(tmp_path / "root", split)
+
+
 def test_a_second_run_reads_only_what_is_missing(
     noisy_source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -560,9 +568,10 @@ def pack_until(name: str, suffix: str, source: Path, destination: Path, **option
             raise KeyboardInterrupt
         return original(*paths)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, name, stopping)
-        make_pack(source, destination, **options)
+        with pytest.raises(KeyboardInterrupt):
+            make_pack(source, destination, **options)
 
 
 def finish_shards_only(source: Path, destination: Path, **options: Any) -> None:
@@ -890,6 +899,38 @@ def test_unreadable_files(
         skipped = make_pack(source, tmp_path / "skipped", on_error="skip")
         assert (skipped.num_samples, skipped.failures[0].name) == (39, refused)
     assert make_pack(source, tmp_path / "pack").num_samples == 40
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip", "keep"])
+def test_a_dying_disk_stops_the_packing_whatever_on_error_says(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_error: OnError
+) -> None:
+    original, left = builtins.open, [15]
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(".jpg"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(builtins, "open", refusing)
+        with pytest.raises(
+            PackError, match=r"20 files cannot be read[\s\S]*EIO[\s\S]*Check the disk"
+        ):
+            make_pack(source, tmp_path / "pack", on_error=on_error)
+    assert not (tmp_path / "pack").exists()
+    make_pack(source, tmp_path / "pack", on_error=on_error)
+    assert problems(tmp_path / "pack", source) == ""
+
+
+def test_many_damaged_images_are_no_dying_disk(tmp_path: Path) -> None:
+    add_image(tmp_path / "source", "a/good.jpg", jpeg_bytes(Image.new("RGB", (8, 8))))
+    for number in range(30):
+        add_image(tmp_path / "source", f"a/{number}.jpg", b"damaged")
+    summary = make_pack(tmp_path / "source", tmp_path / "pack", on_error="skip")
+    assert len(summary.failures) == 30
 
 
 @pytest.mark.parametrize("memory_bytes", [8 << 20, 2 << 20], ids=["one level", "two levels"])

@@ -614,7 +614,8 @@ class _Refused(NamedTuple):
     """Why a sample is no image, or could not be read."""
 
     reason: str
-    data: bytes | None  # None: could not be read
+    data: bytes | None  # None: there is nothing to keep
+    is_read_error: bool = False  # the disk's failure, not the image's
 
 
 def _read(path: str) -> bytes | _Refused:
@@ -623,7 +624,7 @@ def _read(path: str) -> bytes | _Refused:
             data = file.readall()
     except OSError as error:
         code = errno.errorcode.get(error.errno or 0, "?")
-        return _Refused(f"cannot be read: {error.strerror} ({code})", None)
+        return _Refused(f"cannot be read: {error.strerror} ({code})", None, is_read_error=True)
     if len(data) > layout.MAX_IMAGE_BYTES:
         return _Refused(f"{len(data)} bytes are more than a tar member can hold", None)
     return data
@@ -667,6 +668,17 @@ _MAX_REPORTED = 20
 _MAX_FAILURES = 1000
 """With on_error="fail": more than this is a broken disk or a wrong folder, not a few bad files."""
 
+_MAX_UNREADABLE = 20
+"""With every on_error: so many files that the system refuses to read are a dying disk."""
+
+
+def _listed(failures: Sequence[Failure]) -> str:
+    by_name = sorted(failures, key=lambda failure: failure.name)
+    lines = [f"  {failure.name}: {failure.reason}" for failure in by_name[:_MAX_REPORTED]]
+    if len(by_name) > _MAX_REPORTED:
+        lines.append(f"  and {len(by_name) - _MAX_REPORTED} more")
+    return "\n".join(lines)
+
 
 class _ShardRows(NamedTuple):
     """What is written beside a finished shard: its rows, and what it was made of."""
@@ -687,6 +699,7 @@ class _Workshop:
         self._plan = plan
         self._options = options
         self._failures: dict[int, Failure] = {}
+        self._unreadable: list[Failure] = []
         self._journal = Journal(os.path.join(partial, _JOURNAL_FILE))
         buffer_bytes = options.memory_bytes // plan.num_buckets
         self._buckets = Buckets(
@@ -839,25 +852,36 @@ class _Workshop:
         """Note a failure; return what is to be stored under on_error="keep"."""
         kept = _keep_damaged(refused) if self._options.on_error == "keep" else refused
         name = self._plan.index.name[sample]
-        self._failures[sample] = Failure(name, refused.reason, isinstance(kept, Encoded))
+        failure = Failure(name, refused.reason, isinstance(kept, Encoded))
+        self._failures[sample] = failure
         if self._options.progress and len(self._failures) <= _MAX_REPORTED:
             tqdm.write(f"{name}: {refused.reason}", file=sys.stderr)
+        if refused.is_read_error:
+            self._unreadable.append(failure)
+            self._stop_on_dying_disk()
         if self._options.on_error == "fail" and len(self._failures) >= _MAX_FAILURES:
             self._stop_on_failures()
         return kept
+
+    def _stop_on_dying_disk(self) -> None:
+        """Stop in every mode: on_error is about a few bad images, not about a disk that fails."""
+        if len(self._unreadable) >= _MAX_UNREADABLE:
+            raise PackError(
+                f"{len(self._unreadable)} files cannot be read, so packing stops:\n"
+                + _listed(self._unreadable)
+                + f"\nCheck the disk, the connection and the permissions of "
+                f"{self._plan.index.root}, or take these files out of it; then run the command "
+                f"again: it continues from {self._partial}"
+            )
 
     def _stop_on_failures(self) -> None:
         stopping = [f for f in self._failures.values() if not f.kept]
         if not stopping or self._options.on_error == "skip":
             return
-        stopping.sort(key=lambda failure: failure.name)
-        lines = [f"  {failure.name}: {failure.reason}" for failure in stopping[:_MAX_REPORTED]]
-        if len(stopping) > _MAX_REPORTED:
-            lines.append(f"  and {len(stopping) - _MAX_REPORTED} more")
         keep = ", or --on-error keep to store their bytes as they are"
         raise PackError(
             f"{len(stopping)} of {len(self._plan.index)} images cannot be packed:\n"
-            + "\n".join(lines)
+            + _listed(stopping)
             + "\nRepair them, or add --on-error skip to leave them out"
             + (keep if self._options.on_error == "fail" else "")
             + f"; then run the command again: it continues from {self._partial}"

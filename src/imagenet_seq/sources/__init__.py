@@ -120,6 +120,8 @@ def _look_at(folder: str, split: str | None) -> _Found:
         return _Found("pack")
     if splits := [name for name in SPLITS if is_split(os.path.join(folder, name))]:
         return _Found("root", f"holds {' and '.join(f'{name}/' for name in splits)}")
+    for name in SPLITS:  # their folders must not pass for classes
+        refuse_unfinished(os.path.join(folder, name))
     with os.scandir(folder) as entries:
         is_folder = [entry.is_dir() for entry in entries]
     if any(is_folder):
