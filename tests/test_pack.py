@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import gc
 import hashlib
 import io
@@ -29,6 +30,7 @@ from imagenet_seq import _native
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Names
 from imagenet_seq.pack import OnError, Settings, Summary, pack
+from imagenet_seq.scratch import Buckets, Encoded
 from imagenet_seq.sources import open_source
 from imagenet_seq.sources import pack as layout
 from imagenet_seq.verify import verify
@@ -731,6 +733,39 @@ def test_a_finished_pack_of_a_changed_source_is_refused(editable: Path, tmp_path
         make_pack(editable, tmp_path / "pack", on_error="skip")
 
 
+def test_a_pack_that_another_process_finished_meanwhile_is_taken(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pack(source, tmp_path / "elsewhere")
+    before, flock = tree(tmp_path / "elsewhere"), fcntl.flock
+
+    def finishing_first(*arguments: Any) -> None:
+        (tmp_path / "elsewhere").rename(tmp_path / "pack")
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", finishing_first)
+    assert make_pack(source, tmp_path / "pack").was_complete
+    assert tree(tmp_path / "pack") == before
+    assert not (tmp_path / "pack.partial").exists()
+
+
+def test_scratch_outlives_an_interrupt_in_the_middle_of_a_sample(tmp_path: Path) -> None:
+    class Interrupting:
+        data = memoryview(b"half")
+
+        def __iter__(self) -> Iterator[Any]:
+            raise KeyboardInterrupt
+
+    flushed: list[Any] = []
+    buckets = Buckets(tmp_path, "deal", 1 << 20, flushed.append)
+    with pytest.raises(KeyboardInterrupt):
+        buckets.append(0, 1, Interrupting(), 4, 0)
+    buckets.append(1, 2, Encoded(memoryview(b"whole"), 1, 1, 0, 0), 5, 0)
+    buckets.flush()
+    assert [rows["sample"].tolist() for rows in flushed] == [[2]]
+    assert buckets.load(1) == b"whole"
+
+
 def test_interrupt_keeps_what_is_done(
     noisy_source: Path,
     uninterrupted: dict[str, str],
@@ -765,6 +800,33 @@ def test_room_is_checked_first(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     with pytest.raises(PackError, match=r"not enough room: .* MB of images takes .* MB free"):
+        make_pack(source, tmp_path / "pack")
+
+
+def test_room_is_left_for_what_tar_adds_to_small_images(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    for number in range(100):
+        image = jpeg_bytes(Image.new("RGB", (8, 8)))
+        add_image(tmp_path / "tiny", f"a/{number}.jpg", image)
+    make_pack(tmp_path / "tiny", tmp_path / "pack")
+    taken = sum(shard.stat().st_size for shard in (tmp_path / "pack").glob("*.tar"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=taken))
+    with pytest.raises(PackError, match="not enough room"):
+        make_pack(tmp_path / "tiny", tmp_path / "again")
+
+
+def test_a_file_system_without_locks_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(PackError, match=r"no file locks.*pack to another one"):
         make_pack(source, tmp_path / "pack")
 
 
