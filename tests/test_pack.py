@@ -1056,6 +1056,11 @@ def edit_about(folder: Path, **entries: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def edit_shard(folder: Path, **entries: Any) -> None:
+    shards = json.loads((folder / "pack.json").read_text())["shards"]
+    edit_about(folder, shards=[shards[0], {**shards[1], **entries}, *shards[2:]])
+
+
 OPENING_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("version", lambda f: edit_about(f, format_version=2), "format version 2.*update"),
     ("format", lambda f: edit_about(f, format="other"), "expected an object whose 'format'"),
@@ -1064,6 +1069,10 @@ OPENING_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("bad count", lambda f: edit_about(f, num_samples="many"), "expected an integer"),
     ("classes", lambda f: edit_about(f, classes=["a", "a"]), "do not repeat"),
     ("shards", lambda f: edit_about(f, shards=[{"file": "/etc/passwd"}]), "expected file"),
+    ("files", lambda f: edit_about(f, files=5), "'files': expected a dict"),
+    ("counts", lambda f: edit_about(f, counts={"failures": "x"}), "'canonical': expected an int"),
+    ("size", lambda f: edit_shard(f, bytes=2**70), "'bytes': expected an integer from 0 to"),
+    ("nested", lambda f: (f / "pack.json").write_text("[" * 10**5), "expected JSON"),
     ("no index", lambda f: (f / "index.npy").unlink(), "index.npy: missing"),
     ("cut index", lambda f: os.truncate(f / "index.npy", 700), "index.npy: damaged or truncated"),
     ("pickle", lambda f: np.save(f / "names.npy", np.array([{}])), "names.npy: damaged"),
@@ -1148,6 +1157,77 @@ def test_verify_finds_an_edited_label(packed: Path, source: Path) -> None:
     assert "index_id" in found
     assert "padding and label" in found
     assert "does not mean class" in found
+
+
+def edit_member(folder: Path, member: str, key: str, value: Any) -> None:
+    about = json.loads((folder / "pack.json").read_text())
+    edit_about(folder, **{member: {**about[member], key: value}})
+
+
+def edit_width_consistently(folder: Path) -> None:
+    """As a writer with a wrong idea of a size would have made the pack."""
+    edit_index(folder, width=77)
+    content = (folder / "index.npy").read_bytes()
+    entry = {"bytes": len(content), "crc32c": f"{_native.crc32c(content):08x}"}
+    edit_member(folder, "files", "index.npy", entry)
+
+
+VERIFY_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("no files", lambda f: edit_about(f, files={}), "'files': expected"),
+    ("strange file", lambda f: edit_member(f, "files", "../x", {}), "'files': expected"),
+    ("image bytes", lambda f: edit_about(f, image_bytes=1), "'image_bytes' is 1, the tables give"),
+    ("canonical", lambda f: edit_member(f, "counts", "canonical", 1), "'counts.canonical' is 1"),
+    ("failures", lambda f: edit_member(f, "counts", "failures", 1), "failures.json: missing"),
+    ("skipped", lambda f: edit_member(f, "counts", "skipped", 1), "'counts.skipped' is 1"),
+    ("source", lambda f: edit_member(f, "source", "num_samples", 1), "'source.num_samples' is 1"),
+    ("in a shard", lambda f: edit_shard(f, num_samples=1), "'shards[].num_samples' is ["),
+    ("shard", lambda f: add_image(f, "shard-000099.tar", b""), "shard-000099.tar: does not belong"),
+    ("failures", lambda f: add_image(f, "failures.json", b"[]"), "failures.json: does not belong"),
+    ("width", edit_width_consistently, "the index 77 x "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [(d, e) for _, d, e in VERIFY_DAMAGE],
+    ids=[i for i, _, _ in VERIFY_DAMAGE],
+)
+def test_verify_compares_all_that_pack_json_says(
+    packed: Path, damage: Callable[[Path], Any], expected: str
+) -> None:
+    damage(packed)
+    assert expected in problems(packed)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["5", '{"name": "", "reason": "", "kept": true}', "[5]", '[{"name": 1}]', "{", "[" * 10**5],
+)
+def test_verify_reads_failures_with_care(
+    damaged_source: Path, tmp_path: Path, content: str
+) -> None:
+    make_pack(damaged_source, tmp_path / "pack", on_error="skip")
+    (tmp_path / "pack/failures.json").write_text(content)
+    assert "failures.json: expected" in problems(tmp_path / "pack", damaged_source)
+    with pytest.raises(PackError, match="exists already"):
+        make_pack(damaged_source, tmp_path / "pack", on_error="skip")
+
+
+def test_verify_goes_on_where_the_source_cannot_be_read(
+    packed: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, refused = builtins.open, str(source / open_source(source).index.name[7])
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path) == refused:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", refusing)
+    report = verify(packed, source, num_workers=2, progress=False)
+    assert report.num_compared == 39
+    assert len(report.problems) == 1
+    assert f"cannot be compared: {refused}: Input/output error" in report.problems[0]
 
 
 def test_verify_against_finds_missing_extra_and_changed_samples(

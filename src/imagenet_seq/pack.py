@@ -287,8 +287,7 @@ def summary_of(folder: str) -> Summary:
     about = layout.read_pack(folder).about
     failures = []
     if about["counts"]["failures"]:
-        with open(os.path.join(folder, layout.FAILURES_FILE), "rb") as file:
-            failures = [Failure(**failure) for failure in json.load(file)]
+        failures = [Failure(**failure) for failure in layout.read_failures(folder)]
     return Summary(
         folder,
         about["num_samples"],
@@ -305,7 +304,7 @@ def _finished_before(destination: str, plan: _Plan, on_error: OnError) -> Summar
     summary = None
     with contextlib.suppress(DataError, OSError):
         about = layout.read_pack(destination).about
-        same = about["settings"] == asdict(plan.settings)
+        same = bool(about["settings"] == asdict(plan.settings))
         same = same and about["source"]["index_id"] == plan.index.id
         if same and about["source"]["bytes"] == plan.source_bytes:
             summary = summary_of(destination)
