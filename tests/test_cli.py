@@ -74,6 +74,16 @@ def test_verify_exits_with_1_and_names_the_sample(
     assert "problems" in out.splitlines()[-1]
 
 
+def test_verify_refuses_a_root_with_an_unfinished_split(
+    packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (packed / "val.partial").mkdir()
+    (packed / "val.partial" / "settings.json").write_text("{}")
+    assert cli.main(["verify", str(packed)]) == 1
+    assert "val.partial: unfinished pack" in capsys.readouterr().err
+    assert cli.main(["verify", str(packed / "train")]) == 0
+
+
 def test_damaged_images_in_the_summary(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

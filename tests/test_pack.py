@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import gc
 import hashlib
 import io
@@ -29,6 +30,7 @@ from imagenet_seq import _native
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Names
 from imagenet_seq.pack import OnError, Settings, Summary, pack
+from imagenet_seq.scratch import Buckets, Encoded
 from imagenet_seq.sources import open_source
 from imagenet_seq.sources import pack as layout
 from imagenet_seq.verify import verify
@@ -274,6 +276,108 @@ def test_root_with_both_splits(make_folder: Callable[..., Path], tmp_path: Path)
         pack(root / "val", tmp_path / "other", splits=["train"], progress=False)
 
 
+def test_a_split_that_cannot_be_packed_is_refused_before_the_other_is_packed(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_folder(6, 2)
+    add_image(root / "val", "flat.jpg", jpeg_bytes(Image.new("RGB", (16, 16))))
+    with pytest.raises(FileNotFoundError, match="val holds 1 files but no class folders"):
+        pack(root, tmp_path / "pack", progress=False)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_classes_called_train_and_val_are_no_splits(tmp_path: Path) -> None:
+    for name in ("train/a.jpg", "val/b.jpg", "bus/c.jpg"):
+        add_image(tmp_path / "source", name, jpeg_bytes(Image.new("RGB", (16, 16))))
+    make_pack(tmp_path / "source", tmp_path / "pack")
+    assert open_source(tmp_path / "pack").index.classes == ("bus", "train", "val")
+
+
+# ---- what packing must not touch -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("from_", "to"),
+    [
+        ("x/train.partial", "x/train"),
+        ("x/train.partial/deep", "x/train"),
+        ("x/train", "x/train"),
+        ("x/train", "x/train/pack"),
+        ("x/train", "x"),
+        ("x/train", "link/train/pack"),
+        ("x/train", "alias"),
+    ],
+)
+def test_source_and_destination_must_lie_apart(
+    make_folder: Callable[..., Path], tmp_path: Path, from_: str, to: str
+) -> None:
+    source = tmp_path / from_
+    for name in ("a/one.jpg", "b/two.jpg"):
+        add_image(source, name, jpeg_bytes(Image.new("RGB", (16, 16))))
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "alias.partial").symlink_to(tmp_path / "x/train")
+    before = tree(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"lie in, one another.*name a destination"):
+        make_pack(source, tmp_path / to)
+    assert tree(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file", "symlink", "symlink to an unfinished pack"])
+def test_a_partial_folder_of_somebody_else_is_not_touched(
+    source: Path, tmp_path: Path, kind: str, finished: bool
+) -> None:
+    if finished:
+        make_pack(source, tmp_path / "pack")
+    other = tmp_path / "other"
+    add_image(other, "dealt", b"mine")
+    partial = tmp_path / "pack.partial"
+    if kind == "folder":
+        other.rename(partial)
+    elif kind == "file":
+        partial.write_bytes(b"mine")
+    else:
+        partial.symlink_to(other)
+    if kind == "symlink to an unfinished pack":
+        add_image(other, "lock", b"")
+    before = tree(tmp_path)
+    if finished:
+        assert make_pack(source, tmp_path / "pack").was_complete
+    else:
+        with pytest.raises(PackError, match="was not made by imagenet-seq pack: move it"):
+            make_pack(source, tmp_path / "pack")
+    assert tree(tmp_path) == before
+    assert partial.is_symlink() == kind.startswith("symlink")
+
+
+def test_a_strange_file_in_the_partial_folder_outlives_the_packing(
+    source: Path, tmp_path: Path
+) -> None:
+    add_image(tmp_path / "pack.partial", "lock", b"")
+    add_image(tmp_path / "pack.partial", "notes.txt", b"mine")
+    make_pack(source, tmp_path / "pack")
+    assert tree(tmp_path / "pack.partial").keys() == {"notes.txt"}
+
+
+def test_a_deletion_cut_short_is_still_known_as_ours(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink, left = os.unlink, []
+
+    def dying(path: Any, *arguments: Any, **options: Any) -> None:
+        if not left and str(path).endswith("pack.partial/lock"):
+            left.extend(os.listdir(tmp_path / "pack.partial"))
+            raise KeyboardInterrupt
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", dying)
+    with pytest.raises(KeyboardInterrupt):
+        make_pack(source, tmp_path / "pack")
+    assert left == ["lock"]
+    assert make_pack(source, tmp_path / "pack").was_complete
+    assert not (tmp_path / "pack.partial").exists()
+
+
 # ---- reproducible --------------------------------------------------------------------------------
 
 
@@ -361,7 +465,7 @@ def uninterrupted(noisy_source: Path, tmp_path_factory: pytest.TempPathFactory) 
         ("os", "replace", 13),
         ("os", "unlink", 0),
         ("os", "rename", 0),
-        ("shutil", "rmtree", 0),
+        ("os", "rmdir", 0),
     ],
 )
 @pytest.mark.parametrize("memory_bytes", [4 << 20, 2 << 20], ids=["one level", "two levels"])
@@ -377,7 +481,7 @@ def test_killed_then_run_again_gives_the_same_bytes(
     destination = tmp_path / "pack"
     code = run_until_killed(noisy_source, destination, module, name, count, memory_bytes)
     assert code == -signal.SIGKILL
-    if name != "rmtree":
+    if name != "rmdir":
         assert not destination.exists()
         with pytest.raises((DataError, FileNotFoundError)):
             open_source(destination)
@@ -402,6 +506,14 @@ def test_an_unfinished_pack_says_so(unfinished: Path) -> None:
     for path in (unfinished, unfinished.with_name("pack.partial")):
         with pytest.raises(DataError, match=r"unfinished pack.*run the same .*command again"):
             open_source(path)
+
+
+def test_an_unfinished_root_says_so(unfinished: Path, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    unfinished.with_name("pack.partial").rename(tmp_path / "root/train.partial")
+    for split in (None, "train", "val"):
+        with pytest.raises(DataError, match=r"train\.partial: unfinished pack.*run the same"):
+            open_source(tmp_path / "root", split)
 
 
 def test_a_second_run_reads_only_what_is_missing(
@@ -449,6 +561,134 @@ def test_other_settings_or_another_source_are_refused(
         continue_packing(source, unfinished)
 
 
+def pack_until(name: str, suffix: str, source: Path, destination: Path, **options: Any) -> None:
+    """Pack until os.`name` gets a last path that ends with `suffix`: there an interrupt comes."""
+    original = getattr(os, name)
+
+    def stopping(*paths: Any) -> Any:
+        if str(paths[-1]).endswith(suffix):
+            raise KeyboardInterrupt
+        return original(*paths)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, name, stopping)
+        with pytest.raises(KeyboardInterrupt):
+            make_pack(source, destination, **options)
+
+
+def finish_shards_only(source: Path, destination: Path, **options: Any) -> None:
+    """Pack up to the last rename."""
+    pack_until("rename", destination.name, source, destination, **options)
+
+
+@pytest.fixture
+def editable(source: Path, tmp_path: Path) -> Path:
+    """A copy of the source, with one damaged image."""
+    for path in source.rglob("*.jpg"):
+        add_image(tmp_path / "editable", str(path.relative_to(source)), path.read_bytes())
+    next((tmp_path / "editable/class_001").glob("*.jpg")).write_bytes(b"damaged")
+    return tmp_path / "editable"
+
+
+@pytest.mark.parametrize("first", ["skip", "keep"])
+@pytest.mark.parametrize("then", ["fail", "skip", "keep"])
+def test_a_finished_shard_must_be_what_on_error_asks_for_now(
+    editable: Path, tmp_path: Path, first: OnError, then: OnError
+) -> None:
+    finish_shards_only(editable, tmp_path / "pack", on_error=first)
+    if then == "fail":
+        with pytest.raises(PackError, match="1 of 40 images cannot be packed"):
+            make_pack(editable, tmp_path / "pack")
+        return
+    make_pack(editable, tmp_path / "pack", on_error=then)
+    make_pack(editable, tmp_path / "whole", on_error=then)
+    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+
+
+def test_failures_that_were_repaired_leave_no_trace(
+    editable: Path, source: Path, tmp_path: Path
+) -> None:
+    finish_shards_only(editable, tmp_path / "pack", on_error="skip")
+    for path in source.rglob("*.jpg"):
+        add_image(editable, str(path.relative_to(source)), path.read_bytes())
+    make_pack(editable, tmp_path / "pack")
+    make_pack(source, tmp_path / "whole")
+    assert not (tmp_path / "pack/failures.json").exists()
+    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["in a shard", "dealt"])
+@pytest.mark.parametrize("same_length", [True, False])
+def test_a_replaced_source_file_is_noticed(
+    source: Path, tmp_path: Path, finished: bool, same_length: bool
+) -> None:
+    copy = tmp_path / "copy"
+    for path in source.rglob("*.jpg"):
+        add_image(copy, str(path.relative_to(source)), path.read_bytes())
+    if finished:
+        finish_shards_only(copy, tmp_path / "pack")
+    else:
+        pack_until("replace", "rows-000000", copy, tmp_path / "pack")
+    name = open_source(copy).index.name[3]
+    data = (copy / name).read_bytes()
+    new = jpeg_bytes(Image.new("RGB", (8, 8)))
+    (copy / name).write_bytes(new + bytes(len(data) - len(new)) if same_length else new)
+    make_pack(copy, tmp_path / "pack")
+    make_pack(copy, tmp_path / "whole")
+    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+    assert problems(tmp_path / "pack", copy) == ""
+
+
+def test_a_source_that_makes_another_number_of_shards_is_refused(
+    noisy_source: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    for path in noisy_source.rglob("*.jpg"):
+        add_image(copy, str(path.relative_to(noisy_source)), path.read_bytes())
+    settings = unfinished.with_name("pack.partial") / "settings.json"
+    settings.write_text(settings.read_text().replace(str(noisy_source), str(copy)))
+    name = open_source(copy).index.name[0]
+    (copy / name).write_bytes((copy / name).read_bytes() + bytes(10**6))
+    with pytest.raises(PackError, match=r"source changed since .* delete that folder"):
+        continue_packing(copy, unfinished)
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_a_shard_without_its_rows_is_not_finished(
+    source: Path, tmp_path: Path, damage: str
+) -> None:
+    finish_shards_only(source, tmp_path / "pack")
+    rows = tmp_path / "pack.partial/rows-000001"
+    if damage == "missing":
+        rows.unlink()
+    else:
+        os.truncate(rows, 700)
+    make_pack(source, tmp_path / "pack")
+    make_pack(source, tmp_path / "whole")
+    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+
+
+def test_rows_are_on_disk_before_their_shard(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, replace, fsync = [], os.replace, os.fsync
+
+    def noting_replace(old: str, new: str) -> None:
+        steps.append(os.path.basename(new))
+        replace(old, new)
+
+    def noting_fsync(descriptor: int) -> None:
+        steps.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", noting_replace)
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    make_pack(source, tmp_path / "pack")
+    for shard in range(2):
+        rows, image = steps.index(f"rows-{shard:06d}"), steps.index(f"shard-{shard:06d}.tar")
+        assert "sync pack.partial" in steps[rows:image]
+
+
 def test_two_packers_keep_apart(
     noisy_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,6 +719,51 @@ def test_existing_destination_is_refused_and_the_same_pack_is_accepted(
     (tmp_path / "empty").mkdir()
     with pytest.raises(PackError, match="exists already"):
         make_pack(source, tmp_path / "empty")
+
+
+def test_a_finished_pack_of_a_changed_source_is_refused(editable: Path, tmp_path: Path) -> None:
+    make_pack(editable, tmp_path / "pack", on_error="skip")
+    assert make_pack(editable, tmp_path / "pack", on_error="skip").was_complete
+    for other in ("fail", "keep"):
+        with pytest.raises(PackError, match=f"0 damaged samples kept and 1 left out.*{other}"):
+            make_pack(editable, tmp_path / "pack", on_error=other)
+    path = next(editable.rglob("*.jpg"))
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(PackError, match="exists already and is no pack of this source, as it is"):
+        make_pack(editable, tmp_path / "pack", on_error="skip")
+
+
+def test_a_pack_that_another_process_finished_meanwhile_is_taken(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pack(source, tmp_path / "elsewhere")
+    before, flock = tree(tmp_path / "elsewhere"), fcntl.flock
+
+    def finishing_first(*arguments: Any) -> None:
+        (tmp_path / "elsewhere").rename(tmp_path / "pack")
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", finishing_first)
+    assert make_pack(source, tmp_path / "pack").was_complete
+    assert tree(tmp_path / "pack") == before
+    assert not (tmp_path / "pack.partial").exists()
+
+
+def test_scratch_outlives_an_interrupt_in_the_middle_of_a_sample(tmp_path: Path) -> None:
+    class Interrupting:
+        data = memoryview(b"half")
+
+        def __iter__(self) -> Iterator[Any]:
+            raise KeyboardInterrupt
+
+    flushed: list[Any] = []
+    buckets = Buckets(tmp_path, "deal", 1 << 20, flushed.append)
+    with pytest.raises(KeyboardInterrupt):
+        buckets.append(0, 1, Interrupting(), 4, 0)
+    buckets.append(1, 2, Encoded(memoryview(b"whole"), 1, 1, 0, 0), 5, 0)
+    buckets.flush()
+    assert [rows["sample"].tolist() for rows in flushed] == [[2]]
+    assert buckets.load(1) == b"whole"
 
 
 def test_interrupt_keeps_what_is_done(
@@ -515,6 +800,33 @@ def test_room_is_checked_first(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     with pytest.raises(PackError, match=r"not enough room: .* MB of images takes .* MB free"):
+        make_pack(source, tmp_path / "pack")
+
+
+def test_room_is_left_for_what_tar_adds_to_small_images(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    for number in range(100):
+        image = jpeg_bytes(Image.new("RGB", (8, 8)))
+        add_image(tmp_path / "tiny", f"a/{number}.jpg", image)
+    make_pack(tmp_path / "tiny", tmp_path / "pack")
+    taken = sum(shard.stat().st_size for shard in (tmp_path / "pack").glob("*.tar"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=taken))
+    with pytest.raises(PackError, match="not enough room"):
+        make_pack(tmp_path / "tiny", tmp_path / "again")
+
+
+def test_a_file_system_without_locks_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(PackError, match=r"no file locks.*pack to another one"):
         make_pack(source, tmp_path / "pack")
 
 
@@ -651,6 +963,38 @@ def test_unreadable_files(
     assert make_pack(source, tmp_path / "pack").num_samples == 40
 
 
+@pytest.mark.parametrize("on_error", ["fail", "skip", "keep"])
+def test_a_dying_disk_stops_the_packing_whatever_on_error_says(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_error: OnError
+) -> None:
+    original, left = builtins.open, [15]
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(".jpg"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(builtins, "open", refusing)
+        with pytest.raises(
+            PackError, match=r"20 files cannot be read[\s\S]*EIO[\s\S]*Check the disk"
+        ):
+            make_pack(source, tmp_path / "pack", on_error=on_error)
+    assert not (tmp_path / "pack").exists()
+    make_pack(source, tmp_path / "pack", on_error=on_error)
+    assert problems(tmp_path / "pack", source) == ""
+
+
+def test_many_damaged_images_are_no_dying_disk(tmp_path: Path) -> None:
+    add_image(tmp_path / "source", "a/good.jpg", jpeg_bytes(Image.new("RGB", (8, 8))))
+    for number in range(30):
+        add_image(tmp_path / "source", f"a/{number}.jpg", b"damaged")
+    summary = make_pack(tmp_path / "source", tmp_path / "pack", on_error="skip")
+    assert len(summary.failures) == 30
+
+
 @pytest.mark.parametrize("memory_bytes", [8 << 20, 2 << 20], ids=["one level", "two levels"])
 def test_a_shard_may_lose_all_its_samples(
     damaged_source: Path, tmp_path: Path, memory_bytes: int
@@ -712,6 +1056,11 @@ def edit_about(folder: Path, **entries: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def edit_shard(folder: Path, **entries: Any) -> None:
+    shards = json.loads((folder / "pack.json").read_text())["shards"]
+    edit_about(folder, shards=[shards[0], {**shards[1], **entries}, *shards[2:]])
+
+
 OPENING_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("version", lambda f: edit_about(f, format_version=2), "format version 2.*update"),
     ("format", lambda f: edit_about(f, format="other"), "expected an object whose 'format'"),
@@ -720,6 +1069,10 @@ OPENING_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("bad count", lambda f: edit_about(f, num_samples="many"), "expected an integer"),
     ("classes", lambda f: edit_about(f, classes=["a", "a"]), "do not repeat"),
     ("shards", lambda f: edit_about(f, shards=[{"file": "/etc/passwd"}]), "expected file"),
+    ("files", lambda f: edit_about(f, files=5), "'files': expected a dict"),
+    ("counts", lambda f: edit_about(f, counts={"failures": "x"}), "'canonical': expected an int"),
+    ("size", lambda f: edit_shard(f, bytes=2**70), "'bytes': expected an integer from 0 to"),
+    ("nested", lambda f: (f / "pack.json").write_text("[" * 10**5), "expected JSON"),
     ("no index", lambda f: (f / "index.npy").unlink(), "index.npy: missing"),
     ("cut index", lambda f: os.truncate(f / "index.npy", 700), "index.npy: damaged or truncated"),
     ("pickle", lambda f: np.save(f / "names.npy", np.array([{}])), "names.npy: damaged"),
@@ -804,6 +1157,77 @@ def test_verify_finds_an_edited_label(packed: Path, source: Path) -> None:
     assert "index_id" in found
     assert "padding and label" in found
     assert "does not mean class" in found
+
+
+def edit_member(folder: Path, member: str, key: str, value: Any) -> None:
+    about = json.loads((folder / "pack.json").read_text())
+    edit_about(folder, **{member: {**about[member], key: value}})
+
+
+def edit_width_consistently(folder: Path) -> None:
+    """As a writer with a wrong idea of a size would have made the pack."""
+    edit_index(folder, width=77)
+    content = (folder / "index.npy").read_bytes()
+    entry = {"bytes": len(content), "crc32c": f"{_native.crc32c(content):08x}"}
+    edit_member(folder, "files", "index.npy", entry)
+
+
+VERIFY_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("no files", lambda f: edit_about(f, files={}), "'files': expected"),
+    ("strange file", lambda f: edit_member(f, "files", "../x", {}), "'files': expected"),
+    ("image bytes", lambda f: edit_about(f, image_bytes=1), "'image_bytes' is 1, the tables give"),
+    ("canonical", lambda f: edit_member(f, "counts", "canonical", 1), "'counts.canonical' is 1"),
+    ("failures", lambda f: edit_member(f, "counts", "failures", 1), "failures.json: missing"),
+    ("skipped", lambda f: edit_member(f, "counts", "skipped", 1), "'counts.skipped' is 1"),
+    ("source", lambda f: edit_member(f, "source", "num_samples", 1), "'source.num_samples' is 1"),
+    ("in a shard", lambda f: edit_shard(f, num_samples=1), "'shards[].num_samples' is ["),
+    ("shard", lambda f: add_image(f, "shard-000099.tar", b""), "shard-000099.tar: does not belong"),
+    ("failures", lambda f: add_image(f, "failures.json", b"[]"), "failures.json: does not belong"),
+    ("width", edit_width_consistently, "the index 77 x "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [(d, e) for _, d, e in VERIFY_DAMAGE],
+    ids=[i for i, _, _ in VERIFY_DAMAGE],
+)
+def test_verify_compares_all_that_pack_json_says(
+    packed: Path, damage: Callable[[Path], Any], expected: str
+) -> None:
+    damage(packed)
+    assert expected in problems(packed)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["5", '{"name": "", "reason": "", "kept": true}', "[5]", '[{"name": 1}]', "{", "[" * 10**5],
+)
+def test_verify_reads_failures_with_care(
+    damaged_source: Path, tmp_path: Path, content: str
+) -> None:
+    make_pack(damaged_source, tmp_path / "pack", on_error="skip")
+    (tmp_path / "pack/failures.json").write_text(content)
+    assert "failures.json: expected" in problems(tmp_path / "pack", damaged_source)
+    with pytest.raises(PackError, match="exists already"):
+        make_pack(damaged_source, tmp_path / "pack", on_error="skip")
+
+
+def test_verify_goes_on_where_the_source_cannot_be_read(
+    packed: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, refused = builtins.open, str(source / open_source(source).index.name[7])
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path) == refused:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", refusing)
+    report = verify(packed, source, num_workers=2, progress=False)
+    assert report.num_compared == 39
+    assert len(report.problems) == 1
+    assert f"cannot be compared: {refused}: Input/output error" in report.problems[0]
 
 
 def test_verify_against_finds_missing_extra_and_changed_samples(

@@ -264,6 +264,8 @@ def _verify(options: argparse.Namespace) -> int:
     from imagenet_seq.verify import verify
 
     found = [s for s in SPLITS if os.path.isfile(os.path.join(options.pack, s, layout.PACK_FILE))]
+    for split in SPLITS:  # a split that is missing so far must not pass unnoticed
+        layout.refuse_unfinished(os.path.join(options.pack, split))
     status = EXIT_OK
     for split in found or [""]:
         folder = os.path.join(options.pack, split) if split else options.pack

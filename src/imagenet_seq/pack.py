@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -49,7 +50,7 @@ from imagenet_seq.scratch import (
     sync_folder,
     write_whole,
 )
-from imagenet_seq.sources import SPLITS, open_source
+from imagenet_seq.sources import SPLITS, is_split, open_source
 from imagenet_seq.sources import pack as layout
 
 OnError = Literal["fail", "skip", "keep"]
@@ -61,8 +62,11 @@ DEFAULT_MEMORY_BYTES = 512 << 20
 _MIN_BUFFER_BYTES, _MAX_BUFFER_BYTES = 1 << 20, 8 << 20
 """A scratch file grows by at least this much at a time, so that a hard disk seldom seeks."""
 
-_SPACE_MARGIN = 0.03
-"""Tar headers take about 1.6 % of ImageNet's bytes, restart markers 1 %."""
+_SPACE_MARGIN = 0.02
+"""Restart markers take about 1 % of ImageNet's bytes."""
+
+_TAR_BYTES = 2048
+"""What a sample takes in a shard beside its image: headers, label and padding, about."""
 
 
 @dataclass(frozen=True)
@@ -177,26 +181,57 @@ def pack(
     settings = settings or Settings()
     source = os.path.abspath(os.path.expanduser(os.fspath(source)))
     destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
-    if _is_inside(destination, source):
-        raise ValueError(
-            f"{destination} lies in the source {source}, where it would be taken for a class; name a "
-            "destination outside it"
-        )
-    present = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
     options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
-    if not present:
+    tasks = _tasks(source, destination, splits)
+    _refuse_overlap(source, destination, tasks)
+    # All are opened before the first is packed for hours.
+    opened = [_open_folder(task.source, options) for task in tasks]
+    return {
+        task.split: _pack_one(index, task.destination, settings, options)
+        for task, index in zip(tasks, opened, strict=True)
+    }
+
+
+class _Task(NamedTuple):
+    """One pack to make; `split` is "" where the source is no root."""
+
+    split: str
+    source: str
+    destination: str
+
+    @property
+    def partial(self) -> str:
+        return self.destination + layout.PARTIAL_SUFFIX
+
+
+def _tasks(source: str, destination: str, splits: Sequence[str] | None) -> list[_Task]:
+    folders = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
+    if not any(is_split(os.path.join(source, split)) for split in folders):
         if splits:
             raise ValueError(f"{source}: expected a folder {' or '.join(splits)} in it, found none")
-        return {"": _pack_one(source, destination, settings, options)}
-    missing = [split for split in splits or () if split not in present]
+        return [_Task("", source, destination)]
+    missing = [split for split in splits or () if split not in folders]
     if missing:
-        raise ValueError(f"{source}: expected a folder {missing[0]} in it, found {present}")
-    return {
-        split: _pack_one(
-            os.path.join(source, split), os.path.join(destination, split), settings, options
-        )
-        for split in splits or present
-    }
+        raise ValueError(f"{source}: expected a folder {missing[0]} in it, found {folders}")
+    return [
+        _Task(split, os.path.join(source, split), os.path.join(destination, split))
+        for split in splits or folders
+    ]
+
+
+def _refuse_overlap(source: str, destination: str, tasks: Sequence[_Task]) -> None:
+    """Refuse folders of which one is, or lies in, another: packing would write to its source."""
+    read = [source, *(task.source for task in tasks)]
+    written = [destination, *(path for task in tasks for path in (task.destination, task.partial))]
+    pairs = [(path, folder) for path in written for folder in read]
+    pairs += [(task.partial, task.destination) for task in tasks]
+    for path, folder in pairs:
+        if _is_inside(path, folder) or _is_inside(folder, path):
+            raise ValueError(
+                f"{path} and {folder} are, or lie in, one another: packing {source} to "
+                f"{destination} reads one and writes the other. Nothing was changed: name a "
+                "destination outside the source that does not hold it either"
+            )
 
 
 def _is_inside(path: str, folder: str) -> bool:
@@ -219,20 +254,29 @@ class _RunOptions(NamedTuple):
         )  # fmt: skip
 
 
-def _pack_one(source: str, destination: str, settings: Settings, options: _RunOptions) -> Summary:
-    partial = destination + layout.PARTIAL_SUFFIX
+def _open_folder(source: str, options: _RunOptions) -> Index:
     opened = open_source(source, progress=options.progress)
     if opened.kind != "imagefolder":
         raise ValueError(f"{source}: expected a folder of class folders, found a {opened.kind}")
-    index = opened.index
-    sizes, inodes = _stat_all(index, options)
-    plan = _Plan.make(index, sizes, settings, options.memory_bytes)
+    return opened.index
+
+
+def _pack_one(index: Index, destination: str, settings: Settings, options: _RunOptions) -> Summary:
+    partial = destination + layout.PARTIAL_SUFFIX
+    files = _stat_all(index, options)
+    plan = _Plan.make(index, files, settings, options.memory_bytes)
     if os.path.lexists(destination):
-        return _finished_before(destination, partial, plan)
+        summary = _finished_before(destination, plan, options.on_error)
+        _clear_scrap(partial)
+        return summary
     with _clear_errors(partial), _claim(partial), _quiet_pillow():
+        if os.path.lexists(destination):  # another process finished it just before we got the lock
+            summary = _finished_before(destination, plan, options.on_error)
+            _delete_scrap(partial)
+            return summary
         plan = _agree_on_plan(partial, plan)
         workshop = _Workshop(partial, plan, options)
-        workshop.deal(inodes)
+        workshop.deal()
         workshop.finish_shards()
         workshop.finish_pack(destination)
     return summary_of(destination)
@@ -243,8 +287,7 @@ def summary_of(folder: str) -> Summary:
     about = layout.read_pack(folder).about
     failures = []
     if about["counts"]["failures"]:
-        with open(os.path.join(folder, layout.FAILURES_FILE), "rb") as file:
-            failures = [Failure(**failure) for failure in json.load(file)]
+        failures = [Failure(**failure) for failure in layout.read_failures(folder)]
     return Summary(
         folder,
         about["num_samples"],
@@ -256,21 +299,45 @@ def summary_of(folder: str) -> Summary:
     )
 
 
-def _finished_before(destination: str, partial: str, plan: _Plan) -> Summary:
+def _finished_before(destination: str, plan: _Plan, on_error: OnError) -> Summary:
     """Accept a pack that the same command made before; refuse everything else that is there."""
-    same = False
+    summary = None
     with contextlib.suppress(DataError, OSError):
         about = layout.read_pack(destination).about
-        same = about["settings"] == asdict(plan.settings)
+        same = bool(about["settings"] == asdict(plan.settings))
         same = same and about["source"]["index_id"] == plan.index.id
-    if not same:
+        if same and about["source"]["bytes"] == plan.source_bytes:
+            summary = summary_of(destination)
+    if summary is None:
         raise PackError(
-            f"{destination}: exists already and is no pack of this source with these settings. "
+            f"{destination}: exists already and is no pack of this source, as it is now, with "
+            "these settings. Nothing was changed: name another destination, or delete it first"
+        )
+    if not _fits_policy(on_error, [failure.kept for failure in summary.failures]):
+        kept = sum(failure.kept for failure in summary.failures)
+        raise PackError(
+            f"{destination}: exists already, with {kept} damaged samples kept and "
+            f"{len(summary.failures) - kept} left out, which --on-error {on_error} would not do. "
             "Nothing was changed: name another destination, or delete it first"
         )
-    # A run that was killed after its last rename left only scrap.
-    shutil.rmtree(partial, ignore_errors=True)
-    return dataclasses.replace(summary_of(destination), was_complete=True)
+    return dataclasses.replace(summary, was_complete=True)
+
+
+def _clear_scrap(partial: str) -> None:
+    """Delete what a run left that was killed after its last rename.
+
+    A folder that is not ours, or that another process holds, stays.
+    """
+    if os.path.lexists(partial):
+        with contextlib.suppress(PackError), _claim(partial):
+            _delete_scrap(partial)
+
+
+def _fits_policy(on_error: OnError, kept: Sequence[bool]) -> bool:
+    """Tell whether failures, each kept or left out, are what a run with `on_error` gives."""
+    if on_error == "fail":
+        return not kept
+    return all(kept) if on_error == "keep" else not any(kept)
 
 
 @contextlib.contextmanager
@@ -296,15 +363,26 @@ def _megabytes(size: float) -> str:
 # ---- the folder that a pack is made in -----------------------------------------------------------
 
 
+_LOCK_FILE, _JOURNAL_FILE, _PACK_FOLDER = "lock", "dealt", "pack"
+
+_OURS = re.compile(r"(dealt|(deal|split|rows)-\d{6,}|settings\.json)(\.tmp)?")
+"""What packing writes into DESTINATION.partial, beside the lock and the folder `pack`."""
+
+_OURS_IN_PACK = re.compile(
+    r"(shard-\d{6,}\.tar|(index|names|names_begin)\.npy|(pack|failures)\.json)(\.tmp)?"
+)
+
+
 @contextlib.contextmanager
 def _claim(partial: str) -> Iterator[None]:
     """Make the folder and hold its lock, which the kernel releases when the process ends.
 
     Raises:
-        PackError: where another packer holds it.
+        PackError: where another packer holds it, or where the folder is somebody else's.
     """
-    os.makedirs(os.path.join(partial, "pack"), exist_ok=True)
-    path = os.path.join(partial, "lock")
+    _refuse_foreign(partial)
+    os.makedirs(partial, exist_ok=True)
+    path = os.path.join(partial, _LOCK_FILE)
     with open(path, "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -312,9 +390,66 @@ def _claim(partial: str) -> Iterator[None]:
             held = os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
         except BlockingIOError:
             held = False
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            raise PackError(
+                f"{path}: this file system has no file locks ({error.strerror}), which keep two "
+                "packers apart: pack to another one, and copy the finished pack"
+            ) from error
         if not held:
             raise PackError(f"{partial}: another process is packing there; wait for it, or stop it")
+        os.makedirs(os.path.join(partial, _PACK_FOLDER), exist_ok=True)
         yield
+
+
+def _refuse_foreign(partial: str) -> None:
+    """Refuse a folder that packing did not make: what is in it must not be touched.
+
+    The lock is the first thing in a folder of ours and the last one deleted.
+    """
+    if not os.path.lexists(partial):
+        return
+    ours = False
+    if os.path.isdir(partial) and not os.path.islink(partial):
+        names = os.listdir(partial)
+        lock = os.path.join(partial, _LOCK_FILE)
+        ours = not names or (os.path.isfile(lock) and not os.path.islink(lock))
+    if not ours:
+        raise PackError(
+            f"{partial}: exists and was not made by imagenet-seq pack: move it, or name another "
+            "destination"
+        )
+
+
+def _delete_scrap(partial: str) -> None:
+    """Delete what packing made, by its names; a file that somebody else put there stays.
+
+    Settings and lock go last, so that a folder whose deletion was cut short is still ours.
+    """
+    pack_folder = os.path.join(partial, _PACK_FOLDER)
+    if os.path.isdir(pack_folder):
+        _delete_matching(pack_folder, _OURS_IN_PACK)
+        _remove_empty(pack_folder)
+    _delete_matching(partial, _OURS, keep=layout.SETTINGS_FILE)
+    for name in (layout.SETTINGS_FILE, _LOCK_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(partial, name))
+    _remove_empty(partial)
+
+
+def _delete_matching(folder: str, pattern: re.Pattern[str], keep: str = "") -> None:
+    for name in os.listdir(folder):
+        if pattern.fullmatch(name) and name != keep:
+            os.unlink(os.path.join(folder, name))
+
+
+def _remove_empty(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
@@ -332,6 +467,7 @@ def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
         _check_space(partial, plan)
         cut = {"num_shards": plan.num_shards, "shards_per_bucket": plan.shards_per_bucket}
         write_whole(path, json.dumps({**now, **cut}, indent=1).encode())
+        sync_folder(partial)
         return plan
     differences = [
         f"{key}: {before.get(key)!r} before, {value!r} now"
@@ -345,9 +481,15 @@ def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
             + "\nRun the command with the former settings to continue it, or delete that folder to "
             "begin again"
         )
-    plan = dataclasses.replace(
-        plan, num_shards=before["num_shards"], shards_per_bucket=before["shards_per_bucket"]
-    )
+    if before["num_shards"] != plan.num_shards:
+        # The number of shards follows from the source's bytes, and decides where all samples go.
+        raise PackError(
+            f"{partial}: the source changed since the interrupted run: its "
+            f"{_megabytes(plan.source_bytes)} now make {plan.num_shards} shards, "
+            f"{before['num_shards']} before: delete that folder and run again"
+        )
+    # How scratch is grouped follows from the memory allowed and does not show in the pack.
+    plan = dataclasses.replace(plan, shards_per_bucket=before["shards_per_bucket"])
     _check_space(partial, plan)
     return plan
 
@@ -356,7 +498,8 @@ def _check_space(partial: str, plan: _Plan) -> None:
     """Refuse to begin where the scratch and the shards cannot fit."""
     shard_bytes = plan.source_bytes // plan.num_shards
     at_once = shard_bytes * (1 if plan.shards_per_bucket == 1 else plan.shards_per_bucket + 1)
-    needed = plan.source_bytes * (1 + _SPACE_MARGIN) + at_once
+    tar_bytes = _TAR_BYTES * len(plan.index)
+    needed = plan.source_bytes * (1 + _SPACE_MARGIN) + tar_bytes + at_once
     present = sum(
         os.stat(os.path.join(folder, name)).st_size
         for folder, _, names in os.walk(partial)
@@ -374,30 +517,34 @@ def _check_space(partial: str, plan: _Plan) -> None:
 # ---- the plan: which sample goes where -----------------------------------------------------------
 
 
-def _stat_all(
-    index: Index, options: _RunOptions
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return size and inode of every sample's file; -1 where stat fails (reading says why)."""
+class _Files(NamedTuple):
+    """What stat says of every sample's file; -1 where it fails (reading says why)."""
 
-    def stat_slice(first: int) -> list[tuple[int, int]]:
+    sizes: npt.NDArray[np.int64]
+    mtimes_ns: npt.NDArray[np.int64]
+    inodes: npt.NDArray[np.int64]
+
+
+def _stat_all(index: Index, options: _RunOptions) -> _Files:
+    def stat_slice(first: int) -> list[tuple[int, int, int]]:
         found = []
         for name in index.files[first : first + slice_size]:
             try:
                 stat = os.stat(os.path.join(index.root, name))
-                found.append((stat.st_size, stat.st_ino & (2**63 - 1)))
+                found.append((stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1)))
             except OSError:
-                found.append((-1, -1))
+                found.append((-1, -1, -1))
         return found
 
     slice_size = 1024
-    table = np.empty((len(index), 2), np.int64)
+    table = np.empty((len(index), 3), np.int64)
     firsts = range(0, len(index), slice_size)
     # Threads overlap the waits for a disk or a network; eight keep a disk's queue full.
     with ThreadPoolExecutor(8) as threads, options.bar("look at files", len(index)) as bar:
         for first, found in zip(firsts, threads.map(stat_slice, firsts), strict=True):
             table[first : first + len(found)] = found
             bar.update(len(found))
-    return table[:, 0].copy(), table[:, 1].copy()
+    return _Files(*(column.copy() for column in table.T))
 
 
 @dataclass(frozen=True)
@@ -407,7 +554,7 @@ class _Plan:
     Attributes:
         index: the source.
         settings: what the pack is to be like.
-        sizes: bytes of each sample's file; -1 unknown.
+        files: size, time and inode of each sample's file.
         num_shards: shards of the pack.
         shards_per_bucket: shards that share a scratch file in the first round of dealing.
         order: sample of each place in the pack.
@@ -417,22 +564,20 @@ class _Plan:
 
     index: Index
     settings: Settings
-    sizes: npt.NDArray[np.int64]
+    files: _Files
     num_shards: int
     shards_per_bucket: int
 
     @classmethod
-    def make(
-        cls, index: Index, sizes: npt.NDArray[np.int64], settings: Settings, memory_bytes: int
-    ) -> _Plan:
-        source_bytes = int(sizes[sizes > 0].sum())
+    def make(cls, index: Index, files: _Files, settings: Settings, memory_bytes: int) -> _Plan:
+        source_bytes = _known_bytes(files)
         num_shards = max(1, min(len(index), -(-source_bytes // settings.shard_bytes)))
         most_buckets = max(1, memory_bytes // _MIN_BUFFER_BYTES)
-        return cls(index, settings, sizes, num_shards, -(-num_shards // most_buckets))
+        return cls(index, settings, files, num_shards, -(-num_shards // most_buckets))
 
     @functools.cached_property
     def source_bytes(self) -> int:
-        return int(self.sizes[self.sizes > 0].sum())
+        return _known_bytes(self.files)
 
     @functools.cached_property
     def order(self) -> npt.NDArray[np.int64]:
@@ -467,6 +612,10 @@ class _Plan:
         }
 
 
+def _known_bytes(files: _Files) -> int:
+    return int(files.sizes[files.sizes > 0].sum())
+
+
 def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
     """Return the number that each sample is sorted by; ties keep the source's order."""
     keyed = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"))
@@ -486,7 +635,8 @@ class _Refused(NamedTuple):
     """Why a sample is no image, or could not be read."""
 
     reason: str
-    data: bytes | None  # None: could not be read
+    data: bytes | None  # None: there is nothing to keep
+    is_read_error: bool = False  # the disk's failure, not the image's
 
 
 def _read(path: str) -> bytes | _Refused:
@@ -495,7 +645,7 @@ def _read(path: str) -> bytes | _Refused:
             data = file.readall()
     except OSError as error:
         code = errno.errorcode.get(error.errno or 0, "?")
-        return _Refused(f"cannot be read: {error.strerror} ({code})", None)
+        return _Refused(f"cannot be read: {error.strerror} ({code})", None, is_read_error=True)
     if len(data) > layout.MAX_IMAGE_BYTES:
         return _Refused(f"{len(data)} bytes are more than a tar member can hold", None)
     return data
@@ -539,17 +689,39 @@ _MAX_REPORTED = 20
 _MAX_FAILURES = 1000
 """With on_error="fail": more than this is a broken disk or a wrong folder, not a few bad files."""
 
+_MAX_UNREADABLE = 20
+"""With every on_error: so many files that the system refuses to read are a dying disk."""
+
+
+def _listed(failures: Sequence[Failure]) -> str:
+    by_name = sorted(failures, key=lambda failure: failure.name)
+    lines = [f"  {failure.name}: {failure.reason}" for failure in by_name[:_MAX_REPORTED]]
+    if len(by_name) > _MAX_REPORTED:
+        lines.append(f"  and {len(by_name) - _MAX_REPORTED} more")
+    return "\n".join(lines)
+
+
+class _ShardRows(NamedTuple):
+    """What is written beside a finished shard: its rows, and what it was made of."""
+
+    about: dict[str, Any]
+    failures: list[dict[str, Any]]
+    table: npt.NDArray[np.void]
+    samples: npt.NDArray[np.int64]
+    source_files: npt.NDArray[np.int64]
+
 
 class _Workshop:
     """Deals samples to scratch files, then makes shards of them, in a claimed folder."""
 
     def __init__(self, partial: str, plan: _Plan, options: _RunOptions) -> None:
         self._partial = partial
-        self._pack_folder = os.path.join(partial, "pack")
+        self._pack_folder = os.path.join(partial, _PACK_FOLDER)
         self._plan = plan
         self._options = options
         self._failures: dict[int, Failure] = {}
-        self._journal = Journal(os.path.join(partial, "dealt"))
+        self._unreadable: list[Failure] = []
+        self._journal = Journal(os.path.join(partial, _JOURNAL_FILE))
         buffer_bytes = options.memory_bytes // plan.num_buckets
         self._buckets = Buckets(
             partial,
@@ -557,7 +729,36 @@ class _Workshop:
             min(max(buffer_bytes, _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES),
             self._journal.add,
         )
+        self._finished = self._keep_finished()
         self._recover()
+
+    def _keep_finished(self) -> set[int]:
+        """Return the shards that are as this run would write them; delete all others.
+
+        Their samples are dealt again.
+        """
+        finished = {shard for shard in range(self._plan.num_shards) if self._is_finished(shard)}
+        for shard in set(range(self._plan.num_shards)) - finished:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._shard_path(shard))
+        # Otherwise a power failure could bring an old shard back beside its new rows.
+        sync_folder(self._pack_folder)
+        return finished
+
+    def _is_finished(self, shard: int) -> bool:
+        rows = self._read_rows(shard)
+        if rows is None:
+            return False
+        try:
+            size = os.stat(self._shard_path(shard)).st_size
+        except FileNotFoundError:
+            return False
+        kept = [failure["kept"] for failure in rows.failures]
+        return (
+            size == rows.about["bytes"]
+            and np.array_equal(rows.source_files, self._source_files(shard))
+            and _fits_policy(self._options.on_error, kept)
+        )
 
     def _recover(self) -> None:
         """Take over what earlier runs have dealt, without what a kill tore."""
@@ -584,14 +785,15 @@ class _Workshop:
         expected = plan.shard_of_sample[sample] // plan.shards_per_bucket
         good &= rows["bucket"] == expected
         good &= rows["offset"] + rows["length"] <= file_size[expected]
-        good &= rows["source_length"] == plan.sizes[sample]
+        good &= rows["source_length"] == plan.files.sizes[sample]
+        good &= rows["source_mtime_ns"] == plan.files.mtimes_ns[sample]
         if self._options.on_error != "keep":
             good &= (rows["flags"] & layout.FLAG_DAMAGED) == 0
         return np.asarray(good)
 
     # ---- deal
 
-    def deal(self, inodes: npt.NDArray[np.int64]) -> None:
+    def deal(self) -> None:
         """Read, re-code and deal all samples that are missing.
 
         Raises:
@@ -599,12 +801,11 @@ class _Workshop:
         """
         missing = np.ones(len(self._plan.index), np.bool_)
         missing[self._journal.rows()["sample"]] = False
-        for shard in range(self._plan.num_shards):
-            if self._is_finished(shard):
-                missing[self._samples_of(shard)] = False
+        for shard in self._finished:
+            missing[self._samples_of(shard)] = False
         samples = np.flatnonzero(missing)
         # Inodes are given out about in the order of a file system's blocks.
-        samples = samples[np.argsort(inodes[samples], kind="stable")]
+        samples = samples[np.argsort(self._plan.files.inodes[samples], kind="stable")]
         done = len(missing) - len(samples)
         with (
             ThreadPoolExecutor(self._options.num_workers) as threads,
@@ -665,31 +866,43 @@ class _Workshop:
             encoded = self._fail(sample, encoded)
         if isinstance(encoded, Encoded):
             bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
-            self._buckets.append(bucket, sample, encoded, length)
+            mtime_ns = int(self._plan.files.mtimes_ns[sample])
+            self._buckets.append(bucket, sample, encoded, length, mtime_ns)
 
     def _fail(self, sample: int, refused: _Refused) -> Encoded | _Refused:
         """Note a failure; return what is to be stored under on_error="keep"."""
         kept = _keep_damaged(refused) if self._options.on_error == "keep" else refused
         name = self._plan.index.name[sample]
-        self._failures[sample] = Failure(name, refused.reason, isinstance(kept, Encoded))
+        failure = Failure(name, refused.reason, isinstance(kept, Encoded))
+        self._failures[sample] = failure
         if self._options.progress and len(self._failures) <= _MAX_REPORTED:
             tqdm.write(f"{name}: {refused.reason}", file=sys.stderr)
+        if refused.is_read_error:
+            self._unreadable.append(failure)
+            self._stop_on_dying_disk()
         if self._options.on_error == "fail" and len(self._failures) >= _MAX_FAILURES:
             self._stop_on_failures()
         return kept
+
+    def _stop_on_dying_disk(self) -> None:
+        """Stop in every mode: on_error is about a few bad images, not about a disk that fails."""
+        if len(self._unreadable) >= _MAX_UNREADABLE:
+            raise PackError(
+                f"{len(self._unreadable)} files cannot be read, so packing stops:\n"
+                + _listed(self._unreadable)
+                + f"\nCheck the disk, the connection and the permissions of "
+                f"{self._plan.index.root}, or take these files out of it; then run the command "
+                f"again: it continues from {self._partial}"
+            )
 
     def _stop_on_failures(self) -> None:
         stopping = [f for f in self._failures.values() if not f.kept]
         if not stopping or self._options.on_error == "skip":
             return
-        stopping.sort(key=lambda failure: failure.name)
-        lines = [f"  {failure.name}: {failure.reason}" for failure in stopping[:_MAX_REPORTED]]
-        if len(stopping) > _MAX_REPORTED:
-            lines.append(f"  and {len(stopping) - _MAX_REPORTED} more")
         keep = ", or --on-error keep to store their bytes as they are"
         raise PackError(
             f"{len(stopping)} of {len(self._plan.index)} images cannot be packed:\n"
-            + "\n".join(lines)
+            + _listed(stopping)
             + "\nRepair them, or add --on-error skip to leave them out"
             + (keep if self._options.on_error == "fail" else "")
             + f"; then run the command again: it continues from {self._partial}"
@@ -701,11 +914,10 @@ class _Workshop:
         """Make every shard that is not there yet, each from one sequential read of its scratch."""
         plan = self._plan
         rows = self._journal.rows()
-        finished = [shard for shard in range(plan.num_shards) if self._is_finished(shard)]
-        done = sum(len(self._samples_of(shard)) for shard in finished)
+        done = sum(len(self._samples_of(shard)) for shard in self._finished)
         with self._options.bar("write shards", len(plan.index), done) as bar:
             for bucket in range(plan.num_buckets):
-                shards = [s for s in plan.shards_of_bucket(bucket) if s not in finished]
+                shards = [s for s in plan.shards_of_bucket(bucket) if s not in self._finished]
                 if not shards:
                     continue
                 mine = rows[rows["bucket"] == bucket]
@@ -730,7 +942,8 @@ class _Workshop:
         for row, data in self._buckets.read(bucket, np.sort(rows, order="offset")):
             sample = int(row["sample"])
             shard = int(self._plan.shard_of_sample[sample])
-            split.append(shard, sample, encoded_from(data, row), int(row["source_length"]))
+            stamp = (int(row["source_length"]), int(row["source_mtime_ns"]))
+            split.append(shard, sample, encoded_from(data, row), *stamp)
         split.flush()
         rows = np.concatenate([np.empty(0, DEALT), *again])
         for shard in shards:
@@ -742,7 +955,7 @@ class _Workshop:
     ) -> None:
         """Write one shard, and beside it the rows that the index will need."""
         dealt = {int(row["sample"]): row for row in rows}
-        path = os.path.join(self._pack_folder, layout.shard_file(shard))
+        path = self._shard_path(shard)
         table: list[tuple[Any, ...]] = []
         samples: list[int] = []
         with ShardFile(path + ".tmp") as file:
@@ -764,7 +977,9 @@ class _Workshop:
         ]
         content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
         content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
+        content += self._source_files(shard).tobytes()
         write_whole(self._rows_path(shard), content)
+        sync_folder(self._partial)  # a power failure must not leave a shard without its rows
         os.replace(path + ".tmp", path)
 
     def _write_sample(
@@ -825,22 +1040,45 @@ class _Workshop:
     def _rows_path(self, shard: int) -> str:
         return os.path.join(self._partial, f"rows-{shard:06d}")
 
-    def _is_finished(self, shard: int) -> bool:
-        # The shard gets its name last, so where it is its rows are there too.
-        return os.path.exists(os.path.join(self._pack_folder, layout.shard_file(shard)))
+    def _shard_path(self, shard: int) -> str:
+        return os.path.join(self._pack_folder, layout.shard_file(shard))
 
-    def finish_pack(self, destination: str) -> None:
-        """Write the tables, then give the pack its name: the moment it comes to exist."""
-        abouts, failures, tables, samples = [], [], [], []
-        for shard in range(self._plan.num_shards):
+    def _source_files(self, shard: int) -> npt.NDArray[np.int64]:
+        """Return sizes and times, before reading, of the files that the shard is made of."""
+        samples, files = self._samples_of(shard), self._plan.files
+        return np.stack([files.sizes[samples], files.mtimes_ns[samples]]).astype("<i8")
+
+    def _read_rows(self, shard: int) -> _ShardRows | None:
+        """Return what was written beside a shard; None where it is missing or torn."""
+        try:
             with open(self._rows_path(shard), "rb") as file:
                 header = json.loads(file.readline())
                 content = file.read()
-            abouts.append(header["about"])
-            failures += header["failures"]
-            split = header["about"]["num_samples"] * layout.ROW.itemsize
-            tables.append(np.frombuffer(content[:split], layout.ROW))
-            samples.append(np.frombuffer(content[split:], "<i8"))
+            num_rows = header["about"]["num_samples"]
+            split = np.cumsum([num_rows * layout.ROW.itemsize, num_rows * 8])
+            return _ShardRows(
+                header["about"],
+                header["failures"],
+                np.frombuffer(content[: split[0]], layout.ROW),
+                np.frombuffer(content[split[0] : split[1]], "<i8"),
+                np.frombuffer(content[split[1] :], "<i8").reshape(2, -1),
+            )
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def finish_pack(self, destination: str) -> None:
+        """Write the tables, then give the pack its name: the moment it comes to exist."""
+        abouts: list[dict[str, Any]] = []
+        failures: list[dict[str, Any]] = []
+        tables, samples = [], []
+        for shard in range(self._plan.num_shards):
+            written = self._read_rows(shard)
+            if written is None:
+                raise PackError(f"{self._rows_path(shard)}: damaged; run the same command again")
+            abouts.append(written.about)
+            failures += written.failures
+            tables.append(written.table)
+            samples.append(written.samples)
         rows = np.concatenate(tables)
         if not len(rows):
             raise PackError(f"{self._plan.index.root}: no image is left to pack")
@@ -853,6 +1091,10 @@ class _Workshop:
         if failures:
             text = json.dumps(sorted(failures, key=lambda f: str(f["name"])), indent=1)
             files[layout.FAILURES_FILE] = text.encode()
+        else:
+            # A run that was killed here may have had failures that are repaired now.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._pack_folder, layout.FAILURES_FILE))
         for file_name, content in files.items():
             write_whole(os.path.join(self._pack_folder, file_name), content)
         about = self._about(rows, names, abouts, failures, files)
@@ -861,7 +1103,7 @@ class _Workshop:
         sync_folder(self._pack_folder)
         os.rename(self._pack_folder, destination)
         sync_folder(os.path.dirname(destination))
-        shutil.rmtree(self._partial)
+        _delete_scrap(self._partial)
 
     def _about(
         self,

@@ -38,11 +38,13 @@ DEALT = np.dtype(
         ("flags", "<u4"),
         ("reserved", "<u4"),
         ("source_length", "<i8"),
+        ("source_mtime_ns", "<i8"),
     ]
 )
 """One dealt sample: where it lies in the scratch file of its bucket, and what it is.
 
-`source_length` tells a source file that was replaced meanwhile: it is dealt again."""
+`source_length` and `source_mtime_ns` tell a source file that was replaced meanwhile: it is dealt
+again."""
 
 
 def encoded_from(data: memoryview, row: Any) -> Encoded:
@@ -86,13 +88,16 @@ class Buckets:
             os.truncate(self.path(bucket), end)
         self._ends[bucket] = end
 
-    def append(self, bucket: int, sample: int, encoded: Encoded, source_length: int) -> None:
+    def append(
+        self, bucket: int, sample: int, encoded: Encoded, source_length: int, source_mtime_ns: int
+    ) -> None:
         """Add a sample; its bytes are copied."""
         buffer = self._buffers.setdefault(bucket, bytearray())
         offset = self._ends.get(bucket, 0) + len(buffer)
         buffer += encoded.data
         data, width, height, crc, flags = encoded
-        row = (sample, offset, len(data), bucket, width, height, crc, flags, 0, source_length)
+        image = (sample, offset, len(data), bucket, width, height, crc, flags, 0)
+        row = (*image, source_length, source_mtime_ns)
         self._pending.setdefault(bucket, []).append(row)
         if len(buffer) >= self._buffer_bytes:
             self._flush(bucket)
@@ -103,11 +108,14 @@ class Buckets:
             self._flush(bucket)
 
     def _flush(self, bucket: int) -> None:
-        buffer, rows = self._buffers.pop(bucket), self._pending.pop(bucket)
+        # An interrupt may have come between the two steps of `append`: then the buffer's end has no
+        # row, and nobody will read it.
+        buffer, rows = self._buffers.pop(bucket), self._pending.pop(bucket, [])
         with open(self.path(bucket), "ab") as file:
             file.write(buffer)
         self._ends[bucket] = self._ends.get(bucket, 0) + len(buffer)
-        self._on_flush(np.array(rows, DEALT))
+        if rows:
+            self._on_flush(np.array(rows, DEALT))
 
     def load(self, bucket: int) -> memoryview:
         """Read a bucket's file whole, in one sequential run."""
@@ -141,7 +149,7 @@ class Journal:
     """
 
     _HEADER = struct.Struct("<4sII")
-    _MAGIC = b"dlt1"
+    _MAGIC = b"dlt2"
 
     def __init__(self, path: str) -> None:
         self._path = path

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import json
 import os
 import sys
 import threading
@@ -93,17 +93,8 @@ def verify(
 def _check_tables(pack: layout.Pack) -> Iterator[str]:
     """Check everything that no shard has to be read for."""
     about, rows = pack.about, pack.rows
-    for name, expected in about.get("files", {}).items():
-        path = os.path.join(pack.folder, os.path.basename(name))
-        try:
-            with open(path, "rb") as file:
-                content = file.read()
-        except OSError as error:
-            yield str(error)
-            continue
-        crc = f"{_native.crc32c(content):08x}"
-        if expected != {"bytes": len(content), "crc32c": crc}:
-            yield f"{path}: expected {expected}, got {len(content)} bytes with CRC-32C {crc}"
+    yield from _check_files(pack)
+    yield from _check_counts(pack)
     index = layout.make_index(pack.folder, rows, pack.names, pack.classes, len(pack.shard_bytes))
     try:
         index.validate(os.path.join(pack.folder, layout.INDEX_FILE))
@@ -119,6 +110,60 @@ def _check_tables(pack: layout.Pack) -> Iterator[str]:
         sample = int((np.diff(place) <= 0).argmax()) + 1
         path = os.path.join(pack.folder, layout.INDEX_FILE)
         yield f"{path}: sample {sample} does not lie behind the one before it"
+
+
+def _check_files(pack: layout.Pack) -> Iterator[str]:
+    """Check that the pack is made of the files that pack.json must name, and of no others."""
+    tables = {layout.INDEX_FILE, layout.NAMES_FILE, layout.NAMES_BEGIN_FILE}
+    if pack.about["counts"]["failures"]:
+        tables.add(layout.FAILURES_FILE)
+    files = pack.about["files"]
+    if files.keys() != tables:
+        where = os.path.join(pack.folder, layout.PACK_FILE)
+        yield f"{where}: 'files': expected {sorted(tables)}, got {sorted(files)}"
+    for name in sorted(tables & files.keys()):
+        path = os.path.join(pack.folder, name)
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            yield str(error)
+            continue
+        crc = f"{_native.crc32c(content):08x}"
+        if files[name] != {"bytes": len(content), "crc32c": crc}:
+            yield f"{path}: expected {files[name]}, got {len(content)} bytes with CRC-32C {crc}"
+    known = tables.union(map(layout.shard_file, range(len(pack.shard_bytes))))
+    for name in sorted(set(os.listdir(pack.folder)) - known):
+        if name == layout.FAILURES_FILE or (name.startswith("shard-") and name.endswith(".tar")):
+            yield f"{os.path.join(pack.folder, name)}: does not belong to the pack"
+
+
+def _check_counts(pack: layout.Pack) -> Iterator[str]:
+    """Compare the numbers in pack.json with the tables."""
+    about, rows = pack.about, pack.rows
+    failures: list[dict[str, Any]] = []
+    if about["counts"]["failures"]:
+        try:
+            failures = layout.read_failures(pack.folder)
+        except (DataError, OSError) as error:
+            yield str(error)
+            return
+    skipped = sum(not failure["kept"] for failure in failures)
+    damaged = int(np.count_nonzero(rows["flags"] & layout.FLAG_DAMAGED))
+    canonical = int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL))
+    in_shard = np.bincount(rows["shard"], minlength=len(pack.shard_bytes)).tolist()
+    for what, said, counted in [
+        ("image_bytes", about["image_bytes"], int(rows["length"].sum())),
+        ("counts.canonical", about["counts"]["canonical"], canonical),
+        ("counts.failures", about["counts"]["failures"], damaged + skipped),
+        ("counts.failures", about["counts"]["failures"], len(failures)),
+        ("counts.skipped", about["counts"]["skipped"], skipped),
+        ("source.num_samples", about["source"]["num_samples"], len(rows) + skipped),
+        ("shards[].num_samples", [s.get("num_samples") for s in about["shards"]], in_shard),
+    ]:
+        if said != counted:
+            where = os.path.join(pack.folder, layout.PACK_FILE)
+            yield f"{where}: '{what}' is {said}, the tables give {counted}"
 
 
 class _Reference:
@@ -139,9 +184,11 @@ class _Reference:
     def check_names(self, pack: layout.Pack) -> Iterator[str]:
         """Report the source's samples that the pack lacks, beside those it says it left out."""
         left_out = set()
-        if pack.about.get("counts", {}).get("skipped"):
-            with open(os.path.join(pack.folder, layout.FAILURES_FILE), "rb") as file:
-                left_out = {failure["name"] for failure in json.load(file) if not failure["kept"]}
+        if pack.about["counts"]["skipped"]:
+            # Where it is damaged, the check of the tables says so.
+            with contextlib.suppress(DataError, OSError):
+                failures = layout.read_failures(pack.folder)
+                left_out = {failure["name"] for failure in failures if not failure["kept"]}
         missing = set(self._sample).difference(pack.names, left_out)
         for name in sorted(missing)[:_MAX_PROBLEMS]:
             yield f"{name}: is in {self._index.root} but not in the pack"
@@ -154,8 +201,12 @@ class _Reference:
         expected = self._index.classes[int(self._label[sample])]
         if not 0 <= label < len(self._pack.classes) or self._pack.classes[label] != expected:
             return f"label {label} does not mean class {expected}, as in the source"
-        with open(os.path.join(self._index.root, name), "rb") as file:
-            original = file.read()
+        path = os.path.join(self._index.root, name)
+        try:
+            with open(path, "rb") as file:
+                original = file.read()
+        except OSError as error:
+            return f"cannot be compared: {path}: {error.strerror or error}"
         with self._lock:
             self.num_compared += 1
         if original == data:
@@ -267,6 +318,12 @@ class _ShardCheck:
         crc = _native.crc32c(got)
         if crc != row["crc32c"]:
             return f"image: CRC-32C is {crc:08x}, the index says {int(row['crc32c']):08x}"
+        if row["flags"] & layout.FLAG_CANONICAL:
+            header = _native.read_header(got)
+            size = (header.width, header.height) if header else None
+            if size != (row["width"], row["height"]):
+                expected = f"{row['width']} x {row['height']}"
+                return f"image: its header says {size}, the index {expected} pixels"
         if self.reference is not None:
             return self.reference.check(self.pack.names[sample], int(row["label"]), got)
         return None

@@ -118,8 +118,10 @@ def _look_at(folder: str, split: str | None) -> _Found:
         return _Found("other", f"is by its name the other split, {base}")
     if os.path.exists(os.path.join(folder, "pack.json")):
         return _Found("pack")
-    if splits := [name for name in SPLITS if _is_split(os.path.join(folder, name))]:
+    if splits := [name for name in SPLITS if is_split(os.path.join(folder, name))]:
         return _Found("root", f"holds {' and '.join(f'{name}/' for name in splits)}")
+    for name in SPLITS:  # their folders must not pass for classes
+        refuse_unfinished(os.path.join(folder, name))
     with os.scandir(folder) as entries:
         is_folder = [entry.is_dir() for entry in entries]
     if any(is_folder):
@@ -133,7 +135,7 @@ def _look_at(folder: str, split: str | None) -> _Found:
     return _Found("other", "is empty")
 
 
-def _is_split(folder: str) -> bool:
+def is_split(folder: str) -> bool:
     """Tell a split's folder from a class that is called "train": that one holds only images."""
     if not os.path.isdir(folder):
         return False

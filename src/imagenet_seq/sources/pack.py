@@ -158,6 +158,7 @@ def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack
     classes = _field(about, "classes", list, folder)
     if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
         raise DataError(f"{folder}/{PACK_FILE}: 'classes': expected names that do not repeat")
+    _check_members(about, folder)
     num_samples = _field(about, "num_samples", int, folder)
     rows = _map_npy(folder, INDEX_FILE, ROW, num_samples)
     begin = _map_npy(folder, NAMES_BEGIN_FILE, np.dtype("<i8"), num_samples + 1)
@@ -165,6 +166,31 @@ def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack
     shard_bytes = _shard_sizes(folder, about, check_shards)
     _check_extents(folder, rows, shard_bytes)
     return Pack(folder, about, rows, Names(blob, begin), tuple(classes), shard_bytes)
+
+
+def read_failures(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read failures.json: objects with `name`, `reason` and `kept`.
+
+    Raises:
+        DataError: where it is missing or not of this form.
+        OSError: where it can't be read.
+    """
+    path = os.path.join(os.fspath(folder), FAILURES_FILE)
+    try:
+        failures = _read_json(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; {RUN_VERIFY}") from None
+    expected = {"name": str, "reason": str, "kept": bool}
+    if not isinstance(failures, list):
+        raise DataError(f"{path}: expected a list, got {failures!r:.80}; {RUN_VERIFY}")
+    for failure in failures:
+        types = {key: type(v) for key, v in failure.items()} if isinstance(failure, dict) else None
+        if types != expected:
+            raise DataError(
+                f"{path}: expected objects with name, reason and kept, got {failure!r:.80}; "
+                f"{RUN_VERIFY}"
+            )
+    return failures
 
 
 def refuse_unfinished(folder: str | os.PathLike[str]) -> None:
@@ -188,12 +214,9 @@ def refuse_unfinished(folder: str | os.PathLike[str]) -> None:
 def _read_about(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, PACK_FILE)
     try:
-        with open(path, "rb") as file:
-            about = json.load(file)
+        about = _read_json(path)
     except FileNotFoundError:
         raise DataError(f"{folder}: not a pack: it has no {PACK_FILE}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON: {error}; {RUN_VERIFY}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise DataError(f"{path}: expected an object whose 'format' is {FORMAT!r}")
     version = about.get("format_version")
@@ -205,14 +228,34 @@ def _read_about(folder: str) -> dict[str, Any]:
     return about
 
 
+def _read_json(path: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:  # the latter: nested without end
+        raise DataError(f"{path}: expected JSON: {error}; {RUN_VERIFY}") from error
+
+
+def _check_members(about: dict[str, Any], folder: str) -> None:
+    """Check the types of what packing and verifying use beside the tables."""
+    for key in ("settings", "source", "counts", "files"):
+        _field(about, key, dict, folder)
+    for key in ("canonical", "failures", "skipped"):
+        _field(about["counts"], key, int, folder)
+    for key in ("num_samples", "bytes"):
+        _field(about["source"], key, int, folder)
+    _field(about["source"], "index_id", str, folder)
+    _field(about, "image_bytes", int, folder)
+
+
 def _field(about: dict[str, Any], key: str, kind: type, folder: str) -> Any:
     value: Any = about.get(key)
     if (
         not isinstance(value, kind)
         or isinstance(value, bool)
-        or (isinstance(value, int) and value < 0)
+        or (isinstance(value, int) and not 0 <= value < 2**63)
     ):
-        expected = "an integer of 0 or above" if kind is int else f"a {kind.__name__}"
+        expected = "an integer from 0 to 2**63 - 1" if kind is int else f"a {kind.__name__}"
         raise DataError(
             f"{folder}/{PACK_FILE}: '{key}': expected {expected}, got {value!r:.80}; {RUN_VERIFY}"
         )
