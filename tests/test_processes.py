@@ -24,6 +24,8 @@ from imagenet_seq.errors import ForkError
 from imagenet_seq.loader import Loader
 
 EVAL = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
+# A shell that starts this suite in the background has its children ignore Ctrl-C.
+HEAR_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 DEADLINE_S = 120  # far above what anything here takes; a hang fails instead of stopping the suite
 
 
@@ -42,7 +44,7 @@ def native_threads() -> int:
 def run_script(source: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
     """Run a Python script in a fresh process, with this suite's package."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
+        [sys.executable, "-c", HEAR_SIGINT + textwrap.dedent(source), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -168,7 +170,7 @@ def test_ctrl_c_while_waiting_for_a_batch(root: Path) -> None:
             os._exit(0)  # a user's transform that sleeps can't be ended from outside
     """
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), str(root)],
+        [sys.executable, "-W", "ignore", "-c", HEAR_SIGINT + textwrap.dedent(script), str(root)],
         stdout=subprocess.PIPE,
         text=True,
     )
