@@ -124,6 +124,11 @@ struct Run {
   // What stands for a position's sample in its key.
   int64_t drawn(int64_t position) const { return draw.empty() ? sample[position] : draw[position]; }
 
+  int64_t batch_of(int64_t position) const {
+    return std::upper_bound(batch_begin.begin(), batch_begin.end(), position) -
+           batch_begin.begin() - 1;
+  }
+
   std::string path(int32_t file) const {
     const int64_t begin = path_begin[file], end = path_begin[file + 1];
     std::string path = root;
@@ -816,10 +821,9 @@ int32_t imseq_engine::take(int64_t timeout_ns, imseq_task* out) {
   if (task.kind == IMSEQ_TASK_BLOCK) {
     out->sample = run.block_offset[task.position];
   } else {
-    const auto& begins = run.batch_begin;
-    out->batch = std::upper_bound(begins.begin(), begins.end(), task.position) - begins.begin() - 1;
+    out->batch = run.batch_of(task.position);
     out->slot = static_cast<int32_t>(out->batch % config_.num_slots);
-    out->row_index = task.position - begins[out->batch];
+    out->row_index = task.position - run.batch_begin[out->batch];
     out->sample = run.sample[task.position];
     out->draw = run.drawn(task.position);
     out->row = row_of(run, task.position, out->batch);
@@ -852,9 +856,7 @@ int32_t imseq_engine::finish_row(int64_t ticket, const char* failure, imseq_erro
   Run& run = *task.run;
   if (run.cancelled) return IMSEQ_CANCELLED;
   counters_.foreign_rows.fetch_add(1, std::memory_order_relaxed);
-  const auto& begins = run.batch_begin;
-  const int64_t batch =
-      std::upper_bound(begins.begin(), begins.end(), task.position) - begins.begin() - 1;
+  const int64_t batch = run.batch_of(task.position);
   if (!task.prefix_done) done_with_block(run, task.position);
   if (failure == nullptr) {
     done_with_row(run, batch);

@@ -680,6 +680,11 @@ def test_repeated_samples_are_drawn_differently(root: Path) -> None:
 
 def test_samplers_say_what_they_say(root: Path) -> None:
     dataset = datasets.ImageFolder(str(root / "train"), EVAL)
+
+    class Own(list):
+        data_source = None  # an attribute that means something else here
+
+    assert sum(len(t) for _, t in Loader(dataset, sampler=Own([3, 4]))) == 2
     part = torch.utils.data.SequentialSampler(range(10))
     assert sum(len(t) for _, t in Loader(dataset, sampler=part)) == 10
 

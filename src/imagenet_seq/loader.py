@@ -28,6 +28,11 @@ from imagenet_seq.transforms import Rows
 
 MB = 1 << 20
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_ADOPTED_SAMPLERS = {  # samplers whose order is ours, and where they keep what they sample from
+    "torch.utils.data.distributed.DistributedSampler": "dataset",
+    "torch.utils.data.sampler.SequentialSampler": "data_source",
+    "torch.utils.data.sampler.RandomSampler": "data_source",
+}
 _READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
 _FILE_READERS = 2  # threads that read small files: one waits for the disk while one opens the next
 
@@ -271,9 +276,10 @@ class Loader:
         if sampler is None:
             return None, shuffle, drop_last, seed
         kind = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
-        data = getattr(sampler, "data_source", getattr(sampler, "dataset", ()))
+        data = getattr(sampler, _ADOPTED_SAMPLERS.get(kind, ""), ())
         if len(data) != self._source.index.num_samples:
-            return sampler, False, drop_last, seed  # made for something else: a subset, say
+            # Not one we know, or made for something else: a subset, say.
+            return sampler, False, drop_last, seed
         if kind == "torch.utils.data.distributed.DistributedSampler":
             self._rank, self._world_size = sampler.rank, sampler.num_replicas
             self._followed_sampler = sampler
