@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu.h"
 #include "jpeg.h"
 
 namespace imseq {
@@ -17,6 +18,7 @@ struct IdctTable {
   IdctTable() = default;
 
   std::array<int16_t, 64> quant{};  // natural order
+  alignas(64) std::array<int16_t, 64> quant_zigzag{};
   std::array<int16_t, 12> rotation{};
 };
 
@@ -29,5 +31,20 @@ struct IdctTable {
 // this is the same as jidctint.c.
 void idct_block(const int16_t* coefficients, const IdctTable& table, int last, uint8_t* out,
                 ptrdiff_t stride);
+
+// Transforms num_blocks blocks whose output lies side by side, and leaves their coefficients zero.
+// Block i: 64 quantised coefficients in zigzag order at
+// coefficients + (i / mcu_width) * mcu_step + (i % mcu_width) * 64, where its 8 x 8 samples begin at
+// out + 8 * i, with rows `stride` bytes apart. Writes nothing beside the blocks' samples. All levels
+// agree with idct_block for every input.
+using IdctKernel = void (*)(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step,
+                            int num_blocks, const IdctTable& table, uint8_t* out, ptrdiff_t stride);
+
+[[nodiscard]] IdctKernel idct_kernel(CpuLevel level);
+
+void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
+                   const IdctTable& table, uint8_t* out, ptrdiff_t stride);
+void idct_avx512(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
+                 const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 
 }  // namespace imseq
