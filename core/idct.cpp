@@ -204,6 +204,8 @@ void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int
 IdctKernel idct_kernel(CpuLevel level) {
   switch (level) {
 #if defined(__x86_64__)
+    case CpuLevel::kAvx2:
+      return idct_avx2;
     case CpuLevel::kAvx512:
       return idct_avx512;
 #endif

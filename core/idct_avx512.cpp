@@ -20,11 +20,6 @@ struct Bytes {
   alignas(64) uint8_t index[64];
 };
 
-constexpr uint8_t kZigzagOfNatural[64] = {
-    0,  1,  5,  6,  14, 15, 27, 28, 2,  4,  7,  13, 16, 26, 29, 42, 3,  8,  12, 17, 25, 30,
-    41, 43, 9,  11, 18, 24, 31, 40, 44, 53, 10, 19, 23, 32, 39, 45, 52, 54, 20, 22, 33, 38,
-    46, 51, 55, 60, 21, 34, 37, 47, 50, 56, 59, 61, 35, 36, 48, 49, 57, 58, 62, 63};
-
 constexpr int kPairs[4][2] = {{0, 4}, {2, 6}, {7, 1}, {3, 5}};  // of rows, and of columns
 
 // Where word i of a register of pairs of rows comes from in a block: columns 0 4 2 6 7 1 3 5.
@@ -330,19 +325,12 @@ inline bool transform_four(int16_t* const (&blocks)[4], const IdctTable& table,
 
 void idct_avx512(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                  const IdctTable& table, uint8_t* out, ptrdiff_t stride) {
-  int16_t* next = coefficients;
-  int left_in_mcu = mcu_width;
+  BlockWalk walk(coefficients, mcu_width, mcu_step);
   for (int i = 0; i < num_blocks; i += 4) {
     const int n = num_blocks - i < 4 ? num_blocks - i : 4;
-    int16_t* blocks[4] = {next, next, next, next};  // the first again for those that are not there
-    for (int k = 0; k < n; ++k) {
-      blocks[k] = next;
-      next += 64;
-      if (--left_in_mcu == 0) {
-        next += mcu_step - 64 * mcu_width;
-        left_in_mcu = mcu_width;
-      }
-    }
+    int16_t* const first = walk.next();
+    int16_t* blocks[4] = {first, first, first, first};  // it again for those that are not there
+    for (int k = 1; k < n; ++k) blocks[k] = walk.next();
     const Output output = {out + 8 * i, stride,
                            static_cast<__mmask32>((uint64_t{1} << (8 * n)) - 1)};
     if (transform_four(blocks, table, output)) continue;
