@@ -23,7 +23,9 @@ struct SampleDecoder::State {
                 int height, void* row);
 
  private:
-  void store_rows(const imseq_recipe& recipe, const imseq_view& view, int num_planes, void* row);
+  // Stores the rows that are ready, from *num_stored on.
+  void store_rows(const imseq_recipe& recipe, const imseq_view& view, int num_planes,
+                  int* num_stored, void* row);
 };
 
 namespace {
@@ -58,11 +60,13 @@ int32_t SampleDecoder::State::decode(const imseq_recipe& recipe, const imseq_key
     return IMSEQ_FOREIGN;
   }
   const Region& needed = resizer.source();
+  int num_stored = 0;
   for (int y = needed.top; y < needed.top + needed.height; ++y) {
-    decoder.row(y, resizer.source_planes(y).data());
-    resizer.add_row(y);
+    decoder.row(y, resizer.source_planes().data());
+    resizer.add_row();
+    store_rows(recipe, view, num_planes, &num_stored, row);
   }
-  store_rows(recipe, view, num_planes, row);
+  store_rows(recipe, view, num_planes, &num_stored, row);
   return IMSEQ_OK;
 }
 
@@ -73,24 +77,26 @@ int32_t SampleDecoder::State::apply(const imseq_recipe& recipe, const imseq_key&
   if (status != IMSEQ_OK) return status;
   resizer.begin(view, recipe.out_height, recipe.out_width, 3, recipe.filter, recipe.passes);
   const Region& source = resizer.source();
+  int num_stored = 0;
   for (int y = source.top; y < source.top + source.height; ++y) {
     const uint8_t* pixel = pixels + (static_cast<size_t>(y) * width + source.left) * 3;
-    const std::array<uint8_t*, 3> planes = resizer.source_planes(y);
+    const std::array<uint8_t*, 3> planes = resizer.source_planes();
     for (int x = 0; x < source.width; ++x, pixel += 3) {
       for (size_t c = 0; c < 3; ++c) planes[c][x] = pixel[c];
     }
-    resizer.add_row(y);
+    resizer.add_row();
+    store_rows(recipe, view, 3, &num_stored, row);
   }
-  store_rows(recipe, view, 3, row);
+  store_rows(recipe, view, 3, &num_stored, row);
   return IMSEQ_OK;
 }
 
 void SampleDecoder::State::store_rows(const imseq_recipe& recipe, const imseq_view& view,
-                                      int num_planes, void* row) {
-  for (int y = 0; y < recipe.out_height; ++y) {
-    std::array<const uint8_t*, 3> planes = resizer.output_row(y);
+                                      int num_planes, int* num_stored, void* row) {
+  for (; *num_stored < resizer.num_ready(); ++*num_stored) {
+    std::array<const uint8_t*, 3> planes = resizer.output_row(*num_stored);
     if (num_planes == 1) planes = {planes[0], planes[0], planes[0]};
-    store_row(recipe, planes, y, view.flip != 0, row);
+    store_row(recipe, planes, *num_stored, view.flip != 0, row);
   }
 }
 

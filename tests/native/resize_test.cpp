@@ -100,15 +100,6 @@ Plane reference(Plane& image, const imseq_view& view, int out_height, int out_wi
 bool resizes_alike(Resizer& resizer, std::vector<Plane>& image, const imseq_view& view,
                    int out_height, int out_width, int filter, int passes) {
   const int num_planes = static_cast<int>(image.size());
-  resizer.begin(view, out_height, out_width, num_planes, filter, passes);
-  const Region source = resizer.source();
-  for (int y = source.top; y < source.top + source.height; ++y) {
-    const auto planes = resizer.source_planes(y);
-    for (size_t p = 0; p < image.size(); ++p) {
-      for (int x = 0; x < source.width; ++x) planes[p][x] = image[p].at(y, source.left + x);
-    }
-    resizer.add_row(y);
-  }
   const bool vertical_first =
       passes == IMSEQ_PASSES_PILLOW_13 && view.height > view.resized_height &&
       view.height - view.resized_height > 2 * (view.width - view.resized_width);
@@ -116,13 +107,30 @@ bool resizes_alike(Resizer& resizer, std::vector<Plane>& image, const imseq_view
   for (Plane& plane : image) {
     expected.push_back(reference(plane, view, out_height, out_width, filter, vertical_first));
   }
-  for (int y = 0; y < out_height; ++y) {
-    const auto planes = resizer.output_row(y);
-    for (size_t p = 0; p < image.size(); ++p) {
-      if (!std::equal(planes[p], planes[p] + out_width, &expected[p].at(y, 0))) return false;
+  int num_checked = 0;
+  const auto ready_rows_are_alike = [&] {
+    for (; num_checked < resizer.num_ready(); ++num_checked) {
+      const auto planes = resizer.output_row(num_checked);
+      for (size_t p = 0; p < image.size(); ++p) {
+        const uint8_t* row = planes[p];
+        if (!std::equal(row, row + out_width, &expected[p].at(num_checked, 0))) return false;
+      }
     }
+    return true;
+  };
+  resizer.begin(view, out_height, out_width, num_planes, filter, passes);
+  const Region source = resizer.source();
+  for (int y = source.top; y < source.top + source.height; ++y) {
+    const auto planes = resizer.source_planes();
+    for (size_t p = 0; p < image.size(); ++p) {
+      for (int x = 0; x < source.width; ++x) planes[p][x] = image[p].at(y, source.left + x);
+      // Kernels that fill the rows may write so far.
+      std::fill_n(planes[p] + source.width, imseq::kRowSlack, static_cast<uint8_t>(y));
+    }
+    resizer.add_row();
+    if (!ready_rows_are_alike()) return false;
   }
-  return true;
+  return ready_rows_are_alike() && num_checked == out_height;
 }
 
 }  // namespace
