@@ -16,6 +16,7 @@ struct SampleDecoder::State {
   JpegHeader header;
   RegionDecoder decoder;
   Resizer resizer;
+  PixelStore store;
 
   int32_t decode(const imseq_recipe& recipe, const imseq_key& key, const uint8_t* bytes,
                  size_t size, uint32_t flags, void* row);
@@ -24,8 +25,7 @@ struct SampleDecoder::State {
 
  private:
   // Stores the rows that are ready, from *num_stored on.
-  void store_rows(const imseq_recipe& recipe, const imseq_view& view, int num_planes,
-                  int* num_stored, void* row);
+  void store_rows(const imseq_view& view, int num_planes, int* num_stored, void* row);
 };
 
 namespace {
@@ -60,13 +60,14 @@ int32_t SampleDecoder::State::decode(const imseq_recipe& recipe, const imseq_key
     return IMSEQ_FOREIGN;
   }
   const Region& needed = resizer.source();
+  store.begin(recipe);
   int num_stored = 0;
   for (int y = needed.top; y < needed.top + needed.height; ++y) {
     decoder.row(y, resizer.source_planes().data());
     resizer.add_row();
-    store_rows(recipe, view, num_planes, &num_stored, row);
+    store_rows(view, num_planes, &num_stored, row);
   }
-  store_rows(recipe, view, num_planes, &num_stored, row);
+  store_rows(view, num_planes, &num_stored, row);
   return IMSEQ_OK;
 }
 
@@ -77,6 +78,7 @@ int32_t SampleDecoder::State::apply(const imseq_recipe& recipe, const imseq_key&
   if (status != IMSEQ_OK) return status;
   resizer.begin(view, recipe.out_height, recipe.out_width, 3, recipe.filter, recipe.passes);
   const Region& source = resizer.source();
+  store.begin(recipe);
   int num_stored = 0;
   for (int y = source.top; y < source.top + source.height; ++y) {
     const uint8_t* pixel = pixels + (static_cast<size_t>(y) * width + source.left) * 3;
@@ -85,18 +87,18 @@ int32_t SampleDecoder::State::apply(const imseq_recipe& recipe, const imseq_key&
       for (size_t c = 0; c < 3; ++c) planes[c][x] = pixel[c];
     }
     resizer.add_row();
-    store_rows(recipe, view, 3, &num_stored, row);
+    store_rows(view, 3, &num_stored, row);
   }
-  store_rows(recipe, view, 3, &num_stored, row);
+  store_rows(view, 3, &num_stored, row);
   return IMSEQ_OK;
 }
 
-void SampleDecoder::State::store_rows(const imseq_recipe& recipe, const imseq_view& view,
-                                      int num_planes, int* num_stored, void* row) {
+void SampleDecoder::State::store_rows(const imseq_view& view, int num_planes, int* num_stored,
+                                      void* row) {
   for (; *num_stored < resizer.num_ready(); ++*num_stored) {
     std::array<const uint8_t*, 3> planes = resizer.output_row(*num_stored);
     if (num_planes == 1) planes = {planes[0], planes[0], planes[0]};
-    store_row(recipe, planes, *num_stored, view.flip != 0, row);
+    store.store_row(planes, *num_stored, view.flip != 0, row);
   }
 }
 
