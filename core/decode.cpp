@@ -73,6 +73,7 @@ int64_t sum(const imseq_times& times) {
 struct Image {
   imseq_sample* sample = nullptr;
   JpegHeader header;
+  int num_planes = 0;
   imseq_view view;
   RegionDecoder region;
   Resizer resizer;
@@ -98,7 +99,7 @@ struct SampleDecoder::State final : LaneWork {
   int32_t open(Image* image);
   void finish(Image* image);
   void report(imseq_sample* sample, int32_t status);
-  void store_rows(const imseq_view& view, Resizer* resizer, int num_planes, void* row);
+  void store_rows(Image& image, int* num_stored, void* row);
 
   Image*& image_of(const Lane* lane) {
     return image_of_lane[static_cast<size_t>(lane - lanes->data())];
@@ -112,6 +113,7 @@ struct SampleDecoder::State final : LaneWork {
   Image* waiting = nullptr;  // opened, but of another kind than the lanes are decoding
   const FlatEntry* flat = nullptr;
   FlatTables flat_tables;
+  PixelStore store;
   uint64_t next_id = 1;
 
   // ---- the call ----
@@ -218,8 +220,8 @@ int32_t SampleDecoder::State::open(Image* image) try {
     const int32_t status =
         draw_view(*recipe, sample.key, header.width, header.height, &image->view);
     if (status != IMSEQ_OK) return status;
-    const int num_planes = header.colour == JpegColour::kGrey ? 1 : 3;
-    image->resizer.begin(image->view, recipe->out_height, recipe->out_width, num_planes,
+    image->num_planes = header.colour == JpegColour::kGrey ? 1 : 3;
+    image->resizer.begin(image->view, recipe->out_height, recipe->out_width, image->num_planes,
                          recipe->filter, recipe->passes);
   }
   const StageTimer timer(times, &imseq_times::markers);
@@ -238,15 +240,20 @@ void SampleDecoder::State::finish(Image* image) {
   Resizer& resizer = image->resizer;
   if (!region.failed()) {
     const Region& needed = resizer.source();
+    int num_stored = 0;
+    store.begin(*recipe);
     for (int y = needed.top; y < needed.top + needed.height; ++y) {
       {
         const StageTimer timer(times, &imseq_times::colour);
-        region.row(y, resizer.source_planes(y).data());
+        region.row(y, resizer.source_planes().data());
       }
-      const StageTimer timer(times, &imseq_times::resize);
-      resizer.add_row(y);
+      {
+        const StageTimer timer(times, &imseq_times::resize);
+        resizer.add_row();
+      }
+      store_rows(*image, &num_stored, image->sample->row);
     }
-    store_rows(image->view, &resizer, region.num_planes(), image->sample->row);
+    store_rows(*image, &num_stored, image->sample->row);
   }
   report(image->sample, region.failed() ? IMSEQ_FOREIGN : IMSEQ_OK);
   if (region.num_bytes() > kManyBytes) region.free_memory();
@@ -271,32 +278,38 @@ int32_t SampleDecoder::State::apply(const imseq_recipe& apply_recipe, const imse
   imseq_view view;
   const int32_t status = draw_view(*recipe, key, width, height, &view);
   if (status != IMSEQ_OK) return status;
-  Resizer& resizer = images[0].resizer;
+  Image& image = images[0];
+  image.view = view;
+  image.num_planes = 3;
+  Resizer& resizer = image.resizer;
   resizer.begin(view, recipe->out_height, recipe->out_width, 3, recipe->filter, recipe->passes);
   const Region& source = resizer.source();
+  int num_stored = 0;
+  store.begin(*recipe);
   for (int y = source.top; y < source.top + source.height; ++y) {
     const uint8_t* pixel = pixels + (static_cast<size_t>(y) * width + source.left) * 3;
-    const std::array<uint8_t*, 3> planes = resizer.source_planes(y);
+    const std::array<uint8_t*, 3> planes = resizer.source_planes();
     for (int x = 0; x < source.width; ++x, pixel += 3) {
       for (size_t c = 0; c < 3; ++c) planes[c][x] = pixel[c];
     }
-    resizer.add_row(y);
+    resizer.add_row();
+    store_rows(image, &num_stored, row);
   }
-  store_rows(view, &resizer, 3, row);
+  store_rows(image, &num_stored, row);
   return IMSEQ_OK;
 }
 
-void SampleDecoder::State::store_rows(const imseq_view& view, Resizer* resizer, int num_planes,
-                                      void* row) {
-  for (int y = 0; y < recipe->out_height; ++y) {
+// Stores the rows that are ready, from *num_stored on.
+void SampleDecoder::State::store_rows(Image& image, int* num_stored, void* row) {
+  for (; *num_stored < image.resizer.num_ready(); ++*num_stored) {
     std::array<const uint8_t*, 3> planes{};
     {
       const StageTimer timer(times, &imseq_times::resize);
-      planes = resizer->output_row(y);
+      planes = image.resizer.output_row(*num_stored);
     }
-    if (num_planes == 1) planes = {planes[0], planes[0], planes[0]};
+    if (image.num_planes == 1) planes = {planes[0], planes[0], planes[0]};
     const StageTimer timer(times, &imseq_times::store);
-    store_row(*recipe, planes, y, view.flip != 0, row);
+    store.store_row(planes, *num_stored, image.view.flip != 0, row);
   }
 }
 

@@ -201,7 +201,7 @@ void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   plane.stride = static_cast<ptrdiff_t>(end_mcu_x_ - first_mcu_x_) * 8 * component.mcu_width;
   const ptrdiff_t rows =
       static_cast<ptrdiff_t>(end_mcu_y_ - first_mcu_y_) * 8 * component.mcu_height;
-  grow(&plane.samples, static_cast<size_t>(plane.stride * rows));
+  grow(&plane.samples, static_cast<size_t>(plane.stride * rows) + kRowSlack);
   // libjpeg-turbo's choice (jdsample.c, jinit_upsampler).
   if (h == 1 && v == 1) {
     plane.upsampling = Upsampling::kNone;
@@ -216,8 +216,8 @@ void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   }
   if (plane.upsampling == Upsampling::kNone) return;
   const size_t num_samples = static_cast<size_t>(region_.width / h) + 2;
-  grow(&plane.pixels, num_samples * static_cast<size_t>(h));
-  grow(&sums_, num_samples + 2);
+  grow(&plane.pixels, num_samples * static_cast<size_t>(h) + kRowSlack);
+  grow(&sums_, num_samples + 2 + kRowSlack);
 }
 
 // The first MCU at or behind `mcu` that the region needs; num_mcus_ if there is none.
@@ -251,11 +251,12 @@ int64_t RegionDecoder::needed_end(int64_t begin, int64_t end) const {
 }
 
 void RegionDecoder::row(int y, uint8_t* const* planes) {
+  const ColourKernels& kernels = colour_kernels(cpu_level());
   const auto width = static_cast<size_t>(region_.width);
   std::array<const uint8_t*, 3> in{};
   for (size_t c = 0; c < num_components_; ++c) in[c] = upsampled_row(planes_[c], y);
   if (colour_ == JpegColour::kYCbCr) {
-    ycc_to_rgb(in[0], in[1], in[2], region_.width, planes[0], planes[1], planes[2]);
+    kernels.ycc_to_rgb(in[0], in[1], in[2], region_.width, planes[0], planes[1], planes[2]);
     return;
   }
   for (size_t c = 0; c < num_components_; ++c) std::memcpy(planes[c], in[c], width);
@@ -265,6 +266,7 @@ void RegionDecoder::row(int y, uint8_t* const* planes) {
 const uint8_t* RegionDecoder::upsampled_row(Plane& plane, int y) {
   const int own_y = y / plane.v_factor;
   const uint8_t* own = plane.row(own_y);
+  const ColourKernels& kernels = colour_kernels(cpu_level());
   if (plane.upsampling == Upsampling::kNone) return own + region_.left;
   const int begin = region_.left / plane.h_factor;
   const int end = (region_.left + region_.width - 1) / plane.h_factor + 1;
@@ -274,16 +276,16 @@ const uint8_t* RegionDecoder::upsampled_row(Plane& plane, int y) {
   const int far_y = std::clamp(below ? own_y + 1 : own_y - 1, 0, plane.height - 1);
   switch (plane.upsampling) {
     case Upsampling::kH2V1:
-      upsample_h2v1(own, begin, end, plane.width, out);
+      kernels.upsample_h2v1(own, begin, end, plane.width, out);
       break;
     case Upsampling::kH2V2:
-      upsample_h2v2(own, plane.row(far_y), begin, end, plane.width, sums_.data(), out);
+      kernels.upsample_h2v2(own, plane.row(far_y), begin, end, plane.width, sums_.data(), out);
       break;
     case Upsampling::kH1V2:
-      upsample_h1v2(own + begin, plane.row(far_y) + begin, below, end - begin, out);
+      kernels.upsample_h1v2(own + begin, plane.row(far_y) + begin, below, end - begin, out);
       break;
     default:
-      replicate(own + begin, end - begin, plane.h_factor, out);
+      kernels.replicate(own + begin, end - begin, plane.h_factor, out);
   }
   return out + (region_.left - begin * plane.h_factor);
 }

@@ -49,9 +49,8 @@ class RegionDecoder {
   }
   [[nodiscard]] bool failed() const { return failed_; }
 
-  // When done. Planes of a pixel row: 1 (grey) or 3 (red, green, blue).
-  [[nodiscard]] int num_planes() const { return colour_ == JpegColour::kGrey ? 1 : 3; }
-  // Pixels [left, left + width) of row y of the image, which lies in the region, to planes[0 ...];
+  // When done: pixels [left, left + width) of row y of the image, which lies in the region, to planes[0 ...] (one of
+  // grey, or red, green, blue);
   // kRowSlack bytes behind them may be written, too.
   void row(int y, uint8_t* const* planes);
 
