@@ -79,8 +79,10 @@ enum class BlockState : uint8_t { waiting, reading, ready, failed };
 
 // What a block has between being read and its last sample's decoding.
 struct Loaded {
-  Buffer buffer;
+  const uint8_t* bytes = nullptr;  // in the mapping or the buffer
   int64_t size_bytes = 0;
+  Mapping mapping;
+  Buffer buffer;
   int64_t reserved_bytes = 0;             // what it counts for in the budget
   std::vector<int64_t> offsets, lengths;  // foreign block: its samples
   std::unique_ptr<imseq_error> error;     // failed
@@ -262,9 +264,10 @@ struct imseq_engine {
   int64_t estimate(const Run& run, int64_t block) const;
   bool may_read(const Run& run) const;
   void read_block(Run& run, int64_t block, FileReader& reader);
-  void count_request(const Run& run, int64_t block, int64_t offset, int64_t length);
+  void count_request(int32_t file, int64_t offset, int64_t length);
+  void take_buffer(Loaded& loaded, int64_t size_bytes);
   void foreign_block_came(Run& run, int64_t number);
-  void block_ready(Run& run, int64_t block, Buffer buffer, int64_t size_bytes);
+  void block_ready(Run& run, int64_t block, int64_t size_bytes);
   void block_failed(Run& run, int64_t block, const imseq_error& error);
   bool claim_ticket(int64_t ticket, int32_t kind, Ticket* out);
 
@@ -291,7 +294,7 @@ struct imseq_engine {
   int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
   int64_t mean_block_bytes_ =
       128 * 1024;  // of blocks of unknown length; ImageNet's mean file to begin
-  std::string last_path_;
+  int32_t last_file_ = -1;
   int64_t last_end_ = -1;
   BufferPool buffers_;
   std::deque<Ticket> row_tasks_, block_tasks_;
@@ -423,6 +426,7 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   }
   run_ = std::move(run);
   ended_ = false;
+  last_file_ = -1;
   ++generation_;
   run_changed_.notify_all();
   return IMSEQ_OK;
@@ -625,7 +629,7 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
         static_cast<long long>(length), static_cast<long long>(offset),
         static_cast<long long>(loaded.size_bytes));
   }
-  *bytes = loaded.buffer.bytes.get() + offset;
+  *bytes = loaded.bytes + offset;
   *size = length;
   return IMSEQ_OK;
 }
@@ -792,43 +796,50 @@ bool imseq_engine::may_read(const Run& run) const {
 
 void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
   imseq_error error = {};
-  Buffer buffer;
-  int64_t file_bytes = 0;
+  Loaded& loaded = *run.blocks[number].loaded;  // this thread's until it is ready
   const int64_t offset = run.block_offset[number];
   int64_t length = run.block_length[number];
   int32_t status;
   try {
-    status = reader.open(run.path(run.block_file[number]), &file_bytes, &error);
+    status = reader.open(run.path(run.block_file[number]), &error);
     if (status == IMSEQ_OK) {
-      if (length < 0) length = std::max<int64_t>(0, file_bytes - offset);
-      {
-        std::lock_guard lock(mutex_);
-        buffer = buffers_.get(length);
-        count_request(run, number, offset, length);
-      }
+      if (length < 0) length = std::max<int64_t>(0, reader.file_bytes() - offset);
+      count_request(run.block_file[number], offset, length);
       Timer timer(&counters_.read_ns);
-      status = reader.read(offset, length, buffer.bytes.get(), &error);
+      if (reader.map(offset, length, &loaded.mapping)) {
+        loaded.bytes = loaded.mapping.bytes();
+      } else {
+        take_buffer(loaded, length);
+        status = reader.read(offset, length, loaded.buffer.bytes.get(), &error);
+      }
     }
   } catch (const std::bad_alloc&) {
     status = fail(&error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
                   "out of memory for a block of %lld bytes", static_cast<long long>(length));
   }
   if (status == IMSEQ_OK) {
-    block_ready(run, number, std::move(buffer), length);
+    block_ready(run, number, length);
   } else {
     block_failed(run, number, error);
   }
 }
 
-void imseq_engine::count_request(const Run& run, int64_t block, int64_t offset, int64_t length) {
-  std::string path = run.path(run.block_file[block]);
-  if (path != last_path_ || offset != last_end_) {
+void imseq_engine::count_request(int32_t file, int64_t offset, int64_t length) {
+  std::lock_guard lock(mutex_);
+  if (file != last_file_ || offset != last_end_) {
     counters_.read_seeks.fetch_add(1, std::memory_order_relaxed);
   }
-  last_path_ = std::move(path);
+  last_file_ = file;
   last_end_ = offset + length;
   counters_.read_requests.fetch_add(1, std::memory_order_relaxed);
   counters_.read_bytes.fetch_add(length, std::memory_order_relaxed);
+}
+
+// Throws std::bad_alloc.
+void imseq_engine::take_buffer(Loaded& loaded, int64_t size_bytes) {
+  std::lock_guard lock(mutex_);
+  loaded.buffer = buffers_.get(size_bytes);
+  loaded.bytes = loaded.buffer.bytes.get();
 }
 
 void imseq_engine::foreign_block_came(Run& run, int64_t number) {
@@ -837,12 +848,12 @@ void imseq_engine::foreign_block_came(Run& run, int64_t number) {
   budget_changed_.notify_all();
 }
 
-void imseq_engine::block_ready(Run& run, int64_t number, Buffer buffer, int64_t size_bytes) {
+// Whoever made the block has put its bytes into place.
+void imseq_engine::block_ready(Run& run, int64_t number, int64_t size_bytes) {
   std::lock_guard lock(mutex_);
   foreign_block_came(run, number);
   Block& block = run.blocks[number];
   Loaded& loaded = *block.loaded;
-  loaded.buffer = std::move(buffer);
   loaded.size_bytes = size_bytes;
   if (!run.cancelled) {
     block_bytes_ += size_bytes - loaded.reserved_bytes;
@@ -956,11 +967,9 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
     block_failed(run, task.position, reason);
     return IMSEQ_OK;
   }
-  Buffer buffer;
+  Loaded& loaded = *run.blocks[task.position].loaded;
   try {
-    std::lock_guard lock(mutex_);
-    buffer = buffers_.get(size);
-    Loaded& loaded = *run.blocks[task.position].loaded;
+    take_buffer(loaded, size);
     loaded.offsets.assign(offsets, offsets + num_samples);
     loaded.lengths.assign(lengths, lengths + num_samples);
   } catch (const std::bad_alloc&) {
@@ -970,9 +979,9 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
     block_failed(run, task.position, reason);
     return IMSEQ_OK;
   }
-  if (size > 0) std::memcpy(buffer.bytes.get(), bytes, static_cast<size_t>(size));
+  if (size > 0) std::memcpy(loaded.buffer.bytes.get(), bytes, static_cast<size_t>(size));
   counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
-  block_ready(run, task.position, std::move(buffer), size);
+  block_ready(run, task.position, size);
   return IMSEQ_OK;
 }
 
