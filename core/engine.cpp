@@ -64,8 +64,8 @@ class Timer {
 
 // Samples that one thread decodes together: more lanes fill the processor better, but each needs
 // its share of the cache. Clean samples (of packs) have lanes of their own, their restart intervals.
-constexpr int kGroupOfClean = 4;
-constexpr int kGroupOfOthers = 8;
+constexpr int64_t kGroupOfClean = 4;
+constexpr int64_t kGroupOfOthers = 8;
 static_assert(std::max(kGroupOfClean, kGroupOfOthers) <= IMSEQ_MAX_GROUP);
 
 struct Counters {
@@ -559,16 +559,15 @@ bool imseq_engine::take_group(Run& run, Group* group) {
 
 // Where the group that starts with begin ends. No thread takes more than its share of what can be
 // done now, so that none is idle; and the first batch, which the script waits for, is shared among
-// all of them. Only the first position may have to wait for its block.
+// all of them. A position whose block is not there waits alone: it must not hold up others.
 int64_t imseq_engine::group_end(const Run& run, int64_t begin, int64_t open_end) const {
   const int64_t horizon = begin < run.batch_begin[1] ? run.batch_begin[1] : open_end;
   const int64_t share = (horizon - begin + config_.num_decoders - 1) / config_.num_decoders;
-  const int64_t most =
-      (run.flags_of(begin) & IMSEQ_SAMPLE_CLEAN) != 0 ? kGroupOfClean : kGroupOfOthers;
-  const int64_t limit = begin + std::min(share, most);
-  int64_t end = begin + 1;
+  const bool clean = (run.flags_of(begin) & IMSEQ_SAMPLE_CLEAN) != 0;
+  const int64_t limit = begin + std::min(share, clean ? kGroupOfClean : kGroupOfOthers);
+  int64_t end = begin;
   while (end < limit && run.block_is_there(run.block[end])) ++end;
-  return end;
+  return std::max(end, begin + 1);
 }
 
 // Until the next position has memory, whoever takes it.
@@ -679,7 +678,10 @@ void imseq_engine::decode_group(const std::shared_ptr<Run>& run, const Group& gr
     Timer timer(&counters_.decode_ns);
     first_failure = decoder.decode(recipe_, samples.data(), num_samples, nullptr, &error);
   }
+  // Counted before the last row of a batch is done, so that who has the batch finds it counted.
   int64_t num_decoded = 0;
+  for (int i = 0; i < num_samples; ++i) num_decoded += samples[i].status == IMSEQ_OK;
+  counters_.decode_samples.fetch_add(num_decoded, std::memory_order_relaxed);
   for (int i = 0; i < num_samples; ++i) {
     int32_t status = samples[i].status;
     if (status < 0 && std::exchange(first_failure, IMSEQ_OK) == IMSEQ_OK) {
@@ -687,10 +689,8 @@ void imseq_engine::decode_group(const std::shared_ptr<Run>& run, const Group& gr
       status = decoder.decode(recipe_, &samples[i], 1, nullptr, &error);
       if (status == IMSEQ_OK) status = samples[i].status;
     }
-    num_decoded += status == IMSEQ_OK;
     done_with_position(run, positions[i], status, error);
   }
-  counters_.decode_samples.fetch_add(num_decoded, std::memory_order_relaxed);
 }
 
 // The core has done what it can for a position; below zero: error says why it failed.
