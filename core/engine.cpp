@@ -251,6 +251,7 @@ struct imseq_engine {
   void decode_group(const std::shared_ptr<Run>& run, const Group& group, SampleDecoder& decoder);
   int32_t locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
                  imseq_error* error) const;
+  int32_t prepare(const Run& run, int64_t position, imseq_sample* out, imseq_error* error) const;
   int32_t verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
                  imseq_error* error) const;
   void done_with_position(const std::shared_ptr<Run>& run, int64_t position, int32_t status,
@@ -651,6 +652,18 @@ int32_t imseq_engine::verify(const Run& run, int64_t position, const uint8_t* by
               got, run.checksum[position], static_cast<long long>(size));
 }
 
+// What the decoder needs to know of a position. IMSEQ_FOREIGN: Python makes its row from the bytes.
+int32_t imseq_engine::prepare(const Run& run, int64_t position, imseq_sample* out,
+                              imseq_error* error) const {
+  int32_t status = locate(run, position, &out->bytes, &out->size, error);
+  if (status == IMSEQ_OK) status = verify(run, position, out->bytes, out->size, error);
+  if (status != IMSEQ_OK) return status;
+  out->key = {run.plan.seed, run.plan.epoch, run.drawn(position)};
+  out->row = row_of(run, position);
+  out->flags = run.flags_of(position);
+  return config_.rows == IMSEQ_ROWS_FROM_BYTES ? IMSEQ_FOREIGN : IMSEQ_OK;
+}
+
 void imseq_engine::decode_group(const std::shared_ptr<Run>& run, const Group& group,
                                 SampleDecoder& decoder) {
   std::array<imseq_sample, IMSEQ_MAX_GROUP> samples;
@@ -658,19 +671,12 @@ void imseq_engine::decode_group(const std::shared_ptr<Run>& run, const Group& gr
   int num_samples = 0;
   imseq_error error;
   for (int64_t position = group.begin; position < group.end; ++position) {
-    const uint8_t* bytes = nullptr;
-    int64_t size = 0;
-    int32_t status = locate(*run, position, &bytes, &size, &error);
-    if (status == IMSEQ_OK) status = verify(*run, position, bytes, size, &error);
-    if (status == IMSEQ_OK && config_.rows == IMSEQ_ROWS_FROM_BYTES) status = IMSEQ_FOREIGN;
-    if (status != IMSEQ_OK) {
+    const int32_t status = prepare(*run, position, &samples[num_samples], &error);
+    if (status == IMSEQ_OK) {
+      positions[num_samples++] = position;
+    } else {
       done_with_position(run, position, status, error);
-      continue;
     }
-    const imseq_key key = {run->plan.seed, run->plan.epoch, run->drawn(position)};
-    samples[num_samples] = {key,     bytes, size, row_of(*run, position), run->flags_of(position),
-                            IMSEQ_OK};
-    positions[num_samples++] = position;
   }
   if (num_samples == 0) return;
   int32_t first_failure;
