@@ -1,6 +1,4 @@
 // The re-coder against hostile bytes and tight buffers, and the Huffman codes it makes.
-#include "transcode.h"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -77,68 +75,10 @@ Result transcode(const Bytes& input, size_t capacity, int restart_interval = 8,
   size_t out_size = 0;
   imseq_header header;
   imseq_error error;
-  const int32_t status = imseq_transcode(in.get(), input.size(), restart_interval, options,
+  const int32_t status = imseq_transcode(in.get(), input.size(), restart_interval, options, nullptr,
                                          out.get(), capacity, &out_size, &header, &error);
   if (status != IMSEQ_OK) return {status, {}, out_size};
   return {status, Bytes(out.get(), out.get() + out_size), 0};
-}
-
-bool is_prefix_code_within_16_bits(const imseq::HuffmanCode& code) {
-  uint32_t used = 0;  // in units of 2^-16
-  for (uint32_t length = 1; length <= 16; ++length) used += code.num_codes[length] << (16 - length);
-  return used < 1u << 16;  // not all of it: the code of ones alone is free
-}
-
-void test_huffman_code_is_optimal_where_16_bits_suffice() {
-  // Powers of two, with the free code's leaf beside the rarest: lengths are known.
-  std::array<uint32_t, 256> counts{};
-  for (uint32_t symbol = 0; symbol < 15; ++symbol) counts[symbol] = 1u << (20 - symbol);
-  const imseq::HuffmanCode code = imseq::fit_huffman_code(counts.data());
-  CHECK(code.num_symbols == 15);
-  for (uint32_t symbol = 0; symbol < 15; ++symbol) CHECK(code.length[symbol] == symbol + 1);
-  CHECK(is_prefix_code_within_16_bits(code));
-}
-
-void test_huffman_code_is_limited_to_16_bits() {
-  std::array<uint32_t, 256> counts{};
-  uint32_t last = 1, next = 1;
-  for (uint32_t symbol = 0; symbol < 45; ++symbol) {  // Fibonacci: the deepest trees there are
-    counts[200 - symbol] = last;
-    const uint32_t sum = last + next;
-    last = next;
-    next = sum;
-  }
-  const imseq::HuffmanCode code = imseq::fit_huffman_code(counts.data());
-  CHECK(code.num_symbols == 45);
-  CHECK(is_prefix_code_within_16_bits(code));
-  for (uint32_t symbol = 156; symbol < 200; ++symbol) {
-    CHECK(code.length[symbol] >= 1 && code.length[symbol] <= 16);
-    CHECK(code.length[symbol] <= code.length[symbol + 1]);
-  }
-}
-
-void test_huffman_code_of_any_counts() {
-  Random random{1};
-  for (int round = 0; round < 3000; ++round) {
-    std::array<uint32_t, 256> counts{};
-    int num_used = 0;
-    const uint32_t bits = 1 + random(31);
-    for (uint32_t& count : counts) {
-      if (random(4) == 0) count = random(1u << random(bits) | 1) + 1;
-      num_used += count > 0;
-    }
-    const imseq::HuffmanCode code = imseq::fit_huffman_code(counts.data());
-    CHECK(code.num_symbols == num_used);
-    CHECK(is_prefix_code_within_16_bits(code));
-    for (uint32_t symbol = 0; symbol < 256; ++symbol) {
-      CHECK((code.length[symbol] > 0) == (counts[symbol] > 0));
-    }
-  }
-  const std::array<uint32_t, 256> none{};
-  CHECK(imseq::fit_huffman_code(none.data()).num_symbols == 0);
-  std::array<uint32_t, 256> one{};
-  one[77] = 5;
-  CHECK(imseq::fit_huffman_code(one.data()).length[77] == 1);
 }
 
 void test_every_capacity() {
@@ -202,22 +142,20 @@ void test_hostile_bytes() {
 void test_arguments() {
   size_t out_size = 0;
   imseq_error error;
-  CHECK(imseq_transcode(nullptr, 5, 8, 0, nullptr, 0, &out_size, nullptr, &error) ==
+  CHECK(imseq_transcode(nullptr, 5, 8, 0, nullptr, nullptr, 0, &out_size, nullptr, &error) ==
         IMSEQ_ERROR_ARGUMENT);
-  CHECK(imseq_transcode(kImage.data(), kImage.size(), 8, 0, nullptr, 0, nullptr, nullptr,
+  CHECK(imseq_transcode(kImage.data(), kImage.size(), 8, 0, nullptr, nullptr, 0, nullptr, nullptr,
                         nullptr) == IMSEQ_ERROR_ARGUMENT);
-  CHECK(imseq_transcode(kImage.data(), kImage.size(), 65536, 0, nullptr, 0, &out_size, nullptr,
-                        &error) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_transcode(kImage.data(), kImage.size(), 65536, 0, nullptr, nullptr, 0, &out_size,
+                        nullptr, &error) == IMSEQ_ERROR_ARGUMENT);
   CHECK(std::strstr(error.message, "65536") != nullptr);
-  CHECK(imseq_transcode(nullptr, 0, 8, 0, nullptr, 0, &out_size, nullptr, &error) == IMSEQ_FOREIGN);
+  CHECK(imseq_transcode(nullptr, 0, 8, 0, nullptr, nullptr, 0, &out_size, nullptr, &error) ==
+        IMSEQ_FOREIGN);
 }
 
 }  // namespace
 
 int main() {
-  test_huffman_code_is_optimal_where_16_bits_suffice();
-  test_huffman_code_is_limited_to_16_bits();
-  test_huffman_code_of_any_counts();
   test_every_capacity();
   test_canonical_form_is_a_fixed_point();
   test_hostile_bytes();
