@@ -7,6 +7,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "huffman.h"
 #include "imagenet_seq.h"
 #include "jpeg.h"
@@ -190,6 +194,17 @@ constexpr uint32_t kAcTable = 0x100;  // behind the DC table
 
 // Bit k is set where block[k] is not zero.
 uint64_t nonzero_mask(const int16_t* block) {
+#if defined(__SSE2__)
+  uint64_t zeros = 0;
+  for (int i = 0; i < 64; i += 16) {
+    const auto* in = reinterpret_cast<const __m128i*>(block + i);
+    // Packing saturates, so it makes no value zero.
+    const __m128i bytes = _mm_packs_epi16(_mm_loadu_si128(in), _mm_loadu_si128(in + 1));
+    const int is_zero = _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
+    zeros |= static_cast<uint64_t>(is_zero) << i;
+  }
+  return ~zeros;
+#else
   constexpr uint64_t kLow15 = 0x7FFF7FFF7FFF7FFFu;
   static_assert(std::endian::native == std::endian::little, "the first value has the lowest bit");
   uint64_t mask = 0;
@@ -201,6 +216,7 @@ uint64_t nonzero_mask(const int16_t* block) {
     mask |= (((top_bits >> 15) * 0x0001000200040008u) >> 48 & 0xF) << i;
   }
   return mask;
+#endif
 }
 
 // The category of each value and its extra bits (T.81 F.1.2.1.1), as they stand in a token;
@@ -327,67 +343,78 @@ SymbolCodes symbol_codes(const HuffmanCodes& codes) {
   return result;
 }
 
-// Bits, with the zero byte that has to follow each 0xFF (T.81 F.1.2.3), inside [begin, end). Where
-// there is no room for more, writes nothing more and says so at the end.
+// Bits as bytes, most significant first. Stores eight bytes at a time, of which those behind
+// position() mean nothing yet.
 class BitWriter {
  public:
-  BitWriter(uint8_t* begin, uint8_t* end) : position_(begin), end_(end) {}
+  explicit BitWriter(uint8_t* begin) : position_(begin) {}
 
   // Up to 32 bits.
   void put(uint32_t bits, int length) {
-    free_ -= length;
-    if (free_ >= 0) {
-      accumulator_ = accumulator_ << length | bits;
-      return;
-    }
-    // free_ bits are too many: the accumulator takes what it can and goes out.
-    put_eight_bytes(accumulator_ << (length + free_) | bits >> -free_);
-    accumulator_ = bits;
-    free_ += 64;
+    accumulator_ = accumulator_ << length | bits;
+    used_ += length;
+    const uint64_t word = __builtin_bswap64(accumulator_ << (63 - used_) << 1);
+    std::memcpy(position_, &word, sizeof(word));
+    position_ += used_ >> 3;
+    used_ &= 7;
   }
+  // Fills the last byte with ones.
+  void fill_byte() { put((1u << (-used_ & 7)) - 1, -used_ & 7); }
 
-  // Fills the last byte with ones and ends the interval with a marker.
-  void finish(uint8_t marker) {
-    const int used = 64 - free_;
-    const int num_bytes = (used + 7) / 8;
-    const uint64_t ones = (uint64_t{1} << (num_bytes * 8 - used)) - 1;
-    const uint64_t padded = num_bytes == 0 ? 0 : accumulator_ << (num_bytes * 8 - used) | ones;
-    accumulator_ = 0;
-    free_ = 64;
-    full_ |= end_ - position_ < 2 * num_bytes + 2;
+  // Continues at begin, where nothing of the bytes before matters any more.
+  void restart(uint8_t* begin) { position_ = begin; }
+  [[nodiscard]] uint8_t* position() const { return position_; }
+
+ private:
+  uint8_t* position_;
+  uint64_t accumulator_ = 0;  // its lowest used_ bits are still to be written
+  int used_ = 0;
+};
+
+// Entropy-coded data inside [begin, end), with the zero byte that has to follow each 0xFF (T.81
+// F.1.2.3). Where there is no room for more, writes nothing more and says so at the end.
+class StuffingWriter {
+ public:
+  StuffingWriter(uint8_t* begin, uint8_t* end) : position_(begin), end_(end) {}
+
+  void write(const uint8_t* bytes, const uint8_t* bytes_end) {
+    full_ |= end_ - position_ < 2 * (bytes_end - bytes);
     if (full_) return;
-    for (int i = num_bytes - 1; i >= 0; --i) put_byte(static_cast<uint8_t>(padded >> (8 * i)));
+    for (; bytes_end - bytes >= 8; bytes += 8) {
+      uint64_t word;
+      std::memcpy(&word, bytes, sizeof(word));
+      // A byte of 0xFF, or a harmless neighbour of one, carries out of its seven low bits.
+      if ((word & ~(word + 0x0101010101010101u) & 0x8080808080808080u) == 0) {
+        std::memcpy(position_, &word, sizeof(word));
+        position_ += sizeof(word);
+      } else {
+        stuff(bytes, bytes + 8);
+      }
+    }
+    stuff(bytes, bytes_end);
+  }
+  void marker(uint8_t code) {
+    full_ |= end_ - position_ < 2;
+    if (full_) return;
     *position_++ = 0xFF;
-    *position_++ = marker;
+    *position_++ = code;
   }
 
   [[nodiscard]] uint8_t* position() const { return position_; }
   [[nodiscard]] bool full() const { return full_; }
 
-  static constexpr size_t kRoomBytes = 16;  // wanted behind the position to write on
-
  private:
-  void put_eight_bytes(uint64_t value) {
-    full_ |= static_cast<size_t>(end_ - position_) < kRoomBytes;
-    if (full_) return;
-    // A byte of 0xFF, or a harmless neighbour of one, carries out of its seven low bits.
-    if ((value & ~(value + 0x0101010101010101u) & 0x8080808080808080u) == 0) {
-      value = __builtin_bswap64(value);
-      std::memcpy(position_, &value, sizeof(value));
-      position_ += sizeof(value);
-      return;
+  void stuff(const uint8_t* bytes, const uint8_t* bytes_end) {
+    uint8_t* out = position_;
+    for (; bytes != bytes_end; ++bytes) {
+      *out++ = *bytes;
+      if (*bytes == 0xFF) *out++ = 0;
     }
-    for (int shift = 56; shift >= 0; shift -= 8) put_byte(static_cast<uint8_t>(value >> shift));
-  }
-  void put_byte(uint8_t byte) {
-    *position_++ = byte;
-    if (byte == 0xFF) *position_++ = 0;
+    position_ = out;
   }
 
   uint8_t* position_;
   uint8_t* end_;
-  uint64_t accumulator_ = 0;
-  int free_ = 64;
   bool full_ = false;
 };
 
@@ -395,25 +422,30 @@ class BitWriter {
 class ScanWriter {
  public:
   ScanWriter(const HuffmanCodes& codes, int64_t num_intervals, uint8_t* begin, uint8_t* end)
-      : codes_(symbol_codes(codes)), writer_(begin, end), interval_begin_(begin) {
+      : codes_(symbol_codes(codes)),
+        writer_(begin, end),
+        num_intervals_(num_intervals),
+        interval_begin_(begin) {
     sizes_.reserve(static_cast<size_t>(num_intervals));
-    num_intervals_ = static_cast<size_t>(num_intervals);
   }
 
   bool code_block(const int16_t* block, int32_t dc_difference, uint32_t dc_table) {
-    BitWriter writer = writer_;  // a local copy stays in registers
+    if (bits_.position() > raw_.data() + (kRawBytes - kBlockBytes)) flush();
+    BitWriter bits = bits_;  // a local copy stays in registers
     const auto put = [&](Token token) {
       const SymbolCode code = codes_[token & kTokenSymbol];
-      writer.put(code.bits | token >> kExtraShift, code.length);
+      bits.put(code.bits | token >> kExtraShift, code.length);
     };
     const bool good = imseq::code_block(block, dc_difference, dc_table, put);
-    writer_ = writer;
+    bits_ = bits;
     return good;
   }
 
   void end_interval() {
-    const bool is_last = sizes_.size() + 1 == num_intervals_;
-    writer_.finish(is_last ? kEoi : static_cast<uint8_t>(kRst0 + sizes_.size() % 8));
+    const bool is_last = static_cast<int64_t>(sizes_.size()) + 1 == num_intervals_;
+    bits_.fill_byte();
+    flush();
+    writer_.marker(is_last ? kEoi : static_cast<uint8_t>(kRst0 + sizes_.size() % 8));
     sizes_.push_back(static_cast<size_t>(writer_.position() - interval_begin_));
     interval_begin_ = writer_.position();
   }
@@ -423,11 +455,21 @@ class ScanWriter {
   [[nodiscard]] const std::vector<size_t>& interval_sizes() const { return sizes_; }
 
  private:
+  // A block's longest symbols and what a BitWriter stores beyond its position.
+  static constexpr size_t kRawBytes = 4096, kBlockBytes = 64 * 4 + 8;
+
+  void flush() {
+    writer_.write(raw_.data(), bits_.position());
+    bits_.restart(raw_.data());
+  }
+
   SymbolCodes codes_;
-  BitWriter writer_;
+  StuffingWriter writer_;
+  int64_t num_intervals_;
   const uint8_t* interval_begin_;
   std::vector<size_t> sizes_;
-  size_t num_intervals_;
+  std::array<uint8_t, kRawBytes> raw_;  // what has no stuffed bytes yet
+  BitWriter bits_{raw_.data()};
 };
 
 // ---- the whole ----------------------------------------------------------------------------------
@@ -502,7 +544,7 @@ int32_t choose_codes(const Source& source, const Settings& settings, HuffmanCode
 }
 
 // Bytes that are enough for the entropy-coded data: each may need a stuffed one, an interval adds a
-// part of a byte and its marker, and the writer wants some room.
+// part of a byte and its marker.
 size_t enough_for_scan(const Source& source, int32_t restart_interval, const HuffmanCodes& codes) {
   bool good;
   const SymbolCounter counter = count_symbols(source, restart_interval, &good);
@@ -514,7 +556,7 @@ size_t enough_for_scan(const Source& source, int32_t restart_interval, const Huf
     }
   }
   const auto intervals = static_cast<size_t>(num_intervals(source.header, restart_interval));
-  return 2 * (num_bits / 8 + intervals * 2) + BitWriter::kRoomBytes;
+  return 2 * (num_bits / 8 + intervals * 2);
 }
 
 // The APP9 segment that says how many bytes each restart interval takes, its marker included.
