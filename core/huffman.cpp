@@ -84,7 +84,7 @@ HuffmanCode assign_codes(const std::vector<std::pair<int32_t, uint8_t>>& lengths
 
 }  // namespace
 
-HuffmanCode fit_huffman_code(const SymbolCounts& counts, const LengthLimits& limits) {
+HuffmanCode fit_huffman_code(const uint64_t* counts, const LengthLimits& limits) {
   // Rarest first; among equals the larger symbol counts as the rarer. The free code weighs nothing
   // and has no limit of its own, so none is longer: it is the last one, of ones alone.
   std::vector<Leaf> leaves{{0, kFreeCode, 0}};
@@ -105,7 +105,7 @@ HuffmanCode fit_huffman_code(const SymbolCounts& counts, const LengthLimits& lim
   return assign_codes(lengths_and_symbols);
 }
 
-HuffmanCode fit_huffman_code(const SymbolCounts& counts) {
+HuffmanCode fit_huffman_code(const uint64_t* counts) {
   LengthLimits limits;
   limits.fill(kMaxCodeLength);
   return fit_huffman_code(counts, limits);
@@ -133,15 +133,15 @@ bool is_possible(const HuffmanCode& in_use, const LengthLimits& limits) {
 
 }  // namespace
 
-HuffmanCode fit_pack_code(const SymbolCounts& counts, HuffmanKind kind) {
+HuffmanCode fit_pack_code(const uint64_t* counts, HuffmanKind kind) {
   constexpr size_t kLargestCappedSize = 7;  // values that an int8_t in a decoding table can hold
-  SymbolCounts weights{};
+  std::array<uint64_t, 256> weights{};
   for (size_t symbol = 0; symbol < 256; ++symbol) {
     if (is_baseline_symbol(symbol, kind)) weights[symbol] = counts[symbol] + 1;
   }
   LengthLimits limits;
   limits.fill(kMaxPackLength);
-  const HuffmanCode code = fit_huffman_code(weights, limits);
+  const HuffmanCode code = fit_huffman_code(weights.data(), limits);
   if (kind == HuffmanKind::kDc) return code;
   // A symbol that misses the decoding table by one bit costs a slow step each time it occurs;
   // making its code a bit shorter costs the others little.
@@ -151,7 +151,7 @@ HuffmanCode fit_pack_code(const SymbolCounts& counts, HuffmanKind kind) {
       limits[symbol] = static_cast<uint8_t>(kMaxPackLength - size);
     }
   }
-  return is_possible(code, limits) ? fit_huffman_code(weights, limits) : code;
+  return is_possible(code, limits) ? fit_huffman_code(weights.data(), limits) : code;
 }
 
 // ---- bytes --------------------------------------------------------------------------------------

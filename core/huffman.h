@@ -17,26 +17,25 @@ struct HuffmanCode {
   std::array<uint8_t, 256> length{};  // [symbol], 0: not used
 };
 
-using SymbolCounts = std::array<uint64_t, 256>;
 using LengthLimits = std::array<uint8_t, 256>;  // [symbol], 1 to 16
 
 // Counts must be below this, so that no sum of them overflows.
 constexpr uint64_t kMaxSymbolCount = uint64_t{1} << 48;
 
-// The code with the fewest bits for counts of the symbols among those that keep to the limits and
+// The code with the fewest bits for counts[0 ... 255] of the symbols among those that keep to the limits and
 // leave the code of ones alone unused, as a JPEG must. A pure function of its arguments. There must
 // be such a code: the sum of 2 ^ -limit over the symbols that occur is below 1.
-[[nodiscard]] HuffmanCode fit_huffman_code(const SymbolCounts& counts, const LengthLimits& limits);
+[[nodiscard]] HuffmanCode fit_huffman_code(const uint64_t* counts, const LengthLimits& limits);
 
 // The limits that a JPEG sets.
-[[nodiscard]] HuffmanCode fit_huffman_code(const SymbolCounts& counts);
+[[nodiscard]] HuffmanCode fit_huffman_code(const uint64_t* counts);
 
 enum class HuffmanKind : uint8_t { kDc, kAc };
 
 // A code for all images of a pack, fitted to the counts of some of them: every symbol that a
 // baseline image can need has a code, none is longer than kMaxPackLength, and of the frequent ones
 // hardly any, together with its extra bits, misses a decoding table of as many bits.
-[[nodiscard]] HuffmanCode fit_pack_code(const SymbolCounts& counts, HuffmanKind kind);
+[[nodiscard]] HuffmanCode fit_pack_code(const uint64_t* counts, HuffmanKind kind);
 constexpr int kMaxPackLength = 12;
 
 // The tables of a scan: DC and AC of the first component, DC and AC of the others.

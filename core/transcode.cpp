@@ -190,7 +190,7 @@ constexpr uint32_t kEndOfBlock = 0x00, kSixteenZeros = 0xF0;
 
 // Tables as in HuffmanCodes, times 256.
 constexpr uint32_t dc_table_of(int component) { return component == 0 ? 0x000 : 0x200; }
-constexpr uint32_t kAcTable = 0x100;  // behind the DC table
+constexpr uint32_t ac_table_of(int component) { return component == 0 ? 0x100 : 0x300; }
 
 // Bit k is set where block[k] is not zero.
 uint64_t nonzero_mask(const int16_t* block) {
@@ -233,93 +233,110 @@ constexpr auto kCategories = [] {
   return table;
 }();
 
+constexpr Token category(int32_t value) {
+  return kCategories[static_cast<uint32_t>(value) & kCategoryMask];
+}
+
 constexpr bool is_too_large(int32_t value, int32_t largest) {
   return static_cast<uint32_t>(value + largest) > static_cast<uint32_t>(2 * largest);
 }
 
-// Hands the tokens of one block to put() (T.81 F.1.2.1 and F.1.2.2). False: a coefficient is larger
-// than an encoder can make it from 8-bit samples.
-template <typename Put>
-bool code_block(const int16_t* block, int32_t dc_difference, uint32_t dc_table, Put& put) {
-  const auto category = [](int32_t value) {
-    return kCategories[static_cast<uint32_t>(value) & kCategoryMask];
-  };
-  put(dc_table | category(dc_difference));
-  bool too_large = is_too_large(dc_difference, kLargestDcDifference);
-  const uint32_t table = dc_table + kAcTable;
-  int last = 0;
-  for (uint64_t mask = nonzero_mask(block) & ~uint64_t{1}; mask != 0; mask &= mask - 1) {
-    const int k = std::countr_zero(mask);
-    int run = k - last - 1;
-    for (; run > 15; run -= 16) put(table | kSixteenZeros);
-    put(table | static_cast<uint32_t>(run) << 4 | category(block[k]));
-    too_large |= is_too_large(block[k], kLargestAc);
-    last = k;
+using SymbolCounts = std::array<uint64_t, 4 * 256>;  // [table and symbol, as in a token]
+
+// The scan as tokens.
+class ScanTokens {
+ public:
+  // False: a coefficient is larger than an encoder can make it from 8-bit samples.
+  [[nodiscard]] bool collect(const JpegHeader& header, const JpegCoefficients& coefficients,
+                             int32_t restart_interval) {
+    const int64_t interval = restart_interval > 0 ? restart_interval : header.num_mcus();
+    int64_t mcus_left = interval;
+    size_t num_tokens = 0;
+    interval_ends_.clear();
+    last_dc_ = {};
+    too_large_ = false;
+    for (int y = 0; y < header.mcus_high; ++y) {
+      make_room(header, num_tokens);
+      Token* out = tokens_.data() + num_tokens;
+      for (int x = 0; x < header.mcus_wide; ++x) {
+        if (mcus_left == 0) {
+          interval_ends_.push_back(static_cast<size_t>(out - tokens_.data()));
+          last_dc_ = {};
+          mcus_left = interval;
+        }
+        --mcus_left;
+        out = collect_mcu(header, coefficients, x, y, out);
+      }
+      num_tokens = static_cast<size_t>(out - tokens_.data());
+    }
+    interval_ends_.push_back(num_tokens);
+    return !too_large_;
   }
-  if (last != 63) put(table | kEndOfBlock);
-  return !too_large;
-}
 
-int64_t num_intervals(const JpegHeader& header, int32_t restart_interval) {
-  return restart_interval > 0 ? (header.num_mcus() + restart_interval - 1) / restart_interval : 1;
-}
+  [[nodiscard]] const Token* begin() const { return tokens_.data(); }
+  [[nodiscard]] const Token* end() const { return begin() + interval_ends_.back(); }
+  [[nodiscard]] size_t num_intervals() const { return interval_ends_.size(); }
+  [[nodiscard]] const Token* interval_end(size_t i) const { return begin() + interval_ends_[i]; }
 
-// Hands all blocks of the scan to sink.code_block(), in order, and calls sink.end_interval() behind
-// the last one of each restart interval. False: a coefficient is too large.
-template <typename Sink>
-bool code_scan(const JpegHeader& header, const JpegCoefficients& coefficients,
-               int32_t restart_interval, Sink* sink) {
-  const int64_t interval = restart_interval > 0 ? restart_interval : header.num_mcus();
-  int64_t mcus_left = interval;
-  std::array<int32_t, 3> last_dc{};
-  bool good = true;
-  const auto code_mcu = [&](int x, int y) {
+  [[nodiscard]] SymbolCounts counts() const {
+    SymbolCounts result{};
+    for (const Token token : *this) ++result[token & kTokenSymbol];
+    return result;
+  }
+
+ private:
+  // A row of MCUs has at most 64 tokens a block: then no token needs a check of its own.
+  void make_room(const JpegHeader& header, size_t num_tokens) {
+    size_t row_blocks = 0;
     for (int c = 0; c < header.num_components; ++c) {
       const JpegComponent& component = header.components[static_cast<size_t>(c)];
-      int32_t& prediction = last_dc[static_cast<size_t>(c)];
+      row_blocks += static_cast<size_t>(component.blocks_wide) * component.mcu_height;
+    }
+    const size_t needed = num_tokens + row_blocks * 64;
+    if (needed > tokens_.size()) tokens_.resize(std::max(needed, tokens_.size() * 2));
+  }
+
+  Token* collect_mcu(const JpegHeader& header, const JpegCoefficients& coefficients, int x, int y,
+                     Token* out) {
+    for (int c = 0; c < header.num_components; ++c) {
+      const JpegComponent& component = header.components[static_cast<size_t>(c)];
       for (int v = 0; v < component.mcu_height; ++v) {
         const int16_t* block =
             coefficients.block(c, y * component.mcu_height + v, x * component.mcu_width);
         for (int h = 0; h < component.mcu_width; ++h, block += 64) {
-          good &= sink->code_block(block, block[0] - prediction, dc_table_of(c));
-          prediction = block[0];
+          out = collect_block(block, c, out);
         }
       }
     }
-  };
-  for (int y = 0; y < header.mcus_high; ++y) {
-    for (int x = 0; x < header.mcus_wide; ++x) {
-      code_mcu(x, y);
-      if (--mcus_left > 0) continue;
-      sink->end_interval();
-      mcus_left = interval;
-      last_dc = {};
+    return out;
+  }
+
+  // T.81 F.1.2.1 and F.1.2.2.
+  Token* collect_block(const int16_t* block, int component, Token* out) {
+    int32_t& last_dc = last_dc_[static_cast<size_t>(component)];
+    const int32_t difference = block[0] - last_dc;
+    last_dc = block[0];
+    *out++ = dc_table_of(component) | category(difference);
+    bool too_large = is_too_large(difference, kLargestDcDifference);
+    const uint32_t table = ac_table_of(component);
+    int last = 0;
+    for (uint64_t mask = nonzero_mask(block) & ~uint64_t{1}; mask != 0; mask &= mask - 1) {
+      const int k = std::countr_zero(mask);
+      int run = k - last - 1;
+      for (; run > 15; run -= 16) *out++ = table | kSixteenZeros;
+      *out++ = table | static_cast<uint32_t>(run) << 4 | category(block[k]);
+      too_large |= is_too_large(block[k], kLargestAc);
+      last = k;
     }
-  }
-  if (mcus_left < interval) sink->end_interval();
-  return good;
-}
-
-// How often each symbol of the four tables occurs.
-class SymbolCounter {
- public:
-  bool code_block(const int16_t* block, int32_t dc_difference, uint32_t dc_table) {
-    const auto put = [this](Token token) { ++counts_[token & kTokenSymbol]; };
-    return imseq::code_block(block, dc_difference, dc_table, put);
-  }
-  void end_interval() {}
-
-  [[nodiscard]] SymbolCounts of_table(size_t table) const {
-    SymbolCounts result;
-    std::copy_n(counts_.begin() + static_cast<ptrdiff_t>(table * 256), 256, result.begin());
-    return result;
-  }
-  void add_to(uint64_t* counts) const {
-    for (size_t i = 0; i < counts_.size(); ++i) counts[i] += counts_[i];
+    if (last != 63) *out++ = table | kEndOfBlock;
+    too_large_ |= too_large;
+    return out;
   }
 
- private:
-  std::array<uint32_t, 4 * 256> counts_{};
+  std::vector<Token> tokens_;
+  std::vector<size_t> interval_ends_;
+  std::array<int32_t, 3> last_dc_{};
+  bool too_large_ = false;
 };
 
 // How a token's symbol is written: its code, moved up to make place for the extra bits.
@@ -418,59 +435,33 @@ class StuffingWriter {
   bool full_ = false;
 };
 
-// Writes the entropy-coded data, markers included, and notes the intervals' sizes.
-class ScanWriter {
- public:
-  ScanWriter(const HuffmanCodes& codes, int64_t num_intervals, uint8_t* begin, uint8_t* end)
-      : codes_(symbol_codes(codes)),
-        writer_(begin, end),
-        num_intervals_(num_intervals),
-        interval_begin_(begin) {
-    sizes_.reserve(static_cast<size_t>(num_intervals));
+// Writes the entropy-coded data, markers included; sizes: the bytes of each restart interval with
+// its marker.
+void write_scan(const ScanTokens& scan, const HuffmanCodes& huffman, StuffingWriter* writer,
+                std::vector<size_t>* sizes) {
+  constexpr ptrdiff_t kTokensAtOnce = 1024;  // with their bytes they stay in the L1 cache
+  const SymbolCodes codes = symbol_codes(huffman);
+  std::array<uint8_t, kTokensAtOnce * 4 + 16> unstuffed;
+  BitWriter bits(unstuffed.data());
+  const Token* token = scan.begin();
+  for (size_t i = 0; i < scan.num_intervals(); ++i) {
+    const uint8_t* const begin = writer->position();
+    const Token* const interval_end = scan.interval_end(i);
+    const bool is_last = i + 1 == scan.num_intervals();
+    while (token != interval_end) {
+      const Token* const end = token + std::min(interval_end - token, kTokensAtOnce);
+      for (; token != end; ++token) {
+        const SymbolCode code = codes[*token & kTokenSymbol];
+        bits.put(code.bits | *token >> kExtraShift, code.length);
+      }
+      if (token == interval_end) bits.fill_byte();
+      writer->write(unstuffed.data(), bits.position());
+      bits.restart(unstuffed.data());
+    }
+    writer->marker(is_last ? kEoi : static_cast<uint8_t>(kRst0 + i % 8));
+    sizes->push_back(static_cast<size_t>(writer->position() - begin));
   }
-
-  bool code_block(const int16_t* block, int32_t dc_difference, uint32_t dc_table) {
-    if (bits_.position() > raw_.data() + (kRawBytes - kBlockBytes)) flush();
-    BitWriter bits = bits_;  // a local copy stays in registers
-    const auto put = [&](Token token) {
-      const SymbolCode code = codes_[token & kTokenSymbol];
-      bits.put(code.bits | token >> kExtraShift, code.length);
-    };
-    const bool good = imseq::code_block(block, dc_difference, dc_table, put);
-    bits_ = bits;
-    return good;
-  }
-
-  void end_interval() {
-    const bool is_last = static_cast<int64_t>(sizes_.size()) + 1 == num_intervals_;
-    bits_.fill_byte();
-    flush();
-    writer_.marker(is_last ? kEoi : static_cast<uint8_t>(kRst0 + sizes_.size() % 8));
-    sizes_.push_back(static_cast<size_t>(writer_.position() - interval_begin_));
-    interval_begin_ = writer_.position();
-  }
-
-  [[nodiscard]] bool full() const { return writer_.full(); }
-  [[nodiscard]] uint8_t* position() const { return writer_.position(); }
-  [[nodiscard]] const std::vector<size_t>& interval_sizes() const { return sizes_; }
-
- private:
-  // A block's longest symbols and what a BitWriter stores beyond its position.
-  static constexpr size_t kRawBytes = 4096, kBlockBytes = 64 * 4 + 8;
-
-  void flush() {
-    writer_.write(raw_.data(), bits_.position());
-    bits_.restart(raw_.data());
-  }
-
-  SymbolCodes codes_;
-  StuffingWriter writer_;
-  int64_t num_intervals_;
-  const uint8_t* interval_begin_;
-  std::vector<size_t> sizes_;
-  std::array<uint8_t, kRawBytes> raw_;  // what has no stuffed bytes yet
-  BitWriter bits_{raw_.data()};
-};
+}
 
 // ---- the whole ----------------------------------------------------------------------------------
 
@@ -478,6 +469,7 @@ class ScanWriter {
 struct Source {
   JpegHeader header;
   JpegCoefficients coefficients;
+  ScanTokens scan;
 };
 
 // Kept from call to call, so that its memory is.
@@ -492,12 +484,12 @@ void forget_if_huge(Source* source) {
   if (int64_t{source->header.width} * source->header.height > kKeptPixels) *source = {};
 }
 
-// IMSEQ_FOREIGN: not to be re-coded.
-int32_t take_apart(const uint8_t* bytes, size_t size, Source* out) {
-  if (parse_jpeg(bytes, size, &out->header) != JpegKind::kBaseline) return IMSEQ_FOREIGN;
-  if (int64_t{out->header.width} * out->header.height > kMaxPixels) return IMSEQ_FOREIGN;
-  const bool good = decode_coefficients(out->header, bytes, size, &out->coefficients);
-  return good ? IMSEQ_OK : IMSEQ_FOREIGN;
+// False: not to be re-coded.
+bool take_apart(const uint8_t* bytes, size_t size, int32_t restart_interval, Source* out) {
+  return parse_jpeg(bytes, size, &out->header) == JpegKind::kBaseline &&
+         int64_t{out->header.width} * out->header.height <= kMaxPixels &&
+         decode_coefficients(out->header, bytes, size, &out->coefficients) &&
+         out->scan.collect(out->header, out->coefficients, restart_interval);
 }
 
 void fill_header(const JpegHeader& from, int restart_interval, size_t entropy_offset,
@@ -521,42 +513,25 @@ struct Settings {
   const uint8_t* tables;  // of the pack; null: the image's own
 };
 
-SymbolCounter count_symbols(const Source& source, int32_t restart_interval, bool* good) {
-  SymbolCounter counter;
-  *good = code_scan(source.header, source.coefficients, restart_interval, &counter);
-  return counter;
-}
-
-int32_t choose_codes(const Source& source, const Settings& settings, HuffmanCodes* out,
-                     imseq_error* error) {
-  if (settings.tables != nullptr) {
-    if (read_pack_tables(settings.tables, out)) return IMSEQ_OK;
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                "tables: expected the %zu bytes that imseq_fit_tables gives", kPackTablesBytes);
-  }
-  bool good;
-  const SymbolCounter counter = count_symbols(source, settings.restart_interval, &good);
-  if (!good) return IMSEQ_FOREIGN;
+// False: the pack's tables are not what imseq_fit_tables gives.
+bool choose_codes(const ScanTokens& scan, const uint8_t* pack_tables, HuffmanCodes* out) {
+  if (pack_tables != nullptr) return read_pack_tables(pack_tables, out);
+  const SymbolCounts counts = scan.counts();
   for (size_t table = 0; table < out->size(); ++table) {
-    (*out)[table] = fit_huffman_code(counter.of_table(table));
+    (*out)[table] = fit_huffman_code(counts.data() + table * 256);
   }
-  return IMSEQ_OK;
+  return true;
 }
 
-// Bytes that are enough for the entropy-coded data: each may need a stuffed one, an interval adds a
-// part of a byte and its marker.
-size_t enough_for_scan(const Source& source, int32_t restart_interval, const HuffmanCodes& codes) {
-  bool good;
-  const SymbolCounter counter = count_symbols(source, restart_interval, &good);
+// Bytes that are enough for the entropy-coded data: each may need a stuffed one, and an interval
+// adds a part of a byte and its marker.
+size_t enough_for_scan(const ScanTokens& scan, const HuffmanCodes& codes) {
+  const SymbolCounts counts = scan.counts();
   uint64_t num_bits = 0;
-  for (size_t table = 0; table < codes.size(); ++table) {
-    const SymbolCounts counts = counter.of_table(table);
-    for (size_t symbol = 0; symbol < 256; ++symbol) {
-      num_bits += counts[symbol] * (codes[table].length[symbol] + (symbol & 15));
-    }
+  for (size_t i = 0; i < counts.size(); ++i) {
+    num_bits += counts[i] * (codes[i / 256].length[i % 256] + (i & 15));
   }
-  const auto intervals = static_cast<size_t>(num_intervals(source.header, restart_interval));
-  return 2 * (num_bits / 8 + intervals * 2);
+  return 2 * (num_bits / 8 + scan.num_intervals() * 2);
 }
 
 // The APP9 segment that says how many bytes each restart interval takes, its marker included.
@@ -597,40 +572,45 @@ bool write_head(const Source& source, const uint8_t* bytes, const Settings& sett
 int32_t transcode(const uint8_t* bytes, size_t size, const Settings& settings, uint8_t* out,
                   size_t capacity, size_t* out_size, imseq_header* out_header, Source* source,
                   imseq_error* error) {
-  const int32_t interval = settings.restart_interval;
-  if (take_apart(bytes, size, source) != IMSEQ_OK) return IMSEQ_FOREIGN;
+  const ScanTokens& scan = source->scan;
+  if (!take_apart(bytes, size, settings.restart_interval, source)) return IMSEQ_FOREIGN;
   HuffmanCodes codes;
-  const int32_t status = choose_codes(*source, settings, &codes, error);
-  if (status != IMSEQ_OK) return status;
+  if (!choose_codes(scan, settings.tables, &codes)) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "tables: expected %d bytes as imseq_fit_tables gives, got others",
+                IMSEQ_TABLES_BYTES);
+  }
   HeaderWriter head, scan_header;
   if (!write_head(*source, bytes, settings, codes, &head)) return IMSEQ_FOREIGN;
   write_scan_header(source->header, &scan_header);
 
   // The intervals' sizes stand before them, so they are coded first, behind the place for the rest.
-  const int64_t intervals = num_intervals(source->header, interval);
   const size_t sizes_bytes =
-      interval > 0 ? interval_sizes_bytes(static_cast<size_t>(intervals)) : 0;
+      settings.restart_interval > 0 ? interval_sizes_bytes(scan.num_intervals()) : 0;
   const size_t place = head.bytes().size() + sizes_bytes + scan_header.bytes().size();
-  ScanWriter scan(codes, intervals, out + std::min(place, capacity), out + capacity);
-  if (!code_scan(source->header, source->coefficients, interval, &scan)) return IMSEQ_FOREIGN;
-  if (scan.full()) {
-    *out_size = place + enough_for_scan(*source, interval, codes);
+  StuffingWriter writer(out + std::min(place, capacity), out + capacity);
+  std::vector<size_t> sizes;
+  sizes.reserve(scan.num_intervals());
+  write_scan(scan, codes, &writer, &sizes);
+  if (writer.full()) {
+    *out_size = place + enough_for_scan(scan, codes);
     return fail(error, IMSEQ_ERROR_CAPACITY, -1, -1, 0,
                 "the re-coded image needs up to %zu bytes, the buffer has %zu", *out_size,
                 capacity);
   }
   const auto fits = [](size_t interval_size) { return interval_size <= 0xFFFF; };
-  const std::vector<size_t>& sizes = scan.interval_sizes();
   if (sizes_bytes > 0 && std::all_of(sizes.begin(), sizes.end(), fits)) {
     write_interval_sizes(sizes, &head);
   }
   head.append(scan_header);
   const size_t head_size = head.bytes().size();
-  const auto scan_size = static_cast<size_t>(scan.position() - out) - place;
+  const auto scan_size = static_cast<size_t>(writer.position() - out) - place;
   if (head_size < place) std::memmove(out + head_size, out + place, scan_size);
   std::memcpy(out, head.bytes().data(), head_size);
   *out_size = head_size + scan_size;
-  if (out_header != nullptr) fill_header(source->header, interval, head_size, out_header);
+  if (out_header != nullptr) {
+    fill_header(source->header, settings.restart_interval, head_size, out_header);
+  }
   return IMSEQ_OK;
 }
 
@@ -683,10 +663,10 @@ int32_t imseq_count_symbols(const uint8_t* bytes, size_t size, int32_t restart_i
                        "counts: expected a pointer, got NULL");
   }
   imseq::Source& source = imseq::source_of_thread();
-  bool good = imseq::take_apart(bytes, size, &source) == IMSEQ_OK;
+  const bool good = imseq::take_apart(bytes, size, restart_interval, &source);
   if (good) {
-    const imseq::SymbolCounter counter = imseq::count_symbols(source, restart_interval, &good);
-    if (good) counter.add_to(counts);
+    const imseq::SymbolCounts more = source.scan.counts();
+    for (size_t i = 0; i < more.size(); ++i) counts[i] += more[i];
   }
   imseq::forget_if_huge(&source);
   return good ? IMSEQ_OK : IMSEQ_FOREIGN;
@@ -707,9 +687,8 @@ int32_t imseq_fit_tables(const uint64_t* counts, uint8_t* out, imseq_error* erro
                        static_cast<unsigned long long>(counts[i]));
   }
   for (size_t table = 0; table < 4; ++table) {
-    imseq::SymbolCounts of_table;
-    std::copy_n(counts + table * 256, 256, of_table.begin());
-    out = imseq::write_dht(imseq::fit_pack_code(of_table, imseq::kind_of_table(table)), table, out);
+    const imseq::HuffmanKind kind = imseq::kind_of_table(table);
+    out = imseq::write_dht(imseq::fit_pack_code(counts + table * 256, kind), table, out);
   }
   return IMSEQ_OK;
 } catch (const std::bad_alloc&) {
