@@ -116,6 +116,12 @@ def _add_pack(commands: Any) -> None:
         help="MCUs between restart markers (default 8)",
     )
     command.add_argument(
+        "--tables",
+        choices=("pack", "image"),
+        default="pack",
+        help="Huffman tables: the pack's, fastest to decode (default); each image its own, smaller",
+    )
+    command.add_argument(
         "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
     )
     _add_workers(command)
@@ -131,6 +137,7 @@ def _pack(options: argparse.Namespace) -> int:
             keep_bytes=options.keep_bytes,
             strip=options.strip,
             restart_interval=options.restart_interval,
+            tables=options.tables,
             shard_bytes=options.shard_size,
             seed=options.seed,
         ),

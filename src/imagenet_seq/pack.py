@@ -54,6 +54,7 @@ from imagenet_seq.sources import SPLITS, is_split, open_source
 from imagenet_seq.sources import pack as layout
 
 OnError = Literal["fail", "skip", "keep"]
+Tables = Literal["pack", "image"]
 
 DEFAULT_SHARD_BYTES = 10**9
 DEFAULT_MEMORY_BYTES = 512 << 20
@@ -64,6 +65,10 @@ _MIN_BUFFER_BYTES, _MAX_BUFFER_BYTES = 1 << 20, 8 << 20
 
 _SPACE_MARGIN = 0.02
 """Restart markers take about 1 % of ImageNet's bytes."""
+
+_TABLES_SAMPLES = 2048
+"""A pack's Huffman tables are fitted to this many of its samples, in random order on the disk: on a
+hard disk about 20 s, and more change the pack's size by less than 0.1 %."""
 
 _TAR_BYTES = 2048
 """What a sample takes in a shard beside its image: headers, label and padding, about."""
@@ -77,6 +82,8 @@ class Settings:
         keep_bytes: store every image's own bytes instead of re-coding it.
         strip: drop ICC profiles, Exif thumbnails and comments while re-coding.
         restart_interval: MCUs between restart markers, 1 to 65535.
+        tables: whose Huffman tables images have: those of the "pack", which decode fastest, or
+            each "image" its own, which takes 2.2 % fewer bytes. Means nothing with keep_bytes.
         shard_bytes: bytes of the source that go into one shard, about.
         seed: of the permutation.
     """
@@ -84,6 +91,7 @@ class Settings:
     keep_bytes: bool = False
     strip: bool = False
     restart_interval: int = 8
+    tables: Tables = "pack"
     shard_bytes: int = DEFAULT_SHARD_BYTES
     seed: int = 0
 
@@ -94,6 +102,8 @@ class Settings:
             raise ValueError(
                 f"restart_interval: expected 1 to 65535 MCUs, got {self.restart_interval}"
             )
+        if self.tables not in get_args(Tables):
+            raise ValueError(f"tables: expected one of {get_args(Tables)}, got {self.tables!r}")
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes: expected 1 or more, got {self.shard_bytes}")
         if self.keep_bytes and self.strip:
