@@ -236,6 +236,7 @@ def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
         "format_version": pack.about["format_version"],
         "made_by": pack.about.get("created_by"),
         "settings": pack.about.get("settings"),
+        "huffman_tables": _tables_fact(pack),
         "source": pack.about.get("source"),
         "counts": pack.about.get("counts"),
     }
@@ -243,6 +244,13 @@ def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
         facts["mean_width_px"] = round(float(np.mean(sized["width"])), 1)
         facts["mean_height_px"] = round(float(np.mean(sized["height"])), 1)
     return facts
+
+
+def _tables_fact(pack: layout.Pack) -> str:
+    described = layout.describe_tables(pack.tables)
+    if described is None:
+        return "each image's own"
+    return f"chosen for the pack (CRC-32C {described['crc32c']})"
 
 
 # ---- verify --------------------------------------------------------------------------------------
