@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
     from imagenet_seq.transforms import Recipe
 
-ABI = 3
+ABI = 4
 
 OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
