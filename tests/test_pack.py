@@ -571,6 +571,7 @@ def uninterrupted(noisy_source: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
+        ("imagenet_seq._native", "count_symbols", 20),
         ("imagenet_seq._native", "transcode", 0),
         ("imagenet_seq._native", "transcode", 40),
         ("os", "replace", 0),
