@@ -50,6 +50,7 @@ from imagenet_seq.scratch import (
     sync_folder,
     write_whole,
 )
+from imagenet_seq.shrink import NUM_SAMPLED, Forecast, Pair, Shrink, smaller_copy
 from imagenet_seq.sources import SPLITS, is_split, open_source
 from imagenet_seq.sources import pack as layout
 
@@ -65,6 +66,9 @@ _MIN_BUFFER_BYTES, _MAX_BUFFER_BYTES = 1 << 20, 8 << 20
 _SPACE_MARGIN = 0.02
 """Restart markers take about 1 % of ImageNet's bytes."""
 
+_FORECAST_MARGIN = 0.1
+"""Twice what the ratio of bytes measured on 100 ImageNet photos scatters by."""
+
 _TAR_BYTES = 2048
 """What a sample takes in a shard beside its image: headers, label and padding, about."""
 
@@ -79,6 +83,7 @@ class Settings:
         restart_interval: MCUs between restart markers, 1 to 65535.
         shard_bytes: bytes of the source that go into one shard, about.
         seed: of the permutation.
+        shrink: what smaller copies are to be like; None: every image keeps its pixels.
     """
 
     keep_bytes: bool = False
@@ -86,6 +91,7 @@ class Settings:
     restart_interval: int = 8
     shard_bytes: int = DEFAULT_SHARD_BYTES
     seed: int = 0
+    shrink: Shrink | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
@@ -98,6 +104,16 @@ class Settings:
             raise ValueError(f"shard_bytes: expected 1 or more, got {self.shard_bytes}")
         if self.keep_bytes and self.strip:
             raise ValueError("keep_bytes and strip contradict each other: give one of the two")
+        if self.keep_bytes and self.shrink:
+            raise ValueError("keep_bytes and max_side contradict each other: give one of the two")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as pack.json records them."""
+        settings = asdict(self)
+        shrink = settings.pop("shrink")
+        if shrink is None:
+            shrink = dict.fromkeys(field.name for field in dataclasses.fields(Shrink))
+        return {**settings, **shrink}
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,7 @@ class Summary:
         source_bytes: bytes of the source's images.
         pack_bytes: bytes of the shards.
         num_canonical: samples re-coded into canonical form.
+        num_shrunk: those of them that are smaller copies; the others keep their pixels.
         num_as_is: samples whose own bytes are stored.
         failures: samples left out, or kept although damaged.
         was_complete: the pack was there already, and nothing was done.
@@ -135,6 +152,7 @@ class Summary:
     source_bytes: int
     pack_bytes: int
     num_canonical: int
+    num_shrunk: int
     num_as_is: int
     failures: tuple[Failure, ...]
     was_complete: bool = False
@@ -275,6 +293,9 @@ def _pack_one(index: Index, destination: str, settings: Settings, options: _RunO
             _delete_scrap(partial)
             return summary
         plan = _agree_on_plan(partial, plan)
+        if plan.forecast and plan.settings.shrink and options.progress:
+            text = plan.forecast.text(plan.settings.shrink, plan.source_bytes)
+            tqdm.write(f"{destination}: {text}", file=sys.stderr)
         workshop = _Workshop(partial, plan, options)
         workshop.deal()
         workshop.finish_shards()
@@ -294,6 +315,7 @@ def summary_of(folder: str) -> Summary:
         about["source"]["bytes"],
         sum(shard["bytes"] for shard in about["shards"]),
         about["counts"]["canonical"],
+        about["counts"]["shrunk"],
         about["num_samples"] - about["counts"]["canonical"],
         tuple(failures),
     )
@@ -301,17 +323,18 @@ def summary_of(folder: str) -> Summary:
 
 def _finished_before(destination: str, plan: _Plan, on_error: OnError) -> Summary:
     """Accept a pack that the same command made before; refuse everything else that is there."""
-    summary = None
+    summary, differences = None, ""
     with contextlib.suppress(DataError, OSError):
         about = layout.read_pack(destination).about
-        same = bool(about["settings"] == asdict(plan.settings))
-        same = same and about["source"]["index_id"] == plan.index.id
+        differences = _differences(about["settings"], plan.settings.describe())
+        same = not differences and about["source"]["index_id"] == plan.index.id
         if same and about["source"]["bytes"] == plan.source_bytes:
             summary = summary_of(destination)
     if summary is None:
         raise PackError(
             f"{destination}: exists already and is no pack of this source, as it is now, with "
-            "these settings. Nothing was changed: name another destination, or delete it first"
+            f"these settings.{differences}\nNothing was changed: name another destination, or "
+            "delete it first"
         )
     if not _fits_policy(on_error, [failure.kept for failure in summary.failures]):
         kept = sum(failure.kept for failure in summary.failures)
@@ -469,17 +492,12 @@ def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
         write_whole(path, json.dumps({**now, **cut}, indent=1).encode())
         sync_folder(partial)
         return plan
-    differences = [
-        f"{key}: {before.get(key)!r} before, {value!r} now"
-        for key, value in now.items()
-        if before.get(key) != value
-    ]
+    differences = _differences(before, now)
     if differences:
         raise PackError(
-            f"{partial}: an unfinished pack made with other settings or of another source:\n  "
-            + "\n  ".join(differences)
-            + "\nRun the command with the former settings to continue it, or delete that folder to "
-            "begin again"
+            f"{partial}: an unfinished pack made with other settings or of another source:"
+            f"{differences}\nRun the command with the former settings to continue it, or delete "
+            "that folder to begin again"
         )
     if before["num_shards"] != plan.num_shards:
         # The number of shards follows from the source's bytes, and decides where all samples go.
@@ -494,12 +512,21 @@ def _agree_on_plan(partial: str, plan: _Plan) -> _Plan:
     return plan
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return "".join(
+        f"\n  {key}: {before.get(key)!r} before, {value!r} now"
+        for key, value in now.items()
+        if before.get(key) != value
+    )
+
+
 def _check_space(partial: str, plan: _Plan) -> None:
     """Refuse to begin where the scratch and the shards cannot fit."""
-    shard_bytes = plan.source_bytes // plan.num_shards
+    image_bytes = plan.image_bytes
+    shard_bytes = image_bytes // plan.num_shards
     at_once = shard_bytes * (1 if plan.shards_per_bucket == 1 else plan.shards_per_bucket + 1)
     tar_bytes = _TAR_BYTES * len(plan.index)
-    needed = plan.source_bytes * (1 + _SPACE_MARGIN) + tar_bytes + at_once
+    needed = image_bytes * (1 + _SPACE_MARGIN) + tar_bytes + at_once
     present = sum(
         os.stat(os.path.join(folder, name)).st_size
         for folder, _, names in os.walk(partial)
@@ -580,6 +607,31 @@ class _Plan:
         return _known_bytes(self.files)
 
     @functools.cached_property
+    def forecast(self) -> Forecast | None:
+        """What smaller copies will come to, from some images; None where none are made."""
+        if self.settings.shrink is None:
+            return None
+        lossless = dataclasses.replace(self.settings, shrink=None)
+        num_sampled = min(NUM_SAMPLED, len(self.index))
+        pairs = []
+        for place in range(num_sampled):
+            data = _read(self.path(place * len(self.index) // num_sampled))
+            if isinstance(data, _Refused):
+                continue
+            before, after = _encode(data, lossless), _encode(data, self.settings)
+            if isinstance(before, Encoded) and isinstance(after, Encoded):
+                pairs.append(Pair(len(data), before, after))
+        return Forecast.measure(pairs, self.settings.shrink) if pairs else None
+
+    @property
+    def image_bytes(self) -> int:
+        """What the images will take in the pack, about, and not less."""
+        if self.forecast is None:
+            return self.source_bytes
+        ratio = self.forecast.small_bytes / self.forecast.source_bytes
+        return int(self.source_bytes * ratio * (1 + _FORECAST_MARGIN))
+
+    @functools.cached_property
     def order(self) -> npt.NDArray[np.int64]:
         return np.argsort(_place_hashes(self.index.name, self.settings.seed), kind="stable")
 
@@ -602,10 +654,14 @@ class _Plan:
         first = bucket * self.shards_per_bucket
         return range(first, min(first + self.shards_per_bucket, self.num_shards))
 
+    def path(self, sample: int) -> str:
+        """Return the file of a sample."""
+        return os.path.join(self.index.root, self.index.files[int(self.index.file[sample])])
+
     def describe(self) -> dict[str, Any]:
         """Return what a continued packing must agree on."""
         return {
-            **asdict(self.settings),
+            **self.settings.describe(),
             "version": __version__,
             "source": os.path.abspath(self.index.root),
             "source_id": self.index.id,
@@ -652,6 +708,17 @@ def _read(path: str) -> bytes | _Refused:
 
 
 def _encode(data: bytes, settings: Settings) -> Encoded | _Refused:
+    """Return an image as it is to be stored."""
+    copy = smaller_copy(data, settings.shrink) if settings.shrink else None
+    if copy is None:
+        return _recode(data, settings)
+    encoded = _recode(copy, settings)
+    if isinstance(encoded, Encoded):
+        encoded = encoded._replace(flags=encoded.flags | layout.FLAG_SHRUNK)
+    return encoded
+
+
+def _recode(data: bytes, settings: Settings) -> Encoded | _Refused:
     """Re-code one image, or keep it where the core can't but Pillow can decode it."""
     recoded = _native.transcode(data, settings.restart_interval, settings.strip)
     if recoded is not None:
@@ -842,7 +909,7 @@ class _Workshop:
         run: list[tuple[int, bytes | _Refused]] = []
         run_bytes = 0
         for sample in samples.tolist():
-            data = _read(self._path(sample))
+            data = _read(self._plan.path(sample))
             run.append((sample, data))
             run_bytes += 0 if isinstance(data, _Refused) else len(data)
             if len(run) >= _RUN_SAMPLES or run_bytes >= _RUN_BYTES:
@@ -1011,7 +1078,7 @@ class _Workshop:
                 return encoded_from(data, row)
         if sample in self._failures:
             return None
-        encoded = self._encode_again(sample, _read(self._path(sample)))
+        encoded = self._encode_again(sample, _read(self._plan.path(sample)))
         self._stop_on_failures()
         return encoded
 
@@ -1028,10 +1095,6 @@ class _Workshop:
     @functools.cached_property
     def _label(self) -> npt.NDArray[np.int32]:
         return np.asarray(self._plan.index.targets, np.int32)
-
-    def _path(self, sample: int) -> str:
-        index = self._plan.index
-        return os.path.join(index.root, index.files[int(index.file[sample])])
 
     def _samples_of(self, shard: int) -> npt.NDArray[np.int64]:
         begin, end = self._plan.shard_begin[shard : shard + 2]
@@ -1123,7 +1186,7 @@ class _Workshop:
             "num_samples": len(rows),
             "image_bytes": int(rows["length"].sum()),
             "classes": list(plan.index.classes),
-            "settings": asdict(plan.settings),
+            "settings": plan.settings.describe(),
             "source": {
                 "kind": "imagefolder",
                 "num_samples": len(plan.index),
@@ -1132,6 +1195,7 @@ class _Workshop:
             },
             "counts": {
                 "canonical": int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL)),
+                "shrunk": int(np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK)),
                 "failures": len(failures),
                 "skipped": sum(not failure["kept"] for failure in failures),
             },
