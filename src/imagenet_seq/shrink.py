@@ -54,13 +54,13 @@ class Shrink:
         max_side: pixels of the longer side, at most, 1 to 65535.
         quality: of the encoder, 1 to 100.
         subsampling: of the colours: "420" halves both sides, "422" the width, "444" none.
-        encoder: versions of Pillow and libjpeg-turbo.
+        encoder: versions of Pillow and libjpeg-turbo, those installed.
     """
 
     max_side: int
     quality: int = DEFAULT_QUALITY
     subsampling: Subsampling = "420"
-    encoder: str = field(default_factory=encoder_versions)
+    encoder: str = field(init=False, default_factory=encoder_versions)
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_side <= _MAX_SIDE:
@@ -140,9 +140,9 @@ def _orientation(image: Image.Image) -> bytes:
     """Return Exif with the image's orientation alone; nothing where it is upright."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # Pillow reads Exif only here, and damaged Exif raises almost anything
+    except Exception:  # damaged Exif raises almost anything, too
         return b""
-    if value not in range(2, 9):
+    if not isinstance(value, int) or not 2 <= value <= 8:
         return b""
     exif = Image.Exif()
     exif[_ORIENTATION_TAG] = value
