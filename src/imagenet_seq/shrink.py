@@ -32,8 +32,8 @@ Subsampling = Literal["420", "422", "444"]
 DEFAULT_QUALITY = 90
 
 _PILLOW_SUBSAMPLING = {"444": 0, "422": 1, "420": 2}
-_MAX_SIDE = 65_535
-"""What a JPEG's header can say (T.81, B.2.2)."""
+_MAX_SIDE = 65_500
+"""JPEG_MAX_DIMENSION of libjpeg-turbo."""
 
 _ORIENTATION_TAG = 0x0112
 """Exif 2.3, 4.6.4 A."""
@@ -51,7 +51,7 @@ class Shrink:
     """What smaller copies are to be like.
 
     Attributes:
-        max_side: pixels of the longer side, at most, 1 to 65535.
+        max_side: pixels of the longer side, at most, 1 to 65500.
         quality: of the encoder, 1 to 100.
         subsampling: of the colours: "420" halves both sides, "422" the width, "444" none.
         encoder: versions of Pillow and libjpeg-turbo, those installed.
