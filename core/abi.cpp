@@ -1,9 +1,11 @@
 // The C functions that need no engine and no transcoder.
-#include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <string>
 
 #include "augment.h"
+#include "cpu.h"
 #include "crc32c.h"
 #include "decode.h"
 #include "imagenet_seq.h"
@@ -64,7 +66,28 @@ SampleDecoder& decoder_of_thread() {
 int32_t imseq_abi(void) { return IMSEQ_ABI; }
 
 const char* imseq_build_info(void) {
-  return IMSEQ_VERSION ", " IMSEQ_COMPILER ", " IMSEQ_ARCHITECTURE ", portable kernels";
+  return IMSEQ_VERSION ", " IMSEQ_COMPILER ", " IMSEQ_ARCHITECTURE;
+}
+
+const char* imseq_cpu(void) { return imseq::cpu_level_name(imseq::cpu_level()); }
+
+int32_t imseq_use_cpu(const char* level, imseq_error* error) {
+  using imseq::CpuLevel;
+  if (level == nullptr) return imseq::is_null(error, "imseq_use_cpu");
+  std::string supported;
+  for (const CpuLevel known :
+       {CpuLevel::kPortable, CpuLevel::kAvx2, CpuLevel::kAvx512, CpuLevel::kNeon}) {
+    if (!imseq::cpu_has(known)) continue;
+    const char* name = imseq::cpu_level_name(known);
+    if (std::strcmp(level, name) == 0) {
+      imseq::use_cpu_level(known);
+      return IMSEQ_OK;
+    }
+    supported += supported.empty() ? name : std::string(", ") + name;
+  }
+  return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                     "kernels '%s': expected one that this processor has (%s)", level,
+                     supported.c_str());
 }
 
 int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
@@ -95,9 +118,32 @@ int32_t imseq_decode(const imseq_recipe* recipe, const imseq_key* key, const uin
   }
   const int32_t status = imseq::check_recipe(*recipe, error);
   if (status != IMSEQ_OK) return status;
-  return imseq::decoder_of_thread().decode(*recipe, *key, bytes, size, flags, row, error);
+  imseq_sample sample{*key, bytes, static_cast<int64_t>(size), row, flags, IMSEQ_OK};
+  const int32_t error_status =
+      imseq::decoder_of_thread().decode(*recipe, &sample, 1, nullptr, error);
+  return error_status < 0 ? error_status : sample.status;
 } catch (const std::bad_alloc&) {
   return imseq::out_of_memory(error, "imseq_decode");
+}
+
+int32_t imseq_decode_group(const imseq_recipe* recipe, imseq_sample* samples, int32_t num_samples,
+                           imseq_times* times, imseq_error* error) try {
+  if (recipe == nullptr || samples == nullptr) return imseq::is_null(error, "imseq_decode_group");
+  if (num_samples < 0 || num_samples > IMSEQ_MAX_GROUP) {
+    return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                       "num_samples: expected 0 to %d, got %d", IMSEQ_MAX_GROUP, num_samples);
+  }
+  for (int32_t i = 0; i < num_samples; ++i) {
+    if (samples[i].bytes == nullptr || samples[i].row == nullptr || samples[i].size < 0) {
+      return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, samples[i].key.sample, -1, 0,
+                         "expected bytes, a size and a row, got NULL or a negative size");
+    }
+  }
+  const int32_t status = imseq::check_recipe(*recipe, error);
+  if (status != IMSEQ_OK) return status;
+  return imseq::decoder_of_thread().decode(*recipe, samples, num_samples, times, error);
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_decode_group");
 }
 
 int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key, const uint8_t* pixels,

@@ -97,12 +97,21 @@ void SampleDecoder::State::store_rows(const imseq_recipe& recipe, const imseq_vi
 SampleDecoder::SampleDecoder() : state_(std::make_unique<State>()) {}
 SampleDecoder::~SampleDecoder() = default;
 
-int32_t SampleDecoder::decode(const imseq_recipe& recipe, const imseq_key& key,
-                              const uint8_t* bytes, size_t size, uint32_t flags, void* row,
-                              imseq_error* error) try {
-  return state_->decode(recipe, key, bytes, size, flags, row);
-} catch (const std::bad_alloc&) {
-  return out_of_memory(error, key, size);
+int32_t SampleDecoder::decode(const imseq_recipe& recipe, imseq_sample* samples, int num_samples,
+                              imseq_times* /*times*/, imseq_error* error) {
+  int32_t result = IMSEQ_OK;
+  for (imseq_sample* s = samples; s != samples + num_samples; ++s) {
+    try {
+      s->status =
+          state_->decode(recipe, s->key, s->bytes, static_cast<size_t>(s->size), s->flags, s->row);
+    } catch (const std::bad_alloc&) {
+      s->status = IMSEQ_ERROR_MEMORY;
+      if (result == IMSEQ_OK) {
+        result = out_of_memory(error, s->key, static_cast<size_t>(s->size));
+      }
+    }
+  }
+  return result;
 }
 
 int32_t SampleDecoder::apply(const imseq_recipe& recipe, const imseq_key& key,

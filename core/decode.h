@@ -17,13 +17,13 @@ class SampleDecoder {
   SampleDecoder(const SampleDecoder&) = delete;
   SampleDecoder& operator=(const SampleDecoder&) = delete;
 
-  // IMSEQ_OK: row is filled. IMSEQ_FOREIGN: Pillow must decide; row is undefined.
-  // Reads nothing outside bytes[0, size). flags: IMSEQ_SAMPLE_....
-  [[nodiscard]] int32_t decode(const imseq_recipe& recipe, const imseq_key& key,
-                               const uint8_t* bytes, size_t size, uint32_t flags, void* row,
-                               imseq_error* error);
+  // Fills in each sample's status. IMSEQ_OK: its row is filled. IMSEQ_FOREIGN: Pillow must decode;
+  // the row is undefined. Below zero: *error says more of the first such sample, whose status is
+  // returned. Reads nothing outside a sample's bytes. At most IMSEQ_MAX_GROUP samples.
+  [[nodiscard]] int32_t decode(const imseq_recipe& recipe, imseq_sample* samples, int num_samples,
+                               imseq_times* times, imseq_error* error);
 
-  // The same from height x width x 3 decoded bytes.
+  // One sample from its height x width x 3 decoded bytes.
   [[nodiscard]] int32_t apply(const imseq_recipe& recipe, const imseq_key& key,
                               const uint8_t* pixels, int32_t width, int32_t height, void* row,
                               imseq_error* error);

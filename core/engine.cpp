@@ -609,12 +609,9 @@ void imseq_engine::process(const std::shared_ptr<Run>& run, int64_t position, in
       Timer timer(&counters_.decode_ns);
       const imseq_key key = {run->plan.seed, run->plan.epoch, run->drawn(position)};
       const uint32_t flags = run->flags.empty() ? 0 : run->flags[position];
-      try {
-        status = decoder.decode(recipe_, key, bytes, static_cast<size_t>(size), flags,
-                                row_of(*run, position, batch), &error);
-      } catch (const std::bad_alloc&) {
-        status = fail(&error, IMSEQ_ERROR_MEMORY, sample, -1, 0, "out of memory while decoding");
-      }
+      imseq_sample one{key, bytes, size, row_of(*run, position, batch), flags, IMSEQ_OK};
+      status = decoder.decode(recipe_, &one, 1, nullptr, &error);
+      if (status == IMSEQ_OK) status = one.status;
     }
   }
   if (status == IMSEQ_FOREIGN) {

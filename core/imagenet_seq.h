@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-#define IMSEQ_ABI 2
+#define IMSEQ_ABI 3
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
@@ -65,8 +65,13 @@ typedef struct imseq_error {
 /* ---- version --------------------------------------------------------------------------------- */
 
 IMSEQ_API int32_t imseq_abi(void);
-/* "0.1.0, GCC 12.2.0, x86-64, portable kernels"; a static string. */
+/* "0.1.0, GCC 12.2.0, x86-64"; a static string. */
 IMSEQ_API const char* imseq_build_info(void);
+
+/* The kernels that decode from now on: "portable", "avx2", "avx512" or "neon". All give the same
+ * bits. At first the best that this processor has. */
+IMSEQ_API const char* imseq_cpu(void);
+IMSEQ_CHECKED int32_t imseq_use_cpu(const char* level, imseq_error* error);
 
 /* ---- one sample ------------------------------------------------------------------------------ */
 
@@ -148,6 +153,36 @@ IMSEQ_CHECKED int32_t imseq_draw(const imseq_recipe* recipe, const imseq_key* ke
 IMSEQ_CHECKED int32_t imseq_decode(const imseq_recipe* recipe, const imseq_key* key,
                                    const uint8_t* bytes, size_t size, uint32_t flags, void* row,
                                    imseq_error* error);
+
+/* One of several samples that are decoded together. */
+typedef struct imseq_sample {
+  imseq_key key;
+  const uint8_t* bytes;
+  int64_t size;
+  void* row;
+  uint32_t flags;
+  int32_t status; /* out: IMSEQ_OK, IMSEQ_FOREIGN, or an error */
+} imseq_sample;
+
+/* Where the time of decoding goes, in ticks of the processor's counter. */
+typedef struct imseq_times {
+  int64_t header;  /* header, tables, geometry and weights of the resize */
+  int64_t markers; /* restart markers and byte stuffing */
+  int64_t entropy;
+  int64_t idct;
+  int64_t colour; /* chroma upsampling and colour conversion */
+  int64_t resize;
+  int64_t store; /* conversion to the row's dtype and layout */
+} imseq_times;
+
+enum { IMSEQ_MAX_GROUP = 8 };
+
+/* Decode up to IMSEQ_MAX_GROUP samples, interleaved in this thread: faster than one after the
+ * other, with the same results. times: added to; NULL: not measured. An error concerns one sample;
+ * the first of them is returned. */
+IMSEQ_CHECKED int32_t imseq_decode_group(const imseq_recipe* recipe, imseq_sample* samples,
+                                         int32_t num_samples, imseq_times* times,
+                                         imseq_error* error);
 
 /* The same from decoded pixels: height x width x 3 bytes, rows without gaps (foreign rows). */
 IMSEQ_CHECKED int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key,

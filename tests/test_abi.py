@@ -26,6 +26,8 @@ STRUCTS = {
     "imseq_error": _native._Error,
     "imseq_recipe": _native._Recipe,
     "imseq_key": _native._Key,
+    "imseq_sample": _native.Sample,
+    "imseq_times": _native.Times,
     "imseq_view": _native.View,
     "imseq_header": _native.Header,
     "imseq_engine_config": _native._EngineConfig,

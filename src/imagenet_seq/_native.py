@@ -42,13 +42,14 @@ if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
     from imagenet_seq.transforms import Recipe
 
-ABI = 2
+ABI = 3
 
 OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
 ERROR_SAMPLE, ERROR_FORK, ERROR_CAPACITY = -5, -6, -7
 
 SAMPLE_CLEAN = 1
+MAX_GROUP = 8
 STRIP_METADATA = 1
 TASK_ROW, TASK_BLOCK = 1, 2
 
@@ -96,6 +97,33 @@ class _Recipe(Structure):
 
 class _Key(Structure):
     _fields_ = [("seed", c_uint64), ("epoch", c_int64), ("sample", c_int64)]
+
+
+class Sample(Structure):
+    """One of several samples that are decoded together; fields as ``imseq_sample``."""
+
+    _fields_ = [
+        ("key", _Key),
+        ("bytes", c_void_p),
+        ("size", c_int64),
+        ("row", c_void_p),
+        ("flags", c_uint32),
+        ("status", c_int32),
+    ]
+
+
+class Times(Structure):
+    """Where the time of decoding goes, in ticks of the processor's counter."""
+
+    _fields_ = [
+        ("header", c_int64),
+        ("markers", c_int64),
+        ("entropy", c_int64),
+        ("idct", c_int64),
+        ("colour", c_int64),
+        ("resize", c_int64),
+        ("store", c_int64),
+    ]
 
 
 class View(Structure):
@@ -233,6 +261,8 @@ class _Stats(Structure):
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_abi": (c_int32, []),
     "imseq_build_info": (c_char_p, []),
+    "imseq_cpu": (c_char_p, []),
+    "imseq_use_cpu": (c_int32, [c_char_p, POINTER(_Error)]),
     "imseq_read_header": (c_int32, [c_void_p, c_size_t, POINTER(Header), POINTER(_Error)]),
     "imseq_draw": (
         c_int32,
@@ -249,6 +279,10 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
             c_void_p,
             POINTER(_Error),
         ],
+    ),
+    "imseq_decode_group": (
+        c_int32,
+        [POINTER(_Recipe), POINTER(Sample), c_int32, POINTER(Times), POINTER(_Error)],
     ),
     "imseq_apply": (
         c_int32,
@@ -367,6 +401,34 @@ def build_info() -> str:
     return str(_lib.imseq_build_info().decode())
 
 
+def cpu() -> str:
+    """Return the kernels in use: "portable", "avx2", "avx512" or "neon"."""
+    return str(_lib.imseq_cpu().decode())
+
+
+def use_cpu(level: str) -> None:
+    """Choose the kernels that decode from now on; all give the same bits.
+
+    Raises:
+        ValueError: this processor has no such kernels; the message names those it has.
+    """
+    error = _Error()
+    check(_lib.imseq_use_cpu(level.encode(), byref(error)), error)
+
+
+def _use_cpu_of_environment() -> None:
+    level = os.environ.get("IMAGENET_SEQ_CPU")
+    if not level:
+        return
+    try:
+        use_cpu(level)
+    except ValueError as error:
+        raise ImportError(f"the environment variable IMAGENET_SEQ_CPU: {error}") from None
+
+
+_use_cpu_of_environment()
+
+
 def _address(data: bytes | bytearray | memoryview | np.ndarray) -> tuple[int, int, object]:
     """Return address and size in bytes of contiguous memory, and what keeps it alive."""
     if isinstance(data, np.ndarray):
@@ -431,6 +493,46 @@ def decode(
         byref(native), byref(native_key), address, size, flags, row, byref(error)
     )
     return check(status, error) == OK
+
+
+def decode_group(
+    recipe: Recipe,
+    keys: Sequence[tuple[int, int, int]],
+    data: Sequence[bytes | memoryview | np.ndarray],
+    rows: Sequence[int],
+    flags: int = 0,
+    times: Times | None = None,
+) -> list[bool]:
+    """Decode up to MAX_GROUP JPEGs together: faster than one by one, with the same results.
+
+    Args:
+        recipe: what to do; each row must hold out_height * out_width * 3 values of its dtype.
+        keys: (seed, epoch, sample) of each.
+        data: the whole files.
+        rows: addresses of the memory to fill.
+        flags: SAMPLE_CLEAN where all were decoded once in full without any anomaly.
+        times: where the time goes is added to it.
+
+    Returns:
+        For each sample whether its row is filled; False: Pillow must decode it.
+
+    Raises:
+        ValueError: a wrong recipe or too many samples.
+        MemoryError: no memory.
+    """
+    samples = (Sample * len(data))()
+    keep = []
+    for sample, key, encoded, row in zip(samples, keys, data, rows, strict=True):
+        address, size, kept = _address(encoded)
+        keep.append(kept)
+        sample.key, sample.bytes, sample.size = _Key(*key), address, size
+        sample.row, sample.flags = row, flags
+    native, error = _native_recipe(recipe), _Error()
+    status = _lib.imseq_decode_group(
+        byref(native), samples, len(samples), byref(times) if times else None, byref(error)
+    )
+    check(status, error)
+    return [sample.status == OK for sample in samples]
 
 
 def apply(recipe: Recipe, key: tuple[int, int, int], pixels: np.ndarray, row: int) -> bool:

@@ -1,0 +1,27 @@
+// Which instructions the kernels use. Every stage has a table of kernels for each level; all levels
+// give the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace imseq {
+
+enum class CpuLevel {
+  kPortable,  // plain C++: the reference
+  kAvx2,      // AVX2, BMI1, BMI2
+  kAvx512,    // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI: Ice Lake, Zen 4 and later
+  kNeon       // every ARM64
+};
+
+// The level in use: the best this processor has, until use_cpu_level names another one. Decoders
+// look at it once for every group of samples.
+[[nodiscard]] CpuLevel cpu_level();
+[[nodiscard]] bool cpu_has(CpuLevel level);
+void use_cpu_level(CpuLevel level);
+
+[[nodiscard]] const char* cpu_level_name(CpuLevel level);
+
+// Kernels may read and write this many bytes behind the end of a row of samples or pixels.
+constexpr int kRowSlack = 64;
+
+}  // namespace imseq
