@@ -132,8 +132,8 @@ def _add_pack(commands: Any) -> None:
 def _add_shrink(command: Any) -> None:
     group = command.add_argument_group(
         "smaller copies",
-        "Not lossless: images with a side of more than PX pixels are resized (antialiased), and all\n"
-        "images that get smaller by it are encoded anew. What this does to size and speed is\n"
+        "Not lossless: images with a side of more than PX pixels are resized (antialiased), and\n"
+        "all images that get smaller by it are encoded anew. What this does to size and speed is\n"
         "measured on some of them and shown first. --strip saves more: ICC profiles go, too.",
     )
     group.add_argument("--max-side", type=_positive, metavar="PX", help="longer side, at most")

@@ -184,7 +184,8 @@ def pack(
         splits: which splits of a root to pack; None: those that are there.
         num_workers: threads that re-code; None: one for each available core.
         memory_bytes: bound on the buffers for dealing samples to shards.
-        progress: whether to show progress on stderr.
+        progress: whether to show progress on stderr, and before that what smaller copies do to size
+            and speed.
 
     Returns:
         For each split packed ("" where source is no root) what its pack holds.
