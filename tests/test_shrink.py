@@ -406,6 +406,8 @@ def test_the_command_says_first_what_it_will_do(
         in (notice)
     )
     assert f"-> {rows['length'].mean() / 1e3:.1f} KB" in notice
+    shard_bytes = sum(path.stat().st_size for path in (tmp_path / "pack").glob("*.tar")) - 1024
+    assert f"MB of images become about {shard_bytes / 1e6:.1f} MB of shards" in notice
     assert "x the images/s where the disk is the limit" in notice
     assert "x the CPU time to decode a 100 px training crop" in notice
     shrunk = np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK)

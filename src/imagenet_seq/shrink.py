@@ -176,6 +176,7 @@ class Forecast:
         encoded: share of the images that are encoded anew, these included.
         source_bytes: mean size of the files.
         small_bytes: mean size of what will be stored of them.
+        shard_bytes: the same with what tar takes beside it.
         source_px: mean longer side.
         small_px: mean longer side of what will be stored.
         read_gain: images/s from a disk that is the limit, compared with a lossless pack.
@@ -189,6 +190,7 @@ class Forecast:
     encoded: float
     source_bytes: float
     small_bytes: float
+    shard_bytes: float
     source_px: float
     small_px: float
     read_gain: float
@@ -203,6 +205,7 @@ class Forecast:
             return float(np.mean(values))
 
         crop_px = min(_CROP_PX, shrink.max_side)
+        shard_bytes = mean([_in_shard(p.small) for p in pairs])
         sides = [(_longer(p.lossless), _longer(p.small)) for p in pairs]
         return cls(
             len(pairs),
@@ -210,17 +213,17 @@ class Forecast:
             mean([bool(p.small.flags & layout.FLAG_SHRUNK) for p in pairs]),
             mean([p.source_bytes for p in pairs]),
             mean([len(p.small.data) for p in pairs]),
+            shard_bytes,
             mean([before for before, _ in sides]),
             mean([after for _, after in sides]),
-            mean([_in_shard(p.lossless) for p in pairs])
-            / mean([_in_shard(p.small) for p in pairs]),
+            mean([_in_shard(p.lossless) for p in pairs]) / shard_bytes,
             _decode_cost(pairs, crop_px),
             crop_px,
         )
 
     def text(self, shrink: Shrink, source_bytes: int) -> str:
         """Return what a user must know before it begins; `source_bytes` are those of all images."""
-        ratio = self.small_bytes / self.source_bytes
+        ratio = self.shard_bytes / self.source_bytes
         decoding = ""
         if self.decode_cost is not None:
             decoding = (
@@ -233,7 +236,8 @@ class Forecast:
             f"  size, from {self.num_sampled} images: {self.resized:.0%} get fewer pixels, "
             f"{self.encoded:.0%} are encoded anew, {self.source_px:.0f} -> {self.small_px:.0f} px, "
             f"{self.source_bytes / 1e3:.1f} -> {self.small_bytes / 1e3:.1f} KB: "
-            f"{_bytes(source_bytes)} become about {_bytes(source_bytes * ratio)} ({ratio:.0%})\n"
+            f"{_bytes(source_bytes)} of images become about {_bytes(source_bytes * ratio)} of "
+            f"shards ({ratio:.0%})\n"
             f"  speed against a lossless pack: about {self.read_gain:.1f} x the images/s where the "
             f"disk is the limit{decoding}"
         )
