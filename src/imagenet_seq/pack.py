@@ -67,7 +67,7 @@ _SPACE_MARGIN = 0.02
 """Restart markers take about 1 % of ImageNet's bytes."""
 
 _FORECAST_MARGIN = 0.12
-"""Twice the scatter of the ratio of bytes that 100 ImageNet photos give: 5 % at 500 px, 6 at 224."""
+"""Twice the scatter of the bytes saved that 100 ImageNet photos show: 5 % at 500 px, 6 at 224."""
 
 _TAR_BYTES = 2048
 """What a sample takes in a shard beside its image: headers, label and padding, about."""
