@@ -86,6 +86,8 @@ const ColourKernels& colour_kernels(CpuLevel level) {
                                               replicate, ycc_to_rgb};
   switch (level) {
 #if defined(__x86_64__)
+    case CpuLevel::kAvx2:
+      return kColourAvx2;
     case CpuLevel::kAvx512:
       return kColourAvx512;
 #endif

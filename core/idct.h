@@ -60,8 +60,7 @@ inline constexpr uint8_t kZigzagOfNatural[64] = {
 // one kind of processor for all.
 class BlockWalk {
  public:
-  __attribute__((always_inline)) BlockWalk(int16_t* coefficients, int mcu_width,
-                                           ptrdiff_t mcu_step)
+  __attribute__((always_inline)) BlockWalk(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step)
       : next_(coefficients),
         left_in_mcu_(mcu_width),
         mcu_width_(mcu_width),

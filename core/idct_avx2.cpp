@@ -42,9 +42,7 @@ constexpr Shuffle shuffle_from(int source, int a, int b, const Columns& columns)
   return shuffle;
 }
 
-inline Vector load(const void* from) {
-  return _mm256_load_si256(static_cast<const Vector*>(from));
-}
+inline Vector load(const void* from) { return _mm256_load_si256(static_cast<const Vector*>(from)); }
 
 // One half of rows kA and kB, from the coefficients in zigzag order.
 template <int kA, int kB, const Columns& kColumns, int kSource = 0>
@@ -82,7 +80,8 @@ constexpr Mask kOutsideQuarter = outside_quarter();
 
 // Factors of a pair.
 inline Vector factors(int first, int second) {
-  return _mm256_set1_epi32((first & 0xFFFF) | static_cast<int>(static_cast<unsigned>(second) << 16));
+  return _mm256_set1_epi32((first & 0xFFFF) |
+                           static_cast<int>(static_cast<unsigned>(second) << 16));
 }
 inline Vector product(Vector pair, int first, int second) {
   return _mm256_madd_epi16(pair, factors(first, second));
@@ -197,8 +196,7 @@ struct Output {
 // All coefficients but the first of each block are zero.
 inline void transform_dc(Vector first, const Output& output) {
   const Vector rounded = _mm256_adds_epi16(_mm256_slli_epi16(first, 2), _mm256_set1_epi16(16));
-  const Vector sample =
-      _mm256_add_epi16(_mm256_srai_epi16(rounded, 5), _mm256_set1_epi16(128));
+  const Vector sample = _mm256_add_epi16(_mm256_srai_epi16(rounded, 5), _mm256_set1_epi16(128));
   const Vector each =
       _mm256_shuffle_epi8(_mm256_packus_epi16(sample, sample), _mm256_setzero_si256());
   const __m128i row = _mm256_castsi256_si128(_mm256_permute4x64_epi64(each, 0x08));
@@ -209,7 +207,8 @@ inline void transform_dc(Vector first, const Output& output) {
 inline bool transform_quarters(const Vector (&zigzag)[8], const Output& output) {
   const Vector p02 = pair_of_rows<0, 2, kQuarter>(zigzag);
   const Vector p13 = pair_of_rows<1, 3, kQuarter>(zigzag);
-  if (any_large(large(p02))) [[unlikely]] return false;
+  if (any_large(large(p02))) [[unlikely]]
+    return false;
   Vector sums[8], rows[4];
   transform_quarter(p02, p13, first_rounding(), sums);
   for (int k = 0; k < 4; ++k) rows[k] = pack_first(sums[2 * k], sums[2 * k + 1]);
@@ -249,7 +248,8 @@ inline bool transform_whole(const Vector (&zigzag)[8], const Output& output) {
     const Pairs columns = {
         _mm256_unpacklo_epi64(left01, left23), _mm256_unpacklo_epi64(right01, right23),
         _mm256_unpackhi_epi64(right01, right23), _mm256_unpackhi_epi64(left01, left23)};
-    if (any_large(_mm256_or_si256(first_large, large(columns.p04)))) [[unlikely]] return false;
+    if (any_large(_mm256_or_si256(first_large, large(columns.p04)))) [[unlikely]]
+      return false;
     transform(columns, second_rounding(), sums);
     output.store_rows(4 * k, sums);
   }
@@ -274,14 +274,13 @@ inline bool transform_two(int16_t* const (&blocks)[2], const IdctTable& table,
     outside = _mm256_or_si256(outside, _mm256_or_si256(masked, zigzag[i + 4]));
   }
   const Vector not_first = _mm256_setr_epi32(-65536, -1, -1, -1, -65536, -1, -1, -1);
-  const Vector inside = _mm256_or_si256(
-      _mm256_or_si256(_mm256_and_si256(zigzag[0], not_first), zigzag[1]),
-      _mm256_or_si256(zigzag[2], zigzag[3]));
+  const Vector inside =
+      _mm256_or_si256(_mm256_or_si256(_mm256_and_si256(zigzag[0], not_first), zigzag[1]),
+                      _mm256_or_si256(zigzag[2], zigzag[3]));
   const int16_t* quant = table.quant_zigzag.data();
   for (int i = 0; i < 8; ++i) {
     const auto* eight = reinterpret_cast<const __m128i*>(quant + 8 * i);
-    zigzag[i] =
-        _mm256_mullo_epi16(zigzag[i], _mm256_broadcastsi128_si256(_mm_load_si128(eight)));
+    zigzag[i] = _mm256_mullo_epi16(zigzag[i], _mm256_broadcastsi128_si256(_mm_load_si128(eight)));
   }
   int num_used = 128;  // bytes of a block that may be other than zero
   if (!is_zero(outside)) {
