@@ -208,6 +208,9 @@ IdctKernel idct_kernel(CpuLevel level) {
       return idct_avx2;
     case CpuLevel::kAvx512:
       return idct_avx512;
+#elif defined(__aarch64__)
+    case CpuLevel::kNeon:
+      return idct_neon;
 #endif
     default:
       return idct_portable;

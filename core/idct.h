@@ -50,6 +50,8 @@ void idct_avx2(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num
                const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 void idct_avx512(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                  const IdctTable& table, uint8_t* out, ptrdiff_t stride);
+void idct_neon(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
+               const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 
 inline constexpr uint8_t kZigzagOfNatural[64] = {
     0,  1,  5,  6,  14, 15, 27, 28, 2,  4,  7,  13, 16, 26, 29, 42, 3,  8,  12, 17, 25, 30,
