@@ -15,7 +15,7 @@ inline Vector load(const uint8_t* from) {
 inline void store(uint8_t* to, Vector v) { _mm256_storeu_si256(reinterpret_cast<Vector*>(to), v); }
 inline Vector words(int value) { return _mm256_set1_epi16(static_cast<int16_t>(value)); }
 
-// ---- upsampling -----------------------------------------------------------------------------------
+// ---- upsampling ---------------------------------------------------------------------------------
 
 inline Vector load_words(const uint8_t* from) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -73,7 +73,7 @@ void upsample_h2v2_avx2(const uint8_t* near, const uint8_t* far, int begin, int 
   }
 }
 
-// ---- conversion -----------------------------------------------------------------------------------
+// ---- conversion ---------------------------------------------------------------------------------
 
 // Red and blue need one product only, and 1.402 and 1.772 in 14 bits give the same as
 // jdcolor.c's 16 for all 256 values (colour_test.cpp tries them).

@@ -220,17 +220,6 @@ void transform_block(const int16_t* coefficients, const IdctTable& table, uint8_
 
 }  // namespace
 
-void idct_block(const int16_t* coefficients, const IdctTable& table, int last, uint8_t* out,
-                ptrdiff_t stride) {
-  if (last == 0) {
-    transform_first(coefficients[0], table.quant[0], out, stride);
-  } else if (last <= 9) {  // all in the first four rows and columns
-    transform_block<4>(coefficients, table, out, stride);
-  } else {
-    transform_block<8>(coefficients, table, out, stride);
-  }
-}
-
 void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                    const IdctTable& table, uint8_t* out, ptrdiff_t stride) {
   BlockWalk walk(coefficients, mcu_width, mcu_step);

@@ -7,14 +7,14 @@ namespace imseq {
 
 namespace {
 
-// ---- orders ---------------------------------------------------------------------------------------
+// ---- orders -------------------------------------------------------------------------------------
 
 struct ByteOrder {
   uint8_t index[16];
 };
 
-// Row y from the first half of a block in zigzag order; indices outside of it give zeros. The second half's
-// are 64 smaller.
+// Row y from the first half of a block in zigzag order; indices outside of it give zeros. The
+// second half's are 64 smaller.
 struct RowOrders {
   ByteOrder row[8];
 };
@@ -40,7 +40,7 @@ constexpr RowPairOrders rows_in_columns() {
 }
 constexpr RowPairOrders kRowsInColumns = rows_in_columns();
 
-// ---- arithmetic -----------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 // Half of an 8 x 8 transform's sums, before the last addition or subtraction.
 struct Sums {
@@ -120,7 +120,7 @@ inline void transpose(int16x8_t (&block)[8]) {
   }
 }
 
-// ---- a block --------------------------------------------------------------------------------------
+// ---- a block ------------------------------------------------------------------------------------
 
 inline bool is_zero(int16x8_t v) { return vmaxvq_u32(vreinterpretq_u32_s16(v)) == 0; }
 
