@@ -14,6 +14,7 @@
 #include "huffman.h"
 #include "imagenet_seq.h"
 #include "jpeg.h"
+#include "progressive.h"
 #include "status.h"
 
 namespace imseq {
@@ -486,10 +487,13 @@ void forget_if_huge(Source* source) {
 
 // False: not to be re-coded.
 bool take_apart(const uint8_t* bytes, size_t size, int32_t restart_interval, Source* out) {
-  return parse_jpeg(bytes, size, &out->header) == JpegKind::kBaseline &&
-         int64_t{out->header.width} * out->header.height <= kMaxPixels &&
-         decode_coefficients(out->header, bytes, size, &out->coefficients) &&
-         out->scan.collect(out->header, out->coefficients, restart_interval);
+  const JpegKind kind = parse_jpeg(bytes, size, &out->header);
+  if (kind != JpegKind::kBaseline && kind != JpegKind::kSeveralScans) return false;
+  if (int64_t{out->header.width} * out->header.height > kMaxPixels) return false;
+  const bool sound = kind == JpegKind::kBaseline
+                         ? decode_coefficients(out->header, bytes, size, &out->coefficients)
+                         : decode_scans(bytes, size, &out->header, &out->coefficients);
+  return sound && out->scan.collect(out->header, out->coefficients, restart_interval);
 }
 
 void fill_header(const JpegHeader& from, int restart_interval, size_t entropy_offset,

@@ -217,11 +217,13 @@ def test_what_cannot_be_recoded_is_stored_as_it_is(tmp_path: Path) -> None:
     image = photo_like(rng, 40, 30)
     png = io.BytesIO()
     image.save(png, "PNG")
+    two_frames = io.BytesIO()
+    image.save(two_frames, "MPO", save_all=True, append_images=[image])
     kept = {
         "a/png.JPEG": png.getvalue(),
         "a/real.png": png.getvalue(),
         "a/cmyk.jpg": jpeg_bytes(image.convert("CMYK")),
-        "b/progressive.jpeg": jpeg_bytes(image, progressive=True),
+        "b/two_frames.jpeg": two_frames.getvalue(),
     }
     for name, data in {**kept, "b/plain.JPEG": jpeg_bytes(image)}.items():
         add_image(tmp_path / "source", name, data)
@@ -233,8 +235,46 @@ def test_what_cannot_be_recoded_is_stored_as_it_is(tmp_path: Path) -> None:
             assert image_of(tmp_path / "pack", sample) == kept[name]
     with tarfile.open(tmp_path / "pack" / "shard-000000.tar") as archive:
         images = {name for name in archive.getnames() if not name.endswith(".cls")}
-    assert images == {"a/png.jpeg", "a/real.png", "a/cmyk.jpg", "b/progressive.jpeg", "b/plain.jpg"}
+    assert images == {"a/png.jpeg", "a/real.png", "a/cmyk.jpg", "b/two_frames.jpeg", "b/plain.jpg"}
     assert problems(tmp_path / "pack", tmp_path / "source") == ""
+
+
+def test_progressive_files_become_canonical(tmp_path: Path) -> None:
+    image = photo_like(np.random.default_rng(5), 61, 43)
+    data = jpeg_bytes(image, progressive=True)
+    add_image(tmp_path / "source", "a/progressive.jpeg", data)
+    summary = make_pack(tmp_path / "source", tmp_path / "pack", settings=Settings())
+    assert (summary.num_canonical, summary.num_as_is) == (1, 0)
+    stored = image_of(tmp_path / "pack", 0)
+    assert stored == _native.transcode(jpeg_bytes(image))[0].tobytes()
+    assert pixels(stored) == pixels(data)
+    assert problems(tmp_path / "pack", tmp_path / "source") == ""
+
+    keep = Settings(keep_bytes=True)
+    make_pack(tmp_path / "source", tmp_path / "kept", settings=keep)
+    assert image_of(tmp_path / "kept", 0) == data
+    assert open_source(tmp_path / "kept").index.flags[0] == 0
+
+
+@pytest.mark.parametrize("wrong", ["pixels", "size", "mode", "bytes"])
+def test_progressive_files_stay_where_pillow_sees_a_difference(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = photo_like(np.random.default_rng(6), 40, 30)
+    data = jpeg_bytes(image, progressive=True)
+    add_image(tmp_path / "source", "a/progressive.jpeg", data)
+    other = {
+        "pixels": jpeg_bytes(image.point(lambda value: value // 2)),
+        "size": jpeg_bytes(image.crop((0, 0, 30, 40))),
+        "mode": jpeg_bytes(image.convert("L")),
+        "bytes": jpeg_bytes(image)[:-400],
+    }[wrong]
+    header = _native.read_header(other)
+    recoded = np.frombuffer(other, np.uint8), header
+    monkeypatch.setattr(_native, "transcode", lambda *_: recoded)
+    summary = make_pack(tmp_path / "source", tmp_path / "pack", settings=Settings())
+    assert (summary.num_canonical, summary.num_as_is) == (0, 1)
+    assert image_of(tmp_path / "pack", 0) == data
 
 
 def test_keep_bytes_stores_the_files(source: Path, tmp_path: Path) -> None:

@@ -756,7 +756,7 @@ def _encode(data: bytes, plan: _Plan) -> Encoded | _Refused:
     """Re-code one image, or keep it where the core can't but Pillow can decode it."""
     settings = plan.settings
     recoded = _native.transcode(data, settings.restart_interval, settings.strip, plan.tables)
-    if recoded is not None:
+    if recoded is not None and _is_trusted(recoded[0].data, data, settings):
         stored = memoryview(data) if settings.keep_bytes else recoded[0].data
         flags = layout.FLAG_CLEAN | (0 if settings.keep_bytes else layout.FLAG_CANONICAL)
         header = recoded[1]
@@ -773,6 +773,29 @@ def _encode(data: bytes, plan: _Plan) -> Encoded | _Refused:
     except Exception as error:  # a damaged image raises almost anything
         return _Refused(f"Pillow cannot decode it: {type(error).__name__}: {error}", data)
     return Encoded(memoryview(data), width, height, _native.crc32c(data), 0)
+
+
+def _is_trusted(recoded: memoryview, data: bytes, settings: Settings) -> bool:
+    """Whether what was re-coded may stand for `data`.
+
+    What the core decodes anyway is exact. Images in several scans are otherwise left to Pillow, so
+    that their pixels are Pillow's by construction; Pillow has to confirm that they stay the same.
+    """
+    header = _native.read_header(data)
+    if header is not None and header.supported:
+        return True
+    return not settings.keep_bytes and _pixels_are_equal(recoded, data)
+
+
+def _pixels_are_equal(first: memoryview, second: bytes) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(first)) as one, Image.open(io.BytesIO(second)) as other:
+            same_kind = (one.mode, one.size) == (other.mode, other.size)
+            return same_kind and one.tobytes() == other.tobytes()
+    except Exception:  # a damaged image raises almost anything
+        return False
 
 
 def _keep_damaged(refused: _Refused) -> Encoded | _Refused:
