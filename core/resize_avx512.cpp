@@ -18,6 +18,42 @@ constexpr int kFlipSigns = static_cast<int>(0x80808080);
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 
+// Four taps of 16 outputs, digits[0] the highest of their weights: the four of an output lie side by
+// side.
+struct Digits {
+  __m512i digits[kDigits];
+};
+
+// Byte kByte of each of four taps' weights, side by side.
+template <int kByte>
+inline __m512i gather_bytes(const __m512i (&taps)[AxisWeights::kTapGroup]) {
+  __m512i bytes = _mm512_setzero_si512();
+  for (int j = 0; j < AxisWeights::kTapGroup; ++j) {
+    const int shift = 8 * (j - kByte);
+    const __m512i moved = shift >= 0 ? _mm512_slli_epi32(taps[j], static_cast<unsigned>(shift))
+                                     : _mm512_srli_epi32(taps[j], static_cast<unsigned>(-shift));
+    bytes = _mm512_mask_mov_epi8(bytes, 0x1111111111111111u << j, moved);
+  }
+  return bytes;
+}
+
+// Of outputs [i, i + 16) and their taps [tap, tap + 4).
+inline Digits digits_of(const AxisWeights& weights, size_t i, int tap) {
+  __m512i taps[AxisWeights::kTapGroup];
+  for (int j = 0; j < AxisWeights::kTapGroup; ++j) {
+    const int32_t* row = weights.weights + static_cast<size_t>(tap + j) * weights.stride;
+    taps[j] = _mm512_add_epi32(load(row + i), _mm512_set1_epi32(kCarries));
+  }
+  const __m512i flip = _mm512_set1_epi32(kFlipSigns);
+  return {{gather_bytes<2>(taps), _mm512_xor_si512(gather_bytes<1>(taps), flip),
+           _mm512_xor_si512(gather_bytes<0>(taps), flip)}};
+}
+
+inline size_t num_quads(const AxisWeights& weights) {
+  return (static_cast<size_t>(weights.max_taps) + AxisWeights::kTapGroup - 1) /
+         AxisWeights::kTapGroup;
+}
+
 // ---- horizontal ---------------------------------------------------------------------------------
 
 // Four taps of 16 outputs: their pixels from a window of 64 bytes, and digits[0] (the highest) to
@@ -39,29 +75,19 @@ const Step* steps_of(const void* plan) {
   return reinterpret_cast<const Step*>(static_cast<const Plan*>(plan) + 1);
 }
 
-size_t plan_bytes(const AxisWeights& weights) {
+size_t horizontal_plan_bytes(const AxisWeights& weights) {
   size_t num_steps = 0;
-  const size_t num_quads =
-      (static_cast<size_t>(weights.max_taps) + AxisWeights::kTapGroup - 1) / AxisWeights::kTapGroup;
   for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
     const int32_t* first = weights.first_taps + i;
     const auto span = static_cast<size_t>(first[AxisWeights::kOutputGroup - 1] - first[0]);
-    num_steps += num_quads * ((span + AxisWeights::kTapGroup - 1) / 64 + 1);
+    num_steps += num_quads(weights) * ((span + AxisWeights::kTapGroup - 1) / 64 + 1);
   }
   return sizeof(Plan) + num_steps * sizeof(Step);
 }
 
-// Byte `digit` of each of four taps' weights, side by side.
-template <int kByte>
-inline __m512i gather_bytes(const __m512i (&taps)[AxisWeights::kTapGroup]) {
-  __m512i bytes = _mm512_setzero_si512();
-  for (int j = 0; j < AxisWeights::kTapGroup; ++j) {
-    const int shift = 8 * (j - kByte);
-    const __m512i moved = shift >= 0 ? _mm512_slli_epi32(taps[j], static_cast<unsigned>(shift))
-                                     : _mm512_srli_epi32(taps[j], static_cast<unsigned>(-shift));
-    bytes = _mm512_mask_mov_epi8(bytes, 0x1111111111111111u << j, moved);
-  }
-  return bytes;
+// Loads limit this pass. GCC would load again for every use, unless told not to.
+inline __m512i load_once(const int8_t* digits) {
+  return *reinterpret_cast<const volatile __m512i*>(digits);
 }
 
 // Which of the four bytes that begin `place` bytes behind the window lie in it.
@@ -82,15 +108,7 @@ Step* plan_outputs(const AxisWeights& weights, size_t i, Step* step) {
   const int highest = weights.first_taps[i + AxisWeights::kOutputGroup - 1];
   Step* const begin = step;
   for (int tap = 0; tap < weights.max_taps; tap += AxisWeights::kTapGroup) {
-    __m512i taps[AxisWeights::kTapGroup];
-    for (int j = 0; j < AxisWeights::kTapGroup; ++j) {
-      const int32_t* row = weights.weights + static_cast<size_t>(tap + j) * weights.stride;
-      taps[j] = _mm512_add_epi32(load(row + i), _mm512_set1_epi32(kCarries));
-    }
-    const __m512i flip = _mm512_set1_epi32(kFlipSigns);
-    const __m512i digits[kDigits] = {gather_bytes<2>(taps),
-                                     _mm512_xor_si512(gather_bytes<1>(taps), flip),
-                                     _mm512_xor_si512(gather_bytes<0>(taps), flip)};
+    const auto [digits] = digits_of(weights, i, tap);
     const __m512i any = _mm512_or_si512(_mm512_or_si512(digits[0], digits[1]), digits[2]);
     const int end = highest + tap + AxisWeights::kTapGroup;
     for (int window = lowest + tap; window < end; window += 64) {
@@ -116,7 +134,7 @@ Step* plan_outputs(const AxisWeights& weights, size_t i, Step* step) {
   return step;
 }
 
-void plan(const AxisWeights& weights, void* memory) {
+void plan_horizontally(const AxisWeights& weights, void* memory) {
   Step* const begin = steps_of(memory);
   Step* end = begin;
   int num_groups = 0;
@@ -140,11 +158,13 @@ inline const Step* sum_outputs(const Step* step, const uint8_t* const (&planes)[
   }
   if constexpr (kOneStepEach) {
     const __m512i places = load(step->places);
+    const __m512i digits[kDigits] = {load_once(step->digits[0]), load_once(step->digits[1]),
+                                     load_once(step->digits[2])};
     for (int p = 0; p < kPlanes; ++p) {
       const __m512i pixels = _mm512_permutexvar_epi8(places, load(planes[p] + step->window));
-      __m512i sum = _mm512_dpbusd_epi32(digit_sums[p][0], pixels, load(step->digits[0]));
-      sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), pixels, load(step->digits[1]));
-      sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), pixels, load(step->digits[2]));
+      __m512i sum = _mm512_dpbusd_epi32(digit_sums[p][0], pixels, digits[0]);
+      sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), pixels, digits[1]);
+      sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), pixels, digits[2]);
       sums[p] = _mm512_srai_epi32(sum, kWeightBits);
     }
     return step + 1;
@@ -240,15 +260,6 @@ inline void interleave_rows(const uint8_t* const* rows, size_t x, __m512i (&colu
   columns[3] = _mm512_unpackhi_epi16(high01, high23);
 }
 
-// Digit `digit` of the weights of four rows, in all columns.
-inline __m512i row_digits(const int32_t* weights, int digit) {
-  const __m128i carried = _mm_add_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)),
-                                        _mm_set1_epi32(kCarries));
-  const __m128i bytes = _mm_cvtepi32_epi8(_mm_srl_epi32(carried, _mm_cvtsi32_si128(8 * digit)));
-  const __m512i all = _mm512_broadcastd_epi32(bytes);
-  return digit == kDigits - 1 ? all : _mm512_xor_si512(all, _mm512_set1_epi32(kFlipSigns));
-}
-
 inline void store_columns(const __m512i (&sums)[4], uint8_t* out) {
   __m512i shifted[4];
   for (int q = 0; q < 4; ++q) shifted[q] = _mm512_srai_epi32(sums[q], kWeightBits);
@@ -256,15 +267,31 @@ inline void store_columns(const __m512i (&sums)[4], uint8_t* out) {
                                                _mm512_packs_epi32(shifted[2], shifted[3])));
 }
 
+// Digit d of output i's quad q is element (q * kDigits + d) * stride + i of the plan.
+size_t vertical_plan_bytes(const AxisWeights& weights) {
+  return num_quads(weights) * kDigits * weights.stride * sizeof(int32_t);
+}
+
+void plan_vertically(const AxisWeights& weights, void* plan) {
+  auto* to = static_cast<int32_t*>(plan);
+  for (int tap = 0; tap < weights.max_taps; tap += AxisWeights::kTapGroup) {
+    for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
+      const auto [digits] = digits_of(weights, i, tap);
+      for (size_t d = 0; d < kDigits; ++d) {
+        _mm512_storeu_si512(to + d * weights.stride + i, digits[d]);
+      }
+    }
+    to += kDigits * weights.stride;
+  }
+}
+
 // Up to 4 * kQuads rows, few enough for all their digits to stay in registers.
 template <int kQuads>
-void vertical_pass(const uint8_t* const* rows, const int32_t* weights, size_t begin, size_t end,
-                   uint8_t* out) {
-  __m512i digits[kDigits][kQuads];
-  for (int d = 0; d < kDigits; ++d) {
-    for (int g = 0; g < kQuads; ++g) {
-      digits[d][g] = row_digits(weights + 4 * g, kDigits - 1 - d);
-    }
+void vertical_pass(const int32_t* plan, size_t stride, const uint8_t* const* rows, size_t begin,
+                   size_t end, uint8_t* out) {
+  __m512i digits[kQuads][kDigits];
+  for (int g = 0; g < kQuads; ++g) {
+    for (int d = 0; d < kDigits; ++d, plan += stride) digits[g][d] = _mm512_set1_epi32(*plan);
   }
   for (size_t x = begin; x < end; x += 64) {
     __m512i columns[kQuads][4], sums[4];
@@ -274,7 +301,7 @@ void vertical_pass(const uint8_t* const* rows, const int32_t* weights, size_t be
       for (int d = 0; d < kDigits; ++d) {
         if (d > 0) sums[q] = _mm512_slli_epi32(sums[q], 8);
         for (int g = 0; g < kQuads; ++g) {
-          sums[q] = _mm512_dpbusd_epi32(sums[q], columns[g][q], digits[d][g]);
+          sums[q] = _mm512_dpbusd_epi32(sums[q], columns[g][q], digits[g][d]);
         }
       }
     }
@@ -282,21 +309,22 @@ void vertical_pass(const uint8_t* const* rows, const int32_t* weights, size_t be
   }
 }
 
-void vertical_pass_of_many(const uint8_t* const* rows, const int32_t* weights, int num_taps,
-                           size_t begin, size_t end, uint8_t* out) {
+void vertical_pass_of_many(const int32_t* plan, size_t stride, const uint8_t* const* rows,
+                           int num_taps, size_t begin, size_t end, uint8_t* out) {
   for (size_t x = begin; x < end; x += 64) {
     __m512i sums[kDigits][4];
     for (int q = 0; q < 4; ++q) {
       sums[0][q] = _mm512_set1_epi32(kRounding);
       sums[1][q] = sums[2][q] = _mm512_setzero_si512();
     }
+    const int32_t* digits = plan;
     for (int k = 0; k < num_taps; k += AxisWeights::kTapGroup) {
       __m512i columns[4];
       interleave_rows(rows + k, x, columns);
-      for (int d = 0; d < kDigits; ++d) {
-        const __m512i digits = row_digits(weights + k, kDigits - 1 - d);
+      for (int d = 0; d < kDigits; ++d, digits += stride) {
+        const __m512i digit = _mm512_set1_epi32(*digits);
         for (int q = 0; q < 4; ++q) {
-          sums[d][q] = _mm512_dpbusd_epi32(sums[d][q], columns[q], digits);
+          sums[d][q] = _mm512_dpbusd_epi32(sums[d][q], columns[q], digit);
         }
       }
     }
@@ -308,21 +336,20 @@ void vertical_pass_of_many(const uint8_t* const* rows, const int32_t* weights, i
   }
 }
 
-void vertical(const uint8_t** rows, int32_t* weights, int num_taps, size_t begin, size_t end,
-              uint8_t* out) {
-  for (int k = num_taps; k % AxisWeights::kTapGroup != 0; ++k) {
-    rows[k] = rows[num_taps - 1];
-    weights[k] = 0;
-  }
-  if (num_taps <= 4) return vertical_pass<1>(rows, weights, begin, end, out);
-  if (num_taps <= 8) return vertical_pass<2>(rows, weights, begin, end, out);
-  vertical_pass_of_many(rows, weights, num_taps, begin, end, out);
+void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t* const* rows,
+              size_t begin, size_t end, uint8_t* out) {
+  const int num_taps = weights.num_taps[i];
+  const int32_t* digits = static_cast<const int32_t*>(plan) + i;
+  if (num_taps <= 4) return vertical_pass<1>(digits, weights.stride, rows, begin, end, out);
+  if (num_taps <= 8) return vertical_pass<2>(digits, weights.stride, rows, begin, end, out);
+  vertical_pass_of_many(digits, weights.stride, rows, num_taps, begin, end, out);
 }
 
 }  // namespace
 
 const ResizeKernels& avx512_resize_kernels() {
-  static constexpr ResizeKernels kernels{plan_bytes, plan, horizontal, 64, vertical};
+  static constexpr ResizeKernels kernels{horizontal_plan_bytes, plan_horizontally, horizontal, 64,
+                                         vertical_plan_bytes,   plan_vertically,   vertical};
   return kernels;
 }
 
