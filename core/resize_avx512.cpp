@@ -66,8 +66,7 @@ struct alignas(64) Step {
 };
 
 struct alignas(64) Plan {
-  int32_t num_steps;
-  int32_t one_step_each;  // 1: no output takes more than one step
+  int32_t steps_each;  // how many each 16 outputs take: 1 or 2; 0: Step::is_last says
 };
 
 Step* steps_of(void* plan) { return reinterpret_cast<Step*>(static_cast<Plan*>(plan) + 1); }
@@ -101,8 +100,8 @@ inline __mmask64 inside_window(__m512i place) {
   return _mm512_movepi8_mask(inside);
 }
 
-// The steps of 16 outputs from the i-th on; returns their end.
-Step* plan_outputs(const AxisWeights& weights, size_t i, Step* step) {
+// The steps of 16 outputs from the i-th on; returns their end. all: also those without any weight.
+Step* plan_outputs(const AxisWeights& weights, size_t i, bool all, Step* step) {
   const __m512i first = load(weights.first_taps + i);
   const int lowest = weights.first_taps[i];
   const int highest = weights.first_taps[i + AxisWeights::kOutputGroup - 1];
@@ -114,14 +113,14 @@ Step* plan_outputs(const AxisWeights& weights, size_t i, Step* step) {
     for (int window = lowest + tap; window < end; window += 64) {
       const __m512i place = _mm512_add_epi32(first, _mm512_set1_epi32(tap - window));
       const __mmask64 inside = inside_window(place);
-      // A window in which no weight lies may lie behind the row. Sixteen outputs without any weight
-      // still need a step.
-      if (_mm512_mask_test_epi8_mask(inside, any, any) == 0 && (step != begin || tap != 0))
-        continue;
+      // A window in which no weight lies may lie far behind the row. Sixteen outputs without any
+      // weight still need a step.
+      const bool needed = all || step == begin || _mm512_mask_test_epi8_mask(inside, any, any) != 0;
+      if (!needed) continue;
       const __m512i low = _mm512_and_si512(place, _mm512_set1_epi32(63));
-      const __m512i fourfold = _mm512_or_si512(low, _mm512_slli_epi32(low, 8));
-      const __m512i places = _mm512_or_si512(fourfold, _mm512_slli_epi32(fourfold, 16));
-      _mm512_store_si512(step->places, _mm512_add_epi8(places, _mm512_set1_epi32(0x03020100)));
+      const __m512i twofold = _mm512_or_si512(low, _mm512_slli_epi32(low, 8));
+      const __m512i fourfold = _mm512_or_si512(twofold, _mm512_slli_epi32(twofold, 16));
+      _mm512_store_si512(step->places, _mm512_add_epi8(fourfold, _mm512_set1_epi32(0x03020100)));
       for (int d = 0; d < kDigits; ++d) {
         _mm512_store_si512(step->digits[d], _mm512_maskz_mov_epi8(inside, digits[d]));
       }
@@ -134,41 +133,50 @@ Step* plan_outputs(const AxisWeights& weights, size_t i, Step* step) {
   return step;
 }
 
-void plan_horizontally(const AxisWeights& weights, void* memory) {
-  Step* const begin = steps_of(memory);
-  Step* end = begin;
-  int num_groups = 0;
+void plan_horizontally(const AxisWeights& weights, void* plan) {
+  int widest = 0;
   for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
-    end = plan_outputs(weights, i, end);
-    ++num_groups;
+    const int32_t* first = weights.first_taps + i;
+    const int span = first[AxisWeights::kOutputGroup - 1] - first[0];
+    widest = span > widest ? span : widest;
   }
-  auto* header = static_cast<Plan*>(memory);
-  header->num_steps = static_cast<int32_t>(end - begin);
-  header->one_step_each = header->num_steps == num_groups;
+  const bool one_window = widest + AxisWeights::kTapGroup <= 64;
+  const bool uniform = one_window && num_quads(weights) <= 2;
+  static_cast<Plan*>(plan)->steps_each = uniform ? static_cast<int32_t>(num_quads(weights)) : 0;
+  Step* step = steps_of(plan);
+  for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
+    step = plan_outputs(weights, i, uniform, step);
+  }
 }
 
 // sums[p]: 16 outputs of plane p, rounded, not yet clamped. Returns the step behind them.
-template <int kPlanes, bool kOneStepEach>
+template <int kPlanes, int kSteps>
 inline const Step* sum_outputs(const Step* step, const uint8_t* const (&planes)[3],
                                __m512i (&sums)[kPlanes]) {
-  __m512i digit_sums[kPlanes][kDigits];
-  for (int p = 0; p < kPlanes; ++p) {
-    digit_sums[p][0] = _mm512_set1_epi32(kRounding);
-    digit_sums[p][1] = digit_sums[p][2] = _mm512_setzero_si512();
-  }
-  if constexpr (kOneStepEach) {
-    const __m512i places = load(step->places);
-    const __m512i digits[kDigits] = {load_once(step->digits[0]), load_once(step->digits[1]),
-                                     load_once(step->digits[2])};
-    for (int p = 0; p < kPlanes; ++p) {
-      const __m512i pixels = _mm512_permutexvar_epi8(places, load(planes[p] + step->window));
-      __m512i sum = _mm512_dpbusd_epi32(digit_sums[p][0], pixels, digits[0]);
-      sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), pixels, digits[1]);
-      sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), pixels, digits[2]);
-      sums[p] = _mm512_srai_epi32(sum, kWeightBits);
+  if constexpr (kSteps != 0) {
+    __m512i pixels[kSteps][kPlanes], digits[kSteps][kDigits];
+    for (int s = 0; s < kSteps; ++s, ++step) {
+      const __m512i places = load(step->places);
+      for (int p = 0; p < kPlanes; ++p) {
+        pixels[s][p] = _mm512_permutexvar_epi8(places, load(planes[p] + step->window));
+      }
+      for (int d = 0; d < kDigits; ++d) digits[s][d] = load_once(step->digits[d]);
     }
-    return step + 1;
+    for (int p = 0; p < kPlanes; ++p) sums[p] = _mm512_set1_epi32(kRounding);
+    for (int d = 0; d < kDigits; ++d) {
+      for (int p = 0; p < kPlanes; ++p) {
+        if (d > 0) sums[p] = _mm512_slli_epi32(sums[p], 8);
+        for (int s = 0; s < kSteps; ++s) {
+          sums[p] = _mm512_dpbusd_epi32(sums[p], pixels[s][p], digits[s][d]);
+        }
+      }
+    }
   } else {
+    __m512i digit_sums[kPlanes][kDigits];
+    for (int p = 0; p < kPlanes; ++p) {
+      digit_sums[p][0] = _mm512_set1_epi32(kRounding);
+      digit_sums[p][1] = digit_sums[p][2] = _mm512_setzero_si512();
+    }
     for (bool is_last = false; !is_last; ++step) {
       const __m512i places = load(step->places);
       for (int p = 0; p < kPlanes; ++p) {
@@ -180,22 +188,23 @@ inline const Step* sum_outputs(const Step* step, const uint8_t* const (&planes)[
       is_last = step->is_last != 0;
     }
     for (int p = 0; p < kPlanes; ++p) {
-      __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(digit_sums[p][0], 8), digit_sums[p][1]);
-      sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), digit_sums[p][2]);
-      sums[p] = _mm512_srai_epi32(sum, kWeightBits);
+      const __m512i high =
+          _mm512_add_epi32(_mm512_slli_epi32(digit_sums[p][0], 8), digit_sums[p][1]);
+      sums[p] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), digit_sums[p][2]);
     }
-    return step;
   }
+  for (int p = 0; p < kPlanes; ++p) sums[p] = _mm512_srai_epi32(sums[p], kWeightBits);
+  return step;
 }
 
 // kGroups times 16 outputs; where kPartly, only those of `stored` are written, because the next
 // plane's outputs lie behind them.
-template <int kPlanes, bool kOneStepEach, int kGroups, bool kPartly>
+template <int kPlanes, int kSteps, int kGroups, bool kPartly>
 inline const Step* resize_outputs(const Step* step, const uint8_t* const (&planes)[3],
                                   __mmask64 stored, uint8_t* out, size_t out_stride) {
   __m512i sums[4][kPlanes];
   for (int g = 0; g < kGroups; ++g) {
-    step = sum_outputs<kPlanes, kOneStepEach>(step, planes, sums[g]);
+    step = sum_outputs<kPlanes, kSteps>(step, planes, sums[g]);
   }
   for (int g = kGroups; g < 4; ++g) {
     for (int p = 0; p < kPlanes; ++p) sums[g][p] = _mm512_setzero_si512();
@@ -216,34 +225,47 @@ inline const Step* resize_outputs(const Step* step, const uint8_t* const (&plane
   return step;
 }
 
-template <int kPlanes, bool kOneStepEach>
-void horizontal_pass(const AxisWeights& weights, const void* plan_memory, const uint8_t* in,
+template <int kPlanes, int kSteps>
+void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t* in,
                      size_t in_stride, uint8_t* out, size_t out_stride) {
   const uint8_t* const planes[3] = {in, in + in_stride, in + 2 * in_stride};
-  const Step* step = steps_of(plan_memory);
+  const Step* step = steps_of(plan);
   int num_left = weights.num_outputs;
   for (; num_left >= 64; num_left -= 64, out += 64) {
-    step = resize_outputs<kPlanes, kOneStepEach, 4, false>(step, planes, 0, out, out_stride);
+    step = resize_outputs<kPlanes, kSteps, 4, false>(step, planes, 0, out, out_stride);
   }
   const __mmask64 stored = (__mmask64{1} << num_left) - 1;
   if (num_left > 48) {
-    resize_outputs<kPlanes, kOneStepEach, 4, true>(step, planes, stored, out, out_stride);
+    resize_outputs<kPlanes, kSteps, 4, true>(step, planes, stored, out, out_stride);
   } else if (num_left > 32) {
-    resize_outputs<kPlanes, kOneStepEach, 3, true>(step, planes, stored, out, out_stride);
+    resize_outputs<kPlanes, kSteps, 3, true>(step, planes, stored, out, out_stride);
   } else if (num_left > 16) {
-    resize_outputs<kPlanes, kOneStepEach, 2, true>(step, planes, stored, out, out_stride);
+    resize_outputs<kPlanes, kSteps, 2, true>(step, planes, stored, out, out_stride);
   } else if (num_left > 0) {
-    resize_outputs<kPlanes, kOneStepEach, 1, true>(step, planes, stored, out, out_stride);
+    resize_outputs<kPlanes, kSteps, 1, true>(step, planes, stored, out, out_stride);
   }
 }
 
-void horizontal(const AxisWeights& weights, const void* plan_memory, const uint8_t* in,
-                size_t in_stride, int num_planes, uint8_t* out, size_t out_stride) {
-  const bool one_step_each = static_cast<const Plan*>(plan_memory)->one_step_each != 0;
-  const auto pass = num_planes == 1
-                        ? (one_step_each ? horizontal_pass<1, true> : horizontal_pass<1, false>)
-                        : (one_step_each ? horizontal_pass<3, true> : horizontal_pass<3, false>);
-  pass(weights, plan_memory, in, in_stride, out, out_stride);
+template <int kSteps>
+void horizontal_planes(const AxisWeights& weights, const void* plan, const uint8_t* in,
+                       size_t in_stride, int num_planes, uint8_t* out, size_t out_stride) {
+  if (num_planes == 1) {
+    horizontal_pass<1, kSteps>(weights, plan, in, in_stride, out, out_stride);
+  } else {
+    horizontal_pass<3, kSteps>(weights, plan, in, in_stride, out, out_stride);
+  }
+}
+
+void horizontal(const AxisWeights& weights, const void* plan, const uint8_t* in, size_t in_stride,
+                int num_planes, uint8_t* out, size_t out_stride) {
+  switch (static_cast<const Plan*>(plan)->steps_each) {
+    case 1:
+      return horizontal_planes<1>(weights, plan, in, in_stride, num_planes, out, out_stride);
+    case 2:
+      return horizontal_planes<2>(weights, plan, in, in_stride, num_planes, out, out_stride);
+    default:
+      return horizontal_planes<0>(weights, plan, in, in_stride, num_planes, out, out_stride);
+  }
 }
 
 // ---- vertical -----------------------------------------------------------------------------------
