@@ -51,6 +51,7 @@ inline uint8_t to_byte(int32_t sum) {
   return static_cast<uint8_t>(std::clamp(static_cast<int>(value), 0, 255));
 }
 
+bool always(const AxisWeights&) { return true; }
 size_t no_plan_bytes(const AxisWeights&) { return 0; }
 void no_plan(const AxisWeights&, void*) {}
 
@@ -149,8 +150,9 @@ const ResizeKernels& resize_kernels(CpuLevel level) {
 }  // namespace
 
 const ResizeKernels& portable_resize_kernels() {
-  static constexpr ResizeKernels kernels{no_plan_bytes, no_plan, portable_horizontal, 1 << 30,
-                                         no_plan_bytes, no_plan, portable_vertical};
+  static constexpr ResizeKernels kernels{
+      always,        no_plan_bytes, no_plan,          portable_horizontal,
+      no_plan_bytes, no_plan,       portable_vertical};
   return kernels;
 }
 
@@ -303,7 +305,7 @@ void Resizer::make_plans() {
   if (!horizontal_.identity()) {
     const AxisWeights& axis = horizontal_.axis();
     horizontal_kernels_ =
-        axis.max_taps <= kernels_->max_horizontal_taps ? kernels_ : &portable_resize_kernels();
+        kernels_->can_resize_horizontally(axis) ? kernels_ : &portable_resize_kernels();
     const size_t bytes = horizontal_kernels_->horizontal_plan_bytes(axis);
     horizontal_kernels_->plan_horizontally(axis, horizontal_plan_.reserve(bytes));
   }

@@ -34,13 +34,13 @@ struct AxisWeights {
 // multiple of 64 bytes; both may be read and written kRowSlack bytes behind their end. A plan holds
 // the weights in the order in which the kernel wants them.
 struct ResizeKernels {
+  // False: the image shrinks so much that the horizontal pass is left to the portable kernel.
+  bool (*can_resize_horizontally)(const AxisWeights& weights);
   size_t (*horizontal_plan_bytes)(const AxisWeights& weights);
   void (*plan_horizontally)(const AxisWeights& weights, void* plan);
   // num_planes rows of pixels, one plane every in_stride bytes.
   void (*horizontal)(const AxisWeights& weights, const void* plan, const uint8_t* in,
                      size_t in_stride, int num_planes, uint8_t* out, size_t out_stride);
-  // More taps than this are left to the portable kernel: a plan of them would be large.
-  int max_horizontal_taps;
 
   size_t (*vertical_plan_bytes)(const AxisWeights& weights);
   void (*plan_vertically)(const AxisWeights& weights, void* plan);

@@ -74,6 +74,9 @@ const Step* steps_of(const void* plan) {
   return reinterpret_cast<const Step*>(static_cast<const Plan*>(plan) + 1);
 }
 
+// Steps grow with the square of the taps, as windows do.
+bool plan_is_small(const AxisWeights& weights) { return weights.max_taps <= 64; }
+
 size_t horizontal_plan_bytes(const AxisWeights& weights) {
   size_t num_steps = 0;
   for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
@@ -370,8 +373,9 @@ void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t
 }  // namespace
 
 const ResizeKernels& avx512_resize_kernels() {
-  static constexpr ResizeKernels kernels{horizontal_plan_bytes, plan_horizontally, horizontal, 64,
-                                         vertical_plan_bytes,   plan_vertically,   vertical};
+  static constexpr ResizeKernels kernels{plan_is_small, horizontal_plan_bytes, plan_horizontally,
+                                         horizontal,    vertical_plan_bytes,   plan_vertically,
+                                         vertical};
   return kernels;
 }
 
