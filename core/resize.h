@@ -21,7 +21,7 @@ constexpr int kWeightBits = 22;
 // outputs to a multiple of kOutputGroup, repeating the last first tap, taps to one of kTapGroup.
 // Every weight that pads is zero.
 struct AxisWeights {
-  static constexpr int kOutputGroup = 16, kTapGroup = 4;
+  static constexpr int kOutputGroup = 32, kTapGroup = 4;
   int num_outputs = 0;
   int max_taps = 0;  // of any output
   size_t stride = 0;

@@ -151,8 +151,7 @@ void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t
     const size_t left = num_outputs - x;
     __m256i words[2][kPlanes];
     resize_outputs<kPlanes, kPairs>(step, num_steps, in, in_stride, words[0]);
-    const Step* next = left > 16 ? step + 2 * num_steps : step;  // no steps are planned behind
-    resize_outputs<kPlanes, kPairs>(next, num_steps, in, in_stride, words[1]);
+    resize_outputs<kPlanes, kPairs>(step + 2 * num_steps, num_steps, in, in_stride, words[1]);
     for (size_t p = 0; p < kPlanes; ++p) {
       const __m256i bytes = _mm256_permutevar8x32_epi32(
           _mm256_packus_epi16(words[0][p], words[1][p]), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));

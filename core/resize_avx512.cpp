@@ -11,6 +11,7 @@ namespace {
 // digit by digit, the highest first (Horner): ((s2 << 8) + s1 << 8) + s0, exact modulo 2^32.
 // Rounding's half is 32 * 2^16, so the highest sum starts with 32.
 constexpr int kDigits = 3;
+constexpr size_t kStepOutputs = 16;  // side by side in a vector
 constexpr int kRounding = 32;
 // Added to a weight, carries what makes lower digits signed; those digits come out 128 too large.
 constexpr int kCarries = 0x8080;
@@ -79,9 +80,9 @@ bool plan_is_small(const AxisWeights& weights) { return weights.max_taps <= 64; 
 
 size_t horizontal_plan_bytes(const AxisWeights& weights) {
   size_t num_steps = 0;
-  for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
+  for (size_t i = 0; i < weights.stride; i += kStepOutputs) {
     const int32_t* first = weights.first_taps + i;
-    const auto span = static_cast<size_t>(first[AxisWeights::kOutputGroup - 1] - first[0]);
+    const auto span = static_cast<size_t>(first[kStepOutputs - 1] - first[0]);
     num_steps += num_quads(weights) * ((span + AxisWeights::kTapGroup - 1) / 64 + 1);
   }
   return sizeof(Plan) + num_steps * sizeof(Step);
@@ -107,7 +108,7 @@ inline __mmask64 inside_window(__m512i place) {
 Step* plan_outputs(const AxisWeights& weights, size_t i, bool all, Step* step) {
   const __m512i first = load(weights.first_taps + i);
   const int lowest = weights.first_taps[i];
-  const int highest = weights.first_taps[i + AxisWeights::kOutputGroup - 1];
+  const int highest = weights.first_taps[i + kStepOutputs - 1];
   Step* const begin = step;
   for (int tap = 0; tap < weights.max_taps; tap += AxisWeights::kTapGroup) {
     const auto [digits] = digits_of(weights, i, tap);
@@ -138,16 +139,16 @@ Step* plan_outputs(const AxisWeights& weights, size_t i, bool all, Step* step) {
 
 void plan_horizontally(const AxisWeights& weights, void* plan) {
   int widest = 0;
-  for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
+  for (size_t i = 0; i < weights.stride; i += kStepOutputs) {
     const int32_t* first = weights.first_taps + i;
-    const int span = first[AxisWeights::kOutputGroup - 1] - first[0];
+    const int span = first[kStepOutputs - 1] - first[0];
     widest = span > widest ? span : widest;
   }
   const bool one_window = widest + AxisWeights::kTapGroup <= 64;
   const bool uniform = one_window && num_quads(weights) <= 2;
   static_cast<Plan*>(plan)->steps_each = uniform ? static_cast<int32_t>(num_quads(weights)) : 0;
   Step* step = steps_of(plan);
-  for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
+  for (size_t i = 0; i < weights.stride; i += kStepOutputs) {
     step = plan_outputs(weights, i, uniform, step);
   }
 }
@@ -300,7 +301,7 @@ size_t vertical_plan_bytes(const AxisWeights& weights) {
 void plan_vertically(const AxisWeights& weights, void* plan) {
   auto* to = static_cast<int32_t*>(plan);
   for (int tap = 0; tap < weights.max_taps; tap += AxisWeights::kTapGroup) {
-    for (size_t i = 0; i < weights.stride; i += AxisWeights::kOutputGroup) {
+    for (size_t i = 0; i < weights.stride; i += kStepOutputs) {
       const auto [digits] = digits_of(weights, i, tap);
       for (size_t d = 0; d < kDigits; ++d) {
         _mm512_storeu_si512(to + d * weights.stride + i, digits[d]);
