@@ -293,6 +293,46 @@ inline void store_columns(const __m512i (&sums)[4], uint8_t* out) {
                                                _mm512_packs_epi32(shifted[2], shifted[3])));
 }
 
+// ---- vertical, up to two taps: an image that grows ------------------------------------------------
+
+// Two weights as 16-bit numbers, high * 2^8 + low, are fewer multiplications than six digits. Element
+// i of the plan is output i's high halves, element stride + i the low ones.
+constexpr int kHighRounding = 1 << (kWeightBits - 1 - 8);
+
+void plan_two_taps(const AxisWeights& weights, int32_t* plan) {
+  for (size_t i = 0; i < weights.stride; i += kStepOutputs) {
+    const __m512i a = load(weights.weights + i), b = load(weights.weights + weights.stride + i);
+    const __m512i low_byte = _mm512_set1_epi32(255);
+    const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srai_epi32(a, 8),
+                                                 _mm512_slli_epi32(_mm512_srai_epi32(b, 8), 16));
+    const __m512i low = _mm512_or_si512(_mm512_and_si512(a, low_byte),
+                                        _mm512_slli_epi32(_mm512_and_si512(b, low_byte), 16));
+    _mm512_storeu_si512(plan + i, high);
+    _mm512_storeu_si512(plan + weights.stride + i, low);
+  }
+}
+
+void vertical_pass_of_two(const int32_t* plan, size_t stride, const uint8_t* const* rows,
+                          size_t begin, size_t end, uint8_t* out) {
+  const __m512i high = _mm512_set1_epi32(plan[0]), low = _mm512_set1_epi32(plan[stride]);
+  const __m512i zero = _mm512_setzero_si512();
+  for (size_t x = begin; x < end; x += 64) {
+    const __m512i r0 = load(rows[0] + x), r1 = load(rows[1] + x);
+    const __m512i left = _mm512_unpacklo_epi8(r0, r1), right = _mm512_unpackhi_epi8(r0, r1);
+    const __m512i columns[4] = {_mm512_unpacklo_epi8(left, zero), _mm512_unpackhi_epi8(left, zero),
+                                _mm512_unpacklo_epi8(right, zero),
+                                _mm512_unpackhi_epi8(right, zero)};
+    __m512i sums[4];
+    for (int q = 0; q < 4; ++q) {
+      sums[q] = _mm512_dpwssd_epi32(_mm512_set1_epi32(kHighRounding), columns[q], high);
+      sums[q] = _mm512_dpwssd_epi32(_mm512_slli_epi32(sums[q], 8), columns[q], low);
+    }
+    store_columns(sums, out + x);
+  }
+}
+
+// ---- vertical, any number of taps ---------------------------------------------------------------
+
 // Digit d of output i's quad q is element (q * kDigits + d) * stride + i of the plan.
 size_t vertical_plan_bytes(const AxisWeights& weights) {
   return num_quads(weights) * kDigits * weights.stride * sizeof(int32_t);
@@ -300,6 +340,7 @@ size_t vertical_plan_bytes(const AxisWeights& weights) {
 
 void plan_vertically(const AxisWeights& weights, void* plan) {
   auto* to = static_cast<int32_t*>(plan);
+  if (weights.max_taps <= 2) return plan_two_taps(weights, to);
   for (int tap = 0; tap < weights.max_taps; tap += AxisWeights::kTapGroup) {
     for (size_t i = 0; i < weights.stride; i += kStepOutputs) {
       const auto [digits] = digits_of(weights, i, tap);
@@ -366,6 +407,9 @@ void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t
               size_t begin, size_t end, uint8_t* out) {
   const int num_taps = weights.num_taps[i];
   const int32_t* digits = static_cast<const int32_t*>(plan) + i;
+  if (weights.max_taps <= 2) {
+    return vertical_pass_of_two(digits, weights.stride, rows, begin, end, out);
+  }
   if (num_taps <= 4) return vertical_pass<1>(digits, weights.stride, rows, begin, end, out);
   if (num_taps <= 8) return vertical_pass<2>(digits, weights.stride, rows, begin, end, out);
   vertical_pass_of_many(digits, weights.stride, rows, num_taps, begin, end, out);
