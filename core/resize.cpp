@@ -1,6 +1,7 @@
 #include "resize.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -289,7 +290,7 @@ void Resizer::lay_out_rows() {
   source_stride_ = round_up(static_cast<size_t>(source_.width) + kRowSlack, 64);
   resized_stride_ = static_cast<size_t>(end_column_ - first_column_);
   row_bytes_ = round_up(planes * (stores_source_rows() ? source_stride_ : resized_stride_), 64);
-  ring_rows_ = vertical_.max_taps();
+  ring_rows_ = std::bit_ceil(static_cast<unsigned>(vertical_.max_taps()));
   rows_.reserve(row_bytes_ * static_cast<size_t>(ring_rows_) + kBehind);
   row_.reserve(planes * source_stride_ + kBehind);
   output_.reserve(planes * std::max(source_stride_, resized_stride_) + 64 + kBehind);
@@ -336,11 +337,9 @@ const uint8_t* Resizer::resize_vertically(int i, uint8_t* out) {
   const int first = vertical_.first_tap(i);
   if (vertical_.identity()) return stored_row(first);
   const int num_taps = vertical_.num_taps(i);
-  int place = first % ring_rows_;
   size_t tap = 0;
   for (; tap < static_cast<size_t>(num_taps); ++tap) {
-    tap_rows_[tap] = rows_.data() + static_cast<size_t>(place) * row_bytes_;
-    if (++place == ring_rows_) place = 0;
+    tap_rows_[tap] = stored_row(first + static_cast<int>(tap));
   }
   for (; tap % AxisWeights::kTapGroup != 0; ++tap) tap_rows_[tap] = tap_rows_[0];
   const auto resize_columns = [&](size_t begin, size_t num_columns) {

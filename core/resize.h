@@ -145,7 +145,7 @@ class Resizer {
     return vertical_first_ || horizontal_.identity();
   }
   [[nodiscard]] uint8_t* stored_row(int row) {
-    return rows_.data() + static_cast<size_t>(row % ring_rows_) * row_bytes_;
+    return rows_.data() + (static_cast<unsigned>(row) & (ring_rows_ - 1)) * row_bytes_;
   }
   void resize_horizontally(const uint8_t* in, uint8_t* out) const;
   // The i-th row that is not padding: written to out, or the stored row where there is nothing to
@@ -168,7 +168,7 @@ class Resizer {
   size_t source_stride_ = 0;   // bytes from plane to plane of a source row
   size_t resized_stride_ = 0;  // and of a row that has been resized horizontally
   size_t row_bytes_ = 0;       // from stored row to stored row
-  int ring_rows_ = 1;          // stored at a time
+  unsigned ring_rows_ = 1;     // stored at a time, a power of two
   RowMemory rows_;  // what the vertical pass reads: resized rows; source rows where it is the first
   RowMemory row_;   // one source row on its way to or from there
   RowMemory horizontal_plan_, vertical_plan_, output_, padded_, zeros_;
