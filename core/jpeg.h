@@ -76,6 +76,13 @@ struct JpegHeader {
   int mcus_wide = 0, mcus_high = 0;
 
   [[nodiscard]] int64_t num_mcus() const { return int64_t{mcus_wide} * mcus_high; }
+  // MCUs of a restart interval but the last, and how many intervals there are.
+  [[nodiscard]] int64_t interval_mcus() const {
+    return restart_interval == 0 ? num_mcus() : restart_interval;
+  }
+  [[nodiscard]] int64_t num_intervals() const {
+    return (num_mcus() + interval_mcus() - 1) / interval_mcus();
+  }
   [[nodiscard]] const JpegQuantTable& quant(int component) const {
     return quant_tables[static_cast<size_t>(
         components[static_cast<size_t>(component)].quant_table)];
