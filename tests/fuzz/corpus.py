@@ -136,6 +136,8 @@ def valid_streams() -> dict[str, bytes]:
         20, 20, rng=rng, before_scan=LONG_DC.segment(0) + FLAT_DC.segment(0)
     ).data()
     streams["behind-the-end"] = Jpeg(20, 20, rng=rng, tail=b"tail\xff\xd8\xff\xd9").data()
+    ones = FLAT_DC.bits[0] + (FLAT_AC.bits[0x0A] + "1" * 10) * 63
+    streams["stuffed-bytes"] = Jpeg(16, 16, ((1, 1),)).header() + stuffed(ones * 4) + EOI
     metadata = segment(0xE0, JFIF) + segment(0xFE, b"a comment")
     metadata += segment(0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0")
     metadata += segment(0xE2, b"ICC_PROFILE\0\1\1profile")
@@ -226,6 +228,31 @@ def foreign_streams() -> dict[str, bytes]:
     }
 
 
+def short_segments() -> dict[str, bytes]:
+    """Headers that end with a segment too short for what it should hold."""
+    segments = {
+        "dqt": quant_table(0, [1] * 64),
+        "dqt-wide": quant_table(0, [1] * 64, wide=True),
+        "dht": PACK_DC.segment(0),
+        "sof": segment(0xC0, b"\x08\0\1\0\1\1\1\x11\0"),
+        "dri": segment(0xDD, b"\0\1"),
+        "jfif": segment(0xE0, JFIF),
+        "adobe": adobe(1),
+        "exif": segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0"),
+        "icc": segment(0xE2, b"ICC_PROFILE\0\1\1"),
+        "photoshop": segment(0xED, b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\2ab"),
+    }
+    frame = segments["sof"]
+    segments["sos"] = segment(0xDA, b"\1\1\0\0\x3f\0")
+    streams = {}
+    for name, whole in segments.items():
+        payload = whole[4:]
+        for n in {*range(min(len(payload), 34)), len(payload) - 1}:
+            head = SOI + (frame if name == "sos" else b"")
+            streams[f"{name}-of-{n}"] = head + segment(whole[1], payload[:n])
+    return streams
+
+
 def streams() -> dict[str, bytes]:
     """All of them; names begin with valid, damaged or foreign."""
     kinds = {"valid": valid_streams(), "damaged": damaged_streams(), "foreign": foreign_streams()}
@@ -247,8 +274,12 @@ def inputs() -> dict[str, dict[str, bytes]]:
     for i in range(60):
         parts = [small[k] for k in rng.integers(0, len(small), 2 + i % (MAX_GROUP - 1))]
         groups[f"group-{i}"] = with_options(SEPARATOR.join(parts))
+    # Many recipes are drawn for images of a few shapes.
+    shapes = [Jpeg(*size).header() for size in ((1, 1), (500, 375), (9, 4000), (65500, 2))]
+    draws = {f"draw-{i}": with_options(shapes[i % len(shapes)]) for i in range(400)}
+    short = {name: with_options(data) for name, data in short_segments().items()}
     return {
-        "header": {"empty": b"", **single},
+        "header": {"empty": b"", **single, **draws, **short},
         "decode": {"empty": b"", **single, **again, **groups},
         "transcode": {"empty": b"", **single},
     }

@@ -72,9 +72,9 @@ class Options {
   }
   template <typename T>
   T raw() {
-    uint8_t bytes[sizeof(T)];
-    for (uint8_t& value : bytes) value = byte();
     T result;
+    uint8_t bytes[sizeof(T)];
+    for (size_t i = 0; i < sizeof(T); ++i) bytes[i] = byte();
     std::memcpy(&result, bytes, sizeof(T));
     return result;
   }

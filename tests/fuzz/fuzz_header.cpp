@@ -1,4 +1,6 @@
 // Any bytes as a header, any numbers as a recipe: what is accepted must be consistent.
+#include <tuple>
+
 #include "fuzz.h"
 
 namespace {
@@ -22,15 +24,19 @@ void check_header(const Bytes& stream, const imseq_header& header) {
   CHECK(std::memcmp(&header, &again, sizeof(header)) == 0, "another header of the header alone");
 }
 
-// Half of the doubles are numbers that a recipe may have, the others any bits.
-double any_double(Options& options) {
-  constexpr double kUsual[] = {0.0, 1.0, 0.5, 0.08, 0.75, 4.0 / 3, 1e-9, 1e9};
-  return options.flag() ? options.one_of(kUsual) : static_cast<double>(options.raw<float>());
-}
+// Numbers for a recipe: those that one may have, or any bits.
+struct Numbers {
+  Options& options;
+  const bool usual = options.flag();
 
-int32_t any_int(Options& options) {
-  return options.flag() ? options.below(64) : options.raw<int32_t>();
-}
+  double real() const {
+    constexpr double kUsual[] = {1.0, 0.0, 0.08, 0.5, 0.75, 4.0 / 3, 1e-9, 1e9};
+    return usual ? options.one_of(kUsual) : static_cast<double>(options.raw<float>());
+  }
+  int32_t integer() const {
+    return usual ? static_cast<int32_t>(options.below(64)) : options.raw<int32_t>();
+  }
+};
 
 imseq_recipe any_recipe(Options& options) {
   imseq_recipe recipe{};
@@ -38,28 +44,27 @@ imseq_recipe any_recipe(Options& options) {
   recipe.out_height = 1 + static_cast<int32_t>(options.below(64));
   recipe.out_width = 1 + static_cast<int32_t>(options.below(64));
   recipe.filter = IMSEQ_FILTER_BILINEAR;
-  recipe.flip_probability = options.flag() ? 0.5 : any_double(options);
+  const Numbers numbers{options};
+  recipe.flip_probability = options.flag() ? 0.5 : numbers.real();
   switch (recipe.geometry) {
     case IMSEQ_GEOMETRY_RANDOM_RESIZED_CROP:
-      recipe.scale_min = any_double(options);
-      recipe.scale_max = any_double(options);
-      recipe.ratio_min = any_double(options);
-      recipe.ratio_max = any_double(options);
+      std::tie(recipe.scale_min, recipe.scale_max) = std::minmax({numbers.real(), numbers.real()});
+      std::tie(recipe.ratio_min, recipe.ratio_max) = std::minmax({numbers.real(), numbers.real()});
       break;
     case IMSEQ_GEOMETRY_RESIZE_CROP:
-      recipe.resize_height = any_int(options);
-      recipe.resize_width = options.flag() ? 0 : any_int(options);
-      recipe.resize_max = options.flag() ? 0 : any_int(options);
-      recipe.crop_height = options.flag() ? recipe.out_height : any_int(options);
-      recipe.crop_width = options.flag() ? recipe.out_width : any_int(options);
+      recipe.resize_height = numbers.integer();
+      recipe.resize_width = options.flag() ? 0 : numbers.integer();
+      recipe.resize_max = options.flag() ? 0 : numbers.integer();
+      recipe.crop_height = options.flag() ? recipe.out_height : numbers.integer();
+      recipe.crop_width = options.flag() ? recipe.out_width : numbers.integer();
       recipe.center_rule = static_cast<int32_t>(options.below(2));
       break;
     default:
-      recipe.fixed_top = any_int(options);
-      recipe.fixed_left = any_int(options);
-      recipe.fixed_height = any_int(options);
-      recipe.fixed_width = any_int(options);
-      recipe.fixed_flip = any_int(options);
+      recipe.fixed_top = numbers.integer();
+      recipe.fixed_left = numbers.integer();
+      recipe.fixed_height = numbers.integer();
+      recipe.fixed_width = numbers.integer();
+      recipe.fixed_flip = static_cast<int32_t>(options.below(3));
   }
   return recipe;
 }
