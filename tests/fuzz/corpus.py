@@ -87,6 +87,31 @@ def _encoded(image: Image.Image, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def _unbalanced_symbols() -> bytes:
+    """A scan to which a Huffman code of unlimited length would give codes of more than 16 bits.
+
+    Symbols occur as often as Fibonacci's numbers say, so that a tree of them has one on each level.
+    """
+    counts = [2584, 1597, 987, 610, 377, 233, 144, 89, 55, 34, 21, 13, 8, 5, 3, 2, 1, 1]
+    num_blocks = 144  # and ends of a block
+    symbols = [*range(0x01, 0x0B), *(run << 4 | 1 for run in range(1, 8))]
+    left = dict(zip(symbols, (n for n in counts if n != num_blocks), strict=True))
+    ac = Code({n: bytes([n - 1]) for n in range(1, 12)} | {16: bytes(symbols[10:])})
+    bits = []
+    for _ in range(num_blocks):
+        bits.append(FLAT_DC.bits[0])
+        index = 0
+        for symbol in reversed(symbols):
+            run, size = symbol >> 4, symbol & 15
+            while left[symbol] and index + run + 1 < 63:
+                left[symbol] -= 1
+                index += run + 1
+                bits.append(ac.bits[symbol] + "1" * size)
+        bits.append(ac.bits[0x00])
+    assert not any(left.values())
+    return Jpeg(96, 96, ((1, 1),), ac_code=ac).header() + stuffed("".join(bits)) + EOI
+
+
 def valid_streams() -> dict[str, bytes]:
     """Streams without an anomaly, in the scope of the core's decoder."""
     rng = np.random.default_rng(1)
@@ -138,6 +163,9 @@ def valid_streams() -> dict[str, bytes]:
     streams["behind-the-end"] = Jpeg(20, 20, rng=rng, tail=b"tail\xff\xd8\xff\xd9").data()
     ones = FLAT_DC.bits[0] + (FLAT_AC.bits[0x0A] + "1" * 10) * 63
     streams["stuffed-bytes"] = Jpeg(16, 16, ((1, 1),)).header() + stuffed(ones * 4) + EOI
+    streams["unbalanced-symbols"] = _unbalanced_symbols()
+    no_orientation = segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\1\0\x0f\1\2\0\4\0\0\0who\0\0\0\0\0")
+    streams["no-orientation"] = Jpeg(9, 9, head=no_orientation, rng=rng).data()
     metadata = segment(0xE0, JFIF) + segment(0xFE, b"a comment")
     metadata += segment(0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0")
     metadata += segment(0xE2, b"ICC_PROFILE\0\1\1profile")
@@ -221,6 +249,8 @@ def foreign_streams() -> dict[str, bytes]:
         "no-height": Jpeg(20, 0).header() + stuffed("0" * 64) + EOI,
         "not-integral": Jpeg(20, 20, ((3, 1), (2, 1), (1, 1)), rng=rng).data(),
         "adobe-transform-2": Jpeg(20, 20, head=adobe(2), rng=rng).data(),
+        "sampling-0": Jpeg(8, 8, ((0, 1),)).header() + EOI,
+        "unknown-segment": Jpeg(8, 8, head=segment(0xF0, b"?"), rng=rng).data(),
         "no-tables": SOI + data[data.index(b"\xff\xc0") :],
         "photoshop-cut": Jpeg(
             20, 20, head=segment(0xED, b"Photoshop 3.0\x008BIM\4\4"), rng=rng
@@ -281,7 +311,7 @@ def inputs() -> dict[str, dict[str, bytes]]:
     return {
         "header": {"empty": b"", **single, **draws, **short},
         "decode": {"empty": b"", **single, **again, **groups},
-        "transcode": {"empty": b"", **single},
+        "transcode": {"empty": b"", **single, **again},
     }
 
 

@@ -76,9 +76,14 @@ imseq_recipe recipe_of(Options& options, const imseq_header& header) {
     recipe.resize_height = options.one_of({recipe.out_height, 0, 1, 20, 73});
     recipe.crop_height = recipe.out_height;
     recipe.crop_width = recipe.out_width;
-    const uint32_t kind = options.below(4);
+    const uint32_t kind = options.below(5);
     if (recipe.resize_height != 0 && kind == 1) recipe.resize_width = side_of(options);
     if (recipe.resize_height != 0 && kind == 2) recipe.resize_max = recipe.resize_height + 9;
+    if (kind == 3) {  // no crop
+      recipe.resize_height = recipe.out_height;
+      recipe.resize_width = recipe.out_width;
+      recipe.crop_height = recipe.crop_width = 0;
+    }
     recipe.center_rule = static_cast<int32_t>(options.below(2));
   } else {
     set_fixed_crop(options, header, &recipe);

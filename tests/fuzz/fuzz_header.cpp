@@ -1,5 +1,5 @@
 // Any bytes as a header, any numbers as a recipe: what is accepted must be consistent.
-#include <tuple>
+#include <utility>
 
 #include "fuzz.h"
 
@@ -33,6 +33,11 @@ struct Numbers {
     constexpr double kUsual[] = {1.0, 0.0, 0.08, 0.5, 0.75, 4.0 / 3, 1e-9, 1e9};
     return usual ? options.one_of(kUsual) : static_cast<double>(options.raw<float>());
   }
+  void range(double* min, double* max) const {
+    *min = real();
+    *max = real();
+    if (usual && *min > *max) std::swap(*min, *max);
+  }
   int32_t integer() const {
     return usual ? static_cast<int32_t>(options.below(64)) : options.raw<int32_t>();
   }
@@ -48,8 +53,8 @@ imseq_recipe any_recipe(Options& options) {
   recipe.flip_probability = options.flag() ? 0.5 : numbers.real();
   switch (recipe.geometry) {
     case IMSEQ_GEOMETRY_RANDOM_RESIZED_CROP:
-      std::tie(recipe.scale_min, recipe.scale_max) = std::minmax({numbers.real(), numbers.real()});
-      std::tie(recipe.ratio_min, recipe.ratio_max) = std::minmax({numbers.real(), numbers.real()});
+      numbers.range(&recipe.scale_min, &recipe.scale_max);
+      numbers.range(&recipe.ratio_min, &recipe.ratio_max);
       break;
     case IMSEQ_GEOMETRY_RESIZE_CROP:
       recipe.resize_height = numbers.integer();
