@@ -55,14 +55,14 @@ class Code:
 FLAT_DC, FLAT_AC = Code({5: DC_SYMBOLS}), Code({8: AC_SYMBOLS})
 
 
-def _value_bits(value: int) -> tuple[int, str]:
+def value_bits(value: int) -> tuple[int, str]:
     size = abs(value).bit_length()
     extra = value if value > 0 else value + (1 << size) - 1
     return size, f"{extra:0{size}b}" if size else ""
 
 
 def _block_bits(block: Sequence[int], difference: int, dc: Code, ac: Code) -> str:
-    size, extra = _value_bits(difference)
+    size, extra = value_bits(difference)
     bits = [dc.bits[size], extra]
     run = 0
     last = max((k for k in range(1, 64) if block[k]), default=0)
@@ -73,7 +73,7 @@ def _block_bits(block: Sequence[int], difference: int, dc: Code, ac: Code) -> st
         while run > 15:
             bits.append(ac.bits[0xF0])
             run -= 16
-        size, extra = _value_bits(block[k])
+        size, extra = value_bits(block[k])
         bits += [ac.bits[run << 4 | size], extra]
         run = 0
     if last < 63:
