@@ -174,6 +174,39 @@ def valid_streams() -> dict[str, bytes]:
     return streams
 
 
+def doubtful_streams() -> dict[str, bytes]:
+    """Valid JPEGs in canonical form, but the sizes of their intervals in APP9 may be wrong."""
+    rng = np.random.default_rng(5)
+    jpeg = Jpeg(60, 41, SAMPLINGS["420"], 2, rng=rng, dc_code=PACK_DC, ac_code=PACK_AC)
+    intervals = jpeg.intervals()
+    scan = intervals[0]
+    for i, interval in enumerate(intervals[1:]):
+        scan += bytes([0xFF, 0xD0 + i % 8]) + interval
+    true = [len(interval) + 2 for interval in intervals]
+    lists = {
+        "true": true,
+        "none": [],
+        "too-few": true[:-1],
+        "too-many": [*true, 9],
+        "swapped": [true[1], true[0], *true[2:]],
+        "zero": [0] * len(true),
+        "one": [1] * len(true),
+        "small": [2] * len(true),
+        "large": [0xFFFF] * len(true),
+        "first-large": [0xFFFF, *true[1:]],
+        "last-large": [*true[:-1], 0xFFFF],
+        "one-off": [true[0] + 1, true[1] - 1, *true[2:]],
+    }
+    streams = {}
+    for name, sizes in lists.items():
+        payload = b"imseq\0" + b"".join(size.to_bytes(2, "big") for size in sizes)
+        jpeg.before_scan = segment(0xE9, payload)
+        streams[f"sizes-{name}"] = jpeg.header() + scan + EOI
+    jpeg.before_scan = segment(0xE9, payload[:-1])
+    streams["sizes-half-a-number"] = jpeg.header() + scan + EOI
+    return streams
+
+
 def _grey_block(bits: str) -> bytes:
     return Jpeg(8, 8, ((1, 1),)).header() + stuffed(bits) + EOI
 
@@ -284,8 +317,13 @@ def short_segments() -> dict[str, bytes]:
 
 
 def streams() -> dict[str, bytes]:
-    """All of them; names begin with valid, damaged or foreign."""
-    kinds = {"valid": valid_streams(), "damaged": damaged_streams(), "foreign": foreign_streams()}
+    """All of them; names begin with valid, doubtful, damaged or foreign."""
+    kinds = {
+        "valid": valid_streams(),
+        "doubtful": doubtful_streams(),
+        "damaged": damaged_streams(),
+        "foreign": foreign_streams(),
+    }
     return {f"{kind}-{name}": data for kind, each in kinds.items() for name, data in each.items()}
 
 
