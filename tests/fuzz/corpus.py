@@ -117,7 +117,7 @@ def valid_streams() -> dict[str, bytes]:
     rng = np.random.default_rng(1)
     streams = {}
     for name, sampling in SAMPLINGS.items():
-        for width, height in ((1, 1), (2, 3), (9, 17), (16, 16), (40, 33)):
+        for width, height in ((1, 1), (2, 3), (9, 17), (16, 16), (40, 33), (150, 9), (9, 150)):
             jpeg = Jpeg(width, height, sampling, rng=rng)
             streams[f"{name}-{width}x{height}"] = jpeg.data()
         for interval in (1, 2, 3, 8):
