@@ -225,11 +225,12 @@ int32_t SampleDecoder::State::open(Image* image) try {
                          recipe->filter, recipe->passes);
   }
   const StageTimer timer(times, &imseq_times::markers);
+  const bool any_open = unused.size() < images.size();  // this one is still among the unused
   // Even where padding is all that is seen the image must be one that Pillow would open.
   const Region& source = image->resizer.source();
   const bool opened = image->region.open(
       image->header, sample.bytes, size, is_empty(source) ? Region{0, 0, 1, 1} : source,
-      soundness_of(*recipe, sample.flags), &flat_tables, next_id++);
+      soundness_of(*recipe, sample.flags), &flat_tables, !any_open, next_id++);
   return opened ? IMSEQ_OK : IMSEQ_FOREIGN;
 } catch (const std::bad_alloc&) {
   return IMSEQ_ERROR_MEMORY;

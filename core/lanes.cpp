@@ -19,9 +19,10 @@ uint16_t wait_place(const FlatEntry* flat) {
 
 }  // namespace
 
-void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, uint64_t new_id) {
+void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, bool may_build_flat,
+                         uint64_t new_id) {
   id = new_id;
-  flat = flat_tables->serve(header) ? flat_tables->entries() : nullptr;
+  flat = flat_tables->serve(header, may_build_flat) ? flat_tables->entries() : nullptr;
   tables.build(header);
   mcu_blocks = 0;
   for (int c = 0; c < header.num_components; ++c) {

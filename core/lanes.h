@@ -41,7 +41,9 @@ struct ScanTables {
   std::array<uint16_t, kSegmentValues + kSegmentSlack> places{};
 
   // True where flat tables serve the image.
-  void prepare(const JpegHeader& header, FlatTables* flat_tables, uint64_t new_id);
+  // may_build_flat: no other image is using flat tables.
+  void prepare(const JpegHeader& header, FlatTables* flat_tables, bool may_build_flat,
+               uint64_t new_id);
 };
 
 struct alignas(64) Lane {

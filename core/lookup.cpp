@@ -230,7 +230,7 @@ FlatEntry tail_entry(const HuffmanTable& ac, uint32_t bits, int max_advance) {
 
 }  // namespace
 
-bool FlatTables::serve(const JpegHeader& header) {
+bool FlatTables::serve(const JpegHeader& header, bool may_build) {
   std::array<Pair, kMaxPairs> pairs;
   int num_pairs = 0;
   for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
@@ -255,7 +255,7 @@ bool FlatTables::serve(const JpegHeader& header) {
     if (!extends) num_seen_ = 0;
     candidate_ = {pairs, num_pairs};
   }
-  if (++num_seen_ < kWorthwhile) return false;
+  if (++num_seen_ < kWorthwhile || !may_build) return false;
   num_seen_ = 0;
   built_ = candidate_;
   build();

@@ -146,9 +146,10 @@ class FlatTables {
   static constexpr size_t kLookupSize = size_t{1} << kLookupBits;
   static constexpr int kMaxPairs = 2;
 
-  // Looks at the tables of an image. True: entries() serve it, as its kind of tables has come up
-  // often enough in a row for making them to pay.
-  [[nodiscard]] bool serve(const JpegHeader& header);
+  // Looks at the tables of an image. True: entries() serve it. They are made when tables have come up
+  // in enough images in a row to be worth it, and, since that changes them for all, only where
+  // may_build is true.
+  [[nodiscard]] bool serve(const JpegHeader& header, bool may_build);
 
   [[nodiscard]] const FlatEntry* entries() const { return entries_.data(); }
   // Where the entries for zigzag index k of a component begin.

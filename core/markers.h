@@ -27,6 +27,15 @@ struct MarkerKernels {
 [[nodiscard]] bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size,
                                 int64_t num_intervals, uint32_t* markers);
 
+// The same from what packs say of their images (docs/format.md, "Sizes of the restart intervals")): that
+// must add up to the file's size, but the markers are not looked at. False where nothing is said, or
+// it does not add up.
+[[nodiscard]] bool read_markers(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                                int64_t num_intervals, uint32_t* markers);
+
+// Whether the marker is there that ends an interval.
+[[nodiscard]] bool ends_interval(const JpegHeader& header, const uint8_t* marker, int64_t interval);
+
 // Of each level, where this build has them.
 extern const MarkerKernels kMarkerKernelsPortable, kMarkerKernelsAvx2, kMarkerKernelsAvx512;
 

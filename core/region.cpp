@@ -20,7 +20,7 @@ void grow(std::vector<T>* memory, size_t size) {
 
 bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t size,
                          const Region& region, Soundness soundness, FlatTables* flat_tables,
-                         uint64_t id) {
+                         bool may_build_flat, uint64_t id) {
   data_ = bytes + header.entropy_offset;
   data_size_ = size - header.entropy_offset;
   // A block takes two bits at least; what is shorter need not be given memory.
@@ -31,13 +31,14 @@ bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t 
   decode_all_ = soundness == Soundness::kAll;
   failed_ = false;
   num_open_ = 0;
-  if (!find_intervals(header, soundness != Soundness::kRegion)) return false;
-  tables_.prepare(header, flat_tables, id);
+  if (!find_intervals(header, bytes, size, soundness != Soundness::kRegion)) return false;
+  tables_.prepare(header, flat_tables, may_build_flat, id);
   return true;
 }
 
 // all: the markers of intervals that nobody needs must be right, too.
-bool RegionDecoder::find_intervals(const JpegHeader& header, bool all) {
+bool RegionDecoder::find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                                   bool all) {
   interval_mcus_ = header.interval_mcus();
   const int64_t last_needed = int64_t{end_mcu_y_ - 1} * mcus_wide_ + end_mcu_x_ - 1;
   const int64_t num_needed = last_needed / interval_mcus_ + 1;
@@ -47,7 +48,24 @@ bool RegionDecoder::find_intervals(const JpegHeader& header, bool all) {
   // Every interval takes a marker of two bytes.
   if (static_cast<int64_t>(data_size_ / 2) < num_markers) return false;
   grow(&markers_, static_cast<size_t>(num_markers));
+  if (!all && read_markers(header, bytes, size, num_markers, markers_.data()) &&
+      needed_markers_are_there(header)) {
+    return true;
+  }
   return find_markers(header, data_, data_size_, num_markers, markers_.data());
+}
+
+bool RegionDecoder::needed_markers_are_there(const JpegHeader& header) const {
+  int64_t checked = -1;  // interval
+  for (int64_t mcu = next_needed(0); mcu < num_mcus_;) {
+    const int64_t interval = mcu / interval_mcus_;
+    for (int64_t i = std::max(interval - 1, checked + 1); i <= interval; ++i) {
+      if (!ends_interval(header, data_ + markers_[static_cast<size_t>(i)], i)) return false;
+    }
+    checked = interval;
+    mcu = next_needed((interval + 1) * interval_mcus_);
+  }
+  return true;
 }
 
 bool RegionDecoder::begin_interval(Lane* lane) {

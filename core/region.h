@@ -36,7 +36,7 @@ class RegionDecoder {
   // header: kBaseline. The region must lie in the image and not be empty. False: an anomaly.
   [[nodiscard]] bool open(const JpegHeader& header, const uint8_t* bytes, size_t size,
                           const Region& region, Soundness soundness, FlatTables* flat_tables,
-                          uint64_t id);
+                          bool may_build_flat, uint64_t id);
   [[nodiscard]] const ScanTables& tables() const { return tables_; }
 
   // Gives the lane the first segment of the next interval. False: there is none left.
@@ -81,7 +81,9 @@ class RegionDecoder {
 
   void lay_out(const JpegHeader& header, const Region& region);
   void lay_out_plane(const JpegHeader& header, size_t component);
-  [[nodiscard]] bool find_intervals(const JpegHeader& header, bool all);
+  [[nodiscard]] bool find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                                    bool all);
+  [[nodiscard]] bool needed_markers_are_there(const JpegHeader& header) const;
   [[nodiscard]] int64_t next_needed(int64_t mcu) const;
   [[nodiscard]] int64_t needed_end(int64_t begin, int64_t end) const;
   [[nodiscard]] bool sum_dc(Lane* lane);
