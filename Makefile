@@ -21,7 +21,7 @@ help:
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make native-test  the core's own tests under $(NATIVE_SANITIZE)"
-	@echo "make bench        the benchmarks of README"
+	@echo "make bench        the benchmarks of README, and its tables; BENCH=--allow-dirty while trying"
 	@echo "make wheel        a manylinux_2_28 wheel in wheelhouse/"
 	@echo "make clean        remove everything that was built"
 
@@ -72,8 +72,12 @@ native-test: $(BIN)/python
 	cmake --build $(NATIVE_BUILD)
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
 
+# Other loaders are compared where they are installed: see benchmarks/compare.py for where it looks.
 bench: $(VENV)/installed-test
-	$(BIN)/python benchmarks/bench_loader.py
+	$(BIN)/python benchmarks/bench_decode.py --json benchmarks/results/decode.json $(BENCH)
+	$(BIN)/python benchmarks/bench_loader.py --json benchmarks/results/loader.json $(BENCH)
+	$(BIN)/python benchmarks/compare.py --json benchmarks/results/compare.json $(BENCH)
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_pack.py
 

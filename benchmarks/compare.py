@@ -5,8 +5,8 @@
 
 The work: RandomResizedCrop(224) and a random flip of every photo of DIR (an ImageFolder; default:
 the sample photos, repeated through links up to --images), shuffled, to uint8 or to normalised
-float32, in batches of 256, from the page cache. Every loader is a script in benchmarks/peers/, which
-says how it does it; one that is not installed is skipped.
+float32, in batches of 256, from the page cache. Every loader is a script in benchmarks/peers/,
+which says how it does it; one that is not installed is skipped.
 
 Loaders take turns, each measurement in a fresh process that is bound to the first core, or uses all
 cores with a thread (torchvision: a worker) for each. A first epoch warms up: `first batch` is the
@@ -15,7 +15,7 @@ are those of the process and its workers.
 
 Pixels: Resize(256) and CenterCrop(224) of up to 64 of the photos, compared with Pillow's: `exact`,
 or the mean and the greatest difference. Photos whose center lies between two pixels, where
-every loader rounds in its own way, are not among them.
+every loader rounds in its own way, come last.
 
 Other loaders may need a Python of their own: --python NAME=PATH or the environment variable
 IMAGENET_SEQ_PEER_PYTHON_NAME (such as ..._DALI).
@@ -89,17 +89,20 @@ def pillow_validation(path: str) -> np.ndarray:
 
 
 def link_centred(folder: Path, destination: Path) -> Path:
-    """Make an ImageFolder of photos whose center crop is cut at whole pixels."""
-    for photo in photos.find_photos(folder):
-        with Image.open(photo) as image:
-            short, long = sorted(image.size)
-        if int(RESIZE * long / short) % 2 == 0:
-            link = destination / photo.parent.name / photo.name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(photo.resolve())
-        if len(list(destination.glob("*/*"))) == NUM_VAL_IMAGES:
-            break
+    """Make an ImageFolder of photos whose center is a whole pixel, as far as there are such."""
+    found = photos.find_photos(folder)
+    chosen = sorted(found[:: max(1, len(found) // (4 * NUM_VAL_IMAGES))], key=is_off_center)
+    for photo in chosen[:NUM_VAL_IMAGES]:
+        link = destination / photo.parent.name / photo.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(photo.resolve())
     return destination
+
+
+def is_off_center(photo: Path) -> bool:
+    with Image.open(photo) as image:
+        short, long = sorted(image.size)
+    return int(RESIZE * long / short) % 2 == 1
 
 
 def compare_pixels(peer: str, task: Task, args: argparse.Namespace) -> dict[str, float]:

@@ -124,7 +124,7 @@ class Kernel:
     def _pixels(self, place: int) -> np.ndarray:
         recipe = self.recipe
         dtype = {Dtype.UINT8: np.uint8, Dtype.FLOAT32: np.float32}[recipe.dtype]
-        row = self._rows[place % BATCH_ROWS].view(dtype)
+        row: np.ndarray = self._rows[place % BATCH_ROWS].view(dtype)
         if recipe.layout == Layout.HWC:
             return row.reshape(recipe.out_height, recipe.out_width, 3).transpose(2, 0, 1)
         return row.reshape(3, recipe.out_height, recipe.out_width)

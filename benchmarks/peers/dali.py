@@ -1,10 +1,10 @@
-"""NVIDIA DALI on the CPU, as in its ImageNet example: fused crop and decoding, triangular resize."""
+"""NVIDIA DALI on the CPU, as in its ImageNet example: fused crop and decode, triangular resize."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from peers.measuring import CROP, MEAN, RESIZE, STD, Peer, Task, main, sorted_photos
 
@@ -24,7 +24,7 @@ def make_pipeline(folder: str, dtype: str, task: Task, is_train: bool) -> Any:
         encoded, _ = fn.readers.file(**files, random_shuffle=is_train, initial_fill=1024)
         if is_train:
             images = fn.decoders.image_random_crop(encoded, adjust_orientation=False)
-            size = {"size": (CROP, CROP)}
+            size: dict[str, Any] = {"size": (CROP, CROP)}
         else:
             images = fn.decoders.image(encoded, adjust_orientation=False)
             size = {"resize_shorter": float(RESIZE)}

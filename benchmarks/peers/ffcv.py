@@ -7,8 +7,8 @@ cuts a square of 224/256 of the shorter side and resizes that.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from peers.measuring import CROP, MEAN, RESIZE, STD, Peer, Task, main, sorted_photos
 

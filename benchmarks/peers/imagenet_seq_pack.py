@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from peers.imagenet_seq import make_loader, train_on, version
 from peers.measuring import Peer, Task, main, sorted_photos

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable
+from typing import Any
 
 from peers.measuring import CROP, MEAN, RESIZE, STD, Peer, Task, main, sorted_photos
 
@@ -53,7 +53,7 @@ def train_image(path: str) -> Any:
 def normalized(image: Any) -> Any:
     import numpy as np
 
-    mean, std = np.float32(MEAN) * 255, np.float32(STD) * 255
+    mean, std = np.array([MEAN, STD], np.float32) * 255
     return ((image - mean) / std).transpose(2, 0, 1)
 
 

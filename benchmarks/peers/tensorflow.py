@@ -5,8 +5,8 @@ Its resize does not antialias, as in those models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from peers.measuring import CROP, MEAN, RESIZE, STD, Peer, Task, main, sorted_photos
 

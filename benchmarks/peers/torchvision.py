@@ -6,8 +6,8 @@ it gets one worker a core, kept from epoch to epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from peers.measuring import CROP, MEAN, RESIZE, STD, Peer, Task, main
 
