@@ -36,6 +36,7 @@ LABELS = {
     "imagenet_seq": "**imagenet-seq**, the same folder",
     "imagenet_seq_pack": "**imagenet-seq**, a pack",
 }
+SPLITS = {"train": "training crop", "val": "validation crop"}
 Row = dict[str, Any]
 
 
@@ -81,7 +82,8 @@ def decode_section(result: Row) -> str:
 
 
 def decode_row(row: Row) -> list[str]:
-    name = f"{row['split']} {row['size']}, {row['dtype']}, {row['source']}, {row['level']}"
+    crop = f"{SPLITS[row['split']]} {row['size']}"
+    name = f"{crop}, {row['dtype']}, from {row['source']}, {row['level']}"
     ratio = f"**{row['ratio']:.1f}x** ({row['ratio_least']:.1f} to {row['ratio_greatest']:.1f})"
     baseline = median_rate(row["baseline_seconds"], row["images"])
     return [name, f"{baseline:,.0f}", f"{row['images_per_second']:,.0f}", ratio]
@@ -161,10 +163,11 @@ def make_section(results: dict[str, Row]) -> str:
 # ---- plot ----
 
 BAR_PX, GAP_PX, NAME_PX, WIDTH_PX, RATE_PX = 22, 10, 250, 760, 70
+# Colours that stand out on white and on black: a page's theme need not be the system's, which is
+# all that an image could ask for.
 STYLE = """<style>
-text { font: 14px sans-serif; fill: #1f2328 }
-.bar { fill: #8c959f } .ours { fill: #0969da }
-@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .ours { fill: #4493f8 } }
+text { font: 14px sans-serif; fill: #768390 }
+.bar { fill: #8c959f } .ours { fill: #2f81f7 }
 </style>"""
 
 
