@@ -48,6 +48,7 @@ from imagenet_seq import _native, transforms
 
 SMALL = "smaller copies"
 SMALL_OPTIONS = ("--max-side", "500", "--quality", "90")
+NUM_STAGE_PASSES = 5
 STAGES = [field[0] for field in _native.Times._fields_]
 
 
@@ -275,14 +276,19 @@ def measure(
 def measure_stages(
     work: Work, samples: Sequence[Encoded], way: Way, ns_per_image: float
 ) -> dict[str, int]:
-    """Divide the time of an image among the stages, as the core's counters share it."""
-    kernel, times = Kernel(work.recipe(), samples, way.group), _native.Times()
+    """Divide the time of an image among the stages, as the core's counters share it.
+
+    They count time on the clock, so each stage's is the median of several passes.
+    """
+    kernel, ticks = Kernel(work.recipe(), samples, way.group), []
     _native.use_cpu(way.level)
-    kernel.run()
-    kernel.run(times)
-    ticks = {name: getattr(times, name) for name in STAGES}
-    total = sum(ticks.values())
-    return {name: round(ns_per_image * t / total) for name, t in ticks.items()} if total else {}
+    for _ in range(NUM_STAGE_PASSES):
+        times = _native.Times()
+        kernel.run(times)
+        ticks.append([getattr(times, name) for name in STAGES])
+    medians = [statistics.median(column) for column in zip(*ticks, strict=True)]
+    shares = [median / (sum(medians) or 1) for median in medians]
+    return {name: round(ns_per_image * s) for name, s in zip(STAGES, shares, strict=True) if s}
 
 
 # ---- the report ----

@@ -1,62 +1,112 @@
 #include "batch.h"
 
-#include <algorithm>
-#include <cstddef>
+#include <cstring>
 
 namespace imseq {
 
 namespace {
 
+// ---- portable kernels ---------------------------------------------------------------------------
+
 // Value: a type of the dtype's size. Entries of the table are copied as they are, whatever they
 // mean.
-template <typename Value, typename Convert>
-void store_plane(const uint8_t* __restrict in, ptrdiff_t n, bool flip, ptrdiff_t step,
-                 const Convert& convert, Value* __restrict out) {
-  if (flip) {
-    for (ptrdiff_t x = 0; x < n; ++x) out[x * step] = convert(in[n - 1 - x]);
-  } else {
-    for (ptrdiff_t x = 0; x < n; ++x) out[x * step] = convert(in[x]);
-  }
+template <typename Value>
+void prepare_table(const void* table, uint8_t* prepared) {
+  std::memcpy(prepared, table, 256 * sizeof(Value));
 }
 
-template <typename Value, typename Convert>
-void store_planes(const imseq_recipe& recipe, const std::array<const uint8_t*, 3>& planes, int y,
-                  bool flip, const Convert& convert_channel, Value* out) {
-  const ptrdiff_t height = recipe.out_height, width = recipe.out_width;
-  for (ptrdiff_t c = 0; c < 3; ++c) {
-    const auto convert = convert_channel(c);
-    const uint8_t* in = planes[static_cast<size_t>(c)];
-    if (recipe.layout == IMSEQ_CHW) {
-      store_plane(in, width, flip, 1, convert, out + (c * height + y) * width);
-    } else {
-      store_plane(in, width, flip, 3, convert, out + y * width * 3 + c);
-    }
+void copy(const uint8_t* pixels, size_t n, bool flip, const uint8_t*, void* out) {
+  if (!flip) {
+    std::memcpy(out, pixels, n);
+    return;
+  }
+  auto* bytes = static_cast<uint8_t*>(out);
+  for (size_t x = 0; x < n; ++x) bytes[x] = pixels[n - 1 - x];
+}
+
+template <typename Value>
+void look_up(const uint8_t* __restrict pixels, size_t n, bool flip, const uint8_t* prepared,
+             void* out) {
+  const auto* __restrict table = reinterpret_cast<const Value*>(prepared);
+  auto* __restrict values = static_cast<Value*>(out);
+  if (flip) {
+    for (size_t x = 0; x < n; ++x) values[x] = table[pixels[n - 1 - x]];
+  } else {
+    for (size_t x = 0; x < n; ++x) values[x] = table[pixels[x]];
   }
 }
 
 template <typename Value>
-void store_by_table(const imseq_recipe& recipe, const std::array<const uint8_t*, 3>& planes, int y,
-                    bool flip, void* out) {
-  const auto convert_channel = [&](ptrdiff_t c) {
-    const Value* table = static_cast<const Value*>(recipe.table) + c * 256;
-    return [table](uint8_t byte) { return table[byte]; };
-  };
-  store_planes(recipe, planes, y, flip, convert_channel, static_cast<Value*>(out));
+void interleave(const void* const* channels, size_t n, void* out) {
+  const auto* __restrict red = static_cast<const Value*>(channels[0]);
+  const auto* __restrict green = static_cast<const Value*>(channels[1]);
+  const auto* __restrict blue = static_cast<const Value*>(channels[2]);
+  auto* __restrict values = static_cast<Value*>(out);
+  for (size_t x = 0; x < n; ++x) {
+    values[3 * x] = red[x];
+    values[3 * x + 1] = green[x];
+    values[3 * x + 2] = blue[x];
+  }
+}
+
+const StoreKernels& store_kernels(CpuLevel level) {
+  switch (level) {
+#if defined(__x86_64__)
+    case CpuLevel::kAvx512:
+      return avx512_store_kernels();
+    case CpuLevel::kAvx2:
+      return avx2_store_kernels();
+#endif
+    default:
+      return portable_store_kernels();
+  }
+}
+
+size_t log2_of_value_bytes(int32_t dtype) {
+  if (dtype == IMSEQ_FLOAT32) return 2;
+  return dtype == IMSEQ_FLOAT16 || dtype == IMSEQ_BFLOAT16 ? 1 : 0;
 }
 
 }  // namespace
 
-void store_row(const imseq_recipe& recipe, const std::array<const uint8_t*, 3>& planes, int y,
-               bool flip, void* batch_row) {
-  switch (recipe.dtype) {
-    case IMSEQ_FLOAT32:
-      return store_by_table<uint32_t>(recipe, planes, y, flip, batch_row);
-    case IMSEQ_FLOAT16:
-    case IMSEQ_BFLOAT16:
-      return store_by_table<uint16_t>(recipe, planes, y, flip, batch_row);
-    default:
-      const auto as_is = [](ptrdiff_t) { return [](uint8_t byte) { return byte; }; };
-      return store_planes(recipe, planes, y, flip, as_is, static_cast<uint8_t*>(batch_row));
+const StoreKernels& portable_store_kernels() {
+  static constexpr StoreKernels kernels{
+      {prepare_table<uint8_t>, prepare_table<uint16_t>, prepare_table<uint32_t>},
+      {copy, look_up<uint16_t>, look_up<uint32_t>},
+      {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
+  return kernels;
+}
+
+void PixelStore::begin(const imseq_recipe& recipe) {
+  kernels_ = &store_kernels(cpu_level());
+  size_ = log2_of_value_bytes(recipe.dtype);
+  out_height_ = static_cast<size_t>(recipe.out_height);
+  out_width_ = static_cast<size_t>(recipe.out_width);
+  interleaved_ = recipe.layout == IMSEQ_HWC;
+  const size_t scratch_bytes = 3 * out_width_ * value_bytes() + kRowSlack;
+  if (scratch_.size() < scratch_bytes) scratch_.resize(scratch_bytes);
+  if (size_ == 0) return;
+  const auto* table = static_cast<const uint8_t*>(recipe.table);
+  for (size_t c = 0; c < 3; ++c) {
+    kernels_->prepare_table[size_](table + c * 256 * value_bytes(), tables_[c].data());
+  }
+}
+
+void PixelStore::store_row(const std::array<const uint8_t*, 3>& planes, int y, bool flip,
+                           void* batch_row) {
+  const size_t row_bytes = out_width_ * value_bytes();
+  const auto row = static_cast<size_t>(y);
+  auto* out = static_cast<uint8_t*>(batch_row);
+  std::array<const void*, 3> channels{};
+  for (size_t c = 0; c < 3; ++c) {
+    channels[c] = planes[c];
+    if (interleaved_ && size_ == 0 && !flip) continue;
+    void* to = interleaved_ ? scratch(c) : out + (c * out_height_ + row) * row_bytes;
+    kernels_->convert[size_](planes[c], out_width_, flip, tables_[c].data(), to);
+    channels[c] = to;
+  }
+  if (interleaved_) {
+    kernels_->interleave[size_](channels.data(), out_width_, out + row * 3 * row_bytes);
   }
 }
 

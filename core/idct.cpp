@@ -134,7 +134,9 @@ bool only_first_row(const int16_t* coefficients) {
 }  // namespace
 
 IdctTable::IdctTable(const JpegQuantTable& quant_table) : rotation(kRotation) {
-  for (size_t k = 0; k < 64; ++k) quant[kNaturalOrder[k]] = wrap16(quant_table.values[k]);
+  for (size_t k = 0; k < 64; ++k) {
+    quant_zigzag[k] = quant[kNaturalOrder[k]] = wrap16(quant_table.values[k]);
+  }
 }
 
 void idct_block(const int16_t* coefficients, const IdctTable& table, int last, uint8_t* out,
@@ -169,6 +171,46 @@ void idct_block(const int16_t* coefficients, const IdctTable& table, int last, u
   transpose(samples);
   for (int y = 0; y < 8; ++y) {
     for (int x = 0; x < 8; ++x) out[y * stride + x] = to_sample(samples[8 * y + x]);
+  }
+}
+
+namespace {
+
+// The highest zigzag index that idct_block need know of: it tells 0, up to 9, and the rest apart.
+int bound_of_last(const int16_t* zigzag) {
+  const auto any = [&](int begin, int end) {
+    int bits = 0;
+    for (int k = begin; k < end; ++k) bits |= zigzag[k];
+    return bits != 0;
+  };
+  if (any(32, 64) || any(10, 32)) return 63;
+  return any(1, 10) ? 9 : 0;
+}
+
+}  // namespace
+
+void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
+                   const IdctTable& table, uint8_t* out, ptrdiff_t stride) {
+  for (int i = 0; i < num_blocks; ++i, out += 8) {
+    int16_t* zigzag = coefficients + (i / mcu_width) * mcu_step + (i % mcu_width) * 64;
+    const int last = bound_of_last(zigzag);
+    int16_t block[64] = {};
+    for (int k = 0; k <= last; ++k) block[kNaturalOrder[static_cast<size_t>(k)]] = zigzag[k];
+    idct_block(block, table, last, out, stride);
+    std::memset(zigzag, 0, sizeof(block));
+  }
+}
+
+IdctKernel idct_kernel(CpuLevel level) {
+  switch (level) {
+#if defined(__x86_64__)
+    case CpuLevel::kAvx2:
+      return idct_avx2;
+    case CpuLevel::kAvx512:
+      return idct_avx512;
+#endif
+    default:
+      return idct_portable;
   }
 }
 

@@ -8,77 +8,70 @@ namespace imseq {
 
 namespace {
 
-// Resample.c: PRECISION_BITS = 32 - 8 - 2.
-constexpr int kPrecisionBits = 22;
-constexpr int kHalf = 1 << (kPrecisionBits - 1);
-// Rows may be read this far behind their end: by the last columns of the vertical pass, and with
-// weight zero by the few taps of an unrolled horizontal pass.
-constexpr size_t kSlack = 64;
+constexpr int kHalf = 1 << (kWeightBits - 1);
 
-// The filters of Resample.c, in its order of operations.
-double box(double x) { return x > -0.5 && x <= 0.5 ? 1.0 : 0.0; }
-
-double bilinear(double x) {
-  if (x < 0.0) x = -x;
-  return x < 1.0 ? 1.0 - x : 0.0;
-}
-
-double bicubic(double x) {
-  constexpr double a = -0.5;
-  if (x < 0.0) x = -x;
-  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
-  if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
-  return 0.0;
-}
-
-struct Filter {
-  double (*function)(double);
-  double support;
-};
-
-Filter filter_of(int filter) {
-  if (filter == IMSEQ_FILTER_BOX) return {box, 0.5};
-  if (filter == IMSEQ_FILTER_BICUBIC) return {bicubic, 2.0};
-  return {bilinear, 1.0};
-}
-
-// normalize_coeffs_8bpc.
-int32_t fixed_point(double weight) {
-  const double scaled = weight * (1 << kPrecisionBits);
-  return static_cast<int32_t>(weight < 0 ? scaled - 0.5 : scaled + 0.5);
-}
-
-// 10 bits are left; saying so lets compilers clamp 16-bit vectors, which all x86-64 can.
-inline uint8_t to_byte(int32_t sum) {
-  const auto value = static_cast<int16_t>(sum >> kPrecisionBits);
-  return static_cast<uint8_t>(std::clamp(static_cast<int>(value), 0, 255));
-}
+constexpr size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
 template <typename T>
 void grow(std::vector<T>* memory, size_t size) {
   if (memory->size() < size) memory->resize(size);
 }
 
+// The filters of Resample.c, in its order of operations but without branches, so that compilers can
+// compute several weights at a time.
+struct Box {
+  static constexpr double kSupport = 0.5;
+  static double weight(double x) { return (x > -0.5) & (x <= 0.5) ? 1.0 : 0.0; }
+};
+
+struct Bilinear {
+  static constexpr double kSupport = 1.0;
+  static double weight(double x) {
+    const double value = 1.0 - std::fabs(x);
+    return value > 0.0 ? value : 0.0;
+  }
+};
+
+struct Bicubic {
+  static constexpr double kSupport = 2.0;
+  static double weight(double x) {
+    constexpr double a = -0.5;
+    x = std::fabs(x);
+    const double inner = ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
+    const double outer = (((x - 5) * x + 8) * x - 4) * a;
+    return x < 1.0 ? inner : x < 2.0 ? outer : 0.0;
+  }
+};
+
+// ---- portable kernels ---------------------------------------------------------------------------
+
+// 10 bits are left; saying so lets compilers clamp 16-bit vectors, which all x86-64 can.
+inline uint8_t to_byte(int32_t sum) {
+  const auto value = static_cast<int16_t>(sum >> kWeightBits);
+  return static_cast<uint8_t>(std::clamp(static_cast<int>(value), 0, 255));
+}
+
+size_t no_plan_bytes(const AxisWeights&) { return 0; }
+void no_plan(const AxisWeights&, void*) {}
+
 constexpr int kStrip = 64;  // outputs of the horizontal pass that are rounded to bytes at a time
 
 // Three planes of a row, or one; weights and places serve them all. kTaps: the number of taps of
 // every output, missing ones having weight zero; 0: each output has its own.
 template <int kPlanes, int kTaps>
-void horizontal_pass(const uint8_t* __restrict in, size_t in_stride, const ResizeWeights& weights,
-                     int num_outputs, uint8_t* __restrict out, size_t out_stride) {
+void horizontal_pass(const AxisWeights& weights, const uint8_t* __restrict in, size_t in_stride,
+                     uint8_t* __restrict out, size_t out_stride) {
   const uint8_t* const planes[3] = {in, in + in_stride, in + 2 * in_stride};
-  const int32_t* __restrict w = weights.weights(0);
-  const int max_taps = weights.max_taps();
   int32_t sums[kPlanes][kStrip];
-  for (int begin = 0; begin < num_outputs; begin += kStrip) {
-    const int n = std::min(kStrip, num_outputs - begin);
-    for (int i = 0; i < n; ++i, w += max_taps) {
-      const int first = weights.first_tap(begin + i);
-      const int num_taps = kTaps == 0 ? weights.num_taps(begin + i) : kTaps;
-      for (int p = 0; p < kPlanes; ++p) {
-        int32_t sum = kHalf;
-        for (int k = 0; k < num_taps; ++k) sum += w[k] * planes[p][first + k];
-        sums[p][i] = sum;
+  for (int begin = 0; begin < weights.num_outputs; begin += kStrip) {
+    const int n = std::min(kStrip, weights.num_outputs - begin);
+    for (int i = 0; i < n; ++i) {
+      const int first = weights.first_taps[begin + i];
+      const int num_taps = kTaps == 0 ? weights.num_taps[begin + i] : kTaps;
+      const int32_t* __restrict w = weights.weights + begin + i;
+      for (int p = 0; p < kPlanes; ++p) sums[p][i] = kHalf;
+      for (int k = 0; k < num_taps; ++k, w += weights.stride) {
+        for (int p = 0; p < kPlanes; ++p) sums[p][i] += *w * planes[p][first + k];
       }
     }
     for (size_t p = 0; p < kPlanes; ++p) {
@@ -88,118 +81,189 @@ void horizontal_pass(const uint8_t* __restrict in, size_t in_stride, const Resiz
   }
 }
 
-using HorizontalPass = void (*)(const uint8_t*, size_t, const ResizeWeights&, int, uint8_t*,
-                                size_t);
-
 template <int kPlanes>
-HorizontalPass horizontal_pass_of(int num_taps) {
-  switch (num_taps) {
+void horizontal_pass_of(const AxisWeights& weights, const uint8_t* in, size_t in_stride,
+                        uint8_t* out, size_t out_stride) {
+  switch (weights.max_taps) {
     case 2:
-      return horizontal_pass<kPlanes, 2>;
+      return horizontal_pass<kPlanes, 2>(weights, in, in_stride, out, out_stride);
     case 3:
-      return horizontal_pass<kPlanes, 3>;
+      return horizontal_pass<kPlanes, 3>(weights, in, in_stride, out, out_stride);
     case 4:
-      return horizontal_pass<kPlanes, 4>;
+      return horizontal_pass<kPlanes, 4>(weights, in, in_stride, out, out_stride);
     case 5:
-      return horizontal_pass<kPlanes, 5>;
+      return horizontal_pass<kPlanes, 5>(weights, in, in_stride, out, out_stride);
     default:
-      return horizontal_pass<kPlanes, 0>;
+      return horizontal_pass<kPlanes, 0>(weights, in, in_stride, out, out_stride);
   }
 }
 
-// The vertical pass takes so many columns at a time, their sums in registers.
-constexpr int kColumns = 16;
-
-constexpr size_t round_up_to_columns(size_t size) {
-  return (size + kColumns - 1) / kColumns * kColumns;
+void portable_horizontal(const AxisWeights& weights, const void*, const uint8_t* in,
+                         size_t in_stride, int num_planes, uint8_t* out, size_t out_stride) {
+  if (num_planes == 1) {
+    horizontal_pass_of<1>(weights, in, in_stride, out, out_stride);
+  } else {
+    horizontal_pass_of<3>(weights, in, in_stride, out, out_stride);
+  }
 }
 
-// out[i] = sum of weights[k] * rows[k * row_bytes + i]; n is a multiple of kColumns. A weight is
-// below 2 and so has 24 bits. It is taken apart into two 16-bit numbers, which compilers for
-// baseline x86-64 multiply eight at a time (32-bit multiplication of vectors came with SSE4.1).
-void vertical_pass(const uint8_t* __restrict rows, size_t row_bytes,
-                   const int32_t* __restrict weights, int num_taps, size_t n,
-                   uint8_t* __restrict out) {
-  for (size_t i = 0; i < n; i += kColumns) {
+// A weight is below 2 and so has 24 bits. It is taken apart into two 16-bit numbers, which
+// compilers for baseline x86-64 multiply eight at a time (32-bit multiplication of vectors came
+// with SSE4.1).
+void portable_vertical(const uint8_t** rows, int32_t* weights, int num_taps, size_t begin,
+                       size_t end, uint8_t* __restrict out) {
+  constexpr size_t kColumns = 16;  // at a time, their sums in registers
+  for (size_t x = begin; x < end; x += kColumns) {
     int32_t sums[kColumns];
-    for (int j = 0; j < kColumns; ++j) sums[j] = kHalf;
-    const uint8_t* __restrict row = rows + i;
-    for (int k = 0; k < num_taps; ++k, row += row_bytes) {
+    for (int32_t& sum : sums) sum = kHalf;
+    for (int k = 0; k < num_taps; ++k) {
+      const uint8_t* __restrict row = rows[k] + x;
       const auto high = static_cast<int16_t>(weights[k] >> 8);
       const auto low = static_cast<int16_t>(weights[k] & 255);
-      for (int j = 0; j < kColumns; ++j) {
+      for (size_t j = 0; j < kColumns; ++j) {
         const int16_t value = row[j];
         sums[j] += high * value * 256 + low * value;
       }
     }
-    for (int j = 0; j < kColumns; ++j) out[i + static_cast<size_t>(j)] = to_byte(sums[j]);
+    for (size_t j = 0; j < kColumns; ++j) out[x + j] = to_byte(sums[j]);
+  }
+}
+
+const ResizeKernels& resize_kernels(CpuLevel level) {
+  switch (level) {
+#if defined(__x86_64__)
+    case CpuLevel::kAvx512:
+      return avx512_resize_kernels();
+    case CpuLevel::kAvx2:
+      return avx2_resize_kernels();
+#elif defined(__aarch64__)
+    case CpuLevel::kNeon:
+      return neon_resize_kernels();
+#endif
+    default:
+      return portable_resize_kernels();
   }
 }
 
 }  // namespace
 
+const ResizeKernels& portable_resize_kernels() {
+  static constexpr ResizeKernels kernels{no_plan_bytes, no_plan, portable_horizontal, 1 << 30,
+                                         portable_vertical};
+  return kernels;
+}
+
+// ---- weights ------------------------------------------------------------------------------------
+
 // precompute_coeffs of Resample.c for a box that is the whole input.
 void ResizeWeights::compute(int in_size, int out_size, int begin, int end, int filter) {
-  const auto num_outputs = static_cast<size_t>(end - begin);
   identity_ = in_size == out_size;
   first_input_ = begin;
   end_input_ = end;
+  axis_.num_outputs = end - begin;
   if (identity_) return;
-  const auto [function, unit_support] = filter_of(filter);
   const double scale = static_cast<double>(in_size) / out_size;
   const double filter_scale = std::max(scale, 1.0);
-  const double support = unit_support * filter_scale;
   const double inverse = 1.0 / filter_scale;
-  const auto row_taps = static_cast<size_t>(std::ceil(support)) * 2 + 1;
-  grow(&taps_, num_outputs * row_taps);
-  grow(&first_taps_, num_outputs);
-  grow(&num_taps_, num_outputs);
-  std::fill_n(taps_.begin(), num_outputs * row_taps, 0.0);
-  max_taps_ = 1;
-  first_input_ = in_size;
-  end_input_ = 0;
+  axis_.stride = round_up(static_cast<size_t>(axis_.num_outputs), AxisWeights::kOutputGroup);
+  const auto compute_with = [&]<typename Filter>(Filter) {
+    const double support = Filter::kSupport * filter_scale;
+    find_taps(in_size, scale, support, begin);
+    compute_weights<Filter>(inverse);
+  };
+  if (filter == IMSEQ_FILTER_BOX) return compute_with(Box());
+  if (filter == IMSEQ_FILTER_BICUBIC) return compute_with(Bicubic());
+  compute_with(Bilinear());
+}
+
+void ResizeWeights::find_taps(int in_size, double scale, double support, int begin) {
+  const size_t padded = axis_.stride;
+  grow(&first_taps_, padded);
+  grow(&num_taps_, padded);
+  grow(&centers_, padded);
+  int max_taps = 1;
+  const auto num_outputs = static_cast<size_t>(axis_.num_outputs);
   for (size_t i = 0; i < num_outputs; ++i) {
-    double* taps = taps_.data() + i * row_taps;
     const double center = (begin + static_cast<int>(i) + 0.5) * scale;
     const int first = std::max(static_cast<int>(center - support + 0.5), 0);
     const int last = std::min(static_cast<int>(center + support + 0.5), in_size);
-    double total = 0.0;
-    for (int x = 0; x < last - first; ++x) {
-      taps[x] = function((x + first - center + 0.5) * inverse);
-      total += taps[x];
-    }
-    for (int x = 0; x < last - first && total != 0.0; ++x) taps[x] /= total;
+    centers_[i] = center;
     first_taps_[i] = first;
     num_taps_[i] = last - first;
-    max_taps_ = std::max(max_taps_, last - first);
-    first_input_ = std::min(first_input_, first);
-    end_input_ = std::max(end_input_, last);
+    max_taps = std::max(max_taps, last - first);
   }
-  grow(&weights_, num_outputs * static_cast<size_t>(max_taps_));
-  int32_t* weights = weights_.data();
-  for (size_t i = 0; i < num_outputs; ++i) {
-    for (size_t k = 0; k < static_cast<size_t>(max_taps_); ++k) {
-      *weights++ = fixed_point(taps_[i * row_taps + k]);
+  const size_t last = num_outputs - 1;
+  first_input_ = first_taps_[0];
+  end_input_ = first_taps_[last] + num_taps_[last];
+  for (size_t i = 0; i < num_outputs; ++i) first_taps_[i] -= first_input_;
+  std::fill(first_taps_.begin() + num_outputs, first_taps_.begin() + padded, first_taps_[last]);
+  std::fill(num_taps_.begin() + num_outputs, num_taps_.begin() + padded, 0);
+  std::fill(centers_.begin() + num_outputs, centers_.begin() + padded, 0.0);
+  axis_.max_taps = max_taps;
+  axis_.first_taps = first_taps_.data();
+  axis_.num_taps = num_taps_.data();
+}
+
+// Tap by tap, all outputs at once; each output's total still adds up in the order of its taps.
+template <typename Filter>
+void ResizeWeights::compute_weights(double inverse) {
+  const size_t n = axis_.stride;
+  const auto max_taps = static_cast<size_t>(axis_.max_taps);
+  const size_t padded_taps = round_up(max_taps, AxisWeights::kTapGroup);
+  grow(&taps_, n * max_taps);
+  grow(&totals_, n);
+  grow(&weights_, n * padded_taps);
+  const int32_t* __restrict first_taps = first_taps_.data();
+  const int32_t* __restrict num_taps = num_taps_.data();
+  const double* __restrict centers = centers_.data();
+  double* __restrict totals = totals_.data();
+  std::fill_n(totals, n, 0.0);
+  for (int k = 0; k < axis_.max_taps; ++k) {
+    double* __restrict taps = taps_.data() + static_cast<size_t>(k) * n;
+    const int place = k + first_input_;
+    for (size_t i = 0; i < n; ++i) {
+      const double value = Filter::weight((place + first_taps[i] - centers[i] + 0.5) * inverse);
+      taps[i] = k < num_taps[i] ? value : 0.0;
+      totals[i] += taps[i];
     }
   }
+  // Pillow leaves weights alone that add up to nothing; dividing by one does the same.
+  for (size_t i = 0; i < n; ++i) totals[i] = totals[i] == 0.0 ? 1.0 : totals[i];
+  // normalize_coeffs_8bpc.
+  for (size_t k = 0; k < max_taps; ++k) {
+    const double* __restrict taps = taps_.data() + k * n;
+    int32_t* __restrict weights = weights_.data() + k * n;
+    for (size_t i = 0; i < n; ++i) {
+      const double scaled = taps[i] / totals[i] * (1 << kWeightBits);
+      weights[i] = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5 : 0.5));
+    }
+  }
+  std::fill_n(weights_.begin() + static_cast<ptrdiff_t>(n * max_taps), n * (padded_taps - max_taps),
+              0);
+  axis_.weights = weights_.data();
 }
+
+// ---- Resizer ------------------------------------------------------------------------------------
 
 void Resizer::begin(const imseq_view& view, int out_height, int out_width, int num_planes,
                     int filter, int passes) {
+  kernels_ = &resize_kernels(cpu_level());
   num_planes_ = num_planes;
+  out_height_ = out_height;
   out_width_ = out_width;
   first_row_ = std::clamp(-view.window_top, 0, out_height);
   end_row_ = std::clamp(view.resized_height - view.window_top, first_row_, out_height);
   first_column_ = std::clamp(-view.window_left, 0, out_width);
   end_column_ = std::clamp(view.resized_width - view.window_left, first_column_, out_width);
   source_ = Region{};
-  // What lies outside the resized image is never written again.
-  zeros_.assign(static_cast<size_t>(out_width), 0);
-  padded_.assign(static_cast<size_t>(out_width * num_planes), 0);
+  num_added_ = 0;
+  zeros_.reserve(static_cast<size_t>(out_width) + kRowSlack);
   if (first_row_ == end_row_ || first_column_ == end_column_) {
     first_row_ = end_row_ = 0;
+    num_ready_ = out_height;
     return;
   }
+  num_ready_ = first_row_;
   vertical_.compute(view.height, view.resized_height, view.window_top + first_row_,
                     view.window_top + end_row_, filter);
   horizontal_.compute(view.width, view.resized_width, view.window_left + first_column_,
@@ -211,59 +275,103 @@ void Resizer::begin(const imseq_view& view, int out_height, int out_width, int n
   const int lost_width = view.width - view.resized_width;
   vertical_first_ =
       passes == IMSEQ_PASSES_PILLOW_13 && lost_height > 0 && lost_height > 2 * lost_width;
-  source_stride_ = static_cast<size_t>(source_.width);
-  resized_stride_ = static_cast<size_t>(end_column_ - first_column_);
-  const auto planes = static_cast<size_t>(num_planes);
-  row_bytes_ = round_up_to_columns(planes * (vertical_first_ ? source_stride_ : resized_stride_));
-  grow(&rows_, row_bytes_ * static_cast<size_t>(source_.height) + kSlack);
-  grow(&row_, round_up_to_columns(planes * source_stride_) + kSlack);
-  grow(&output_, round_up_to_columns(planes * resized_stride_) + kSlack);
+  lay_out_rows();
 }
 
-std::array<uint8_t*, 3> Resizer::source_planes(int y) {
-  const bool straight = vertical_first_ || horizontal_.identity();
-  uint8_t* first = straight ? stored_row(y - source_.top) : row_.data();
+void Resizer::lay_out_rows() {
+  const auto planes = static_cast<size_t>(num_planes_);
+  // A window of 64 bytes that starts at the last input, and what pads a group of taps before it.
+  constexpr size_t kBehind = kRowSlack + AxisWeights::kTapGroup;
+  source_stride_ = round_up(static_cast<size_t>(source_.width) + kRowSlack, 64);
+  resized_stride_ = static_cast<size_t>(end_column_ - first_column_);
+  row_bytes_ = round_up(planes * (stores_source_rows() ? source_stride_ : resized_stride_), 64);
+  ring_rows_ = vertical_.max_taps();
+  rows_.reserve(row_bytes_ * static_cast<size_t>(ring_rows_) + kBehind);
+  row_.reserve(planes * source_stride_ + kBehind);
+  output_.reserve(planes * std::max(source_stride_, resized_stride_) + 64 + kBehind);
+  padded_.reserve(planes * static_cast<size_t>(out_width_) + kRowSlack);
+  const size_t taps = static_cast<size_t>(ring_rows_) + AxisWeights::kTapGroup;
+  grow(&tap_rows_, taps);
+  grow(&tap_weights_, taps);
+  if (horizontal_.identity()) return;
+  const AxisWeights& axis = horizontal_.axis();
+  horizontal_kernels_ =
+      axis.max_taps <= kernels_->max_horizontal_taps ? kernels_ : &portable_resize_kernels();
+  horizontal_kernels_->plan(axis, plan_.reserve(horizontal_kernels_->plan_bytes(axis)));
+}
+
+std::array<uint8_t*, 3> Resizer::source_planes() {
+  uint8_t* first = stores_source_rows() ? stored_row(num_added_) : row_.data();
   return {first, first + source_stride_, first + 2 * source_stride_};
 }
 
-void Resizer::add_row(int y) {
-  if (vertical_first_ || horizontal_.identity()) return;
-  resize_horizontally(row_.data(), stored_row(y - source_.top));
+void Resizer::add_row() {
+  if (!stores_source_rows()) resize_horizontally(row_.data(), stored_row(num_added_));
+  ++num_added_;
+  const auto is_ready = [this](int y) {
+    const int i = y - first_row_;
+    return vertical_.first_tap(i) + vertical_.num_taps(i) <= num_added_;
+  };
+  while (num_ready_ < end_row_ && is_ready(num_ready_)) ++num_ready_;
+  if (num_ready_ == end_row_) num_ready_ = out_height_;
 }
 
 void Resizer::resize_horizontally(const uint8_t* in, uint8_t* out) const {
-  const int num_taps = horizontal_.max_taps();
-  const HorizontalPass pass =
-      num_planes_ == 1 ? horizontal_pass_of<1>(num_taps) : horizontal_pass_of<3>(num_taps);
-  // Taps count from the first column of the box, the row begins with the first one needed.
-  pass(in - horizontal_.first_input(), source_stride_, horizontal_, end_column_ - first_column_,
-       out, resized_stride_);
+  horizontal_kernels_->horizontal(horizontal_.axis(), plan_.data(), in, source_stride_, num_planes_,
+                                  out, resized_stride_);
 }
 
 const uint8_t* Resizer::resize_vertically(int i, uint8_t* out) {
-  if (vertical_.identity()) return stored_row(i);
-  vertical_pass(stored_row(vertical_.first_tap(i) - vertical_.first_input()), row_bytes_,
-                vertical_.weights(i), vertical_.num_taps(i), row_bytes_, out);
+  const int first = vertical_.first_tap(i);
+  if (vertical_.identity()) return stored_row(first);
+  const int num_taps = vertical_.num_taps(i);
+  const AxisWeights& axis = vertical_.axis();
+  for (int k = 0; k < num_taps; ++k) {
+    const auto tap = static_cast<size_t>(k);
+    tap_rows_[tap] = stored_row(first + k);
+    tap_weights_[tap] = axis.weights[tap * axis.stride + static_cast<size_t>(i)];
+  }
+  const auto resize_columns = [&](size_t begin, size_t num_columns) {
+    kernels_->vertical(tap_rows_.data(), tap_weights_.data(), num_taps, begin, begin + num_columns,
+                       out);
+  };
+  const auto planes = static_cast<size_t>(num_planes_);
+  if (!stores_source_rows()) {
+    resize_columns(0, planes * resized_stride_);
+  } else {
+    for (size_t p = 0; p < planes; ++p) {
+      resize_columns(p * source_stride_, static_cast<size_t>(source_.width));
+    }
+  }
   return out;
 }
 
 std::array<const uint8_t*, 3> Resizer::output_row(int y) {
   if (y < first_row_ || y >= end_row_) return {zeros_.data(), zeros_.data(), zeros_.data()};
+  const bool horizontally = vertical_first_ && !horizontal_.identity();
   const uint8_t* row =
-      resize_vertically(y - first_row_, vertical_first_ ? row_.data() : output_.data());
-  if (vertical_first_ && !horizontal_.identity()) {
+      resize_vertically(y - first_row_, horizontally ? row_.data() : output_.data());
+  if (horizontally) {
     resize_horizontally(row, output_.data());
     row = output_.data();
   }
+  const size_t stride = horizontal_.identity() ? source_stride_ : resized_stride_;
   std::array<const uint8_t*, 3> planes{};
   for (size_t p = 0; p < static_cast<size_t>(num_planes_); ++p) {
-    planes[p] = row + p * resized_stride_;
-    if (resized_stride_ == static_cast<size_t>(out_width_)) continue;
-    uint8_t* padded = padded_.data() + p * static_cast<size_t>(out_width_);
-    std::memcpy(padded + first_column_, planes[p], resized_stride_);
-    planes[p] = padded;
+    planes[p] = row + p * stride;
+    if (end_column_ - first_column_ != out_width_) planes[p] = padded(planes[p], p);
   }
   return planes;
+}
+
+const uint8_t* Resizer::padded(const uint8_t* row, size_t plane) {
+  const auto first = static_cast<size_t>(first_column_), end = static_cast<size_t>(end_column_);
+  const auto out_width = static_cast<size_t>(out_width_);
+  uint8_t* out = padded_.data() + plane * out_width;
+  std::memset(out, 0, first);
+  std::memcpy(out + first, row, end - first);
+  std::memset(out + end, 0, out_width - end);
+  return out;
 }
 
 }  // namespace imseq

@@ -36,14 +36,14 @@ _TABLES = b"".join(
 )
 
 
-def _value_bits(value: int) -> tuple[int, str]:
+def value_bits(value: int) -> tuple[int, str]:
     size = abs(value).bit_length()
     extra = value if value > 0 else value + (1 << size) - 1
     return size, f"{extra:0{size}b}" if size else ""
 
 
 def _block_bits(block: Sequence[int], difference: int) -> str:
-    size, extra = _value_bits(difference)
+    size, extra = value_bits(difference)
     bits = [f"{size:0{_DC_BITS}b}", extra]
     run = 0
     last = max((k for k in range(1, 64) if block[k]), default=0)
@@ -54,7 +54,7 @@ def _block_bits(block: Sequence[int], difference: int) -> str:
         while run > 15:
             bits.append(f"{_AC_SYMBOLS.index(0xF0):0{_AC_BITS}b}")
             run -= 16
-        size, extra = _value_bits(block[k])
+        size, extra = value_bits(block[k])
         bits += [f"{_AC_SYMBOLS.index(run << 4 | size):0{_AC_BITS}b}", extra]
         run = 0
     if last < 63:
@@ -62,7 +62,7 @@ def _block_bits(block: Sequence[int], difference: int) -> str:
     return "".join(bits)
 
 
-def _stuffed(bits: str) -> bytes:
+def stuffed(bits: str) -> bytes:
     bits += "1" * (-len(bits) % 8)
     data = int("1" + bits, 2).to_bytes(len(bits) // 8 + 1, "big")[1:]
     return data.replace(b"\xff", b"\xff\0")
@@ -144,7 +144,7 @@ class Jpeg:
                         block = self._block()
                         bits.append(_block_bits(block, block[0] - predictions[c]))
                         predictions[c] = block[0]
-            result.append(_stuffed("".join(bits)))
+            result.append(stuffed("".join(bits)))
         return result
 
     def data(self) -> bytes:

@@ -116,6 +116,12 @@ def _add_pack(commands: Any) -> None:
         help="MCUs between restart markers (default 8)",
     )
     command.add_argument(
+        "--tables",
+        choices=("pack", "image"),
+        default="pack",
+        help="Huffman tables: the pack's, fastest to decode (default); each image its own, smaller",
+    )
+    command.add_argument(
         "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
     )
     _add_workers(command)
@@ -131,6 +137,7 @@ def _pack(options: argparse.Namespace) -> int:
             keep_bytes=options.keep_bytes,
             strip=options.strip,
             restart_interval=options.restart_interval,
+            tables=options.tables,
             shard_bytes=options.shard_size,
             seed=options.seed,
         ),
@@ -229,6 +236,7 @@ def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
         "format_version": pack.about["format_version"],
         "made_by": pack.about.get("created_by"),
         "settings": pack.about.get("settings"),
+        "huffman_tables": _tables_fact(pack),
         "source": pack.about.get("source"),
         "counts": pack.about.get("counts"),
     }
@@ -236,6 +244,13 @@ def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
         facts["mean_width_px"] = round(float(np.mean(sized["width"])), 1)
         facts["mean_height_px"] = round(float(np.mean(sized["height"])), 1)
     return facts
+
+
+def _tables_fact(pack: layout.Pack) -> str:
+    described = layout.describe_tables(pack.tables)
+    if described is None:
+        return "each image's own"
+    return f"chosen for the pack (CRC-32C {described['crc32c']})"
 
 
 # ---- verify --------------------------------------------------------------------------------------

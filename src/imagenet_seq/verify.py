@@ -95,6 +95,7 @@ def _check_tables(pack: layout.Pack) -> Iterator[str]:
     about, rows = pack.about, pack.rows
     yield from _check_files(pack)
     yield from _check_counts(pack)
+    yield from _check_settings(pack)
     index = layout.make_index(pack.folder, rows, pack.names, pack.classes, len(pack.shard_bytes))
     try:
         index.validate(os.path.join(pack.folder, layout.INDEX_FILE))
@@ -164,6 +165,27 @@ def _check_counts(pack: layout.Pack) -> Iterator[str]:
         if said != counted:
             where = os.path.join(pack.folder, layout.PACK_FILE)
             yield f"{where}: '{what}' is {said}, the tables give {counted}"
+
+
+def _check_settings(pack: layout.Pack) -> Iterator[str]:
+    """Check that there are Huffman tables of the pack where its settings ask for them."""
+    settings = pack.about["settings"]
+    expected = settings.get("tables") == "pack" and settings.get("keep_bytes") is False
+    if (pack.tables is not None) != expected:
+        where = os.path.join(pack.folder, layout.PACK_FILE)
+        has = "has none" if pack.tables is None else "has some"
+        yield f"{where}: 'huffman_tables' {has}, which contradicts 'settings' {settings}"
+
+
+def _huffman_tables(image: bytes) -> bytes:
+    """Return the payloads of the DHT segments of a JPEG without fill bytes."""
+    tables, at, marker = b"", 2, 0
+    while marker != 0xDA and image[at : at + 1] == b"\xff" and at + 4 <= len(image):  # up to SOS
+        marker, size = image[at + 1], int.from_bytes(image[at + 2 : at + 4], "big")
+        if marker == 0xC4:  # DHT
+            tables += image[at + 4 : at + 2 + size]
+        at += 2 + size
+    return tables
 
 
 class _Reference:
@@ -324,6 +346,17 @@ class _ShardCheck:
             if size != (row["width"], row["height"]):
                 expected = f"{row['width']} x {row['height']}"
                 return f"image: its header says {size}, the index {expected} pixels"
+            if header and not self._has_tables_of_pack(got, header.num_components):
+                return f"image: its Huffman tables are not those in {layout.PACK_FILE}"
         if self.reference is not None:
             return self.reference.check(self.pack.names[sample], int(row["label"]), got)
         return None
+
+    def _has_tables_of_pack(self, image: bytes, num_components: int) -> bool:
+        tables = self.pack.tables
+        if tables is None:
+            return True
+        # Of four tables, a lone component has the first two.
+        return _huffman_tables(image) == (
+            tables[: len(tables) // 2] if num_components == 1 else tables
+        )

@@ -346,20 +346,76 @@ void test_coefficients_come_back() {
   }
 }
 
+// Runs lanes over the intervals of one image.
+class OneImage final : public imseq::LaneWork {
+ public:
+  // The tables are used often enough beforehand to be served as flat ones, or new each time.
+  [[nodiscard]] bool decode(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                            const Region& region, Soundness soundness, bool flat = false) {
+    if (!flat) flat_tables_ = imseq::FlatTables();
+    for (int i = 0; flat && i < 20; ++i) (void)flat_tables_.serve(header);
+    if (!decoder.open(header, bytes, size, region, soundness, &flat_tables_, ++id_)) return false;
+    const imseq::ScanTables& tables = decoder.tables();
+    expect((tables.flat != nullptr) == flat, "the kind of tables that was asked for");
+    const imseq::LaneKernels& kernels = imseq::lane_kernels(imseq::cpu_level());
+    const int num_lanes = flat ? kernels.num_flat_lanes : kernels.num_image_lanes;
+    for (imseq::Lane* lane = lanes_.get(); lane != lanes_.get() + num_lanes; ++lane) {
+      if (!decoder.begin_interval(lane)) lane->park(tables.flat, tables.tables.entries());
+    }
+    (flat ? kernels.flat : kernels.image)(lanes_.get(), tables.flat, this);
+    expect(decoder.done(), "all intervals are done");
+    for (int l = 0; l < num_lanes; ++l) {
+      const auto& values = lanes_[static_cast<size_t>(l)].coefficients;
+      expect(std::all_of(values.begin(), values.end(), [](int16_t v) { return v == 0; }),
+             "lanes are left with zeros");
+    }
+    return !decoder.failed();
+  }
+
+  RegionDecoder decoder;
+
+ private:
+  bool advance(imseq::Lane* lane) override {
+    if (decoder.take_segment(lane) || decoder.begin_interval(lane)) return true;
+    const imseq::ScanTables& tables = decoder.tables();
+    lane->park(tables.flat, tables.tables.entries());
+    return false;
+  }
+
+  std::unique_ptr<imseq::Lane[]> lanes_ = std::make_unique<imseq::Lane[]>(imseq::kMaxLanes);
+  imseq::FlatTables flat_tables_;
+  uint64_t id_ = 0;
+};
+
 std::vector<uint8_t> pixels_of(RegionDecoder* decoder, const Region& region) {
   const auto width = static_cast<size_t>(region.width);
-  std::vector<uint8_t> pixels(3 * width * static_cast<size_t>(region.height), 0);
-  uint8_t* at = pixels.data();
-  for (int y = region.top; y < region.top + region.height; ++y, at += 3 * width) {
-    uint8_t* planes[3] = {at, at + width, at + 2 * width};
+  const size_t stride = width + imseq::kRowSlack;
+  std::vector<uint8_t> pixels;
+  std::vector<uint8_t> row(3 * stride, 0);
+  for (int y = region.top; y < region.top + region.height; ++y) {
+    uint8_t* planes[3] = {row.data(), row.data() + stride, row.data() + 2 * stride};
     decoder->row(y, planes);
+    for (const uint8_t* plane : planes) pixels.insert(pixels.end(), plane, plane + width);
   }
   return pixels;
 }
 
+// Every level that this processor has, for as long as the test takes.
+template <typename Test>
+void on_every_level(const Test& test) {
+  const imseq::CpuLevel before = imseq::cpu_level();
+  for (const auto level : {imseq::CpuLevel::kPortable, imseq::CpuLevel::kAvx2,
+                           imseq::CpuLevel::kAvx512, imseq::CpuLevel::kNeon}) {
+    if (!imseq::cpu_has(level)) continue;
+    imseq::use_cpu_level(level);
+    test();
+  }
+  imseq::use_cpu_level(before);
+}
+
 void test_regions_are_parts_of_the_image() {
   JpegHeader header;
-  RegionDecoder whole, part;
+  OneImage whole, part;
   for (int i = 0; i < 200; ++i) {
     const Image image = random_image(kSamplings[static_cast<size_t>(i) % kSamplings.size()], 100);
     const uint8_t* bytes = image.file.data();
@@ -369,8 +425,9 @@ void test_regions_are_parts_of_the_image() {
       continue;
     }
     const Region all{0, 0, image.height, image.width};
+    imseq::use_cpu_level(imseq::CpuLevel::kPortable);
     expect(whole.decode(header, bytes, size, all, Soundness::kAll), "the whole image", i);
-    const std::vector<uint8_t> expected = pixels_of(&whole, all);
+    const std::vector<uint8_t> expected = pixels_of(&whole.decoder, all);
     for (int j = 0; j < 10; ++j) {
       Region region;
       region.top = draw(0, image.height - 1);
@@ -378,18 +435,29 @@ void test_regions_are_parts_of_the_image() {
       region.height = draw(1, image.height - region.top);
       region.width = draw(1, image.width - region.left);
       const Soundness soundness[] = {Soundness::kRegion, Soundness::kMarkers, Soundness::kAll};
-      expect(part.decode(header, bytes, size, region, soundness[j % 3]), "a region", i, j);
-      const std::vector<uint8_t> pixels = pixels_of(&part, region);
-      const auto width = static_cast<size_t>(region.width);
-      for (size_t y = 0; y < static_cast<size_t>(region.height); ++y) {
-        for (size_t p = 0; p < 3; ++p) {
-          const size_t row = (static_cast<size_t>(region.top) + y) * 3 + p;
-          const uint8_t* from = expected.data() + row * static_cast<size_t>(image.width);
-          expect(std::equal(from + region.left, from + region.left + region.width,
-                            pixels.data() + (y * 3 + p) * width),
-                 "a region's row", i, j, static_cast<long long>(y));
-        }
+      std::vector<uint8_t> cut;
+      for (size_t row = 0; row < 3 * static_cast<size_t>(region.height); ++row) {
+        const uint8_t* from =
+            expected.data() +
+            (static_cast<size_t>(region.top) * 3 + row) * static_cast<size_t>(image.width) +
+            region.left;
+        cut.insert(cut.end(), from, from + region.width);
       }
+      on_every_level([&] {
+        for (const bool flat : {false, true}) {
+          expect(part.decode(header, bytes, size, region, soundness[j % 3], flat), "a region", i,
+                 j);
+          const std::vector<uint8_t> pixels = pixels_of(&part.decoder, region);
+          const size_t planes = header.num_components == 1 ? 1 : 3;
+          for (size_t row = 0; row < 3 * static_cast<size_t>(region.height); ++row) {
+            if (row % 3 >= planes) continue;
+            const auto at = static_cast<ptrdiff_t>(row) * region.width;
+            expect(std::equal(pixels.begin() + at, pixels.begin() + at + region.width,
+                              cut.begin() + at),
+                   "a region's row", i, j, static_cast<long long>(row));
+          }
+        }
+      });
     }
   }
 }
@@ -398,12 +466,16 @@ void test_regions_are_parts_of_the_image() {
 bool accepts(const uint8_t* bytes, size_t size) {
   static JpegHeader header;
   static JpegCoefficients coefficients;
-  static RegionDecoder decoder;
+  static OneImage decoder;
   if (imseq::parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) return false;
   const bool accepted = imseq::decode_coefficients(header, bytes, size, &coefficients);
   const Region region{header.height / 2, header.width / 2, 1, 1};
-  const bool by_region = decoder.decode(header, bytes, size, region, Soundness::kAll);
-  expect(accepted == by_region, "both strict decoders agree", static_cast<long long>(size));
+  on_every_level([&] {
+    for (const bool flat : {false, true}) {
+      const bool by_region = decoder.decode(header, bytes, size, region, Soundness::kAll, flat);
+      expect(accepted == by_region, "all strict decoders agree", static_cast<long long>(size));
+    }
+  });
   return accepted;
 }
 
@@ -445,7 +517,7 @@ void test_crc32c() {
   const char* check = "123456789";
   const auto* bytes = reinterpret_cast<const uint8_t*>(check);
   expect(imseq::crc32c(0, bytes, 9) == 0xE3069283, "RFC 3720 check value");
-  Bytes data(300);
+  Bytes data(2000);  // enough for the lanes, twice
   for (uint8_t& byte : data) byte = static_cast<uint8_t>(generator());
   for (size_t begin = 0; begin < 9; ++begin) {
     for (size_t size = 0; begin + size <= data.size(); ++size) {

@@ -1,4 +1,4 @@
-// Resizer against the algorithm written down plainly: all weights, both passes over the whole
+// Resizer at every level this processor has, against the algorithm written down plainly: all weights, both passes over the whole
 // image, then the window cut out. Equality with Pillow itself is tests/test_decode.py's.
 #include "resize.h"
 
@@ -11,6 +11,7 @@
 
 namespace {
 
+using imseq::CpuLevel;
 using imseq::Region;
 using imseq::Resizer;
 
@@ -100,15 +101,6 @@ Plane reference(Plane& image, const imseq_view& view, int out_height, int out_wi
 bool resizes_alike(Resizer& resizer, std::vector<Plane>& image, const imseq_view& view,
                    int out_height, int out_width, int filter, int passes) {
   const int num_planes = static_cast<int>(image.size());
-  resizer.begin(view, out_height, out_width, num_planes, filter, passes);
-  const Region source = resizer.source();
-  for (int y = source.top; y < source.top + source.height; ++y) {
-    const auto planes = resizer.source_planes(y);
-    for (size_t p = 0; p < image.size(); ++p) {
-      for (int x = 0; x < source.width; ++x) planes[p][x] = image[p].at(y, source.left + x);
-    }
-    resizer.add_row(y);
-  }
   const bool vertical_first =
       passes == IMSEQ_PASSES_PILLOW_13 && view.height > view.resized_height &&
       view.height - view.resized_height > 2 * (view.width - view.resized_width);
@@ -116,18 +108,35 @@ bool resizes_alike(Resizer& resizer, std::vector<Plane>& image, const imseq_view
   for (Plane& plane : image) {
     expected.push_back(reference(plane, view, out_height, out_width, filter, vertical_first));
   }
-  for (int y = 0; y < out_height; ++y) {
-    const auto planes = resizer.output_row(y);
-    for (size_t p = 0; p < image.size(); ++p) {
-      if (!std::equal(planes[p], planes[p] + out_width, &expected[p].at(y, 0))) return false;
+  int num_checked = 0;
+  const auto ready_rows_are_alike = [&] {
+    for (; num_checked < resizer.num_ready(); ++num_checked) {
+      const auto planes = resizer.output_row(num_checked);
+      for (size_t p = 0; p < image.size(); ++p) {
+        const uint8_t* row = planes[p];
+        if (!std::equal(row, row + out_width, &expected[p].at(num_checked, 0))) return false;
+      }
     }
+    return true;
+  };
+  resizer.begin(view, out_height, out_width, num_planes, filter, passes);
+  const Region source = resizer.source();
+  for (int y = source.top; y < source.top + source.height; ++y) {
+    const auto planes = resizer.source_planes();
+    for (size_t p = 0; p < image.size(); ++p) {
+      for (int x = 0; x < source.width; ++x) planes[p][x] = image[p].at(y, source.left + x);
+      // Kernels that fill the rows may write so far.
+      std::fill_n(planes[p] + source.width, imseq::kRowSlack, static_cast<uint8_t>(y));
+    }
+    resizer.add_row();
+    if (!ready_rows_are_alike()) return false;
   }
-  return true;
+  return ready_rows_are_alike() && num_checked == out_height;
 }
 
-}  // namespace
-
-int main() {
+// Random images, views and outputs, the same for every level; returns how many come out wrong.
+int num_failures_at(CpuLevel level) {
+  imseq::use_cpu_level(level);
   std::mt19937 random(1);
   const auto draw = [&](int low, int high) {
     return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
@@ -135,8 +144,13 @@ int main() {
   Resizer resizer;  // one for all: what an image leaves behind must not show in the next
   int num_failures = 0;
   for (int i = 0; i < 4000; ++i) {
-    // Now and then strongly reduced: many taps, fewer at the edges.
-    const int height = draw(1, 60), width = i % 50 == 0 ? draw(500, 1500) : draw(1, 60);
+    // Now and then strongly reduced: many taps, fewer at the edges; or large enough for whole
+    // vectors.
+    const bool large = i % 20 == 1;
+    const int most = large ? 300 : 60;
+    int height = draw(1, most), width = draw(1, most);
+    if (i % 50 == 0) width = draw(500, i % 1000 == 0 ? 10000 : 1500);
+    if (i % 50 == 25) height = draw(200, 600);
     std::vector<Plane> image(i % 4 == 0 ? 1 : 3, Plane(height, width));
     for (Plane& plane : image) {
       for (uint8_t& value : plane.values) value = static_cast<uint8_t>(random());
@@ -146,21 +160,32 @@ int main() {
     view.left = draw(0, width - 1);
     view.height = draw(1, height - view.top);
     view.width = draw(1, width - view.left);
-    view.resized_height = i % 5 == 0 ? view.height : draw(1, 70);
-    view.resized_width = i % 7 == 0 ? view.width : draw(1, 70);
-    const int out_height = draw(1, 40), out_width = draw(1, 40);
+    view.resized_height = i % 5 == 0 ? view.height : draw(1, large ? 240 : 70);
+    view.resized_width = i % 7 == 0 ? view.width : draw(1, large ? 240 : 70);
+    const int out_height = draw(1, large ? 224 : 40), out_width = draw(1, large ? 224 : 40);
     view.window_top = draw(-out_height - 2, view.resized_height + 2);
     view.window_left = draw(-out_width - 2, view.resized_width + 2);
     const int filter = draw(0, 2), passes = draw(0, 1);
     if (!resizes_alike(resizer, image, view, out_height, out_width, filter, passes)) {
       ++num_failures;
       std::fprintf(stderr,
-                   "case %d: %d x %d of %d x %d to %d x %d, window (%d, %d) %d x %d, filter %d, "
-                   "passes %d: not as the reference\n",
-                   i, view.height, view.width, height, width, view.resized_height,
-                   view.resized_width, view.window_top, view.window_left, out_height, out_width,
-                   filter, passes);
+                   "%s, case %d: %d x %d of %d x %d to %d x %d, window (%d, %d) %d x %d, filter "
+                   "%d, passes %d: not as the reference\n",
+                   imseq::cpu_level_name(level), i, view.height, view.width, height, width,
+                   view.resized_height, view.resized_width, view.window_top, view.window_left,
+                   out_height, out_width, filter, passes);
     }
+  }
+  return num_failures;
+}
+
+}  // namespace
+
+int main() {
+  int num_failures = 0;
+  for (const CpuLevel level :
+       {CpuLevel::kPortable, CpuLevel::kAvx2, CpuLevel::kAvx512, CpuLevel::kNeon}) {
+    if (imseq::cpu_has(level)) num_failures += num_failures_at(level);
   }
   return num_failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
