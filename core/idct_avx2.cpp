@@ -19,7 +19,7 @@ struct Columns {
   int column[4];
 };
 // Of the three ways to take the pairs of columns two by two, this one needs the fewest shuffles.
-constexpr Columns kHalves[2] = {{{0, 4, 3, 5}}, {{2, 6, 7, 1}}};
+constexpr Columns kLeftHalf = {{0, 4, 3, 5}}, kRightHalf = {{2, 6, 7, 1}};
 // All the upper left quarter of a block has, as pairs 02 and 13.
 constexpr Columns kQuarter = {{0, 2, 1, 3}};
 
@@ -229,10 +229,10 @@ inline Pairs pairs_of_rows(const Vector (&zigzag)[8]) {
 // False, and no useful output, where a value is large.
 inline bool transform_whole(const Vector (&zigzag)[8], const Output& output) {
   Vector sums[8], half[8], rows[8];
-  const Pairs first = pairs_of_rows<kHalves[0]>(zigzag);
+  const Pairs first = pairs_of_rows<kLeftHalf>(zigzag);
   transform(first, first_rounding(), sums);
   for (int k = 0; k < 8; ++k) half[k] = _mm256_srai_epi32(sums[k], kFirstShift);
-  const Pairs second = pairs_of_rows<kHalves[1]>(zigzag);
+  const Pairs second = pairs_of_rows<kRightHalf>(zigzag);
   transform(second, first_rounding(), sums);
   for (int k = 0; k < 8; ++k) {
     rows[k] = _mm256_packs_epi32(half[k], _mm256_srai_epi32(sums[k], kFirstShift));
