@@ -137,11 +137,10 @@ inline Vector pack_first(Vector a, Vector b) {
   return _mm256_packs_epi32(_mm256_srai_epi32(a, kFirstShift), _mm256_srai_epi32(b, kFirstShift));
 }
 
-// Two columns of samples as pairs. Takes the upper halves, and shifts by the other 2 bits in the
-// multiplier, which has less to do than the units for shifts.
+// Two columns of samples as pairs: of the shift by 18, taking the upper halves does 16.
 inline Vector pack_second(Vector a, Vector b) {
   const Vector both = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA);
-  return _mm256_mulhi_epi16(both, _mm256_set1_epi16(1 << (32 - kSecondShift)));
+  return _mm256_srai_epi16(both, kSecondShift - 16);
 }
 
 // Its upper two bits tell whether a value is within [-8192, 8192).
