@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu.h"
+
 namespace imseq {
 
 // Upsampling to twice the width with a triangle filter: jdsample.c h2v1_fancy_upsample. Writes the
@@ -26,5 +28,21 @@ void replicate(const uint8_t* in, int n, int factor, uint8_t* out);
 // n pixels of YCbCr to RGB, jdcolor.c ycc_rgb_convert (T.871 section 7, 16 fractional bits).
 void ycc_to_rgb(const uint8_t* y, const uint8_t* cb, const uint8_t* cr, int n, uint8_t* r,
                 uint8_t* g, uint8_t* b);
+
+// The functions above, for one level. Beyond what they say there, kernels may read kRowSlack bytes
+// behind the end of every input and write as many behind the end of every output.
+struct ColourKernels {
+  void (*upsample_h2v1)(const uint8_t* in, int begin, int end, int width, uint8_t* out);
+  void (*upsample_h2v2)(const uint8_t* near, const uint8_t* far, int begin, int end, int width,
+                        uint16_t* sums, uint8_t* out);
+  void (*upsample_h1v2)(const uint8_t* near, const uint8_t* far, bool below, int n, uint8_t* out);
+  void (*replicate)(const uint8_t* in, int n, int factor, uint8_t* out);
+  void (*ycc_to_rgb)(const uint8_t* y, const uint8_t* cb, const uint8_t* cr, int n, uint8_t* r,
+                     uint8_t* g, uint8_t* b);
+};
+
+[[nodiscard]] const ColourKernels& colour_kernels(CpuLevel level);
+
+extern const ColourKernels kColourAvx2, kColourAvx512;
 
 }  // namespace imseq

@@ -1,22 +1,23 @@
 // The engine: threads that read blocks, decode samples and fill batches in plan order.
 //
 // One plan (a Run) is executed at a time. Readers take blocks in plan order as long as the block
-// budget lasts; decoders take positions in plan order, wait until the position's batch has memory
-// (its slot is open) and its block is there, and decode. What needs Python goes into the task
-// queue. The consumer gets batch after batch.
+// budget lasts. A decoder takes the next position whose batch has memory (its slot is open), and
+// those behind it that are ready too, waits for the first one's block, and decodes the group. What
+// needs Python goes into the task queue. The consumer gets batch after batch.
 //
 // No deadlock by construction: blocks are read in order of first use, a block that a decoder waits
 // for is read whatever the budget says, and positions are taken in order, so the first unfinished
 // position can always go on.
 //
-// Locking: one mutex guards everything that is not atomic. The path of a sample whose block is
-// there and whose slot is open takes no lock.
+// Locking: one mutex guards everything that is not atomic. A group whose blocks are there and whose
+// slots are open takes no lock: locks are for blocks, batches and foreign rows.
 
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -61,6 +62,12 @@ class Timer {
   Clock::time_point begin_;
 };
 
+// Samples that one thread decodes together: more lanes fill the processor better, but each needs
+// its share of the cache. Clean samples (of packs) have lanes of their own, their restart intervals.
+constexpr int64_t kGroupOfClean = 4;
+constexpr int64_t kGroupOfOthers = 8;
+static_assert(std::max(kGroupOfClean, kGroupOfOthers) <= IMSEQ_MAX_GROUP);
+
 struct Counters {
   std::atomic<int64_t> read_bytes{0}, read_requests{0}, read_seeks{0}, read_ns{0}, read_wait_ns{0};
   std::atomic<int64_t> decode_samples{0}, decode_ns{0}, decode_wait_read_ns{0};
@@ -72,8 +79,10 @@ enum class BlockState : uint8_t { waiting, reading, ready, failed };
 
 // What a block has between being read and its last sample's decoding.
 struct Loaded {
-  Buffer buffer;
+  const uint8_t* bytes = nullptr;  // in the mapping or the buffer
   int64_t size_bytes = 0;
+  Mapping mapping;
+  Buffer buffer;
   int64_t reserved_bytes = 0;             // what it counts for in the budget
   std::vector<int64_t> offsets, lengths;  // foreign block: its samples
   std::unique_ptr<imseq_error> error;     // failed
@@ -121,8 +130,18 @@ struct Run {
         blocks(static_cast<size_t>(num_blocks)),
         batches(static_cast<size_t>(num_batches)) {}
 
+  uint32_t flags_of(int64_t position) const { return flags.empty() ? 0 : flags[position]; }
+
   // What stands for a position's sample in its key.
   int64_t drawn(int64_t position) const { return draw.empty() ? sample[position] : draw[position]; }
+
+  // Positions below this one have memory for their rows.
+  int64_t open_end() const { return batch_begin[open_batches.load(std::memory_order_acquire)]; }
+
+  bool block_is_there(int64_t number) const {
+    const BlockState state = blocks[number].state.load(std::memory_order_acquire);
+    return state == BlockState::ready || state == BlockState::failed;
+  }
 
   int64_t batch_of(int64_t position) const {
     return std::upper_bound(batch_begin.begin(), batch_begin.end(), position) -
@@ -135,6 +154,11 @@ struct Run {
     if (!path.empty() && path.back() != '/') path += '/';
     return path.append(paths, static_cast<size_t>(begin), static_cast<size_t>(end - begin));
   }
+};
+
+// Positions that one thread decodes together: [begin, end).
+struct Group {
+  int64_t begin = 0, end = 0;
 };
 
 struct Ticket {
@@ -220,24 +244,31 @@ struct imseq_engine {
   std::shared_ptr<Run> wait_for_run(int64_t* generation);
   void leave_run();
 
-  bool wait_for_slot(Run& run, int64_t batch);
+  bool take_group(Run& run, Group* group);
+  int64_t group_end(const Run& run, int64_t begin, int64_t open_end) const;
+  bool wait_for_slot(Run& run);
   bool wait_for_block(Run& run, int64_t block);
-  void process(const std::shared_ptr<Run>& run, int64_t position, int64_t batch,
-               SampleDecoder& decoder);
+  void decode_group(const std::shared_ptr<Run>& run, const Group& group, SampleDecoder& decoder);
   int32_t locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
                  imseq_error* error) const;
-  uint8_t* row_of(const Run& run, int64_t position, int64_t batch) const;
+  int32_t prepare(const Run& run, int64_t position, imseq_sample* out, imseq_error* error) const;
+  int32_t verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
+                 imseq_error* error) const;
+  void done_with_position(const std::shared_ptr<Run>& run, int64_t position, int32_t status,
+                          const imseq_error& error);
+  uint8_t* row_of(const Run& run, int64_t position) const;
   void push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position, bool prefix_done);
   void done_with_block(Run& run, int64_t position);
-  void done_with_row(Run& run, int64_t batch);
-  void fail_row(Run& run, int64_t position, int64_t batch, const imseq_error& error);
+  void done_with_row(Run& run, int64_t position);
+  void fail_row(Run& run, int64_t position, const imseq_error& error);
 
   int64_t estimate(const Run& run, int64_t block) const;
   bool may_read(const Run& run) const;
   void read_block(Run& run, int64_t block, FileReader& reader);
-  void count_request(const Run& run, int64_t block, int64_t offset, int64_t length);
+  void count_request(int32_t file, int64_t offset, int64_t length);
+  void take_buffer(Loaded& loaded, int64_t size_bytes);
   void foreign_block_came(Run& run, int64_t number);
-  void block_ready(Run& run, int64_t block, Buffer buffer, int64_t size_bytes);
+  void block_ready(Run& run, int64_t block, int64_t size_bytes);
   void block_failed(Run& run, int64_t block, const imseq_error& error);
   bool claim_ticket(int64_t ticket, int32_t kind, Ticket* out);
 
@@ -264,7 +295,7 @@ struct imseq_engine {
   int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
   int64_t mean_block_bytes_ =
       128 * 1024;  // of blocks of unknown length; ImageNet's mean file to begin
-  std::string last_path_;
+  int32_t last_file_ = -1;
   int64_t last_end_ = -1;
   BufferPool buffers_;
   std::deque<Ticket> row_tasks_, block_tasks_;
@@ -396,6 +427,7 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   }
   run_ = std::move(run);
   ended_ = false;
+  last_file_ = -1;
   ++generation_;
   run_changed_.notify_all();
   return IMSEQ_OK;
@@ -501,36 +533,58 @@ void imseq_engine::decode_thread() {
   SampleDecoder decoder;
   int64_t generation = 0;
   while (const std::shared_ptr<Run> run = wait_for_run(&generation)) {
-    int64_t batch = 0;
-    while (!run->cancelled) {
-      const int64_t position = run->next_position.fetch_add(1, std::memory_order_relaxed);
-      if (position >= run->plan.num_positions) break;
-      while (position >= run->batch_begin[batch + 1]) ++batch;
-      if (!wait_for_slot(*run, batch) || !wait_for_block(*run, run->block[position])) break;
-      process(run, position, batch, decoder);
-    }
+    Group group;
+    while (!run->cancelled && take_group(*run, &group)) decode_group(run, group, decoder);
     leave_run();
   }
 }
 
-bool imseq_engine::wait_for_slot(Run& run, int64_t batch) {
-  const auto open = [&] {
-    return run.cancelled || batch < run.open_batches.load(std::memory_order_acquire);
-  };
-  if (!open()) {
-    Timer timer(&counters_.decode_wait_batch_ns);
-    std::unique_lock lock(mutex_);
-    slot_opened_.wait(lock, open);
+// The next positions; false at the end of the plan or when it is cancelled.
+bool imseq_engine::take_group(Run& run, Group* group) {
+  int64_t begin = run.next_position.load(std::memory_order_relaxed);
+  for (;;) {
+    if (begin >= run.plan.num_positions) return false;
+    const int64_t open_end = run.open_end();
+    if (begin >= open_end) {
+      if (!wait_for_slot(run)) return false;
+      begin = run.next_position.load(std::memory_order_relaxed);
+      continue;
+    }
+    const int64_t end = group_end(run, begin, open_end);
+    if (run.next_position.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
+      *group = {begin, end};
+      return wait_for_block(run, run.block[begin]);
+    }
   }
+}
+
+// Where the group that starts with begin ends. No thread takes more than its share of what can be
+// done now, so that none is idle; and the first batch, which the script waits for, is shared among
+// all of them. A position whose block is not there waits alone: it must not hold up others.
+int64_t imseq_engine::group_end(const Run& run, int64_t begin, int64_t open_end) const {
+  const int64_t horizon = begin < run.batch_begin[1] ? run.batch_begin[1] : open_end;
+  const int64_t share = (horizon - begin + config_.num_decoders - 1) / config_.num_decoders;
+  const bool clean = (run.flags_of(begin) & IMSEQ_SAMPLE_CLEAN) != 0;
+  const int64_t limit = begin + std::min(share, clean ? kGroupOfClean : kGroupOfOthers);
+  int64_t end = begin;
+  while (end < limit && run.block_is_there(run.block[end])) ++end;
+  return std::max(end, begin + 1);
+}
+
+// Until the next position has memory, whoever takes it.
+bool imseq_engine::wait_for_slot(Run& run) {
+  const auto open = [&] {
+    const int64_t next = run.next_position.load(std::memory_order_relaxed);
+    return run.cancelled || next >= run.plan.num_positions || next < run.open_end();
+  };
+  Timer timer(&counters_.decode_wait_batch_ns);
+  std::unique_lock lock(mutex_);
+  slot_opened_.wait(lock, open);
   return !run.cancelled;
 }
 
 bool imseq_engine::wait_for_block(Run& run, int64_t number) {
-  const Block& block = run.blocks[number];
-  const auto there = [&] {
-    const BlockState state = block.state.load(std::memory_order_acquire);
-    return run.cancelled || state == BlockState::ready || state == BlockState::failed;
-  };
+  const auto there = [&] { return run.cancelled || run.block_is_there(number); };
   if (!there()) {
     Timer timer(&counters_.decode_wait_read_ns);
     std::unique_lock lock(mutex_);
@@ -550,7 +604,6 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
   const int64_t sample = run.sample[position];
   if (block.state.load(std::memory_order_acquire) == BlockState::failed) {
     *error = *block.loaded->error;
-    error->sample = sample;
     return error->code;
   }
   const Loaded& loaded = *block.loaded;
@@ -576,59 +629,90 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
         static_cast<long long>(length), static_cast<long long>(offset),
         static_cast<long long>(loaded.size_bytes));
   }
-  *bytes = loaded.buffer.bytes.get() + offset;
+  *bytes = loaded.bytes + offset;
   *size = length;
   return IMSEQ_OK;
 }
 
-uint8_t* imseq_engine::row_of(const Run& run, int64_t position, int64_t batch) const {
+uint8_t* imseq_engine::row_of(const Run& run, int64_t position) const {
+  const int64_t batch = run.batch_of(position);
   auto* rows = static_cast<uint8_t*>(run.slot_rows[batch % config_.num_slots]);
   return rows + (position - run.batch_begin[batch]) * config_.row_bytes;
 }
 
-void imseq_engine::process(const std::shared_ptr<Run>& run, int64_t position, int64_t batch,
-                           SampleDecoder& decoder) {
-  imseq_error error = {};
-  const uint8_t* bytes = nullptr;
-  int64_t size = 0;
-  int32_t status = locate(*run, position, &bytes, &size, &error);
-  const int64_t sample = run->sample[position];
-  if (status == IMSEQ_OK && config_.verify_checksums && !run->checksum.empty()) {
-    const uint32_t got = crc32c(0, bytes, static_cast<size_t>(size));
-    if (got != run->checksum[position]) {
-      status = fail(&error, IMSEQ_ERROR_DATA, sample, run->offset[position], 0,
-                    "CRC-32C is %08x, expected %08x (%lld bytes): the data changed on disk; run "
-                    "'imagenet-seq verify'",
-                    got, run->checksum[position], static_cast<long long>(size));
-    }
-  }
-  if (status == IMSEQ_OK) {
-    if (config_.rows == IMSEQ_ROWS_FROM_BYTES) {
-      status = IMSEQ_FOREIGN;
+// Compares a sample's bytes with their checksum.
+int32_t imseq_engine::verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
+                             imseq_error* error) const {
+  if (!config_.verify_checksums || run.checksum.empty()) return IMSEQ_OK;
+  const uint32_t got = crc32c(0, bytes, static_cast<size_t>(size));
+  if (got == run.checksum[position]) return IMSEQ_OK;
+  return fail(error, IMSEQ_ERROR_DATA, run.sample[position], run.offset[position], 0,
+              "CRC-32C is %08x, expected %08x (%lld bytes): the data changed on disk; run "
+              "'imagenet-seq verify'",
+              got, run.checksum[position], static_cast<long long>(size));
+}
+
+// What the decoder needs to know of a position. IMSEQ_FOREIGN: Python makes its row from the bytes.
+int32_t imseq_engine::prepare(const Run& run, int64_t position, imseq_sample* out,
+                              imseq_error* error) const {
+  int32_t status = locate(run, position, &out->bytes, &out->size, error);
+  if (status == IMSEQ_OK) status = verify(run, position, out->bytes, out->size, error);
+  if (status != IMSEQ_OK) return status;
+  out->key = {run.plan.seed, run.plan.epoch, run.drawn(position)};
+  out->row = row_of(run, position);
+  out->flags = run.flags_of(position);
+  return config_.rows == IMSEQ_ROWS_FROM_BYTES ? IMSEQ_FOREIGN : IMSEQ_OK;
+}
+
+void imseq_engine::decode_group(const std::shared_ptr<Run>& run, const Group& group,
+                                SampleDecoder& decoder) {
+  std::array<imseq_sample, IMSEQ_MAX_GROUP> samples;
+  std::array<int64_t, IMSEQ_MAX_GROUP> positions;
+  int num_samples = 0;
+  imseq_error error;
+  for (int64_t position = group.begin; position < group.end; ++position) {
+    const int32_t status = prepare(*run, position, &samples[num_samples], &error);
+    if (status == IMSEQ_OK) {
+      positions[num_samples++] = position;
     } else {
-      Timer timer(&counters_.decode_ns);
-      const imseq_key key = {run->plan.seed, run->plan.epoch, run->drawn(position)};
-      const uint32_t flags = run->flags.empty() ? 0 : run->flags[position];
-      imseq_sample one{key, bytes, size, row_of(*run, position, batch), flags, IMSEQ_OK};
-      status = decoder.decode(recipe_, &one, 1, nullptr, &error);
-      if (status == IMSEQ_OK) status = one.status;
+      done_with_position(run, position, status, error);
     }
   }
+  if (num_samples == 0) return;
+  int32_t first_failure;
+  {
+    Timer timer(&counters_.decode_ns);
+    first_failure = decoder.decode(recipe_, samples.data(), num_samples, nullptr, &error);
+  }
+  // Counted before the last row of a batch is done, so that who has the batch finds it counted.
+  int64_t num_decoded = 0;
+  for (int i = 0; i < num_samples; ++i) num_decoded += samples[i].status == IMSEQ_OK;
+  counters_.decode_samples.fetch_add(num_decoded, std::memory_order_relaxed);
+  for (int i = 0; i < num_samples; ++i) {
+    int32_t status = samples[i].status;
+    if (status < 0 && std::exchange(first_failure, IMSEQ_OK) == IMSEQ_OK) {
+      // The group's error was another sample's: have this one say what is wrong with it.
+      status = decoder.decode(recipe_, &samples[i], 1, nullptr, &error);
+      if (status == IMSEQ_OK) status = samples[i].status;
+    }
+    done_with_position(run, positions[i], status, error);
+  }
+}
+
+// The core has done what it can for a position; below zero: error says why it failed.
+void imseq_engine::done_with_position(const std::shared_ptr<Run>& run, int64_t position,
+                                      int32_t status, const imseq_error& error) {
   if (status == IMSEQ_FOREIGN) {
     push_task(run, IMSEQ_TASK_ROW, position, false);
     return;
   }
   done_with_block(*run, position);
   if (status != IMSEQ_OK) {
-    error.sample = sample;
-    fail_row(*run, position, batch, error);
-    return;
-  }
-  counters_.decode_samples.fetch_add(1, std::memory_order_relaxed);
-  if (config_.rows == IMSEQ_ROWS_FINISHED_BY_PYTHON) {
+    fail_row(*run, position, error);
+  } else if (config_.rows == IMSEQ_ROWS_FINISHED_BY_PYTHON) {
     push_task(run, IMSEQ_TASK_ROW, position, true);
   } else {
-    done_with_row(*run, batch);
+    done_with_row(*run, position);
   }
 }
 
@@ -643,23 +727,25 @@ void imseq_engine::done_with_block(Run& run, int64_t position) {
   budget_changed_.notify_all();
 }
 
-void imseq_engine::done_with_row(Run& run, int64_t batch) {
-  if (run.batches[batch].remaining.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+void imseq_engine::done_with_row(Run& run, int64_t position) {
+  if (run.batches[run.batch_of(position)].remaining.fetch_sub(1, std::memory_order_acq_rel) != 1)
+    return;
   std::lock_guard lock(mutex_);
   batch_done_.notify_all();
 }
 
-void imseq_engine::fail_row(Run& run, int64_t position, int64_t batch, const imseq_error& error) {
+void imseq_engine::fail_row(Run& run, int64_t position, const imseq_error& error) {
   {
     std::lock_guard lock(mutex_);
-    Batch& failed = run.batches[batch];
+    Batch& failed = run.batches[run.batch_of(position)];
     // The first in plan order is reported, whichever thread was faster.
     if (failed.error == nullptr || position < failed.error_position) {
       failed.error = std::make_unique<imseq_error>(error);
+      failed.error->sample = run.sample[position];
       failed.error_position = position;
     }
   }
-  done_with_row(run, batch);
+  done_with_row(run, position);
 }
 
 // ---- reading ------------------------------------------------------------------------------------
@@ -716,43 +802,50 @@ bool imseq_engine::may_read(const Run& run) const {
 
 void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
   imseq_error error = {};
-  Buffer buffer;
-  int64_t file_bytes = 0;
+  Loaded& loaded = *run.blocks[number].loaded;  // this thread's until it is ready
   const int64_t offset = run.block_offset[number];
   int64_t length = run.block_length[number];
   int32_t status;
   try {
-    status = reader.open(run.path(run.block_file[number]), &file_bytes, &error);
+    status = reader.open(run.path(run.block_file[number]), &error);
     if (status == IMSEQ_OK) {
-      if (length < 0) length = std::max<int64_t>(0, file_bytes - offset);
-      {
-        std::lock_guard lock(mutex_);
-        buffer = buffers_.get(length);
-        count_request(run, number, offset, length);
-      }
+      if (length < 0) length = std::max<int64_t>(0, reader.file_bytes() - offset);
+      count_request(run.block_file[number], offset, length);
       Timer timer(&counters_.read_ns);
-      status = reader.read(offset, length, buffer.bytes.get(), &error);
+      if (reader.map(offset, length, &loaded.mapping)) {
+        loaded.bytes = loaded.mapping.bytes();
+      } else {
+        take_buffer(loaded, length);
+        status = reader.read(offset, length, loaded.buffer.bytes.get(), &error);
+      }
     }
   } catch (const std::bad_alloc&) {
     status = fail(&error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
                   "out of memory for a block of %lld bytes", static_cast<long long>(length));
   }
   if (status == IMSEQ_OK) {
-    block_ready(run, number, std::move(buffer), length);
+    block_ready(run, number, length);
   } else {
     block_failed(run, number, error);
   }
 }
 
-void imseq_engine::count_request(const Run& run, int64_t block, int64_t offset, int64_t length) {
-  std::string path = run.path(run.block_file[block]);
-  if (path != last_path_ || offset != last_end_) {
+void imseq_engine::count_request(int32_t file, int64_t offset, int64_t length) {
+  std::lock_guard lock(mutex_);
+  if (file != last_file_ || offset != last_end_) {
     counters_.read_seeks.fetch_add(1, std::memory_order_relaxed);
   }
-  last_path_ = std::move(path);
+  last_file_ = file;
   last_end_ = offset + length;
   counters_.read_requests.fetch_add(1, std::memory_order_relaxed);
   counters_.read_bytes.fetch_add(length, std::memory_order_relaxed);
+}
+
+// Throws std::bad_alloc.
+void imseq_engine::take_buffer(Loaded& loaded, int64_t size_bytes) {
+  std::lock_guard lock(mutex_);
+  loaded.buffer = buffers_.get(size_bytes);
+  loaded.bytes = loaded.buffer.bytes.get();
 }
 
 void imseq_engine::foreign_block_came(Run& run, int64_t number) {
@@ -761,12 +854,12 @@ void imseq_engine::foreign_block_came(Run& run, int64_t number) {
   budget_changed_.notify_all();
 }
 
-void imseq_engine::block_ready(Run& run, int64_t number, Buffer buffer, int64_t size_bytes) {
+// Whoever made the block has put its bytes into place.
+void imseq_engine::block_ready(Run& run, int64_t number, int64_t size_bytes) {
   std::lock_guard lock(mutex_);
   foreign_block_came(run, number);
   Block& block = run.blocks[number];
   Loaded& loaded = *block.loaded;
-  loaded.buffer = std::move(buffer);
   loaded.size_bytes = size_bytes;
   if (!run.cancelled) {
     block_bytes_ += size_bytes - loaded.reserved_bytes;
@@ -823,7 +916,7 @@ int32_t imseq_engine::take(int64_t timeout_ns, imseq_task* out) {
     out->row_index = task.position - run.batch_begin[out->batch];
     out->sample = run.sample[task.position];
     out->draw = run.drawn(task.position);
-    out->row = row_of(run, task.position, out->batch);
+    out->row = row_of(run, task.position);
     imseq_error unused = {};
     if (!task.prefix_done && locate(run, task.position, &out->bytes, &out->size, &unused) < 0) {
       out->bytes = nullptr;  // cannot happen: only located rows become tasks
@@ -853,14 +946,13 @@ int32_t imseq_engine::finish_row(int64_t ticket, const char* failure, imseq_erro
   Run& run = *task.run;
   if (run.cancelled) return IMSEQ_CANCELLED;
   counters_.foreign_rows.fetch_add(1, std::memory_order_relaxed);
-  const int64_t batch = run.batch_of(task.position);
   if (!task.prefix_done) done_with_block(run, task.position);
   if (failure == nullptr) {
-    done_with_row(run, batch);
+    done_with_row(run, task.position);
   } else {
     imseq_error reason = {};
     (void)fail(&reason, IMSEQ_ERROR_SAMPLE, run.sample[task.position], -1, 0, "%s", failure);
-    fail_row(run, task.position, batch, reason);
+    fail_row(run, task.position, reason);
   }
   return IMSEQ_OK;
 }
@@ -881,11 +973,9 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
     block_failed(run, task.position, reason);
     return IMSEQ_OK;
   }
-  Buffer buffer;
+  Loaded& loaded = *run.blocks[task.position].loaded;
   try {
-    std::lock_guard lock(mutex_);
-    buffer = buffers_.get(size);
-    Loaded& loaded = *run.blocks[task.position].loaded;
+    take_buffer(loaded, size);
     loaded.offsets.assign(offsets, offsets + num_samples);
     loaded.lengths.assign(lengths, lengths + num_samples);
   } catch (const std::bad_alloc&) {
@@ -895,9 +985,9 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
     block_failed(run, task.position, reason);
     return IMSEQ_OK;
   }
-  if (size > 0) std::memcpy(buffer.bytes.get(), bytes, static_cast<size_t>(size));
+  if (size > 0) std::memcpy(loaded.buffer.bytes.get(), bytes, static_cast<size_t>(size));
   counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
-  block_ready(run, task.position, std::move(buffer), size);
+  block_ready(run, task.position, size);
   return IMSEQ_OK;
 }
 

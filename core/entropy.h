@@ -1,4 +1,5 @@
-// Huffman decoding of baseline scans: look-up tables, a bit reader, blocks, and restart intervals.
+// Decoding of baseline scans block by block: all coefficients of an image, for packing. Pixels come
+// from lanes.h, which is faster and does not look at every block alone.
 #pragma once
 
 #include <array>
@@ -8,48 +9,9 @@
 #include <vector>
 
 #include "jpeg.h"
+#include "lookup.h"
 
 namespace imseq {
-
-// ---- tables -------------------------------------------------------------------------------------
-
-// One look-up of the next kLookupBits bits. Where the code and its extra bits fit, it gives
-// everything.
-struct HuffmanEntry {
-  uint8_t length;   // bits of the code and its extra bits; 0: see HuffmanTable::decode_slowly
-  uint8_t advance;  // from the last coefficient's zigzag index to this one's; or kEndOfBlock
-  int16_t value;    // of the coefficient; length 0: code's length << 8 | symbol, 0 unknown
-};
-
-class HuffmanTable {
- public:
-  static constexpr int kLookupBits = 11;  // 8 KB a table: two of them, busy, fit the L1 cache
-  static constexpr int kMaxSymbolBits = 16 + 15;  // a code and its extra bits
-  static constexpr uint8_t kEndOfBlock = 64;      // an advance beyond every block
-  static constexpr uint8_t kInvalid = 128;        // an advance too, of what is no symbol
-
-  enum class Kind { kDc, kAc };
-
-  // The spec must have passed parse_jpeg. Does nothing when the table was built from the same spec.
-  void build(const JpegHuffmanSpec& spec, Kind kind);
-
-  [[nodiscard]] const HuffmanEntry* lookup() const { return lookup_.data(); }
-
-  // The entry for `bits` (the next 64, or at least 31, left-aligned) where lookup() has none: extra
-  // bits that do not fit, long codes, and bits that are no code or stand for nothing (advance =
-  // kInvalid).
-  [[nodiscard]] HuffmanEntry decode_slowly(uint64_t bits) const;
-
- private:
-  void fill_lookup(uint32_t code, int length, uint8_t symbol);
-
-  JpegHuffmanSpec spec_;
-  Kind kind_ = Kind::kDc;
-  std::array<HuffmanEntry, size_t{1} << kLookupBits> lookup_;
-  std::array<uint32_t, 17> limit_;  // codes of n bits are below limit_[n], left-aligned in 16 bits
-  std::array<int32_t, 17>
-      first_value_;  // index in spec_.values of code 0 of n bits, were there one
-};
 
 // ---- bits ---------------------------------------------------------------------------------------
 
@@ -94,66 +56,54 @@ class BitReader {
 
 // ---- blocks -------------------------------------------------------------------------------------
 
-// Decodes one block. With kStore, writes its coefficients other than zero to block[order[k]], k
-// being the zigzag index; the block must have been zeroed, but for block[0]. Without, only follows
-// the DC prediction. Returns the zigzag index of the last coefficient decoded, or -1 on an anomaly.
-// Does not check for an overrun: the caller does, block by block.
-template <bool kStore>
-inline int decode_block(BitReader& reader, const HuffmanTable& dc, const HuffmanTable& ac,
-                        int& prediction, const uint8_t* order, int16_t* block) {
+// Decodes one block: writes its coefficients other than zero to block[k], k being the zigzag index;
+// the block must have been zeroed, but for block[0]. False on an anomaly. Does not check for an
+// overrun: the caller does, block by block.
+inline bool decode_block(BitReader& reader, const HuffmanTables& tables, int component,
+                         int& prediction, int16_t* block) {
   BitReader bits = reader;  // a local copy stays in registers
-  // Needs no more than kLookupBits bits, and refills itself before it takes more: three symbols can
-  // follow a refill, even if the first of them is of the longest.
-  static_assert(BitReader::kRefilledBits - HuffmanTable::kMaxSymbolBits >=
-                2 * HuffmanTable::kLookupBits);
-  const auto next_entry = [&bits](const HuffmanTable& table) __attribute__((always_inline)) {
-    HuffmanEntry entry = table.lookup()[bits.peek(HuffmanTable::kLookupBits)];
-    if (entry.length == 0) [[unlikely]] {
-      bits.refill();
-      entry = table.decode_slowly(bits.bits());
+  // A symbol that is looked up needs no more than kLookupBits bits; others are preceded by a refill
+  // of their own. So three symbols can follow a refill, even if the first of them is of the longest.
+  constexpr int kLookupBits = HuffmanTable::kLookupBits;
+  static_assert(BitReader::kRefilledBits - HuffmanTable::kMaxSymbolBits >= 2 * kLookupBits);
+  const auto next_symbol = [&bits](const HuffmanEntry* lookup,
+                                   const HuffmanTable& table) __attribute__((always_inline)) {
+    const HuffmanEntry entry = lookup[bits.peek(kLookupBits)];
+    if (entry.is_whole()) [[likely]] {
+      bits.consume(entry.length());
+      const int advance = entry.mask() != 0 ? kEndOfBlock : static_cast<int>(entry.advance());
+      return HuffmanSymbol{entry.length(), advance, entry.value()};
     }
-    bits.consume(entry.length);
-    return entry;
+    bits.refill();
+    const HuffmanSymbol symbol = table.decode_slowly(bits.bits());
+    bits.consume(symbol.length);
+    return symbol;
   };
+  const HuffmanTable& dc = tables.dc(component);
+  const HuffmanTable& ac = tables.ac(component);
+  const HuffmanEntry* const ac_lookup = tables.ac_lookup(component);
   bits.refill();
-  const HuffmanEntry difference = next_entry(dc);
+  const HuffmanSymbol difference = next_symbol(tables.dc_lookup(component), dc);
   prediction += difference.value;
   // libjpeg-turbo stores the low 16 bits; a difference of 2^15 steps is no image's.
-  if (difference.advance != 1 || prediction != static_cast<int16_t>(prediction)) return -1;
-  if constexpr (kStore) block[0] = static_cast<int16_t>(prediction);
+  if (difference.advance != 1 || prediction != static_cast<int16_t>(prediction)) return false;
+  block[0] = static_cast<int16_t>(prediction);
   int k = 0;
-  HuffmanEntry entry{0, 0, 0};
+  HuffmanSymbol symbol{0, 0, 0};
   // Takes the next symbol; true when it was the block's last.
   const auto step = [&]() __attribute__((always_inline)) {
-    entry = next_entry(ac);
-    k += entry.advance;
+    symbol = next_symbol(ac_lookup, ac);
+    k += symbol.advance;
     if (k > 63) return true;
-    if constexpr (kStore) block[order[k]] = entry.value;
+    block[k] = static_cast<int16_t>(symbol.value);
     return k == 63;
   };
   do {
     bits.refill();
   } while (!step() && !step() && !step());
   reader = bits;
-  if (k <= 63) return k;
-  return entry.advance == HuffmanTable::kEndOfBlock ? k - HuffmanTable::kEndOfBlock : -1;
+  return k <= 63 || symbol.advance == kEndOfBlock;
 }
-
-// The tables of one image, kept from image to image as long as they are the same.
-class HuffmanTables {
- public:
-  void build(const JpegHeader& header);
-  [[nodiscard]] const HuffmanTable& dc(int component) const {
-    return dc_[dc_index_[static_cast<size_t>(component)]];
-  }
-  [[nodiscard]] const HuffmanTable& ac(int component) const {
-    return ac_[ac_index_[static_cast<size_t>(component)]];
-  }
-
- private:
-  std::array<HuffmanTable, 4> dc_, ac_;
-  std::array<size_t, 3> dc_index_{}, ac_index_{};  // component -> table
-};
 
 // ---- restart intervals --------------------------------------------------------------------------
 
@@ -167,50 +117,17 @@ struct Interval {
 // one.
 class IntervalReader {
  public:
-  // The intervals that hold an MCU for which `wanted` may be true come back in intervals(), the
-  // others are only counted. False where the markers are not exactly RST0, RST1, ... and EOI, as
-  // many as there must be. wanted(first_mcu, end_mcu): whether any MCU of the range is needed.
-  template <typename Wanted>
-  [[nodiscard]] bool read(const JpegHeader& header, const uint8_t* bytes, size_t size,
-                          const Wanted& wanted);
+  // False where the markers are not exactly RST0, RST1, ... and EOI, as many as there must be.
+  [[nodiscard]] bool read(const JpegHeader& header, const uint8_t* bytes, size_t size);
   [[nodiscard]] const std::vector<Interval>& intervals() const { return intervals_; }
   // Behind the EOI marker, in the bytes given to read().
   [[nodiscard]] size_t end_offset() const { return end_offset_; }
 
  private:
-  // Copies (where out is not null) up to the next marker, which *at is left behind. Returns it, 0
-  // if none.
-  static int copy_to_marker(const uint8_t* bytes, size_t size, size_t* at, uint8_t** out);
-  void reserve(size_t size);
-
   std::vector<uint8_t> arena_;
   std::vector<Interval> intervals_;
+  std::vector<uint32_t> markers_;
   size_t end_offset_ = 0;
 };
-
-template <typename Wanted>
-bool IntervalReader::read(const JpegHeader& header, const uint8_t* bytes, size_t size,
-                          const Wanted& wanted) {
-  constexpr int kRst0 = 0xD0, kEoi = 0xD9;
-  intervals_.clear();
-  reserve(size - header.entropy_offset);
-  const int64_t num_mcus = header.num_mcus();
-  const int64_t step = header.restart_interval == 0 ? num_mcus : header.restart_interval;
-  uint8_t* out = arena_.data();
-  size_t at = header.entropy_offset;
-  int number = 0;
-  for (int64_t mcu = 0; mcu < num_mcus; mcu += step) {
-    const int64_t end_mcu = num_mcus - mcu < step ? num_mcus : mcu + step;
-    const bool keep = wanted(mcu, end_mcu);
-    uint8_t* const begin = out;
-    const int marker = copy_to_marker(bytes, size, &at, keep ? &out : nullptr);
-    if (marker != (end_mcu == num_mcus ? kEoi : kRst0 + number)) return false;
-    number = (number + 1) & 7;
-    if (keep) intervals_.push_back({begin, out, mcu, end_mcu});
-  }
-  std::memset(out, 0, BitReader::kBlockBytes);
-  end_offset_ = at;
-  return true;
-}
 
 }  // namespace imseq

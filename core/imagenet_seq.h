@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-#define IMSEQ_ABI 3
+#define IMSEQ_ABI 4
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
@@ -193,13 +193,28 @@ IMSEQ_CHECKED int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* k
 
 enum { IMSEQ_STRIP_METADATA = 1 };
 
-/* Re-code a JPEG losslessly into canonical form: baseline, Huffman tables fitted to the image, a
- * restart marker every restart_interval MCUs. Decodes the whole stream; any anomaly is
- * IMSEQ_FOREIGN.
+/* A pack's four Huffman tables: DC and AC of the first component, DC and AC of the others, each as
+ * the payload of a DHT segment. */
+enum { IMSEQ_TABLES_BYTES = 416 };
+
+/* Re-code a JPEG losslessly into canonical form: baseline, with the pack's Huffman tables (NULL:
+ * tables fitted to the image), a restart marker every restart_interval MCUs and the intervals'
+ * sizes in APP9. Decodes the whole stream; any anomaly is IMSEQ_FOREIGN.
  * *out_size: the bytes written, or with IMSEQ_ERROR_CAPACITY the capacity that is enough. */
 IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t restart_interval,
-                                      uint32_t options, uint8_t* out, size_t capacity,
-                                      size_t* out_size, imseq_header* header, imseq_error* error);
+                                      uint32_t options, const uint8_t* tables, uint8_t* out,
+                                      size_t capacity, size_t* out_size, imseq_header* header,
+                                      imseq_error* error);
+
+/* Add to counts[4 * 256] (table, symbol) how often a re-coded JPEG would have each symbol.
+ * IMSEQ_FOREIGN, and nothing is added, where the image is damaged or out of scope. */
+IMSEQ_CHECKED int32_t imseq_count_symbols(const uint8_t* bytes, size_t size,
+                                          int32_t restart_interval, uint64_t* counts,
+                                          imseq_error* error);
+
+/* Tables for a pack whose images have about these counts, each below 2^48: a pure function. Every
+ * baseline image can be coded with them. out: IMSEQ_TABLES_BYTES. */
+IMSEQ_CHECKED int32_t imseq_fit_tables(const uint64_t* counts, uint8_t* out, imseq_error* error);
 
 /* CRC-32C (Castagnoli, RFC 3720) of bytes, continuing from crc (0 to begin). */
 IMSEQ_API uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size);

@@ -12,8 +12,9 @@ const std::array<uint8_t, 64> kNaturalOrder = {
 
 namespace {
 
-constexpr int kSof0 = 0xC0, kSof1 = 0xC1, kDht = 0xC4, kJpg = 0xC8, kDac = 0xCC, kSof15 = 0xCF;
-constexpr int kSoi = 0xD8, kSos = 0xDA, kDqt = 0xDB, kDri = 0xDD;
+constexpr int kSof0 = 0xC0, kSof1 = 0xC1, kSof2 = 0xC2, kDht = 0xC4, kJpg = 0xC8, kDac = 0xCC,
+              kSof15 = 0xCF;
+constexpr int kSoi = 0xD8, kEoi = 0xD9, kSos = 0xDA, kDqt = 0xDB, kDri = 0xDD;
 constexpr int kApp0 = 0xE0, kApp2 = 0xE2, kApp13 = 0xED, kApp14 = 0xEE, kApp15 = 0xEF, kCom = 0xFE;
 
 // libjpeg-turbo's JPEG_MAX_DIMENSION and D_MAX_BLOCKS_IN_MCU (jmorecfg.h, jpeglib.h).
@@ -178,6 +179,8 @@ bool parse_segment(int marker, Payload in, JpegHeader* header, bool* whole_image
   }
 }
 
+}  // namespace
+
 // T.81 C.2, and as libjpeg-turbo checks it (jpeg_make_d_derived_tbl): no code may be all ones.
 bool is_prefix_code(const JpegHuffmanSpec& spec) {
   uint32_t code = 0;
@@ -197,13 +200,22 @@ bool is_dc_table(const JpegHuffmanSpec& spec) {
                      [](uint8_t bits) { return bits <= 15; });
 }
 
-bool tables_are_sound(const JpegHeader& header) {
+namespace {
+
+bool quant_tables_are_defined(const JpegHeader& header) {
+  for (int c = 0; c < header.num_components; ++c) {
+    if (!header.quant(c).defined) return false;
+  }
+  return true;
+}
+
+bool huffman_tables_are_sound(const JpegHeader& header) {
   for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
     const JpegComponent& component = header.components[c];
     if (component.dc_table > 3 || component.ac_table > 3) return false;
     const JpegHuffmanSpec& dc = header.dc_tables[static_cast<size_t>(component.dc_table)];
     const JpegHuffmanSpec& ac = header.ac_tables[static_cast<size_t>(component.ac_table)];
-    if (!header.quant(static_cast<int>(c)).defined || !dc.defined || !ac.defined) return false;
+    if (!dc.defined || !ac.defined) return false;
     if (!is_prefix_code(dc) || !is_prefix_code(ac) || !is_dc_table(dc)) return false;
   }
   return true;
@@ -232,13 +244,17 @@ bool has_arithmetic_conditioning(const JpegHeader& header) {
                      [](const JpegSegment& segment) { return segment.marker == kDac; });
 }
 
-bool in_scope(const JpegHeader& header, bool whole_image) {
-  return whole_image && !has_arithmetic_conditioning(header) &&
-         (header.frame_marker == kSof0 || header.frame_marker == kSof1) && header.precision == 8 &&
+bool is_sequential(const JpegHeader& header) {
+  return header.frame_marker == kSof0 || header.frame_marker == kSof1;
+}
+
+bool in_scope(const JpegHeader& header) {
+  return !has_arithmetic_conditioning(header) &&
+         (is_sequential(header) || header.frame_marker == kSof2) && header.precision == 8 &&
          (header.num_components == 1 || header.num_components == 3) && header.height > 0 &&
          header.height <= kMaxDimension && header.width <= kMaxDimension &&
          !(header.has_adobe && header.adobe_transform > 1) && ids_are_distinct(header) &&
-         sampling_is_integral(header) && tables_are_sound(header);
+         sampling_is_integral(header) && quant_tables_are_defined(header);
 }
 
 // libjpeg-turbo's default_decompress_parms (jdapimin.c): JFIF means YCbCr; otherwise Adobe's marker
@@ -270,6 +286,26 @@ void derive_geometry(JpegHeader* header) {
   }
 }
 
+// Skips the 0xFF that begins a marker and the fill bytes (T.81 B.1.1.2). Returns the marker, with *at
+// behind it; 0 if there is none.
+int read_marker(const uint8_t* bytes, size_t size, size_t* at) {
+  if (*at >= size || bytes[*at] != 0xFF) return 0;
+  while (*at < size && bytes[*at] == 0xFF) ++*at;
+  return *at < size ? bytes[(*at)++] : 0;
+}
+
+// Reads the segment whose marker, just before bytes[*at], has been read.
+bool read_segment(int marker, const uint8_t* bytes, size_t size, size_t* at, JpegHeader* header,
+                  bool* whole_image) {
+  if (size - *at < 2) return false;
+  const size_t length = static_cast<size_t>(bytes[*at] << 8 | bytes[*at + 1]);
+  if (length < 2 || size - *at < length) return false;
+  if (!parse_segment(marker, {bytes + *at + 2, length - 2}, header, whole_image)) return false;
+  header->segments.push_back({static_cast<uint8_t>(marker), *at - 2, length + 2});
+  *at += length;
+  return true;
+}
+
 void reset(JpegHeader* header) {
   std::vector<JpegSegment> segments = std::move(header->segments);
   segments.clear();
@@ -286,22 +322,28 @@ JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header) {
   bool whole_image = false;
   size_t at = 2;
   for (int marker = 0; marker != kSos;) {
-    if (at >= size || bytes[at] != 0xFF) return JpegKind::kDamaged;
-    while (at < size && bytes[at] == 0xFF) ++at;  // fill bytes, T.81 B.1.1.2
-    if (size - at < 3) return JpegKind::kDamaged;
-    marker = bytes[at];
-    const size_t length = static_cast<size_t>(bytes[at + 1] << 8 | bytes[at + 2]);
-    if (length < 2 || size - at - 1 < length) return JpegKind::kDamaged;
-    const Payload payload{bytes + at + 3, length - 2};
-    if (!parse_segment(marker, payload, header, &whole_image)) return JpegKind::kDamaged;
-    header->segments.push_back({static_cast<uint8_t>(marker), at - 1, length + 2});
-    at += 1 + length;
+    marker = read_marker(bytes, size, &at);
+    if (marker == 0 || !read_segment(marker, bytes, size, &at, header, &whole_image))
+      return JpegKind::kDamaged;
   }
   header->entropy_offset = at;
-  if (!in_scope(*header, whole_image)) return JpegKind::kForeign;
+  const bool baseline = whole_image && is_sequential(*header);
+  if (!in_scope(*header) || (baseline && !huffman_tables_are_sound(*header)))
+    return JpegKind::kForeign;
   header->colour = colour_of(*header);
   derive_geometry(header);
-  return JpegKind::kBaseline;
+  return baseline ? JpegKind::kBaseline : JpegKind::kSeveralScans;
+}
+
+int parse_to_next_scan(const uint8_t* bytes, size_t size, size_t* at, JpegHeader* header) {
+  bool whole_image = false;
+  while (true) {
+    const int marker = read_marker(bytes, size, at);
+    if (marker == kEoi) return kEoi;
+    if (marker != kDht && marker != kDri && marker != kSos) return 0;
+    if (!read_segment(marker, bytes, size, at, header, &whole_image)) return 0;
+    if (marker == kSos) return kSos;
+  }
 }
 
 }  // namespace imseq

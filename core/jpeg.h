@@ -42,7 +42,7 @@ struct JpegComponent {
   int id = 0;
   int h_sampling = 0, v_sampling = 0;  // as written in the frame header
   int quant_table = 0, dc_table = 0, ac_table = 0;
-  // What follows is derived, and only for kBaseline.
+  // What follows is derived, and only for kBaseline and kSeveralScans.
   int mcu_width = 0, mcu_height = 0;  // blocks of this component in an MCU
   int width = 0, height = 0;          // samples that mean something: the image's size, downsampled
   int blocks_wide = 0, blocks_high = 0;  // coded blocks, those that only fill up an MCU included
@@ -71,11 +71,18 @@ struct JpegHeader {
   int adobe_transform = 0;
   std::vector<JpegSegment> segments;  // all between SOI and the entropy-coded data, SOS the last
   size_t entropy_offset = 0;          // first byte behind the scan header
-  // What follows is derived, and only for kBaseline.
+  // What follows is derived, and only for kBaseline and kSeveralScans.
   JpegColour colour = JpegColour::kGrey;
   int mcus_wide = 0, mcus_high = 0;
 
   [[nodiscard]] int64_t num_mcus() const { return int64_t{mcus_wide} * mcus_high; }
+  // MCUs of a restart interval but the last, and how many intervals there are.
+  [[nodiscard]] int64_t interval_mcus() const {
+    return restart_interval == 0 ? num_mcus() : restart_interval;
+  }
+  [[nodiscard]] int64_t num_intervals() const {
+    return (num_mcus() + interval_mcus() - 1) / interval_mcus();
+  }
   [[nodiscard]] const JpegQuantTable& quant(int component) const {
     return quant_tables[static_cast<size_t>(
         components[static_cast<size_t>(component)].quant_table)];
@@ -83,14 +90,28 @@ struct JpegHeader {
 };
 
 enum class JpegKind {
-  kBaseline,  // this decoder's scope
-  kForeign,   // a header that can be read, but of another kind: progressive, CMYK, 12 bit ...
-  kDamaged    // no JPEG, or a header that is not sound
+  kBaseline,      // this decoder's scope
+  kSeveralScans,  // the same but for its scans: progressive, or several sequential ones; only
+                  // packing decodes it (progressive.h)
+  kForeign,       // a header that can be read, but of another kind: CMYK, 12 bit ...
+  kDamaged        // no JPEG, or a header that is not sound
 };
 
 // Reads everything up to the entropy-coded data of the first scan. Looks at no byte outside [0,
 // size).
 [[nodiscard]] JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header);
+
+// Reads on at bytes[*at], behind the entropy-coded data of a scan: Huffman tables and restart
+// intervals into the header, up to the marker that ends them. Returns it, with *at behind it (behind
+// its segment where it has one, which is then the last of header->segments): SOS or EOI; 0 where
+// anything else comes.
+[[nodiscard]] int parse_to_next_scan(const uint8_t* bytes, size_t size, size_t* at,
+                                     JpegHeader* header);
+
+// Whether no code is a prefix of another, nor all ones.
+[[nodiscard]] bool is_prefix_code(const JpegHuffmanSpec& spec);
+// Whether all symbols are categories of a DC difference.
+[[nodiscard]] bool is_dc_table(const JpegHuffmanSpec& spec);
 
 // The coefficients of all blocks, quantised as they are coded.
 struct JpegCoefficients {

@@ -31,6 +31,22 @@ class BufferPool {
   int64_t free_bytes_ = 0;
 };
 
+// A range of a file in the page cache, mapped where it lies; read-only.
+class Mapping {
+ public:
+  Mapping() = default;
+  Mapping(Mapping&& other) noexcept;
+  Mapping& operator=(Mapping&& other) noexcept;
+  ~Mapping();
+  [[nodiscard]] const uint8_t* bytes() const { return bytes_; }
+
+ private:
+  friend class FileReader;
+  void* pages_ = nullptr;
+  size_t pages_bytes_ = 0;
+  const uint8_t* bytes_ = nullptr;  // of the range, which need not begin with a page
+};
+
 // Reads ranges of files; keeps the file read last open, since blocks of one shard follow each
 // other. One per thread.
 class FileReader {
@@ -40,8 +56,14 @@ class FileReader {
   FileReader(const FileReader&) = delete;
   FileReader& operator=(const FileReader&) = delete;
 
-  // Opens path (unless it is open) and reports its size in bytes.
-  [[nodiscard]] int32_t open(const std::string& path, int64_t* file_bytes, imseq_error* error);
+  // Opens path (unless it is open) and finds out its size.
+  [[nodiscard]] int32_t open(const std::string& path, imseq_error* error);
+  [[nodiscard]] int64_t file_bytes() const { return file_bytes_; }
+
+  // Maps [offset, offset + length) of the open file where that costs less than to copy it: large
+  // ranges that are in the page cache. False: read() it. Cold data must not be mapped: page faults
+  // would fetch it in pieces of 128 KB. Linux 5.14 or later.
+  [[nodiscard]] bool map(int64_t offset, int64_t length, Mapping* out) const;
 
   // Reads [offset, offset + length) of the open file whole; a file that ends early is
   // IMSEQ_ERROR_DATA.
@@ -49,9 +71,11 @@ class FileReader {
 
  private:
   void close();
+  bool is_cached(int64_t offset, int64_t length) const;
 
   std::string path_;
   int fd_ = -1;
+  int64_t file_bytes_ = 0;
 };
 
 }  // namespace imseq

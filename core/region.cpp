@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "colour.h"
+#include "cpu.h"
+#include "markers.h"
 
 namespace imseq {
 
@@ -16,21 +18,140 @@ void grow(std::vector<T>* memory, size_t size) {
 
 }  // namespace
 
-bool RegionDecoder::decode(const JpegHeader& header, const uint8_t* bytes, size_t size,
-                           const Region& region, Soundness soundness) {
+bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                         const Region& region, Soundness soundness, FlatTables* flat_tables,
+                         uint64_t id) {
+  data_ = bytes + header.entropy_offset;
+  data_size_ = size - header.entropy_offset;
   // A block takes two bits at least; what is shorter need not be given memory.
-  if (header.num_mcus() > static_cast<int64_t>(size - header.entropy_offset) * 4) return false;
-  lay_out(header, region);
-  const bool all = soundness == Soundness::kAll;
-  const auto wanted = [&](int64_t first_mcu, int64_t end_mcu) {
-    return all || next_needed(first_mcu) < end_mcu;
-  };
-  if (!intervals_.read(header, bytes, size, wanted)) return false;
-  tables_.build(header);
-  for (const Interval& interval : intervals_.intervals()) {
-    if (!decode_interval(interval, all)) return false;
+  if (data_size_ > UINT32_MAX || header.num_mcus() > static_cast<int64_t>(data_size_) * 4) {
+    return false;
   }
+  lay_out(header, region);
+  decode_all_ = soundness == Soundness::kAll;
+  failed_ = false;
+  num_open_ = 0;
+  if (!find_intervals(header, soundness != Soundness::kRegion)) return false;
+  tables_.prepare(header, flat_tables, id);
   return true;
+}
+
+// all: the markers of intervals that nobody needs must be right, too.
+bool RegionDecoder::find_intervals(const JpegHeader& header, bool all) {
+  interval_mcus_ = header.interval_mcus();
+  const int64_t last_needed = int64_t{end_mcu_y_ - 1} * mcus_wide_ + end_mcu_x_ - 1;
+  const int64_t num_needed = last_needed / interval_mcus_ + 1;
+  num_intervals_ = decode_all_ ? header.num_intervals() : num_needed;
+  next_interval_ = decode_all_ ? 0 : next_needed(0) / interval_mcus_;
+  const int64_t num_markers = all ? header.num_intervals() : num_needed;
+  // Every interval takes a marker of two bytes.
+  if (static_cast<int64_t>(data_size_ / 2) < num_markers) return false;
+  grow(&markers_, static_cast<size_t>(num_markers));
+  return find_markers(header, data_, data_size_, num_markers, markers_.data());
+}
+
+bool RegionDecoder::begin_interval(Lane* lane) {
+  while (next_interval_ < num_intervals_ && !failed_) {
+    const int64_t interval = next_interval_++;
+    const int64_t first_mcu = interval * interval_mcus_;
+    const int64_t interval_end = std::min(first_mcu + interval_mcus_, num_mcus_);
+    const int64_t end_mcu = decode_all_ ? interval_end : needed_end(first_mcu, interval_end);
+    if (end_mcu == first_mcu) continue;
+    const size_t begin = interval == 0 ? 0 : markers_[static_cast<size_t>(interval - 1)] + 2;
+    const size_t end = markers_[static_cast<size_t>(interval)];
+    lane->begin_interval(tables_, data_ + begin, data_ + end, first_mcu, end_mcu);
+    ++num_open_;
+    return true;
+  }
+  return false;
+}
+
+bool RegionDecoder::take_segment(Lane* lane) {
+  const ptrdiff_t bits_left = lane->bits_left();
+  const int64_t end_mcu = lane->mcu + lane->num_mcus;
+  const bool interval_ends = end_mcu == num_mcus_ || end_mcu % interval_mcus_ == 0;
+  if (lane->failed || !lane->sound || bits_left < 0 || !sum_dc(lane)) failed_ = true;
+  // Nothing but the padding of the last byte may be left.
+  if (interval_ends && (!lane->has_all_bytes() || bits_left >= 8)) failed_ = true;
+  if (failed_) {
+    std::memset(lane->coefficients.data(), 0, lane->end * sizeof(int16_t));
+    --num_open_;
+    return false;
+  }
+  transform(lane);
+  if (end_mcu < lane->end_mcu) {
+    lane->begin_segment();
+    return true;
+  }
+  --num_open_;
+  return false;
+}
+
+// From differences to DC coefficients. False: one that libjpeg-turbo would not store as it is; a
+// difference of 2^15 steps is no image's.
+bool RegionDecoder::sum_dc(Lane* lane) {
+  int16_t* block = lane->coefficients.data();
+  int overflow = 0;
+  for (int64_t i = 0; i < lane->num_mcus; ++i) {
+    for (size_t c = 0; c < num_components_; ++c) {
+      int prediction = lane->predictions[c];
+      for (int b = planes_[c].mcu_width * planes_[c].mcu_height; b > 0; --b, block += 64) {
+        prediction += block[0];
+        block[0] = static_cast<int16_t>(prediction);
+        overflow |= prediction ^ block[0];
+      }
+      lane->predictions[c] = prediction;
+    }
+  }
+  return overflow == 0;
+}
+
+// The segment's blocks become samples, those that the region needs.
+void RegionDecoder::transform(Lane* lane) {
+  const int64_t end = lane->mcu + lane->num_mcus;
+  const size_t mcu_values = static_cast<size_t>(tables_.mcu_blocks) * 64;
+  const auto clear = [&](int64_t from, int64_t to) {
+    std::memset(lane->coefficients.data() + static_cast<size_t>(from - lane->mcu) * mcu_values, 0,
+                static_cast<size_t>(to - from) * mcu_values * sizeof(int16_t));
+  };
+  for (int64_t mcu = lane->mcu; mcu < end;) {
+    const int64_t needed = std::min(next_needed(mcu), end);
+    if (needed > mcu) clear(mcu, needed);
+    if (needed == end) return;
+    const int64_t run = std::min(end_mcu_x_ - needed % mcus_wide_, end - needed);
+    transform_run(lane, needed, static_cast<int>(run));
+    mcu = needed + run;
+  }
+}
+
+// MCUs of one row.
+void RegionDecoder::transform_run(Lane* lane, int64_t mcu, int num_mcus) {
+  const auto mcu_y = static_cast<int>(mcu / mcus_wide_) - first_mcu_y_;
+  const auto mcu_x = static_cast<int>(mcu % mcus_wide_) - first_mcu_x_;
+  const ptrdiff_t mcu_values = ptrdiff_t{tables_.mcu_blocks} * 64;
+  int16_t* blocks = lane->coefficients.data() + (mcu - lane->mcu) * mcu_values;
+  const IdctKernel idct = idct_kernel(cpu_level());
+  for (size_t c = 0; c < num_components_; ++c) {
+    Plane& plane = planes_[c];
+    uint8_t* out = plane.samples.data() + mcu_y * plane.mcu_height * 8 * plane.stride +
+                   mcu_x * plane.mcu_width * 8;
+    for (int y = 0; y < plane.mcu_height; ++y) {
+      idct(blocks, plane.mcu_width, mcu_values, num_mcus * plane.mcu_width, plane.idct, out,
+           plane.stride);
+      blocks += plane.mcu_width * 64;
+      out += 8 * plane.stride;
+    }
+  }
+}
+
+size_t RegionDecoder::num_bytes() const {
+  size_t sum = 0;
+  for (const Plane& plane : planes_) sum += plane.samples.size();
+  return sum;
+}
+
+void RegionDecoder::free_memory() {
+  for (Plane& plane : planes_) plane.samples = {};
 }
 
 // Finds the MCUs that the region needs and sizes the planes for them.
@@ -80,7 +201,7 @@ void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   plane.stride = static_cast<ptrdiff_t>(end_mcu_x_ - first_mcu_x_) * 8 * component.mcu_width;
   const ptrdiff_t rows =
       static_cast<ptrdiff_t>(end_mcu_y_ - first_mcu_y_) * 8 * component.mcu_height;
-  grow(&plane.samples, static_cast<size_t>(plane.stride * rows));
+  grow(&plane.samples, static_cast<size_t>(plane.stride * rows) + kRowSlack);
   // libjpeg-turbo's choice (jdsample.c, jinit_upsampler).
   if (h == 1 && v == 1) {
     plane.upsampling = Upsampling::kNone;
@@ -95,8 +216,8 @@ void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   }
   if (plane.upsampling == Upsampling::kNone) return;
   const size_t num_samples = static_cast<size_t>(region_.width / h) + 2;
-  grow(&plane.pixels, num_samples * static_cast<size_t>(h));
-  grow(&sums_, num_samples + 2);
+  grow(&plane.pixels, num_samples * static_cast<size_t>(h) + kRowSlack);
+  grow(&sums_, num_samples + 2 + kRowSlack);
 }
 
 // The first MCU at or behind `mcu` that the region needs; num_mcus_ if there is none.
@@ -114,67 +235,28 @@ int64_t RegionDecoder::next_needed(int64_t mcu) const {
   return y * mcus_wide_ + std::max<int64_t>(x, first_mcu_x_);
 }
 
-bool RegionDecoder::decode_interval(const Interval& interval, bool to_end) {
-  BitReader reader(interval.begin, interval.end);
-  predictions_.fill(0);
-  for (int64_t mcu = interval.first_mcu; mcu < interval.end_mcu;) {
-    const int64_t needed = std::min(next_needed(mcu), interval.end_mcu);
-    if (needed == interval.end_mcu && !to_end) return true;
-    if (!skip_mcus(reader, needed - mcu)) return false;
-    const int64_t run = std::min(end_mcu_x_ - needed % mcus_wide_, interval.end_mcu - needed);
-    if (run > 0 && !decode_mcus(reader, needed, run)) return false;
-    mcu = needed + std::max<int64_t>(run, 0);
+// Behind the last MCU of [begin, end) that the region needs; begin if there is none.
+int64_t RegionDecoder::needed_end(int64_t begin, int64_t end) const {
+  int64_t y = (end - 1) / mcus_wide_, x = (end - 1) % mcus_wide_;
+  if (x < first_mcu_x_) {
+    --y;
+    x = mcus_wide_ - 1;
   }
-  return reader.bits_left() < 8;  // nothing but the padding of the last byte
-}
-
-bool RegionDecoder::skip_mcus(BitReader& reader, int64_t num_mcus) {
-  for (int64_t i = 0; i < num_mcus; ++i) {
-    for (size_t c = 0; c < num_components_; ++c) {
-      const HuffmanTable& dc = tables_.dc(static_cast<int>(c));
-      const HuffmanTable& ac = tables_.ac(static_cast<int>(c));
-      for (int b = planes_[c].mcu_width * planes_[c].mcu_height; b > 0; --b) {
-        if (decode_block<false>(reader, dc, ac, predictions_[c], nullptr, nullptr) < 0)
-          return false;
-        if (reader.overrun()) return false;
-      }
-    }
+  if (y >= end_mcu_y_) {
+    y = end_mcu_y_ - 1;
+    x = mcus_wide_ - 1;
   }
-  return true;
-}
-
-// MCUs of one row, all of which the region needs.
-bool RegionDecoder::decode_mcus(BitReader& reader, int64_t mcu, int64_t num_mcus) {
-  const auto mcu_y = static_cast<int>(mcu / mcus_wide_) - first_mcu_y_;
-  const auto first_x = static_cast<int>(mcu % mcus_wide_) - first_mcu_x_;
-  alignas(16) int16_t block[64];
-  for (int mcu_x = first_x; mcu_x < first_x + static_cast<int>(num_mcus); ++mcu_x) {
-    for (size_t c = 0; c < num_components_; ++c) {
-      Plane& plane = planes_[c];
-      const HuffmanTable& dc = tables_.dc(static_cast<int>(c));
-      const HuffmanTable& ac = tables_.ac(static_cast<int>(c));
-      for (int y = 0; y < plane.mcu_height; ++y) {
-        uint8_t* out = plane.samples.data() + (mcu_y * plane.mcu_height + y) * 8 * plane.stride +
-                       mcu_x * plane.mcu_width * 8;
-        for (int x = 0; x < plane.mcu_width; ++x, out += 8) {
-          std::memset(block, 0, sizeof(block));
-          const int last =
-              decode_block<true>(reader, dc, ac, predictions_[c], kNaturalOrder.data(), block);
-          if (last < 0 || reader.overrun()) return false;
-          idct_block(block, plane.idct, last, out, plane.stride);
-        }
-      }
-    }
-  }
-  return true;
+  if (y < first_mcu_y_) return begin;
+  return std::max(begin, y * mcus_wide_ + std::min<int64_t>(x, end_mcu_x_ - 1) + 1);
 }
 
 void RegionDecoder::row(int y, uint8_t* const* planes) {
+  const ColourKernels& kernels = colour_kernels(cpu_level());
   const auto width = static_cast<size_t>(region_.width);
   std::array<const uint8_t*, 3> in{};
   for (size_t c = 0; c < num_components_; ++c) in[c] = upsampled_row(planes_[c], y);
   if (colour_ == JpegColour::kYCbCr) {
-    ycc_to_rgb(in[0], in[1], in[2], region_.width, planes[0], planes[1], planes[2]);
+    kernels.ycc_to_rgb(in[0], in[1], in[2], region_.width, planes[0], planes[1], planes[2]);
     return;
   }
   for (size_t c = 0; c < num_components_; ++c) std::memcpy(planes[c], in[c], width);
@@ -184,6 +266,7 @@ void RegionDecoder::row(int y, uint8_t* const* planes) {
 const uint8_t* RegionDecoder::upsampled_row(Plane& plane, int y) {
   const int own_y = y / plane.v_factor;
   const uint8_t* own = plane.row(own_y);
+  const ColourKernels& kernels = colour_kernels(cpu_level());
   if (plane.upsampling == Upsampling::kNone) return own + region_.left;
   const int begin = region_.left / plane.h_factor;
   const int end = (region_.left + region_.width - 1) / plane.h_factor + 1;
@@ -193,16 +276,16 @@ const uint8_t* RegionDecoder::upsampled_row(Plane& plane, int y) {
   const int far_y = std::clamp(below ? own_y + 1 : own_y - 1, 0, plane.height - 1);
   switch (plane.upsampling) {
     case Upsampling::kH2V1:
-      upsample_h2v1(own, begin, end, plane.width, out);
+      kernels.upsample_h2v1(own, begin, end, plane.width, out);
       break;
     case Upsampling::kH2V2:
-      upsample_h2v2(own, plane.row(far_y), begin, end, plane.width, sums_.data(), out);
+      kernels.upsample_h2v2(own, plane.row(far_y), begin, end, plane.width, sums_.data(), out);
       break;
     case Upsampling::kH1V2:
-      upsample_h1v2(own + begin, plane.row(far_y) + begin, below, end - begin, out);
+      kernels.upsample_h1v2(own + begin, plane.row(far_y) + begin, below, end - begin, out);
       break;
     default:
-      replicate(own + begin, end - begin, plane.h_factor, out);
+      kernels.replicate(own + begin, end - begin, plane.h_factor, out);
   }
   return out + (region_.left - begin * plane.h_factor);
 }

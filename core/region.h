@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "entropy.h"
 #include "idct.h"
 #include "jpeg.h"
+#include "lanes.h"
 
 namespace imseq {
 
@@ -25,17 +25,38 @@ enum class Soundness {
 
 // Decodes only what a region needs: without restart markers the scan from its start to the region's
 // last row, with them the intervals that touch the region; and the inverse DCT of the region's
-// blocks alone. Keeps its memory from image to image.
+// blocks alone. Keeps its memory from image to image. Lanes do the entropy decoding:
+//
+//   if (!region.open(...)) ...;                       // foreign
+//   while (lanes are free) region.begin_interval(lane);   // false: there are no more
+//   for each segment that a lane has decoded: region.take_segment(lane);
+//   when done(): unless failed(), row() of every row
 class RegionDecoder {
  public:
   // header: kBaseline. The region must lie in the image and not be empty. False: an anomaly.
-  [[nodiscard]] bool decode(const JpegHeader& header, const uint8_t* bytes, size_t size,
-                            const Region& region, Soundness soundness);
+  [[nodiscard]] bool open(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                          const Region& region, Soundness soundness, FlatTables* flat_tables,
+                          uint64_t id);
+  [[nodiscard]] const ScanTables& tables() const { return tables_; }
 
-  // After decode. Planes of a pixel row: 1 (grey) or 3 (red, green, blue).
-  [[nodiscard]] int num_planes() const { return colour_ == JpegColour::kGrey ? 1 : 3; }
-  // Pixels [left, left + width) of row y of the image, which lies in the region, to planes[0 ...].
+  // Gives the lane the first segment of the next interval. False: there is none left.
+  [[nodiscard]] bool begin_interval(Lane* lane);
+  // Takes the segment that the lane has decoded. True: it has begun the next one of its interval.
+  [[nodiscard]] bool take_segment(Lane* lane);
+  // All intervals have been decoded, or given up.
+  [[nodiscard]] bool done() const {
+    return num_open_ == 0 && (failed_ || next_interval_ == num_intervals_);
+  }
+  [[nodiscard]] bool failed() const { return failed_; }
+
+  // When done: pixels [left, left + width) of row y of the image, which lies in the region, to planes[0 ...] (one of
+  // grey, or red, green, blue);
+  // kRowSlack bytes behind them may be written, too.
   void row(int y, uint8_t* const* planes);
+
+  // Bytes of the decoded region, and giving them back: large images must not hold on to them.
+  [[nodiscard]] size_t num_bytes() const;
+  void free_memory();
 
  private:
   enum class Upsampling { kNone, kH2V1, kH2V2, kH1V2, kReplicate };
@@ -60,12 +81,15 @@ class RegionDecoder {
 
   void lay_out(const JpegHeader& header, const Region& region);
   void lay_out_plane(const JpegHeader& header, size_t component);
+  [[nodiscard]] bool find_intervals(const JpegHeader& header, bool all);
   [[nodiscard]] int64_t next_needed(int64_t mcu) const;
-  [[nodiscard]] bool decode_interval(const Interval& interval, bool to_end);
-  [[nodiscard]] bool skip_mcus(BitReader& reader, int64_t num_mcus);
-  [[nodiscard]] bool decode_mcus(BitReader& reader, int64_t mcu, int64_t num_mcus);
+  [[nodiscard]] int64_t needed_end(int64_t begin, int64_t end) const;
+  [[nodiscard]] bool sum_dc(Lane* lane);
+  void transform(Lane* lane);
+  void transform_run(Lane* lane, int64_t mcu, int num_mcus);
   const uint8_t* upsampled_row(Plane& plane, int y);
 
+  ScanTables tables_;
   JpegColour colour_ = JpegColour::kGrey;
   Region region_;
   int mcus_wide_ = 0;
@@ -73,10 +97,17 @@ class RegionDecoder {
   int first_mcu_x_ = 0, end_mcu_x_ = 0, first_mcu_y_ = 0, end_mcu_y_ = 0;  // MCUs the region needs
   size_t num_components_ = 0;
   std::array<Plane, 3> planes_{};
-  std::array<int, 3> predictions_{};
   std::vector<uint16_t> sums_;
-  HuffmanTables tables_;
-  IntervalReader intervals_;
+
+  const uint8_t* data_ = nullptr;  // entropy-coded
+  size_t data_size_ = 0;
+  std::vector<uint32_t> markers_;  // where intervals end in it
+  bool decode_all_ = false;        // not only what is needed
+  int64_t interval_mcus_ = 0;
+  int64_t num_intervals_ = 0;  // up to the last one that is needed
+  int64_t next_interval_ = 0;
+  int num_open_ = 0;  // intervals that lanes are decoding
+  bool failed_ = false;
 };
 
 }  // namespace imseq

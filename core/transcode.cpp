@@ -1,117 +1,37 @@
-#include "transcode.h"
-
+// Packing's lossless re-coding: the same coefficients under other Huffman tables, with restart
+// markers. docs/format.md, "Canonical form", says what comes out.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 #include <new>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "huffman.h"
 #include "imagenet_seq.h"
 #include "jpeg.h"
+#include "progressive.h"
 #include "status.h"
 
 namespace imseq {
 
 namespace {
 
-constexpr int kMaxCodeLength = 16;
-
-// num_of_length[l]: leaves at depth l of a Huffman tree over weights, which must be sorted
-// ascending. Two queues make the tree in linear time: the leaves, and the inner nodes in order of
-// creation.
-std::vector<int32_t> huffman_depths(const std::vector<uint64_t>& weights) {
-  const size_t num_leaves = weights.size();
-  std::vector<uint64_t> weight(weights);
-  std::vector<size_t> parent(2 * num_leaves - 1, 0);
-  size_t leaf = 0;
-  size_t inner = num_leaves;
-  const auto take_lightest = [&] {
-    // On a tie the leaf goes first: that keeps the longest code as short as possible.
-    const bool take_leaf =
-        leaf < num_leaves && (inner == weight.size() || weight[leaf] <= weight[inner]);
-    return take_leaf ? leaf++ : inner++;
-  };
-  for (size_t i = 1; i < num_leaves; ++i) {
-    const size_t first = take_lightest();
-    const size_t second = take_lightest();
-    parent[first] = parent[second] = weight.size();
-    weight.push_back(weight[first] + weight[second]);
-  }
-  std::vector<int32_t> depth(weight.size(), 0);
-  std::vector<int32_t> num_of_length(num_leaves + 1, 0);
-  for (size_t node = weight.size() - 1; node-- > 0;) {
-    depth[node] = depth[parent[node]] + 1;
-    if (node < num_leaves) ++num_of_length[depth[node]];
-  }
-  return num_of_length;
-}
-
-// T.81 figure K.3: move pairs of codes that are too long up, one at a time, keeping the code
-// complete.
-void limit_code_lengths(std::vector<int32_t>& num_of_length) {
-  for (size_t length = num_of_length.size() - 1; length > kMaxCodeLength; --length) {
-    while (num_of_length[length] > 0) {
-      size_t shorter = length - 2;
-      while (num_of_length[shorter] == 0) --shorter;
-      num_of_length[length] -= 2;
-      num_of_length[length - 1] += 1;
-      num_of_length[shorter + 1] += 2;
-      num_of_length[shorter] -= 1;
-    }
-  }
-}
-
-}  // namespace
-
-HuffmanCode fit_huffman_code(const uint32_t* counts) {
-  // Rarest first; among equals the larger symbol counts as the rarer.
-  std::vector<uint8_t> by_count;
-  for (int symbol = 255; symbol >= 0; --symbol) {
-    if (counts[symbol] > 0) by_count.push_back(static_cast<uint8_t>(symbol));
-  }
-  std::stable_sort(by_count.begin(), by_count.end(),
-                   [&](uint8_t a, uint8_t b) { return counts[a] < counts[b]; });
-  HuffmanCode result;
-  if (by_count.empty()) return result;
-
-  // A leaf of no weight takes the last of the longest codes, the one of ones alone.
-  std::vector<uint64_t> weights{0};
-  for (const uint8_t symbol : by_count) weights.push_back(counts[symbol]);
-  std::vector<int32_t> num_of_length = huffman_depths(weights);
-  limit_code_lengths(num_of_length);
-  size_t longest = std::min<size_t>(kMaxCodeLength, num_of_length.size() - 1);
-  while (num_of_length[longest] == 0) --longest;
-  --num_of_length[longest];
-
-  uint32_t code = 0;
-  size_t rank = by_count.size();
-  for (size_t length = 1; length <= longest; ++length, code <<= 1) {
-    result.num_codes[length] = static_cast<uint8_t>(num_of_length[length]);
-    for (int32_t i = 0; i < num_of_length[length]; ++i) {
-      const uint8_t symbol = by_count[--rank];
-      result.symbols[result.num_symbols++] = symbol;
-      result.code[symbol] = static_cast<uint16_t>(code++);
-      result.length[symbol] = static_cast<uint8_t>(length);
-    }
-  }
-  return result;
-}
-
-namespace {
-
 // Markers, T.81 table B.1.
 constexpr uint8_t kSof0 = 0xC0, kSof1 = 0xC1, kDht = 0xC4, kRst0 = 0xD0, kSoi = 0xD8, kEoi = 0xD9,
                   kSos = 0xDA, kDqt = 0xDB, kDri = 0xDD, kApp0 = 0xE0, kApp1 = 0xE1, kApp2 = 0xE2,
-                  kApp14 = 0xEE, kApp15 = 0xEF, kCom = 0xFE;
+                  kApp9 = 0xE9, kApp14 = 0xEE, kApp15 = 0xEF, kCom = 0xFE;
 
 // Pillow refuses larger images unless told otherwise (twice MAX_IMAGE_PIXELS), so they stay as they
 // are.
 constexpr int64_t kMaxPixels = 178956970;
 
-// The largest DC difference and the largest AC category for 8-bit samples (T.81 tables F.1 and
-// F.2).
-constexpr int kLargestValue = 2047;
-constexpr uint32_t kMaxAcSize = 10;
+// The largest values for 8-bit samples (T.81 tables F.1 and F.2).
+constexpr int32_t kLargestDcDifference = 2047, kLargestAc = 1023;
 
 // ---- metadata -----------------------------------------------------------------------------------
 
@@ -153,7 +73,7 @@ int exif_orientation(Bytes payload) {
   return 1;
 }
 
-// Everything of the output before the entropy-coded data.
+// Marker segments, one after the other.
 class HeaderWriter {
  public:
   void marker(uint8_t code) { bytes_.insert(bytes_.end(), {0xFF, code}); }
@@ -169,11 +89,17 @@ class HeaderWriter {
                     0,   1,   1,   0x12, 0, 3, 0,   0,   0, 1,  0, static_cast<uint8_t>(value),
                     0,   0,   0,   0,    0, 0});
   }
+  void append(const HeaderWriter& other) {
+    bytes_.insert(bytes_.end(), other.bytes_.begin(), other.bytes_.end());
+  }
   [[nodiscard]] const std::vector<uint8_t>& bytes() const { return bytes_; }
 
  private:
   std::vector<uint8_t> bytes_;
 };
+
+// The identifier of the APP9 segment that says how long each restart interval is.
+constexpr char kIntervalSizes[] = "imseq";  // and its NUL
 
 bool is_metadata(uint8_t marker) { return (marker >= kApp0 && marker <= kApp15) || marker == kCom; }
 
@@ -186,6 +112,9 @@ bool write_metadata(const JpegHeader& header, const uint8_t* bytes, bool strip,
     const Bytes payload{bytes + segment.offset + 4, segment.size - 4};
     const bool is_jfif = segment.marker == kApp0 && payload.begins_with("JFIF", 4);
     const bool is_adobe = segment.marker == kApp14 && payload.begins_with("Adobe", 5);
+    if (segment.marker == kApp9 && payload.begins_with(kIntervalSizes, sizeof(kIntervalSizes))) {
+      continue;  // this image gets its own
+    }
     if (strip && segment.marker == kApp1 && payload.begins_with("Exif\0", 6)) {
       const int orientation = exif_orientation(payload);
       if (orientation != 1 && !orientation_written) writer->orientation(orientation);
@@ -236,11 +165,10 @@ void write_frame_header(const JpegHeader& header, bool extended, HeaderWriter* w
   writer->segment(extended ? kSof1 : kSof0, payload);
 }
 
-void write_huffman_table(int table_class, int id, const HuffmanCode& code, HeaderWriter* writer) {
-  std::vector<uint8_t> payload{static_cast<uint8_t>(table_class << 4 | id)};
-  payload.insert(payload.end(), code.num_codes.begin() + 1, code.num_codes.end());
-  payload.insert(payload.end(), code.symbols.begin(), code.symbols.begin() + code.num_symbols);
-  writer->segment(kDht, payload);
+void write_huffman_table(const HuffmanCode& code, size_t table, HeaderWriter* writer) {
+  std::array<uint8_t, kMaxDhtBytes> payload;
+  const uint8_t* const end = write_dht(code, table, payload.data());
+  writer->segment(kDht, {static_cast<const uint8_t*>(payload.data()), end});
 }
 
 void write_scan_header(const JpegHeader& header, HeaderWriter* writer) {
@@ -255,18 +183,29 @@ void write_scan_header(const JpegHeader& header, HeaderWriter* writer) {
 
 // ---- entropy coding -----------------------------------------------------------------------------
 
-// A symbol to code: bits 0 to 9 the table and the symbol in it, bits 16 and up the extra bits.
+// A symbol to code: bits 0 to 9 the table and the symbol in it, bits 16 and up its extra bits.
 using Token = uint32_t;
 constexpr int kExtraShift = 16;
 constexpr uint32_t kTokenSymbol = 0x3FF;
 constexpr uint32_t kEndOfBlock = 0x00, kSixteenZeros = 0xF0;
 
-// Tables, times 256: DC and AC of the first component, DC and AC of the others.
-constexpr uint32_t ac_table_of(int component) { return component == 0 ? 0x100 : 0x300; }
+// Tables as in HuffmanCodes, times 256.
 constexpr uint32_t dc_table_of(int component) { return component == 0 ? 0x000 : 0x200; }
+constexpr uint32_t ac_table_of(int component) { return component == 0 ? 0x100 : 0x300; }
 
 // Bit k is set where block[k] is not zero.
 uint64_t nonzero_mask(const int16_t* block) {
+#if defined(__SSE2__)
+  uint64_t zeros = 0;
+  for (int i = 0; i < 64; i += 16) {
+    const auto* in = reinterpret_cast<const __m128i*>(block + i);
+    // Packing saturates, so it makes no value zero.
+    const __m128i bytes = _mm_packs_epi16(_mm_loadu_si128(in), _mm_loadu_si128(in + 1));
+    const int is_zero = _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
+    zeros |= static_cast<uint64_t>(is_zero) << i;
+  }
+  return ~zeros;
+#else
   constexpr uint64_t kLow15 = 0x7FFF7FFF7FFF7FFFu;
   static_assert(std::endian::native == std::endian::little, "the first value has the lowest bit");
   uint64_t mask = 0;
@@ -278,29 +217,45 @@ uint64_t nonzero_mask(const int16_t* block) {
     mask |= (((top_bits >> 15) * 0x0001000200040008u) >> 48 & 0xF) << i;
   }
   return mask;
+#endif
 }
 
-// The category of each value and its extra bits (T.81 F.1.2.1.1), as they stand in a token.
+// The category of each value and its extra bits (T.81 F.1.2.1.1), as they stand in a token;
+// [value & kCategoryMask]. Values that are too large for that have any token.
+constexpr uint32_t kCategoryMask = 0xFFF;
 constexpr auto kCategories = [] {
-  std::array<Token, 2 * kLargestValue + 1> table{};
-  for (int value = -kLargestValue; value <= kLargestValue; ++value) {
+  std::array<Token, kCategoryMask + 1> table{};
+  for (int value = -kLargestDcDifference; value <= kLargestDcDifference; ++value) {
     const auto magnitude = static_cast<uint32_t>(value < 0 ? -value : value);
     const auto size = static_cast<uint32_t>(std::bit_width(magnitude));
     const auto extra = static_cast<uint32_t>(value < 0 ? value - 1 : value) & ((1u << size) - 1);
-    table[static_cast<size_t>(value + kLargestValue)] = size | extra << kExtraShift;
+    table[static_cast<uint32_t>(value) & kCategoryMask] = size | extra << kExtraShift;
   }
   return table;
 }();
 
-// The scan as tokens, and how often each symbol occurs.
+constexpr Token category(int32_t value) {
+  return kCategories[static_cast<uint32_t>(value) & kCategoryMask];
+}
+
+constexpr bool is_too_large(int32_t value, int32_t largest) {
+  return static_cast<uint32_t>(value + largest) > static_cast<uint32_t>(2 * largest);
+}
+
+using SymbolCounts = std::array<uint64_t, 4 * 256>;  // [table and symbol, as in a token]
+
+// The scan as tokens.
 class ScanTokens {
  public:
   // False: a coefficient is larger than an encoder can make it from 8-bit samples.
   [[nodiscard]] bool collect(const JpegHeader& header, const JpegCoefficients& coefficients,
-                             int restart_interval) {
+                             int32_t restart_interval) {
     const int64_t interval = restart_interval > 0 ? restart_interval : header.num_mcus();
     int64_t mcus_left = interval;
     size_t num_tokens = 0;
+    interval_ends_.clear();
+    last_dc_ = {};
+    too_large_ = false;
     for (int y = 0; y < header.mcus_high; ++y) {
       make_room(header, num_tokens);
       Token* out = tokens_.data() + num_tokens;
@@ -316,13 +271,19 @@ class ScanTokens {
       num_tokens = static_cast<size_t>(out - tokens_.data());
     }
     interval_ends_.push_back(num_tokens);
-    return categories_are_baseline();
+    return !too_large_;
   }
 
-  // Of symbol, in the table given as dc_table_of or ac_table_of.
-  [[nodiscard]] const uint32_t* counts(uint32_t table) const { return counts_.data() + table; }
-  [[nodiscard]] const std::vector<size_t>& interval_ends() const { return interval_ends_; }
-  [[nodiscard]] const Token* tokens() const { return tokens_.data(); }
+  [[nodiscard]] const Token* begin() const { return tokens_.data(); }
+  [[nodiscard]] const Token* end() const { return begin() + interval_ends_.back(); }
+  [[nodiscard]] size_t num_intervals() const { return interval_ends_.size(); }
+  [[nodiscard]] const Token* interval_end(size_t i) const { return begin() + interval_ends_[i]; }
+
+  [[nodiscard]] SymbolCounts counts() const {
+    SymbolCounts result{};
+    for (const Token token : *this) ++result[token & kTokenSymbol];
+    return result;
+  }
 
  private:
   // A row of MCUs has at most 64 tokens a block: then no token needs a check of its own.
@@ -341,9 +302,9 @@ class ScanTokens {
     for (int c = 0; c < header.num_components; ++c) {
       const JpegComponent& component = header.components[static_cast<size_t>(c)];
       for (int v = 0; v < component.mcu_height; ++v) {
-        for (int h = 0; h < component.mcu_width; ++h) {
-          const int16_t* block =
-              coefficients.block(c, y * component.mcu_height + v, x * component.mcu_width + h);
+        const int16_t* block =
+            coefficients.block(c, y * component.mcu_height + v, x * component.mcu_width);
+        for (int h = 0; h < component.mcu_width; ++h, block += 64) {
           out = collect_block(block, c, out);
         }
       }
@@ -354,46 +315,29 @@ class ScanTokens {
   // T.81 F.1.2.1 and F.1.2.2.
   Token* collect_block(const int16_t* block, int component, Token* out) {
     int32_t& last_dc = last_dc_[static_cast<size_t>(component)];
-    const auto add = [&](Token token) {
-      ++counts_[token & kTokenSymbol];
-      *out++ = token;
-    };
-    add(dc_table_of(component) | category(block[0] - last_dc));
+    const int32_t difference = block[0] - last_dc;
     last_dc = block[0];
+    *out++ = dc_table_of(component) | category(difference);
+    bool too_large = is_too_large(difference, kLargestDcDifference);
     const uint32_t table = ac_table_of(component);
     int last = 0;
     for (uint64_t mask = nonzero_mask(block) & ~uint64_t{1}; mask != 0; mask &= mask - 1) {
       const int k = std::countr_zero(mask);
       int run = k - last - 1;
-      for (; run > 15; run -= 16) add(table | kSixteenZeros);
-      add(table | static_cast<uint32_t>(run) << 4 | category(block[k]));
+      for (; run > 15; run -= 16) *out++ = table | kSixteenZeros;
+      *out++ = table | static_cast<uint32_t>(run) << 4 | category(block[k]);
+      too_large |= is_too_large(block[k], kLargestAc);
       last = k;
     }
-    if (last != 63) add(table | kEndOfBlock);
+    if (last != 63) *out++ = table | kEndOfBlock;
+    too_large_ |= too_large;
     return out;
-  }
-
-  Token category(int32_t value) {
-    const auto place = static_cast<uint32_t>(value + kLargestValue);
-    if (place < kCategories.size()) return kCategories[place];
-    value_too_large_ = true;
-    return 0;
-  }
-
-  [[nodiscard]] bool categories_are_baseline() const {
-    if (value_too_large_) return false;
-    for (uint32_t symbol = 0; symbol < 256; ++symbol) {
-      if ((symbol & 15) <= kMaxAcSize) continue;
-      if (counts(ac_table_of(0))[symbol] > 0 || counts(ac_table_of(1))[symbol] > 0) return false;
-    }
-    return true;
   }
 
   std::vector<Token> tokens_;
   std::vector<size_t> interval_ends_;
-  std::array<uint32_t, 4 * 256> counts_{};
   std::array<int32_t, 3> last_dc_{};
-  bool value_too_large_ = false;
+  bool too_large_ = false;
 };
 
 // How a token's symbol is written: its code, moved up to make place for the extra bits.
@@ -404,99 +348,153 @@ struct SymbolCode {
 
 using SymbolCodes = std::array<SymbolCode, 4 * 256>;
 
-// Also adds up the bits that all tokens take.
-SymbolCodes symbol_codes(const std::array<HuffmanCode, 4>& codes, const ScanTokens& scan,
-                         uint64_t* total_bits) {
+SymbolCodes symbol_codes(const HuffmanCodes& codes) {
   SymbolCodes result{};
-  *total_bits = 0;
-  for (size_t table = 0; table < 4; ++table) {
+  for (size_t table = 0; table < codes.size(); ++table) {
     for (size_t symbol = 0; symbol < 256; ++symbol) {
       const int extra_length = static_cast<int>(symbol & 15);
       const int length = codes[table].length[symbol] + extra_length;
       const uint32_t bits = static_cast<uint32_t>(codes[table].code[symbol]) << extra_length;
       result[table << 8 | symbol] = {bits, length};
-      *total_bits +=
-          static_cast<uint64_t>(scan.counts(static_cast<uint32_t>(table) << 8)[symbol]) * length;
     }
   }
   return result;
 }
 
-// Writes bits, with the zero byte that has to follow each 0xFF (T.81 F.1.2.3), inside [begin, end).
-class EntropyWriter {
+// Bits as bytes, most significant first. Stores eight bytes at a time, of which those behind
+// position() mean nothing yet.
+class BitWriter {
  public:
-  EntropyWriter(uint8_t* begin, uint8_t* end) : position_(begin), end_(end) {}
+  explicit BitWriter(uint8_t* begin) : position_(begin) {}
 
-  // Up to 32 bits. False: no room.
-  [[nodiscard]] bool put(uint32_t bits, int length) {
-    free_ -= length;
-    if (free_ >= 0) {
-      accumulator_ = accumulator_ << length | bits;
-      return true;
-    }
-    // free_ bits are too many: the accumulator takes what it can and goes out.
-    const uint64_t full = accumulator_ << (length + free_) | bits >> -free_;
-    accumulator_ = bits;
-    free_ += 64;
-    return put_eight_bytes(full);
+  // Up to 32 bits.
+  void put(uint32_t bits, int length) {
+    accumulator_ = accumulator_ << length | bits;
+    used_ += length;
+    const uint64_t word = __builtin_bswap64(accumulator_ << (63 - used_) << 1);
+    std::memcpy(position_, &word, sizeof(word));
+    position_ += used_ >> 3;
+    used_ &= 7;
   }
+  // Fills the last byte with ones.
+  void fill_byte() { put((1u << (-used_ & 7)) - 1, -used_ & 7); }
 
-  // Fills the last byte with ones and ends the interval with a marker. False: no room.
-  [[nodiscard]] bool finish(uint8_t marker) {
-    const int used = 64 - free_;
-    const int num_bytes = (used + 7) / 8;
-    if (end_ - position_ < 2 * num_bytes + 2) return false;
-    const uint64_t ones = (uint64_t{1} << (num_bytes * 8 - used)) - 1;
-    const uint64_t padded = num_bytes == 0 ? 0 : accumulator_ << (num_bytes * 8 - used) | ones;
-    for (int i = num_bytes - 1; i >= 0; --i) put_byte(static_cast<uint8_t>(padded >> (8 * i)));
-    *position_++ = 0xFF;
-    *position_++ = marker;
-    accumulator_ = 0;
-    free_ = 64;
-    return true;
-  }
-
-  [[nodiscard]] const uint8_t* position() const { return position_; }
+  // Continues at begin, where nothing of the bytes before matters any more.
+  void restart(uint8_t* begin) { position_ = begin; }
+  [[nodiscard]] uint8_t* position() const { return position_; }
 
  private:
-  [[nodiscard]] bool put_eight_bytes(uint64_t value) {
-    if (end_ - position_ < 16) return false;
-    // A byte of 0xFF, or a harmless neighbour of one, carries out of its seven low bits.
-    if ((value & ~(value + 0x0101010101010101u) & 0x8080808080808080u) == 0) {
-      value = __builtin_bswap64(value);
-      std::memcpy(position_, &value, sizeof(value));
-      position_ += sizeof(value);
-      return true;
+  uint8_t* position_;
+  uint64_t accumulator_ = 0;  // its lowest used_ bits are still to be written
+  int used_ = 0;
+};
+
+// Entropy-coded data inside [begin, end), with the zero byte that has to follow each 0xFF (T.81
+// F.1.2.3). Where there is no room for more, writes nothing more and says so at the end.
+class StuffingWriter {
+ public:
+  StuffingWriter(uint8_t* begin, uint8_t* end) : position_(begin), end_(end) {}
+
+  void write(const uint8_t* bytes, const uint8_t* bytes_end) {
+    full_ |= end_ - position_ < 2 * (bytes_end - bytes);
+    if (full_) return;
+    for (; bytes_end - bytes >= 8; bytes += 8) {
+      uint64_t word;
+      std::memcpy(&word, bytes, sizeof(word));
+      // A byte of 0xFF, or a harmless neighbour of one, carries out of its seven low bits.
+      if ((word & ~(word + 0x0101010101010101u) & 0x8080808080808080u) == 0) {
+        std::memcpy(position_, &word, sizeof(word));
+        position_ += sizeof(word);
+      } else {
+        stuff(bytes, bytes + 8);
+      }
     }
-    for (int shift = 56; shift >= 0; shift -= 8) put_byte(static_cast<uint8_t>(value >> shift));
-    return true;
+    stuff(bytes, bytes_end);
   }
-  void put_byte(uint8_t byte) {
-    *position_++ = byte;
-    if (byte == 0xFF) *position_++ = 0;
+  void marker(uint8_t code) {
+    full_ |= end_ - position_ < 2;
+    if (full_) return;
+    *position_++ = 0xFF;
+    *position_++ = code;
+  }
+
+  [[nodiscard]] uint8_t* position() const { return position_; }
+  [[nodiscard]] bool full() const { return full_; }
+
+ private:
+  void stuff(const uint8_t* bytes, const uint8_t* bytes_end) {
+    uint8_t* out = position_;
+    for (; bytes != bytes_end; ++bytes) {
+      *out++ = *bytes;
+      if (*bytes == 0xFF) *out++ = 0;
+    }
+    position_ = out;
   }
 
   uint8_t* position_;
   uint8_t* end_;
-  uint64_t accumulator_ = 0;
-  int free_ = 64;
+  bool full_ = false;
 };
 
-bool write_scan(const ScanTokens& scan, const SymbolCodes& codes, EntropyWriter* writer) {
-  const Token* token = scan.tokens();
-  const size_t num_intervals = scan.interval_ends().size();
-  for (size_t i = 0; i < num_intervals; ++i) {
-    for (const Token* end = scan.tokens() + scan.interval_ends()[i]; token != end; ++token) {
-      const SymbolCode code = codes[*token & kTokenSymbol];
-      if (!writer->put(code.bits | *token >> kExtraShift, code.length)) return false;
+// Writes the entropy-coded data, markers included; sizes: the bytes of each restart interval with
+// its marker.
+void write_scan(const ScanTokens& scan, const HuffmanCodes& huffman, StuffingWriter* writer,
+                std::vector<size_t>* sizes) {
+  constexpr ptrdiff_t kTokensAtOnce = 1024;  // with their bytes they stay in the L1 cache
+  const SymbolCodes codes = symbol_codes(huffman);
+  std::array<uint8_t, kTokensAtOnce * 4 + 16> unstuffed;
+  BitWriter bits(unstuffed.data());
+  const Token* token = scan.begin();
+  for (size_t i = 0; i < scan.num_intervals(); ++i) {
+    const uint8_t* const begin = writer->position();
+    const Token* const interval_end = scan.interval_end(i);
+    const bool is_last = i + 1 == scan.num_intervals();
+    while (token != interval_end) {
+      const Token* const end = token + std::min(interval_end - token, kTokensAtOnce);
+      for (; token != end; ++token) {
+        const SymbolCode code = codes[*token & kTokenSymbol];
+        bits.put(code.bits | *token >> kExtraShift, code.length);
+      }
+      if (token == interval_end) bits.fill_byte();
+      writer->write(unstuffed.data(), bits.position());
+      bits.restart(unstuffed.data());
     }
-    const bool is_last = i + 1 == num_intervals;
-    if (!writer->finish(is_last ? kEoi : static_cast<uint8_t>(kRst0 + i % 8))) return false;
+    writer->marker(is_last ? kEoi : static_cast<uint8_t>(kRst0 + i % 8));
+    sizes->push_back(static_cast<size_t>(writer->position() - begin));
   }
-  return true;
 }
 
 // ---- the whole ----------------------------------------------------------------------------------
+
+// An image taken apart.
+struct Source {
+  JpegHeader header;
+  JpegCoefficients coefficients;
+  ScanTokens scan;
+};
+
+// Kept from call to call, so that its memory is.
+Source& source_of_thread() {
+  static thread_local Source source;
+  return source;
+}
+
+// Gives memory back after an image so large that few others are: a thread keeps tens of MB at most.
+void forget_if_huge(Source* source) {
+  constexpr int64_t kKeptPixels = int64_t{1} << 21;
+  if (int64_t{source->header.width} * source->header.height > kKeptPixels) *source = {};
+}
+
+// False: not to be re-coded.
+bool take_apart(const uint8_t* bytes, size_t size, int32_t restart_interval, Source* out) {
+  const JpegKind kind = parse_jpeg(bytes, size, &out->header);
+  if (kind != JpegKind::kBaseline && kind != JpegKind::kSeveralScans) return false;
+  if (int64_t{out->header.width} * out->header.height > kMaxPixels) return false;
+  const bool sound = kind == JpegKind::kBaseline
+                         ? decode_coefficients(out->header, bytes, size, &out->coefficients)
+                         : decode_scans(bytes, size, &out->header, &out->coefficients);
+  return sound && out->scan.collect(out->header, out->coefficients, restart_interval);
+}
 
 void fill_header(const JpegHeader& from, int restart_interval, size_t entropy_offset,
                  imseq_header* out) {
@@ -513,52 +511,129 @@ void fill_header(const JpegHeader& from, int restart_interval, size_t entropy_of
   out->entropy_offset = static_cast<int64_t>(entropy_offset);
 }
 
-int32_t transcode(const uint8_t* bytes, size_t size, int32_t restart_interval, bool strip,
-                  uint8_t* out, size_t capacity, size_t* out_size, imseq_header* out_header,
-                  imseq_error* error) {
-  JpegHeader header;
-  if (parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) return IMSEQ_FOREIGN;
-  if (int64_t{header.width} * header.height > kMaxPixels) return IMSEQ_FOREIGN;
-  HeaderWriter writer;
-  writer.marker(kSoi);
-  if (!write_metadata(header, bytes, strip, &writer)) return IMSEQ_FOREIGN;
+struct Settings {
+  int32_t restart_interval;
+  bool strip;
+  const uint8_t* tables;  // of the pack; null: the image's own
+};
 
-  JpegCoefficients coefficients;
-  if (!decode_coefficients(header, bytes, size, &coefficients)) return IMSEQ_FOREIGN;
-  ScanTokens scan;
-  if (!scan.collect(header, coefficients, restart_interval)) return IMSEQ_FOREIGN;
+// False: the pack's tables are not what imseq_fit_tables gives.
+bool choose_codes(const ScanTokens& scan, const uint8_t* pack_tables, HuffmanCodes* out) {
+  if (pack_tables != nullptr) return read_pack_tables(pack_tables, out);
+  const SymbolCounts counts = scan.counts();
+  for (size_t table = 0; table < out->size(); ++table) {
+    (*out)[table] = fit_huffman_code(counts.data() + table * 256);
+  }
+  return true;
+}
 
+// Bytes that are enough for the entropy-coded data: each may need a stuffed one, and an interval
+// adds a part of a byte and its marker.
+size_t enough_for_scan(const ScanTokens& scan, const HuffmanCodes& codes) {
+  const SymbolCounts counts = scan.counts();
+  uint64_t num_bits = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    num_bits += counts[i] * (codes[i / 256].length[i % 256] + (i & 15));
+  }
+  return 2 * (num_bits / 8 + scan.num_intervals() * 2);
+}
+
+// The APP9 segment that says how many bytes each restart interval takes, its marker included.
+size_t interval_sizes_bytes(size_t num_intervals) {
+  constexpr size_t kMaxPayload = 65533;
+  const size_t payload = sizeof(kIntervalSizes) + 2 * num_intervals;
+  return payload <= kMaxPayload ? payload + 4 : 0;  // 0: there is none
+}
+
+void write_interval_sizes(const std::vector<size_t>& sizes, HeaderWriter* writer) {
+  std::vector<uint8_t> payload(std::begin(kIntervalSizes), std::end(kIntervalSizes));
+  for (const size_t size : sizes) {
+    payload.push_back(static_cast<uint8_t>(size >> 8));
+    payload.push_back(static_cast<uint8_t>(size));
+  }
+  writer->segment(kApp9, payload);
+}
+
+// Everything up to the restart interval. False: there is metadata that can't be kept in truth.
+bool write_head(const Source& source, const uint8_t* bytes, const Settings& settings,
+                const HuffmanCodes& codes, HeaderWriter* writer) {
+  writer->marker(kSoi);
+  if (!write_metadata(source.header, bytes, settings.strip, writer)) return false;
   bool extended = false;
-  write_quant_tables(header, &extended, &writer);
-  write_frame_header(header, extended, &writer);
-  std::array<HuffmanCode, 4> codes;
-  for (int table = 0; table < (header.num_components == 1 ? 2 : 4); ++table) {
-    const auto i = static_cast<size_t>(table);
-    codes[i] = fit_huffman_code(scan.counts(static_cast<uint32_t>(table) << 8));
-    write_huffman_table(table % 2, table / 2, codes[i], &writer);
+  write_quant_tables(source.header, &extended, writer);
+  write_frame_header(source.header, extended, writer);
+  const size_t num_tables = source.header.num_components == 1 ? 2 : 4;
+  for (size_t table = 0; table < num_tables; ++table) {
+    write_huffman_table(codes[table], table, writer);
   }
-  if (restart_interval > 0) {
-    writer.segment(kDri, {static_cast<uint8_t>(restart_interval >> 8),
-                          static_cast<uint8_t>(restart_interval)});
+  if (settings.restart_interval > 0) {
+    writer->segment(kDri, {static_cast<uint8_t>(settings.restart_interval >> 8),
+                           static_cast<uint8_t>(settings.restart_interval)});
   }
-  write_scan_header(header, &writer);
+  return true;
+}
 
-  uint64_t scan_bits;
-  const SymbolCodes symbols = symbol_codes(codes, scan, &scan_bits);
-  const size_t head_size = writer.bytes().size();
-  EntropyWriter entropy(out + std::min(head_size, capacity), out + capacity);
-  if (head_size > capacity || !write_scan(scan, symbols, &entropy)) {
-    // Every byte may need a stuffed one; an interval adds a part of a byte and its marker, and the
-    // writer wants 16 bytes of room.
-    *out_size = head_size + 2 * (scan_bits / 8 + scan.interval_ends().size() * 2) + 16;
+int32_t transcode(const uint8_t* bytes, size_t size, const Settings& settings, uint8_t* out,
+                  size_t capacity, size_t* out_size, imseq_header* out_header, Source* source,
+                  imseq_error* error) {
+  const ScanTokens& scan = source->scan;
+  if (!take_apart(bytes, size, settings.restart_interval, source)) return IMSEQ_FOREIGN;
+  HuffmanCodes codes;
+  if (!choose_codes(scan, settings.tables, &codes)) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "tables: expected %d bytes as imseq_fit_tables gives, got others",
+                IMSEQ_TABLES_BYTES);
+  }
+  HeaderWriter head, scan_header;
+  if (!write_head(*source, bytes, settings, codes, &head)) return IMSEQ_FOREIGN;
+  write_scan_header(source->header, &scan_header);
+
+  // The intervals' sizes stand before them, so they are coded first, behind the place for the rest.
+  const size_t sizes_bytes =
+      settings.restart_interval > 0 ? interval_sizes_bytes(scan.num_intervals()) : 0;
+  const size_t place = head.bytes().size() + sizes_bytes + scan_header.bytes().size();
+  StuffingWriter writer(out + std::min(place, capacity), out + capacity);
+  std::vector<size_t> sizes;
+  sizes.reserve(scan.num_intervals());
+  write_scan(scan, codes, &writer, &sizes);
+  if (writer.full()) {
+    *out_size = place + enough_for_scan(scan, codes);
     return fail(error, IMSEQ_ERROR_CAPACITY, -1, -1, 0,
                 "the re-coded image needs up to %zu bytes, the buffer has %zu", *out_size,
                 capacity);
   }
-  std::memcpy(out, writer.bytes().data(), head_size);
-  *out_size = static_cast<size_t>(entropy.position() - out);
-  if (out_header != nullptr) fill_header(header, restart_interval, head_size, out_header);
+  const auto fits = [](size_t interval_size) { return interval_size <= 0xFFFF; };
+  if (sizes_bytes > 0 && std::all_of(sizes.begin(), sizes.end(), fits)) {
+    write_interval_sizes(sizes, &head);
+  }
+  head.append(scan_header);
+  const size_t head_size = head.bytes().size();
+  const auto scan_size = static_cast<size_t>(writer.position() - out) - place;
+  if (head_size < place) std::memmove(out + head_size, out + place, scan_size);
+  std::memcpy(out, head.bytes().data(), head_size);
+  *out_size = head_size + scan_size;
+  if (out_header != nullptr) {
+    fill_header(source->header, settings.restart_interval, head_size, out_header);
+  }
   return IMSEQ_OK;
+}
+
+int32_t check_arguments(const uint8_t* bytes, size_t size, int32_t restart_interval,
+                        imseq_error* error) {
+  if (bytes == nullptr && size > 0) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "bytes: expected a pointer, got NULL");
+  }
+  if (restart_interval < 0 || restart_interval > 65535) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "restart_interval: expected 0 to 65535 MCUs, got %d", restart_interval);
+  }
+  return IMSEQ_OK;
+}
+
+int32_t out_of_memory(size_t size, imseq_error* error) {
+  forget_if_huge(&source_of_thread());
+  return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0,
+              "out of memory while re-coding a JPEG of %zu bytes", size);
 }
 
 }  // namespace
@@ -566,21 +641,62 @@ int32_t transcode(const uint8_t* bytes, size_t size, int32_t restart_interval, b
 }  // namespace imseq
 
 int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t restart_interval,
-                        uint32_t options, uint8_t* out, size_t capacity, size_t* out_size,
-                        imseq_header* header, imseq_error* error) {
-  if ((bytes == nullptr && size > 0) || (out == nullptr && capacity > 0) || out_size == nullptr) {
+                        uint32_t options, const uint8_t* tables, uint8_t* out, size_t capacity,
+                        size_t* out_size, imseq_header* header, imseq_error* error) try {
+  int32_t status = imseq::check_arguments(bytes, size, restart_interval, error);
+  if (status != IMSEQ_OK) return status;
+  if ((out == nullptr && capacity > 0) || out_size == nullptr) {
     return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                       "imseq_transcode: bytes, out and out_size must not be null");
+                       "imseq_transcode: out and out_size must not be null");
   }
-  if (restart_interval < 0 || restart_interval > 65535) {
+  const bool strip = (options & IMSEQ_STRIP_METADATA) != 0;
+  imseq::Source& source = imseq::source_of_thread();
+  status = imseq::transcode(bytes, size, {restart_interval, strip, tables}, out, capacity, out_size,
+                            header, &source, error);
+  imseq::forget_if_huge(&source);
+  return status;
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(size, error);
+}
+
+int32_t imseq_count_symbols(const uint8_t* bytes, size_t size, int32_t restart_interval,
+                            uint64_t* counts, imseq_error* error) try {
+  const int32_t status = imseq::check_arguments(bytes, size, restart_interval, error);
+  if (status != IMSEQ_OK) return status;
+  if (counts == nullptr) {
     return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                       "restart_interval: expected 0 to 65535 MCUs, got %d", restart_interval);
+                       "counts: expected a pointer, got NULL");
   }
-  try {
-    return imseq::transcode(bytes, size, restart_interval, (options & IMSEQ_STRIP_METADATA) != 0,
-                            out, capacity, out_size, header, error);
-  } catch (const std::bad_alloc&) {
-    return imseq::fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0,
-                       "out of memory while re-coding a JPEG of %zu bytes", size);
+  imseq::Source& source = imseq::source_of_thread();
+  const bool good = imseq::take_apart(bytes, size, restart_interval, &source);
+  if (good) {
+    const imseq::SymbolCounts more = source.scan.counts();
+    for (size_t i = 0; i < more.size(); ++i) counts[i] += more[i];
   }
+  imseq::forget_if_huge(&source);
+  return good ? IMSEQ_OK : IMSEQ_FOREIGN;
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(size, error);
+}
+
+int32_t imseq_fit_tables(const uint64_t* counts, uint8_t* out, imseq_error* error) try {
+  static_assert(IMSEQ_TABLES_BYTES == imseq::kPackTablesBytes);
+  if (counts == nullptr || out == nullptr) {
+    return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                       "imseq_fit_tables: expected pointers, got NULL");
+  }
+  for (size_t i = 0; i < 4 * 256; ++i) {
+    if (counts[i] < imseq::kMaxSymbolCount) continue;
+    return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                       "counts[%zu]: expected less than 2^48, got %llu", i,
+                       static_cast<unsigned long long>(counts[i]));
+  }
+  for (size_t table = 0; table < 4; ++table) {
+    const imseq::HuffmanKind kind = imseq::kind_of_table(table);
+    out = imseq::write_dht(imseq::fit_pack_code(counts + table * 256, kind), table, out);
+  }
+  return IMSEQ_OK;
+} catch (const std::bad_alloc&) {
+  return imseq::fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0,
+                     "out of memory while fitting Huffman tables");
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def jpeg_bytes(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", **{"quality": 90, **options})
     return buffer.getvalue()
+
+
+def segments(data: bytes) -> list[tuple[int, bytes]]:
+    """Marker and payload of every segment up to the entropy-coded data of a JPEG."""
+    found, at = [], 2
+    while True:
+        assert data[at] == 0xFF
+        marker, size = struct.unpack(">xBH", data[at : at + 4])
+        found.append((marker, data[at + 4 : at + 2 + size]))
+        at += 2 + size
+        if marker == 0xDA:
+            return found
 
 
 @pytest.fixture(scope="session")

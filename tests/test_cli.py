@@ -50,6 +50,22 @@ def test_pack_then_info_then_verify(
     assert f"12 samples, 12 compared with {root}/train: sound" in capsys.readouterr().out
 
 
+def test_info_says_whose_huffman_tables_images_have(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tables, expected in (
+        ("pack", "chosen for the pack (CRC-32C "),
+        ("image", "each image's own"),
+    ):
+        destination = str(tmp_path / tables)
+        assert cli.main(["pack", str(root / "train"), destination, "--tables", tables]) == 0
+        assert ("choose tables" in capsys.readouterr().err) == (tables == "pack")
+        assert cli.main(["info", destination]) == 0
+        text = capsys.readouterr().out
+        assert f"huffman tables:      {expected}" in text
+        assert f"tables {tables}" in text
+
+
 def test_info_of_a_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", str(root / "train"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from conftest import jpeg_bytes, photo_like
+from conftest import jpeg_bytes, photo_like, segments
 from PIL import Image
 
 from imagenet_seq import _native
@@ -36,6 +36,8 @@ from imagenet_seq.sources import pack as layout
 from imagenet_seq.verify import verify
 
 SMALL_SHARDS = Settings(shard_bytes=60_000)
+OWN_TABLES = Settings(shard_bytes=60_000, tables="image")
+"""Bytes of an image then follow from it alone, not from others that tables are fitted to."""
 FOUR_SHARDS = Settings(shard_bytes=1_300_000)
 """Of `noisy_source`."""
 
@@ -75,6 +77,11 @@ def read_webdataset(shards: list[str]) -> list[dict[str, Any]]:
         samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
         gc.collect()
     return samples
+
+
+def huffman_tables(data: bytes) -> list[bytes]:
+    """The payloads of a JPEG's DHT segments."""
+    return [payload for marker, payload in segments(data) if marker == 0xC4]
 
 
 def problems(folder: Path, against: Path | None = None) -> str:
@@ -210,11 +217,13 @@ def test_what_cannot_be_recoded_is_stored_as_it_is(tmp_path: Path) -> None:
     image = photo_like(rng, 40, 30)
     png = io.BytesIO()
     image.save(png, "PNG")
+    two_frames = io.BytesIO()
+    image.save(two_frames, "MPO", save_all=True, append_images=[image])
     kept = {
         "a/png.JPEG": png.getvalue(),
         "a/real.png": png.getvalue(),
         "a/cmyk.jpg": jpeg_bytes(image.convert("CMYK")),
-        "b/progressive.jpeg": jpeg_bytes(image, progressive=True),
+        "b/two_frames.jpeg": two_frames.getvalue(),
     }
     for name, data in {**kept, "b/plain.JPEG": jpeg_bytes(image)}.items():
         add_image(tmp_path / "source", name, data)
@@ -226,8 +235,47 @@ def test_what_cannot_be_recoded_is_stored_as_it_is(tmp_path: Path) -> None:
             assert image_of(tmp_path / "pack", sample) == kept[name]
     with tarfile.open(tmp_path / "pack" / "shard-000000.tar") as archive:
         images = {name for name in archive.getnames() if not name.endswith(".cls")}
-    assert images == {"a/png.jpeg", "a/real.png", "a/cmyk.jpg", "b/progressive.jpeg", "b/plain.jpg"}
+    assert images == {"a/png.jpeg", "a/real.png", "a/cmyk.jpg", "b/two_frames.jpeg", "b/plain.jpg"}
     assert problems(tmp_path / "pack", tmp_path / "source") == ""
+
+
+def test_progressive_files_become_canonical(tmp_path: Path) -> None:
+    image = photo_like(np.random.default_rng(5), 61, 43)
+    data = jpeg_bytes(image, progressive=True)
+    add_image(tmp_path / "source", "a/progressive.jpeg", data)
+    settings = Settings(tables="image")
+    summary = make_pack(tmp_path / "source", tmp_path / "pack", settings=settings)
+    assert (summary.num_canonical, summary.num_as_is) == (1, 0)
+    stored = image_of(tmp_path / "pack", 0)
+    assert stored == _native.transcode(jpeg_bytes(image))[0].tobytes()
+    assert pixels(stored) == pixels(data)
+    assert problems(tmp_path / "pack", tmp_path / "source") == ""
+
+    keep = Settings(keep_bytes=True)
+    make_pack(tmp_path / "source", tmp_path / "kept", settings=keep)
+    assert image_of(tmp_path / "kept", 0) == data
+    assert open_source(tmp_path / "kept").index.flags[0] == 0
+
+
+@pytest.mark.parametrize("wrong", ["pixels", "size", "mode", "bytes"])
+def test_progressive_files_stay_where_pillow_sees_a_difference(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = photo_like(np.random.default_rng(6), 40, 30)
+    data = jpeg_bytes(image, progressive=True)
+    add_image(tmp_path / "source", "a/progressive.jpeg", data)
+    other = {
+        "pixels": jpeg_bytes(image.point(lambda value: value // 2)),
+        "size": jpeg_bytes(image.crop((0, 0, 30, 40))),
+        "mode": jpeg_bytes(image.convert("L")),
+        "bytes": jpeg_bytes(image)[:-400],
+    }[wrong]
+    header = _native.read_header(other)
+    recoded = np.frombuffer(other, np.uint8), header
+    monkeypatch.setattr(_native, "transcode", lambda *_: recoded)
+    summary = make_pack(tmp_path / "source", tmp_path / "pack", settings=Settings())
+    assert (summary.num_canonical, summary.num_as_is) == (0, 1)
+    assert image_of(tmp_path / "pack", 0) == data
 
 
 def test_keep_bytes_stores_the_files(source: Path, tmp_path: Path) -> None:
@@ -239,7 +287,7 @@ def test_keep_bytes_stores_the_files(source: Path, tmp_path: Path) -> None:
 
 
 def test_strip_and_restart_interval_reach_the_core(source: Path, tmp_path: Path) -> None:
-    settings = Settings(strip=True, restart_interval=3)
+    settings = Settings(strip=True, restart_interval=3, tables="image")
     make_pack(source, tmp_path / "pack", settings=settings)
     index = open_source(tmp_path / "pack").index
     for sample, name in enumerate(index.name):
@@ -417,6 +465,115 @@ def test_dealing_in_two_levels_gives_the_same_pack(noisy_source: Path, tmp_path:
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
+# ---- Huffman tables ------------------------------------------------------------------------------
+
+
+def chosen_tables(folder: Path) -> bytes | None:
+    described = json.loads((folder / "pack.json").read_text())["huffman_tables"]
+    return described and bytes.fromhex(described["dht"])
+
+
+def test_all_images_have_the_tables_of_their_pack(source: Path, tmp_path: Path) -> None:
+    make_pack(source, tmp_path / "pack")
+    counts = [_native.count_symbols(path.read_bytes()) for path in source.rglob("*.jpg")]
+    tables = _native.fit_tables(np.sum(counts, axis=0))
+    assert chosen_tables(tmp_path / "pack") == tables
+    num_tables = set()
+    for sample, name in enumerate(open_source(tmp_path / "pack").index.name):
+        data = image_of(tmp_path / "pack", sample)
+        recoded = _native.transcode((source / name).read_bytes(), tables=tables)
+        assert recoded is not None
+        assert recoded[0].tobytes() == data
+        found = huffman_tables(data)
+        assert tables.startswith(b"".join(found))
+        num_tables.add(len(found))
+    assert num_tables == {2, 4}  # grey images have the first two
+
+
+def test_tables_are_fitted_to_a_sample_that_seed_and_names_choose(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagenet_seq.pack._TABLES_SAMPLES", 10)
+    chosen = set()
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        make_pack(source, folder, settings=Settings(shard_bytes=60_000, seed=seed))
+        first = [source / name for name in open_source(folder).index.name[:10]]
+        counts = [_native.count_symbols(path.read_bytes()) for path in first]
+        assert chosen_tables(folder) == _native.fit_tables(np.sum(counts, axis=0))
+        chosen.add(chosen_tables(folder))
+    assert len(chosen) == 2
+
+
+def test_each_image_may_have_its_own_tables(source: Path, tmp_path: Path) -> None:
+    make_pack(source, tmp_path / "pack", settings=OWN_TABLES)
+    assert chosen_tables(tmp_path / "pack") is None
+    assert problems(tmp_path / "pack", source) == ""
+    found = {b"".join(huffman_tables(image_of(tmp_path / "pack", i))) for i in range(40)}
+    assert len(found) == 40
+    with pytest.raises(PackError, match="exists already"):
+        make_pack(source, tmp_path / "pack")
+
+
+def test_a_source_without_any_image_to_fit_to(tmp_path: Path) -> None:
+    image = photo_like(np.random.default_rng(8), 30, 20)
+    add_image(tmp_path / "source", "a/other.jpg", jpeg_bytes(image.convert("CMYK")))
+    assert make_pack(tmp_path / "source", tmp_path / "pack").num_as_is == 1
+    assert problems(tmp_path / "pack", tmp_path / "source") == ""
+
+
+def test_tables_stay_when_the_source_changes_before_the_packing_ends(
+    editable: Path, source: Path, tmp_path: Path
+) -> None:
+    finish_shards_only(editable, tmp_path / "pack", on_error="skip")
+    before = json.loads((tmp_path / "pack.partial/settings.json").read_text())["huffman_tables"]
+    for path in source.rglob("*.jpg"):
+        add_image(editable, str(path.relative_to(source)), path.read_bytes())
+    make_pack(editable, tmp_path / "pack")
+    make_pack(source, tmp_path / "whole")
+    assert chosen_tables(tmp_path / "pack") == bytes.fromhex(before["dht"])
+    assert chosen_tables(tmp_path / "pack") != chosen_tables(tmp_path / "whole")
+    assert problems(tmp_path / "pack", source) == ""
+
+
+def changed_tables(tables: bytes, crc: int | None = None) -> dict[str, str]:
+    return {"dht": tables.hex(), "crc32c": f"{_native.crc32c(tables) if crc is None else crc:08x}"}
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [5, {}, {"dht": 5}, {"dht": "xy", "crc32c": ""}, changed_tables(bytes(416), 1),
+     changed_tables(bytes(415)), "missing"],
+    ids=["number", "empty", "no text", "no hexadecimal", "checksum", "size", "missing"],
+)  # fmt: skip
+def test_tampered_tables_are_refused(source: Path, tmp_path: Path, tables: Any) -> None:
+    finish_shards_only(source, tmp_path / "pack")
+    partial = tmp_path / "pack.partial"
+    for path in (partial / "settings.json", partial / "pack/pack.json"):
+        content = json.loads(path.read_text())
+        content["huffman_tables"] = tables
+        if tables == "missing":
+            del content["huffman_tables"]
+        path.write_text(json.dumps(content))
+    with pytest.raises(PackError, match=r"settings\.json: 'huffman_tables': .*delete the folder"):
+        make_pack(source, tmp_path / "pack")
+    with pytest.raises(
+        DataError, match=r"pack\.json: 'huffman_tables': .*run 'imagenet-seq verify'"
+    ):
+        open_source(partial / "pack")
+
+
+def test_tables_that_are_no_code_are_refused(source: Path, tmp_path: Path) -> None:
+    finish_shards_only(source, tmp_path / "pack")
+    path = tmp_path / "pack.partial/settings.json"
+    content = json.loads(path.read_text())
+    content["huffman_tables"] = changed_tables(bytes(416))
+    path.write_text(json.dumps(content))
+    next((tmp_path / "pack.partial").glob("rows-*")).unlink()
+    with pytest.raises(ValueError, match="tables: expected 416 bytes as imseq_fit_tables gives"):
+        make_pack(source, tmp_path / "pack")
+
+
 # ---- interrupted ---------------------------------------------------------------------------------
 
 KILLED = """
@@ -455,6 +612,7 @@ def uninterrupted(noisy_source: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
+        ("imagenet_seq._native", "count_symbols", 20),
         ("imagenet_seq._native", "transcode", 0),
         ("imagenet_seq._native", "transcode", 40),
         ("os", "replace", 0),
@@ -608,11 +766,11 @@ def test_a_finished_shard_must_be_what_on_error_asks_for_now(
 def test_failures_that_were_repaired_leave_no_trace(
     editable: Path, source: Path, tmp_path: Path
 ) -> None:
-    finish_shards_only(editable, tmp_path / "pack", on_error="skip")
+    finish_shards_only(editable, tmp_path / "pack", on_error="skip", settings=OWN_TABLES)
     for path in source.rglob("*.jpg"):
         add_image(editable, str(path.relative_to(source)), path.read_bytes())
-    make_pack(editable, tmp_path / "pack")
-    make_pack(source, tmp_path / "whole")
+    make_pack(editable, tmp_path / "pack", settings=OWN_TABLES)
+    make_pack(source, tmp_path / "whole", settings=OWN_TABLES)
     assert not (tmp_path / "pack/failures.json").exists()
     assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
 
@@ -626,15 +784,15 @@ def test_a_replaced_source_file_is_noticed(
     for path in source.rglob("*.jpg"):
         add_image(copy, str(path.relative_to(source)), path.read_bytes())
     if finished:
-        finish_shards_only(copy, tmp_path / "pack")
+        finish_shards_only(copy, tmp_path / "pack", settings=OWN_TABLES)
     else:
-        pack_until("replace", "rows-000000", copy, tmp_path / "pack")
+        pack_until("replace", "rows-000000", copy, tmp_path / "pack", settings=OWN_TABLES)
     name = open_source(copy).index.name[3]
     data = (copy / name).read_bytes()
     new = jpeg_bytes(Image.new("RGB", (8, 8)))
     (copy / name).write_bytes(new + bytes(len(data) - len(new)) if same_length else new)
-    make_pack(copy, tmp_path / "pack")
-    make_pack(copy, tmp_path / "whole")
+    make_pack(copy, tmp_path / "pack", settings=OWN_TABLES)
+    make_pack(copy, tmp_path / "whole", settings=OWN_TABLES)
     assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
     assert problems(tmp_path / "pack", copy) == ""
 
@@ -1172,6 +1330,7 @@ def edit_width_consistently(folder: Path) -> None:
     edit_member(folder, "files", "index.npy", entry)
 
 
+OTHER = changed_tables(_native.fit_tables(np.zeros((4, 256), np.uint64)))
 VERIFY_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no files", lambda f: edit_about(f, files={}), "'files': expected"),
     ("strange file", lambda f: edit_member(f, "files", "../x", {}), "'files': expected"),
@@ -1184,6 +1343,9 @@ VERIFY_DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("shard", lambda f: add_image(f, "shard-000099.tar", b""), "shard-000099.tar: does not belong"),
     ("failures", lambda f: add_image(f, "failures.json", b"[]"), "failures.json: does not belong"),
     ("width", edit_width_consistently, "the index 77 x "),
+    ("tables", lambda f: edit_about(f, huffman_tables=OTHER), "its Huffman tables are not those"),
+    ("no tables", lambda f: edit_about(f, huffman_tables=None), "'huffman_tables' has none, which"),
+    ("own tables", lambda f: edit_member(f, "settings", "tables", "image"), "tables' has some"),
 ]  # fmt: skip
 
 

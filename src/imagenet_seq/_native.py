@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
     from imagenet_seq.transforms import Recipe
 
-ABI = 3
+ABI = 4
 
 OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
@@ -51,6 +51,7 @@ ERROR_SAMPLE, ERROR_FORK, ERROR_CAPACITY = -5, -6, -7
 SAMPLE_CLEAN = 1
 MAX_GROUP = 8
 STRIP_METADATA = 1
+TABLES_BYTES = 416
 TASK_ROW, TASK_BLOCK = 1, 2
 
 
@@ -296,12 +297,15 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
             c_int32,
             c_uint32,
             c_void_p,
+            c_void_p,
             c_size_t,
             POINTER(c_size_t),
             POINTER(Header),
             POINTER(_Error),
         ],
     ),
+    "imseq_count_symbols": (c_int32, [c_void_p, c_size_t, c_int32, c_void_p, POINTER(_Error)]),
+    "imseq_fit_tables": (c_int32, [c_void_p, c_void_p, POINTER(_Error)]),
     "imseq_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
     "imseq_engine_create": (c_int32, [POINTER(_EngineConfig), POINTER(c_void_p), POINTER(_Error)]),
     "imseq_engine_start": (
@@ -559,7 +563,10 @@ def apply(recipe: Recipe, key: tuple[int, int, int], pixels: np.ndarray, row: in
 
 
 def transcode(
-    data: bytes | memoryview | np.ndarray, restart_interval: int = 8, strip: bool = False
+    data: bytes | memoryview | np.ndarray,
+    restart_interval: int = 8,
+    strip: bool = False,
+    tables: bytes | None = None,
 ) -> tuple[np.ndarray, Header] | None:
     """Re-code a JPEG losslessly into canonical form.
 
@@ -567,11 +574,14 @@ def transcode(
         data: the whole file.
         restart_interval: MCUs between restart markers, 1 to 65535.
         strip: drop ICC profiles, Exif thumbnails and comments.
+        tables: the pack's Huffman tables, of `fit_tables`; None: tables fitted to this image.
 
     Returns:
         The new file as a uint8 array, and its header; None where the input is damaged or out of
         scope.
     """
+    if tables is not None and len(tables) != TABLES_BYTES:
+        raise ValueError(f"tables: expected {TABLES_BYTES} bytes, got {len(tables)}")
     header, error, size_out = Header(), _Error(), c_size_t(0)
     address, size, _keep = _address(data)
     out = np.empty(size + size // 4 + 4096, np.uint8)
@@ -581,6 +591,7 @@ def transcode(
             size,
             restart_interval,
             STRIP_METADATA if strip else 0,
+            tables,
             out.ctypes.data,
             out.nbytes,
             byref(size_out),
@@ -591,6 +602,44 @@ def transcode(
             out = np.empty(size_out.value, np.uint8)
             continue
         return (out[: size_out.value], header) if check(status, error) == OK else None
+
+
+def count_symbols(
+    data: bytes | memoryview | np.ndarray, restart_interval: int = 8
+) -> np.ndarray | None:
+    """Count how often each symbol occurs in a JPEG as `transcode` would write it.
+
+    Returns:
+        A uint64 array of shape (4, 256): DC and AC table of the first component, DC and AC table of
+        the others; None where the input is damaged or out of scope.
+    """
+    counts, error = np.zeros((4, 256), np.uint64), _Error()
+    address, size, _keep = _address(data)
+    status = _lib.imseq_count_symbols(
+        address, size, restart_interval, counts.ctypes.data, byref(error)
+    )
+    return counts if check(status, error) == OK else None
+
+
+def fit_tables(counts: np.ndarray) -> bytes:
+    """Choose Huffman tables for all images of a pack.
+
+    Pure: a function of the counts alone, the same on every platform.
+
+    Args:
+        counts: a sum of what `count_symbols` gives; each below 2**48.
+
+    Returns:
+        The payloads of the four tables' DHT segments, one after the other.
+    """
+    if counts.shape != (4, 256) or counts.dtype != np.uint64:
+        raise ValueError(
+            f"counts: expected (4, 256) of uint64, got {counts.shape} of {counts.dtype}"
+        )
+    table, error = np.ascontiguousarray(counts), _Error()
+    out = np.empty(TABLES_BYTES, np.uint8)
+    check(_lib.imseq_fit_tables(table.ctypes.data, out.ctypes.data, byref(error)), error)
+    return out.tobytes()
 
 
 def crc32c(data: bytes | memoryview | np.ndarray, crc: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,23 +23,37 @@ class PagedMemory:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, keep: int) -> None:
-        """shape: of a batch as it lies in memory; keep: unused batches kept at most."""
+        """shape: of a batch as it lies in memory; keep: batches, used and unused, beyond which a
+        batch that nothing refers to is given back to the system.
+        """
         self._shape, self._dtype = shape, dtype
         self._num_bytes = int(np.prod(shape)) * dtype.itemsize
-        self._unused: deque[np.ndarray] = deque(maxlen=max(1, keep))
+        self._keep = keep
+        self._num_batches = 0
+        self._unused: list[np.ndarray] = []
+        self._lock = threading.RLock()  # garbage collection may end a storage anywhere
 
     def allocate(self) -> Tensor:
         """Return a batch with arbitrary content."""
-        try:
-            memory = self._unused.pop()
-        except IndexError:
-            raw = np.empty(self._num_bytes + _ALIGNMENT_BYTES, np.uint8)
-            begin = -raw.ctypes.data % _ALIGNMENT_BYTES
-            memory = raw[begin : begin + self._num_bytes]
+        with self._lock:
+            memory = self._unused.pop() if self._unused else self._new()
         # The storage refers to `owner` and to nothing else of ours: its end is the storage's end.
         owner = memory[:]
-        weakref.finalize(owner, self._unused.append, memory).atexit = False
+        weakref.finalize(owner, self._take_back, memory).atexit = False
         return torch.from_numpy(owner).view(self._dtype).view(self._shape)
+
+    def _new(self) -> np.ndarray:
+        raw = np.empty(self._num_bytes + _ALIGNMENT_BYTES, np.uint8)
+        begin = -raw.ctypes.data % _ALIGNMENT_BYTES
+        self._num_batches += 1
+        return raw[begin : begin + self._num_bytes]
+
+    def _take_back(self, memory: np.ndarray) -> None:
+        with self._lock:
+            if self._num_batches <= self._keep:
+                self._unused.append(memory)
+            else:
+                self._num_batches -= 1
 
 
 class PinnedMemory:

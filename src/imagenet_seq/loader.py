@@ -445,7 +445,10 @@ class Loader:
         shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
         rows = max(self._batch_size, self._memory_rows)
         row_bytes = int(np.prod(shape)) * dtype.itemsize
-        return (self._num_slots + 2) * rows * row_bytes + self._block_budget()
+        return self._num_batches_held() * rows * row_bytes + self._block_budget()
+
+    def _num_batches_held(self) -> int:
+        return self._num_slots + 2  # the script's, and one on its way to it
 
     def close(self) -> None:
         """End the threads of every epoch in progress. Later iteration starts new ones."""
@@ -547,7 +550,7 @@ class Loader:
             if self._pins and self._pipeline.rows == Rows.DECODED:
                 self._memory = PinnedMemory((rows, *shape), dtype)
             else:
-                self._memory = PagedMemory((rows, *shape), dtype, keep=2)
+                self._memory = PagedMemory((rows, *shape), dtype, keep=self._num_batches_held())
             self._memory_rows = rows
         return self._memory
 

@@ -1,6 +1,8 @@
-// The engine without Python: order, back-pressure, failures, cancellation, fork. Rows are handed
-// out as bytes, so that what arrives in a batch can be compared with what lies in the files.
+// The engine without Python: order, back-pressure, failures, cancellation, fork. Samples are tiny
+// JPEGs of one colour. Rows are handed out as bytes, so that what arrives in a batch can be compared
+// with what lies in the files, or decoded, several samples at once.
 
+#include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -16,6 +18,7 @@
 
 #include "../../core/crc32c.h"
 #include "../../core/imagenet_seq.h"
+#include "../../core/read.h"
 
 namespace {
 
@@ -29,10 +32,39 @@ std::atomic<int> failures{0};
     }                                                                           \
   } while (0)
 
-constexpr int64_t kRowBytes = 64;
+constexpr int kSidePx = 8;
+constexpr int64_t kSampleBytes = 154;
+constexpr int64_t kRowBytes = 3 * kSidePx * kSidePx;  // of both kinds: a sample fits in a row
 constexpr int64_t kSecond = 1'000'000'000;
 
-// Files of samples of 64 bytes each, in which every byte tells the sample.
+// A grey JPEG of 8 x 8 pixels whose comment is the sample's number, and whose colour follows from
+// it. Every eleventh is none that the core decodes.
+std::vector<uint8_t> sample_bytes(int64_t number) {
+  std::vector<uint8_t> bytes = {0xFF, 0xD8, 0xFF, 0xFE, 0, 10};
+  for (int i = 0; i < 8; ++i) bytes.push_back(static_cast<uint8_t>(number >> (8 * i)));
+  bytes.insert(bytes.end(), {0xFF, 0xDB, 0, 67, 0, 8});  // one step of DC is one step of grey
+  bytes.insert(bytes.end(), 63, 1);
+  bytes.insert(bytes.end(), {0xFF, 0xC0, 0, 11, 8, 0, kSidePx, 0, kSidePx, 1, 1, 0x11, 0});
+  for (const uint8_t table : {0x00, 0x10}) {  // one code: DC of seven bits, or end of block
+    bytes.insert(bytes.end(), {0xFF, 0xC4, 0, 20, table, 1});
+    bytes.insert(bytes.end(), 15, 0);
+    bytes.push_back(table == 0 ? 7 : 0);
+  }
+  const auto bits = static_cast<uint8_t>(number * 37 & 127);
+  bytes.insert(bytes.end(), {0xFF, 0xDA, 0, 8, 1, 1, 0, 0, 63, 0, bits, 0x7F, 0xFF, 0xD9});
+  if (number % 11 == 5) bytes[0] = 0;
+  return bytes;
+}
+
+bool is_foreign(int64_t number) { return number % 11 == 5; }
+
+uint8_t colour_of(int64_t number) {
+  if (is_foreign(number)) return 7;  // as the threads that play Python paint it
+  const int bits = static_cast<int>(number * 37 & 127);
+  return static_cast<uint8_t>(128 + (bits >= 64 ? bits : bits - 127));
+}
+
+// Files of samples of one size.
 class Dataset {
  public:
   Dataset(int64_t num_files, int64_t samples_per_file)
@@ -42,7 +74,7 @@ class Dataset {
     for (int64_t file = 0; file < num_files; ++file) {
       std::FILE* out = std::fopen(path(file).c_str(), "wb");
       for (int64_t i = 0; i < samples_per_file; ++i) {
-        const std::vector<uint8_t> bytes = sample(file * samples_per_file + i);
+        const std::vector<uint8_t> bytes = sample_bytes(file * samples_per_file + i);
         std::fwrite(bytes.data(), 1, bytes.size(), out);
       }
       std::fclose(out);
@@ -53,11 +85,6 @@ class Dataset {
     rmdir(root_.c_str());
   }
 
-  static std::vector<uint8_t> sample(int64_t number) {
-    std::vector<uint8_t> bytes(kRowBytes, static_cast<uint8_t>(number * 37));
-    std::memcpy(bytes.data(), &number, sizeof(number));
-    return bytes;
-  }
   std::string path(int64_t file) const { return root_ + "/f" + std::to_string(file); }
   const std::string& root() const { return root_; }
   int64_t size() const { return num_files_ * per_file_; }
@@ -75,6 +102,7 @@ struct Plan {
   std::vector<int64_t> batch_begin, sample, offset, length, block_offset, block_length, path_begin;
   std::vector<int32_t> block, block_file;
   std::vector<uint32_t> checksum;
+  std::vector<uint8_t> flags;
   std::string paths;
   imseq_plan native = {};
 
@@ -85,17 +113,18 @@ struct Plan {
       path_begin.push_back(static_cast<int64_t>(paths.size()));
       block_file.push_back(foreign ? -1 : static_cast<int32_t>(file));
       block_offset.push_back(foreign ? file : 0);
-      block_length.push_back(foreign ? -1 : data.per_file() * kRowBytes);
+      block_length.push_back(foreign ? -1 : data.per_file() * kSampleBytes);
     }
     for (int64_t pair = 0; pair < data.num_files(); pair += 2) {
       for (int64_t i = 0; i < data.per_file(); ++i) {
         for (int64_t file = pair; file < std::min(pair + 2, data.num_files()); ++file) {
           sample.push_back(file * data.per_file() + i);
           block.push_back(static_cast<int32_t>(file));
-          offset.push_back(foreign ? i : i * kRowBytes);
-          length.push_back(kRowBytes);
-          const std::vector<uint8_t> bytes = Dataset::sample(sample.back());
+          offset.push_back(foreign ? i : i * kSampleBytes);
+          length.push_back(kSampleBytes);
+          const std::vector<uint8_t> bytes = sample_bytes(sample.back());
           checksum.push_back(imseq::crc32c(0, bytes.data(), bytes.size()));
+          flags.push_back(sample.back() % 5 < 2 ? IMSEQ_SAMPLE_CLEAN : 0);
         }
       }
     }
@@ -111,6 +140,7 @@ struct Plan {
     native.offset = offset.data();
     native.length = length.data();
     native.checksum = checksum.data();
+    native.flags = flags.data();
     native.block_file = block_file.data();
     native.block_offset = block_offset.data();
     native.block_length = block_length.data();
@@ -123,14 +153,19 @@ struct Plan {
 // An engine, its slots and the threads that play Python.
 class Harness {
  public:
-  Harness(const Dataset& data, int decoders, int slots, int64_t batch_size, int64_t budget)
-      : data_(data), memory_(slots, std::vector<uint8_t>(batch_size * kRowBytes)) {
+  Harness(const Dataset& data, int decoders, int slots, int64_t batch_size, int64_t budget,
+          int32_t rows = IMSEQ_ROWS_FROM_BYTES)
+      : data_(data), rows_(rows), memory_(slots, std::vector<uint8_t>(batch_size * kRowBytes)) {
     imseq_engine_config config = {};
     config.num_decoders = decoders;
     config.num_readers = 2;
     config.num_slots = slots;
-    config.rows = IMSEQ_ROWS_FROM_BYTES;
+    config.rows = rows;
     config.verify_checksums = 1;
+    config.recipe.geometry = IMSEQ_GEOMETRY_FIXED_CROP;
+    config.recipe.out_height = config.recipe.fixed_height = kSidePx;
+    config.recipe.out_width = config.recipe.fixed_width = kSidePx;
+    config.recipe.filter = IMSEQ_FILTER_BILINEAR;
     config.row_bytes = kRowBytes;
     config.block_budget_bytes = budget;
     CHECK(imseq_engine_create(&config, &engine, &error) == IMSEQ_OK);
@@ -153,34 +188,59 @@ class Harness {
 
   // Takes one batch, compares it with the plan, lends its memory again.
   int32_t step(const Plan& plan, int64_t expected_batch) {
+    const int32_t status = receive(plan, expected_batch);
+    if (status == IMSEQ_OK) lend(expected_batch);
+    return status;
+  }
+
+  int32_t receive(const Plan& plan, int64_t expected_batch) {
     imseq_batch batch = {};
     const int32_t status = imseq_engine_next(engine, 20 * kSecond, &batch, &error);
     if (status != IMSEQ_OK) return status;
     CHECK(batch.batch == expected_batch);
     CHECK(batch.begin == plan.batch_begin[expected_batch]);
     for (int64_t p = batch.begin; p < batch.end; ++p) {
-      const std::vector<uint8_t> want = Dataset::sample(plan.sample[p]);
-      const uint8_t* got = memory_[batch.slot].data() + (p - batch.begin) * kRowBytes;
-      CHECK(std::memcmp(got, want.data(), kRowBytes) == 0);
+      const std::vector<uint8_t> want = expected_row(plan.sample[p]);
+      CHECK(std::memcmp(row(batch.slot, p - batch.begin), want.data(), want.size()) == 0);
     }
-    CHECK(imseq_engine_release(engine, batch.slot, memory_[batch.slot].data(), &error) == IMSEQ_OK);
     return status;
+  }
+
+  void lend(int64_t batch) {
+    const auto slot = static_cast<int32_t>(batch % static_cast<int64_t>(memory_.size()));
+    CHECK(imseq_engine_release(engine, slot, memory_[slot].data(), &error) == IMSEQ_OK);
+  }
+
+  uint8_t* row(int64_t slot, int64_t index) { return memory_[slot].data() + index * kRowBytes; }
+
+  imseq_stats stats() const {
+    imseq_stats stats = {};
+    CHECK(imseq_engine_stats(engine, &stats, nullptr) == IMSEQ_OK);
+    return stats;
   }
 
   imseq_engine* engine = nullptr;
   imseq_error error = {};
   std::atomic<int64_t> fail_sample{-1};
   std::atomic<bool> slow{false};
+  std::atomic<bool> hold_block_0{false};
 
  private:
+  std::vector<uint8_t> expected_row(int64_t sample) const {
+    if (rows_ == IMSEQ_ROWS_FROM_BYTES) return sample_bytes(sample);
+    return std::vector<uint8_t>(kRowBytes, colour_of(sample));
+  }
+
   void serve() {
     imseq_task task = {};
     while (imseq_engine_take(engine, 60 * kSecond, &task, nullptr) == IMSEQ_OK) {
       if (task.kind == IMSEQ_TASK_BLOCK) {
+        if (slow) usleep(300);
+        while (task.sample == 0 && hold_block_0) usleep(100);
         std::vector<uint8_t> bytes;
         std::vector<int64_t> offsets, lengths;
         for (int64_t i = 0; i < data_.per_file(); ++i) {
-          const std::vector<uint8_t> one = Dataset::sample(task.sample * data_.per_file() + i);
+          const std::vector<uint8_t> one = sample_bytes(task.sample * data_.per_file() + i);
           offsets.push_back(static_cast<int64_t>(bytes.size()));
           lengths.push_back(static_cast<int64_t>(one.size()));
           bytes.insert(bytes.end(), one.begin(), one.end());
@@ -193,8 +253,12 @@ class Harness {
       }
       if (slow) usleep(500);
       const bool broken = task.sample == fail_sample;
-      const int64_t copied = task.size < kRowBytes ? task.size : kRowBytes;
-      if (!broken) std::memcpy(task.row, task.bytes, static_cast<size_t>(copied));
+      if (rows_ == IMSEQ_ROWS_DECODED) {
+        CHECK(is_foreign(task.sample));
+        std::memset(task.row, colour_of(task.sample), kRowBytes);
+      } else if (!broken) {
+        std::memcpy(task.row, task.bytes, static_cast<size_t>(std::min(task.size, kRowBytes)));
+      }
       const int32_t status = imseq_engine_finish_row(
           engine, task.ticket, broken ? "broken on purpose" : nullptr, nullptr);
       CHECK(status == IMSEQ_OK || status == IMSEQ_CANCELLED);
@@ -202,6 +266,7 @@ class Harness {
   }
 
   const Dataset& data_;
+  const int32_t rows_;
   std::vector<std::vector<uint8_t>> memory_;
   std::vector<std::thread> threads_;
 };
@@ -221,16 +286,15 @@ void whole_epochs_arrive_in_order() {
             }
             CHECK(harness.step(plan, -1) == IMSEQ_END);
           }
-          imseq_stats stats = {};
-          CHECK(imseq_engine_stats(harness.engine, &stats, nullptr) == IMSEQ_OK);
+          const imseq_stats stats = harness.stats();
           CHECK(stats.batch_count == 2 * plan.native.num_batches);
           CHECK(stats.foreign_rows == 2 * data.size());
           CHECK(stats.foreign_blocks == (foreign ? 2 * data.num_files() : 0));
-          CHECK(stats.read_bytes == (foreign ? 0 : 2 * data.size() * kRowBytes));
+          CHECK(stats.read_bytes == (foreign ? 0 : 2 * data.size() * kSampleBytes));
           CHECK(stats.block_bytes == 0);
           if (budget == 0 && !foreign) {
             // The plan needs two blocks at once; each reader may be one ahead of that.
-            CHECK(stats.block_bytes_peak <= 4 * data.per_file() * kRowBytes);
+            CHECK(stats.block_bytes_peak <= 4 * data.per_file() * kSampleBytes);
           }
         }
       }
@@ -264,7 +328,7 @@ void failures_come_when_their_batch_does() {
   }
   {
     Plan plan(data, 8);
-    plan.length[33] = 41 * kRowBytes;  // beyond the block
+    plan.length[33] = 41 * kSampleBytes;  // beyond the block
     Harness harness(data, 4, 2, 8, 1 << 20);
     expect(harness, plan, 33, IMSEQ_ERROR_DATA);
   }
@@ -281,6 +345,140 @@ void failures_come_when_their_batch_does() {
     Harness harness(data, 4, 2, 8, 1 << 20);
     expect(harness, plan, 81, IMSEQ_ERROR_DATA);
   }
+}
+
+int64_t num_foreign(const Plan& plan) {
+  return std::count_if(plan.sample.begin(), plan.sample.end(), is_foreign);
+}
+
+// Groups of clean and other samples, with foreign rows among them, across batches of any size.
+void groups_arrive_in_order() {
+  const Dataset data(5, 61);
+  for (const bool foreign_blocks : {false, true}) {
+    for (const int decoders : {1, 3, 16}) {
+      for (const int64_t batch_size : {1, 3, 32}) {
+        for (const int slots : {1, 4}) {
+          const Plan plan(data, batch_size, foreign_blocks);
+          Harness harness(data, decoders, slots, batch_size, 1 << 14, IMSEQ_ROWS_DECODED);
+          CHECK(harness.start(plan) == IMSEQ_OK);
+          for (int64_t b = 0; b < plan.native.num_batches; ++b) {
+            CHECK(harness.step(plan, b) == IMSEQ_OK);
+          }
+          CHECK(harness.step(plan, -1) == IMSEQ_END);
+          const imseq_stats stats = harness.stats();
+          CHECK(stats.foreign_rows == num_foreign(plan));
+          CHECK(stats.decode_samples == data.size() - num_foreign(plan));
+          CHECK(stats.decode_ns > 0);
+          CHECK(stats.block_bytes == 0);
+        }
+      }
+    }
+  }
+}
+
+void memory_may_be_lent_late() {
+  const Dataset data(5, 61);
+  const Plan plan(data, 6);
+  const int64_t num_slots = 3;
+  Harness harness(data, 4, num_slots, 6, 1 << 14, IMSEQ_ROWS_DECODED);
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  for (int64_t b = 0; b < plan.native.num_batches; ++b) {
+    CHECK(harness.receive(plan, b) == IMSEQ_OK);
+    if (b < num_slots - 1) continue;  // from then on a batch's memory is all that is lent
+    if (b % 7 == 0) usleep(2000);     // all threads wait
+    harness.lend(b - (num_slots - 1));
+  }
+  CHECK(harness.receive(plan, -1) == IMSEQ_END);
+}
+
+void a_late_block_holds_up_its_own_samples_only() {
+  const Dataset data(9, 1);
+  const Plan plan(data, 9, true);
+  Harness harness(data, 2, 1, 9, 1 << 20, IMSEQ_ROWS_DECODED);
+  harness.hold_block_0 = true;
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  const int64_t others = data.size() - 1;
+  for (int i = 0; i < 5000; ++i) {
+    const imseq_stats stats = harness.stats();
+    if (stats.decode_samples + stats.foreign_rows == others) break;
+    usleep(1000);
+  }
+  const imseq_stats stats = harness.stats();
+  CHECK(stats.decode_samples + stats.foreign_rows == others);
+  imseq_batch batch = {};
+  CHECK(imseq_engine_next(harness.engine, 0, &batch, nullptr) == IMSEQ_TIMEOUT);
+  harness.hold_block_0 = false;
+  CHECK(harness.step(plan, 0) == IMSEQ_OK);
+}
+
+void failures_inside_groups() {
+  const Dataset data(4, 40);
+  for (int64_t position = 56; position < 72; ++position) {
+    for (const int64_t second : {position + 1, position + 9}) {
+      Plan plan(data, 8);
+      plan.checksum[position] ^= 1;
+      plan.length[second] = 41 * kSampleBytes;
+      Harness harness(data, 2, 3, 8, 1 << 20, IMSEQ_ROWS_DECODED);
+      CHECK(harness.start(plan) == IMSEQ_OK);
+      for (int64_t b = 0; b < position / 8; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
+      CHECK(harness.step(plan, position / 8) == IMSEQ_ERROR_DATA);
+      CHECK(harness.error.sample == plan.sample[position]);  // the first in plan order
+      CHECK(std::strstr(harness.error.message, "CRC-32C") != nullptr);
+    }
+  }
+}
+
+// After cancel no thread of the core touches lent memory, whatever it was decoding.
+void cancel_in_the_middle_of_groups() {
+  const Dataset data(6, 50);
+  const Plan plan(data, 30);
+  const int64_t num_slots = 4;
+  Harness harness(data, 4, num_slots, 30, 1 << 20, IMSEQ_ROWS_DECODED);
+  for (int round = 0; round < 60; ++round) {
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    for (int i = 0; i < round * 10; ++i) std::this_thread::yield();
+    CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
+    const auto each_row_of_the_core = [&](auto action) {
+      for (int64_t p = 0; p < num_slots * 30; ++p) {
+        if (!is_foreign(plan.sample[p])) action(harness.row(p / 30, p % 30));
+      }
+    };
+    each_row_of_the_core([](uint8_t* row) { std::memset(row, 0xEE, kRowBytes); });
+    usleep(300);
+    each_row_of_the_core([](const uint8_t* row) {
+      CHECK(std::all_of(row, row + kRowBytes, [](uint8_t byte) { return byte == 0xEE; }));
+    });
+    usleep(1000);  // threads that play Python may still write to rows they hold
+  }
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  for (int64_t b = 0; b < plan.native.num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
+}
+
+// Large blocks that are in the page cache are mapped.
+void cached_blocks_arrive_as_they_are() {
+  const Dataset data(2, 9000);
+  const Plan plan(data, 500);
+  Harness harness(data, 2, 3, 500, int64_t{1} << 26, IMSEQ_ROWS_FROM_BYTES);
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  for (int64_t b = 0; b < plan.native.num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
+  CHECK(harness.stats().read_bytes == data.size() * kSampleBytes);
+
+  imseq::FileReader reader;
+  CHECK(reader.open(data.path(0), nullptr) == IMSEQ_OK);
+  const int64_t file_bytes = reader.file_bytes();
+  CHECK(file_bytes == data.per_file() * kSampleBytes);
+  imseq::Mapping mapping;
+  CHECK(!reader.map(0, 4096, &mapping));                  // too small to be worth it
+  CHECK(!reader.map(4096, file_bytes - 4095, &mapping));  // the file ends before
+  CHECK(mapping.bytes() == nullptr);
+  const int64_t offset = 3 * kSampleBytes;  // not where a page begins
+  if (!reader.map(offset, file_bytes - offset, &mapping)) {
+    std::printf("engine: this system does not map what is in its page cache; not tested\n");
+    return;
+  }
+  std::vector<uint8_t> read(static_cast<size_t>(file_bytes - offset));
+  CHECK(reader.read(offset, file_bytes - offset, read.data(), nullptr) == IMSEQ_OK);
+  CHECK(std::memcmp(read.data(), mapping.bytes(), read.size()) == 0);
 }
 
 void cancelled_engines_start_again() {
@@ -380,6 +578,12 @@ void forked_children_are_refused() {
 int main() {
   whole_epochs_arrive_in_order();
   failures_come_when_their_batch_does();
+  groups_arrive_in_order();
+  memory_may_be_lent_late();
+  a_late_block_holds_up_its_own_samples_only();
+  failures_inside_groups();
+  cancel_in_the_middle_of_groups();
+  cached_blocks_arrive_as_they_are();
   cancelled_engines_start_again();
   time_out_and_slow_consumer();
   wrong_plans_and_configurations_are_refused();

@@ -1,5 +1,4 @@
-// The JPEG decoder by itself: the inverse DCT against libjpeg's C code, entropy coding there and
-// back, regions against the whole image, and damage that must neither be accepted nor read past the
+// The JPEG decoder by itself: entropy coding there and back, regions against the whole image, and damage that must neither be accepted nor read past the
 // bytes (for sanitizers). Equality with Pillow is tests/test_decode.py's.
 #include "jpeg.h"
 
@@ -14,12 +13,10 @@
 #include <vector>
 
 #include "crc32c.h"
-#include "idct.h"
 #include "region.h"
 
 namespace {
 
-using imseq::IdctTable;
 using imseq::JpegCoefficients;
 using imseq::JpegHeader;
 using imseq::JpegKind;
@@ -42,76 +39,6 @@ void expect(bool holds, const char* what, long long a = 0, long long b = 0, long
 
 int draw(int low, int high) {
   return low + static_cast<int>(generator() % static_cast<unsigned>(high - low + 1));
-}
-
-// ---- inverse DCT --------------------------------------------------------------------------------
-
-// jpeg_idct_islow (jidctint.c) for one row or column; `shift` descales.
-void libjpeg_pass(const long* in, long* out, int step, int shift) {
-  const auto at = [&](int k) { return in[k * step]; };
-  const long z1 = (at(2) + at(6)) * 4433;
-  const long e2 = z1 - at(6) * 15137, e3 = z1 + at(2) * 6270;
-  const long e0 = (at(0) + at(4)) * 8192, e1 = (at(0) - at(4)) * 8192;
-  const long s[4] = {e0 + e3, e1 + e2, e1 - e2, e0 - e3};
-  long t0 = at(7), t1 = at(5), t2 = at(3), t3 = at(1);
-  const long y1 = (t0 + t3) * -7373, y2 = (t1 + t2) * -20995;
-  const long y5 = (t0 + t2 + t1 + t3) * 9633;
-  const long y3 = (t0 + t2) * -16069 + y5, y4 = (t1 + t3) * -3196 + y5;
-  t0 = t0 * 2446 + y1 + y3;
-  t1 = t1 * 16819 + y2 + y4;
-  t2 = t2 * 25172 + y2 + y3;
-  t3 = t3 * 12299 + y1 + y4;
-  const long odd[4] = {t3, t2, t1, t0};
-  for (int k = 0; k < 4; ++k) {
-    out[k * step] = (s[k] + odd[k] + (1L << (shift - 1))) >> shift;
-    out[(7 - k) * step] = (s[k] - odd[k] + (1L << (shift - 1))) >> shift;
-  }
-}
-
-void libjpeg_idct(const int16_t* block, const IdctTable& table, uint8_t* out) {
-  long work[64];
-  for (size_t k = 0; k < 64; ++k) work[k] = block[k] * table.quant[k];
-  for (int x = 0; x < 8; ++x) libjpeg_pass(work + x, work + x, 8, 11);
-  for (int y = 0; y < 8; ++y) libjpeg_pass(work + 8 * y, work + 8 * y, 1, 18);
-  for (int k = 0; k < 64; ++k) out[k] = static_cast<uint8_t>(std::clamp(work[k] + 128, 0L, 255L));
-}
-
-void test_idct() {
-  for (int i = 0; i < 20000; ++i) {
-    JpegQuantTable quant;
-    for (uint16_t& value : quant.values) value = static_cast<uint16_t>(draw(1, i % 2 ? 4 : 60));
-    const IdctTable table(quant);
-    int16_t block[64] = {};
-    int last = 0;
-    // As large as an encoder can make them: values of a dequantised block are within 8 * 128 or so.
-    for (int n = draw(0, 12); n > 0; --n) {
-      const int k = draw(0, draw(0, 63));
-      const int limit = 1024 / (quant.values[static_cast<size_t>(k)] * (i % 3 == 0 ? 1 : 4)) + 1;
-      block[kNaturalOrder[static_cast<size_t>(k)]] = static_cast<int16_t>(draw(-limit, limit));
-      last = std::max(last, k);
-    }
-    uint8_t expected[64], exact[64], with_bound[64];
-    libjpeg_idct(block, table, expected);
-    imseq::idct_block(block, table, last, exact, 8);
-    imseq::idct_block(block, table, 63, with_bound, 8);
-    expect(std::memcmp(expected, exact, 64) == 0, "idct_block is jpeg_idct_islow", i, last);
-    expect(std::memcmp(exact, with_bound, 64) == 0, "the bound `last` changes nothing", i, last);
-  }
-  // Out of range nothing is undefined, and the short cuts agree with the transform they replace.
-  for (int i = 0; i < 20000; ++i) {
-    JpegQuantTable quant;
-    for (uint16_t& value : quant.values) value = static_cast<uint16_t>(generator());
-    const IdctTable table(quant);
-    int16_t block[64] = {};
-    const int last = i % 4 == 0 ? 0 : draw(0, 63);
-    for (size_t k = 0; k <= static_cast<size_t>(last); ++k) {
-      block[kNaturalOrder[k]] = static_cast<int16_t>(generator());
-    }
-    uint8_t exact[64], with_bound[64];
-    imseq::idct_block(block, table, last, exact, 8);
-    imseq::idct_block(block, table, 63, with_bound, 8);
-    expect(std::memcmp(exact, with_bound, 64) == 0, "`last` with values out of range", i, last);
-  }
 }
 
 // ---- a writer -----------------------------------------------------------------------------------
@@ -346,20 +273,76 @@ void test_coefficients_come_back() {
   }
 }
 
+// Runs lanes over the intervals of one image.
+class OneImage final : public imseq::LaneWork {
+ public:
+  // The tables are used often enough beforehand to be served as flat ones, or new each time.
+  [[nodiscard]] bool decode(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                            const Region& region, Soundness soundness, bool flat = false) {
+    if (!flat) flat_tables_ = imseq::FlatTables();
+    for (int i = 0; flat && i < 20; ++i) (void)flat_tables_.serve(header);
+    if (!decoder.open(header, bytes, size, region, soundness, &flat_tables_, ++id_)) return false;
+    const imseq::ScanTables& tables = decoder.tables();
+    expect((tables.flat != nullptr) == flat, "the kind of tables that was asked for");
+    const imseq::LaneKernels& kernels = imseq::lane_kernels(imseq::cpu_level());
+    const int num_lanes = flat ? kernels.num_flat_lanes : kernels.num_image_lanes;
+    for (imseq::Lane* lane = lanes_.get(); lane != lanes_.get() + num_lanes; ++lane) {
+      if (!decoder.begin_interval(lane)) lane->park(tables.flat, tables.tables.entries());
+    }
+    (flat ? kernels.flat : kernels.image)(lanes_.get(), tables.flat, this);
+    expect(decoder.done(), "all intervals are done");
+    for (int l = 0; l < num_lanes; ++l) {
+      const auto& values = lanes_[static_cast<size_t>(l)].coefficients;
+      expect(std::all_of(values.begin(), values.end(), [](int16_t v) { return v == 0; }),
+             "lanes are left with zeros");
+    }
+    return !decoder.failed();
+  }
+
+  RegionDecoder decoder;
+
+ private:
+  bool advance(imseq::Lane* lane) override {
+    if (decoder.take_segment(lane) || decoder.begin_interval(lane)) return true;
+    const imseq::ScanTables& tables = decoder.tables();
+    lane->park(tables.flat, tables.tables.entries());
+    return false;
+  }
+
+  std::unique_ptr<imseq::Lane[]> lanes_ = std::make_unique<imseq::Lane[]>(imseq::kMaxLanes);
+  imseq::FlatTables flat_tables_;
+  uint64_t id_ = 0;
+};
+
 std::vector<uint8_t> pixels_of(RegionDecoder* decoder, const Region& region) {
   const auto width = static_cast<size_t>(region.width);
-  std::vector<uint8_t> pixels(3 * width * static_cast<size_t>(region.height), 0);
-  uint8_t* at = pixels.data();
-  for (int y = region.top; y < region.top + region.height; ++y, at += 3 * width) {
-    uint8_t* planes[3] = {at, at + width, at + 2 * width};
+  const size_t stride = width + imseq::kRowSlack;
+  std::vector<uint8_t> pixels;
+  std::vector<uint8_t> row(3 * stride, 0);
+  for (int y = region.top; y < region.top + region.height; ++y) {
+    uint8_t* planes[3] = {row.data(), row.data() + stride, row.data() + 2 * stride};
     decoder->row(y, planes);
+    for (const uint8_t* plane : planes) pixels.insert(pixels.end(), plane, plane + width);
   }
   return pixels;
 }
 
+// Every level that this processor has, for as long as the test takes.
+template <typename Test>
+void on_every_level(const Test& test) {
+  const imseq::CpuLevel before = imseq::cpu_level();
+  for (const auto level : {imseq::CpuLevel::kPortable, imseq::CpuLevel::kAvx2,
+                           imseq::CpuLevel::kAvx512, imseq::CpuLevel::kNeon}) {
+    if (!imseq::cpu_has(level)) continue;
+    imseq::use_cpu_level(level);
+    test();
+  }
+  imseq::use_cpu_level(before);
+}
+
 void test_regions_are_parts_of_the_image() {
   JpegHeader header;
-  RegionDecoder whole, part;
+  OneImage whole, part;
   for (int i = 0; i < 200; ++i) {
     const Image image = random_image(kSamplings[static_cast<size_t>(i) % kSamplings.size()], 100);
     const uint8_t* bytes = image.file.data();
@@ -369,8 +352,9 @@ void test_regions_are_parts_of_the_image() {
       continue;
     }
     const Region all{0, 0, image.height, image.width};
+    imseq::use_cpu_level(imseq::CpuLevel::kPortable);
     expect(whole.decode(header, bytes, size, all, Soundness::kAll), "the whole image", i);
-    const std::vector<uint8_t> expected = pixels_of(&whole, all);
+    const std::vector<uint8_t> expected = pixels_of(&whole.decoder, all);
     for (int j = 0; j < 10; ++j) {
       Region region;
       region.top = draw(0, image.height - 1);
@@ -378,18 +362,29 @@ void test_regions_are_parts_of_the_image() {
       region.height = draw(1, image.height - region.top);
       region.width = draw(1, image.width - region.left);
       const Soundness soundness[] = {Soundness::kRegion, Soundness::kMarkers, Soundness::kAll};
-      expect(part.decode(header, bytes, size, region, soundness[j % 3]), "a region", i, j);
-      const std::vector<uint8_t> pixels = pixels_of(&part, region);
-      const auto width = static_cast<size_t>(region.width);
-      for (size_t y = 0; y < static_cast<size_t>(region.height); ++y) {
-        for (size_t p = 0; p < 3; ++p) {
-          const size_t row = (static_cast<size_t>(region.top) + y) * 3 + p;
-          const uint8_t* from = expected.data() + row * static_cast<size_t>(image.width);
-          expect(std::equal(from + region.left, from + region.left + region.width,
-                            pixels.data() + (y * 3 + p) * width),
-                 "a region's row", i, j, static_cast<long long>(y));
-        }
+      std::vector<uint8_t> cut;
+      for (size_t row = 0; row < 3 * static_cast<size_t>(region.height); ++row) {
+        const uint8_t* from =
+            expected.data() +
+            (static_cast<size_t>(region.top) * 3 + row) * static_cast<size_t>(image.width) +
+            region.left;
+        cut.insert(cut.end(), from, from + region.width);
       }
+      on_every_level([&] {
+        for (const bool flat : {false, true}) {
+          expect(part.decode(header, bytes, size, region, soundness[j % 3], flat), "a region", i,
+                 j);
+          const std::vector<uint8_t> pixels = pixels_of(&part.decoder, region);
+          const size_t planes = header.num_components == 1 ? 1 : 3;
+          for (size_t row = 0; row < 3 * static_cast<size_t>(region.height); ++row) {
+            if (row % 3 >= planes) continue;
+            const auto at = static_cast<ptrdiff_t>(row) * region.width;
+            expect(std::equal(pixels.begin() + at, pixels.begin() + at + region.width,
+                              cut.begin() + at),
+                   "a region's row", i, j, static_cast<long long>(row));
+          }
+        }
+      });
     }
   }
 }
@@ -398,12 +393,16 @@ void test_regions_are_parts_of_the_image() {
 bool accepts(const uint8_t* bytes, size_t size) {
   static JpegHeader header;
   static JpegCoefficients coefficients;
-  static RegionDecoder decoder;
+  static OneImage decoder;
   if (imseq::parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) return false;
   const bool accepted = imseq::decode_coefficients(header, bytes, size, &coefficients);
   const Region region{header.height / 2, header.width / 2, 1, 1};
-  const bool by_region = decoder.decode(header, bytes, size, region, Soundness::kAll);
-  expect(accepted == by_region, "both strict decoders agree", static_cast<long long>(size));
+  on_every_level([&] {
+    for (const bool flat : {false, true}) {
+      const bool by_region = decoder.decode(header, bytes, size, region, Soundness::kAll, flat);
+      expect(accepted == by_region, "all strict decoders agree", static_cast<long long>(size));
+    }
+  });
   return accepted;
 }
 
@@ -445,7 +444,7 @@ void test_crc32c() {
   const char* check = "123456789";
   const auto* bytes = reinterpret_cast<const uint8_t*>(check);
   expect(imseq::crc32c(0, bytes, 9) == 0xE3069283, "RFC 3720 check value");
-  Bytes data(300);
+  Bytes data(2000);  // enough for the lanes, twice
   for (uint8_t& byte : data) byte = static_cast<uint8_t>(generator());
   for (size_t begin = 0; begin < 9; ++begin) {
     for (size_t size = 0; begin + size <= data.size(); ++size) {
@@ -460,7 +459,6 @@ void test_crc32c() {
 }  // namespace
 
 int main() {
-  test_idct();
   test_coefficients_come_back();
   test_regions_are_parts_of_the_image();
   test_damage();

@@ -1,6 +1,6 @@
-// The re-coder against hostile bytes and tight buffers, and the Huffman codes it makes.
-#include "transcode.h"
-
+// The re-coder against hostile bytes and tight buffers.
+#include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -68,92 +68,55 @@ struct Result {
   size_t needed_size;  // of IMSEQ_ERROR_CAPACITY
 };
 
+// Tables of a pack that holds images like kImage.
+const Bytes& pack_tables() {
+  static const Bytes tables = [] {
+    std::array<uint64_t, 4 * 256> counts{};
+    imseq_error error;
+    CHECK(imseq_count_symbols(kImage.data(), kImage.size(), 8, counts.data(), &error) == IMSEQ_OK);
+    Bytes bytes(IMSEQ_TABLES_BYTES);
+    CHECK(imseq_fit_tables(counts.data(), bytes.data(), &error) == IMSEQ_OK);
+    return bytes;
+  }();
+  return tables;
+}
+
+struct Options {
+  int32_t restart_interval = 8;
+  uint32_t flags = 0;
+  bool of_pack = false;  // tables
+};
+
 // Input and output lie in blocks of exactly their size, so that a sanitizer sees one byte too far.
-Result transcode(const Bytes& input, size_t capacity, int restart_interval = 8,
-                 uint32_t options = 0) {
+Result transcode(const Bytes& input, size_t capacity, const Options& options = {}) {
   const auto in = std::make_unique<uint8_t[]>(input.size());
   std::copy(input.begin(), input.end(), in.get());
   const auto out = std::make_unique<uint8_t[]>(capacity);
+  const uint8_t* const tables = options.of_pack ? pack_tables().data() : nullptr;
   size_t out_size = 0;
   imseq_header header;
   imseq_error error;
-  const int32_t status = imseq_transcode(in.get(), input.size(), restart_interval, options,
-                                         out.get(), capacity, &out_size, &header, &error);
+  const int32_t status =
+      imseq_transcode(in.get(), input.size(), options.restart_interval, options.flags, tables,
+                      out.get(), capacity, &out_size, &header, &error);
   if (status != IMSEQ_OK) return {status, {}, out_size};
   return {status, Bytes(out.get(), out.get() + out_size), 0};
 }
 
-bool is_prefix_code_within_16_bits(const imseq::HuffmanCode& code) {
-  uint32_t used = 0;  // in units of 2^-16
-  for (uint32_t length = 1; length <= 16; ++length) used += code.num_codes[length] << (16 - length);
-  return used < 1u << 16;  // not all of it: the code of ones alone is free
-}
-
-void test_huffman_code_is_optimal_where_16_bits_suffice() {
-  // Powers of two, with the free code's leaf beside the rarest: lengths are known.
-  std::array<uint32_t, 256> counts{};
-  for (uint32_t symbol = 0; symbol < 15; ++symbol) counts[symbol] = 1u << (20 - symbol);
-  const imseq::HuffmanCode code = imseq::fit_huffman_code(counts.data());
-  CHECK(code.num_symbols == 15);
-  for (uint32_t symbol = 0; symbol < 15; ++symbol) CHECK(code.length[symbol] == symbol + 1);
-  CHECK(is_prefix_code_within_16_bits(code));
-}
-
-void test_huffman_code_is_limited_to_16_bits() {
-  std::array<uint32_t, 256> counts{};
-  uint32_t last = 1, next = 1;
-  for (uint32_t symbol = 0; symbol < 45; ++symbol) {  // Fibonacci: the deepest trees there are
-    counts[200 - symbol] = last;
-    const uint32_t sum = last + next;
-    last = next;
-    next = sum;
-  }
-  const imseq::HuffmanCode code = imseq::fit_huffman_code(counts.data());
-  CHECK(code.num_symbols == 45);
-  CHECK(is_prefix_code_within_16_bits(code));
-  for (uint32_t symbol = 156; symbol < 200; ++symbol) {
-    CHECK(code.length[symbol] >= 1 && code.length[symbol] <= 16);
-    CHECK(code.length[symbol] <= code.length[symbol + 1]);
-  }
-}
-
-void test_huffman_code_of_any_counts() {
-  Random random{1};
-  for (int round = 0; round < 3000; ++round) {
-    std::array<uint32_t, 256> counts{};
-    int num_used = 0;
-    const uint32_t bits = 1 + random(31);
-    for (uint32_t& count : counts) {
-      if (random(4) == 0) count = random(1u << random(bits) | 1) + 1;
-      num_used += count > 0;
-    }
-    const imseq::HuffmanCode code = imseq::fit_huffman_code(counts.data());
-    CHECK(code.num_symbols == num_used);
-    CHECK(is_prefix_code_within_16_bits(code));
-    for (uint32_t symbol = 0; symbol < 256; ++symbol) {
-      CHECK((code.length[symbol] > 0) == (counts[symbol] > 0));
-    }
-  }
-  const std::array<uint32_t, 256> none{};
-  CHECK(imseq::fit_huffman_code(none.data()).num_symbols == 0);
-  std::array<uint32_t, 256> one{};
-  one[77] = 5;
-  CHECK(imseq::fit_huffman_code(one.data()).length[77] == 1);
-}
-
 void test_every_capacity() {
-  for (const int restart_interval : {0, 1, 8}) {
-    const Result whole = transcode(kImage, 1 << 16, restart_interval);
+  for (const Options options :
+       {Options{0}, Options{1}, Options{8}, Options{8, 0, true}, Options{1, 0, true}}) {
+    const Result whole = transcode(kImage, 1 << 16, options);
     CHECK(whole.status == IMSEQ_OK);
     for (size_t capacity = 0; capacity <= whole.bytes.size() + 40; ++capacity) {
-      const Result tight = transcode(kImage, capacity, restart_interval);
+      const Result tight = transcode(kImage, capacity, options);
       if (tight.status == IMSEQ_OK) {
         CHECK(tight.bytes == whole.bytes);
         continue;
       }
       CHECK(tight.status == IMSEQ_ERROR_CAPACITY);
       CHECK(tight.needed_size > capacity);
-      const Result again = transcode(kImage, tight.needed_size, restart_interval);
+      const Result again = transcode(kImage, tight.needed_size, options);
       CHECK(again.status == IMSEQ_OK && again.bytes == whole.bytes);
     }
   }
@@ -163,6 +126,11 @@ void test_canonical_form_is_a_fixed_point() {
   const Result once = transcode(kImage, 1 << 16);
   CHECK(once.status == IMSEQ_OK);
   CHECK(transcode(once.bytes, 1 << 16).bytes == once.bytes);
+  const Options of_pack{8, 0, true};
+  const Result other = transcode(once.bytes, 1 << 16, of_pack);
+  CHECK(other.bytes != once.bytes);
+  CHECK(transcode(other.bytes, 1 << 16, of_pack).bytes == other.bytes);
+  CHECK(transcode(other.bytes, 1 << 16).bytes == once.bytes);
   const Bytes end(once.bytes.end() - 2, once.bytes.end());
   CHECK((end == Bytes{0xFF, 0xD9}));
   Bytes longer = kImage;
@@ -190,8 +158,9 @@ void test_hostile_bytes() {
       damaged[place < image.size() ? place : 2 + place - image.size()] =
           static_cast<uint8_t>(random(256));
     }
-    const uint32_t options = random(2) ? IMSEQ_STRIP_METADATA : 0;
-    const Result result = transcode(damaged, 2048, static_cast<int>(random(20)), options);
+    const uint32_t flags = random(2) ? IMSEQ_STRIP_METADATA : 0;
+    const Options options{static_cast<int32_t>(random(20)), flags, random(2) == 0};
+    const Result result = transcode(damaged, 2048, options);
     CHECK(result.status == IMSEQ_OK || result.status == IMSEQ_FOREIGN ||
           result.status == IMSEQ_ERROR_CAPACITY);
     num_accepted += result.status == IMSEQ_OK;
@@ -202,22 +171,37 @@ void test_hostile_bytes() {
 void test_arguments() {
   size_t out_size = 0;
   imseq_error error;
-  CHECK(imseq_transcode(nullptr, 5, 8, 0, nullptr, 0, &out_size, nullptr, &error) ==
+  CHECK(imseq_transcode(nullptr, 5, 8, 0, nullptr, nullptr, 0, &out_size, nullptr, &error) ==
         IMSEQ_ERROR_ARGUMENT);
-  CHECK(imseq_transcode(kImage.data(), kImage.size(), 8, 0, nullptr, 0, nullptr, nullptr,
+  CHECK(imseq_transcode(kImage.data(), kImage.size(), 8, 0, nullptr, nullptr, 0, nullptr, nullptr,
                         nullptr) == IMSEQ_ERROR_ARGUMENT);
-  CHECK(imseq_transcode(kImage.data(), kImage.size(), 65536, 0, nullptr, 0, &out_size, nullptr,
-                        &error) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_transcode(kImage.data(), kImage.size(), 65536, 0, nullptr, nullptr, 0, &out_size,
+                        nullptr, &error) == IMSEQ_ERROR_ARGUMENT);
   CHECK(std::strstr(error.message, "65536") != nullptr);
-  CHECK(imseq_transcode(nullptr, 0, 8, 0, nullptr, 0, &out_size, nullptr, &error) == IMSEQ_FOREIGN);
+  const Bytes no_tables(IMSEQ_TABLES_BYTES);
+  CHECK(imseq_transcode(kImage.data(), kImage.size(), 8, 0, no_tables.data(), nullptr, 0, &out_size,
+                        nullptr, &error) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(std::strstr(error.message, "imseq_fit_tables") != nullptr);
+  CHECK(imseq_transcode(nullptr, 0, 8, 0, nullptr, nullptr, 0, &out_size, nullptr, &error) ==
+        IMSEQ_FOREIGN);
+
+  std::array<uint64_t, 4 * 256> counts{};
+  CHECK(imseq_count_symbols(nullptr, 5, 8, counts.data(), &error) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_count_symbols(kImage.data(), 5, -1, counts.data(), &error) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_count_symbols(kImage.data(), 5, 8, nullptr, &error) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_count_symbols(kImage.data(), 300, 8, counts.data(), &error) == IMSEQ_FOREIGN);
+  CHECK(std::count(counts.begin(), counts.end(), 0) == 4 * 256);
+  Bytes tables(IMSEQ_TABLES_BYTES);
+  CHECK(imseq_fit_tables(nullptr, tables.data(), &error) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_fit_tables(counts.data(), nullptr, &error) == IMSEQ_ERROR_ARGUMENT);
+  counts[3] = uint64_t{1} << 48;
+  CHECK(imseq_fit_tables(counts.data(), tables.data(), &error) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(std::strstr(error.message, "counts[3]") != nullptr);
 }
 
 }  // namespace
 
 int main() {
-  test_huffman_code_is_optimal_where_16_bits_suffice();
-  test_huffman_code_is_limited_to_16_bits();
-  test_huffman_code_of_any_counts();
   test_every_capacity();
   test_canonical_form_is_a_fixed_point();
   test_hostile_bytes();

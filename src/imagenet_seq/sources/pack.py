@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from imagenet_seq import _native
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names
 from imagenet_seq.sources import Source
@@ -43,6 +44,8 @@ FLAG_CANONICAL = 2
 """Re-coded into canonical form; otherwise the bytes are the source's own."""
 FLAG_DAMAGED = 4
 """Pillow could not decode it; kept on the user's word (--on-error keep)."""
+FLAG_SHRUNK = 8
+"""A smaller copy: encoded anew, so its pixels are not those of the source."""
 
 ROW = np.dtype(
     [
@@ -88,6 +91,7 @@ class Pack:
         names: the samples' names in the source, memory-mapped.
         classes: class names; a label is a place in them.
         shard_bytes: size of each shard.
+        tables: the Huffman tables of all images in canonical form; None: each has its own.
     """
 
     folder: str
@@ -96,6 +100,7 @@ class Pack:
     names: Names
     classes: tuple[str, ...]
     shard_bytes: npt.NDArray[np.int64]
+    tables: bytes | None
 
 
 def open_pack(folder: str | os.PathLike[str]) -> Source:
@@ -159,13 +164,17 @@ def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack
     if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
         raise DataError(f"{folder}/{PACK_FILE}: 'classes': expected names that do not repeat")
     _check_members(about, folder)
+    try:
+        tables = parse_tables(about["huffman_tables"])
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{folder}/{PACK_FILE}: 'huffman_tables': {error}; {RUN_VERIFY}") from error
     num_samples = _field(about, "num_samples", int, folder)
     rows = _map_npy(folder, INDEX_FILE, ROW, num_samples)
     begin = _map_npy(folder, NAMES_BEGIN_FILE, np.dtype("<i8"), num_samples + 1)
     blob = _map_npy(folder, NAMES_FILE, np.dtype("u1"), int(begin[-1]))
     shard_bytes = _shard_sizes(folder, about, check_shards)
     _check_extents(folder, rows, shard_bytes)
-    return Pack(folder, about, rows, Names(blob, begin), tuple(classes), shard_bytes)
+    return Pack(folder, about, rows, Names(blob, begin), tuple(classes), shard_bytes, tables)
 
 
 def read_failures(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -191,6 +200,33 @@ def read_failures(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 f"{RUN_VERIFY}"
             )
     return failures
+
+
+def describe_tables(tables: bytes | None) -> dict[str, str] | None:
+    """Return Huffman tables as JSON has them."""
+    if tables is None:
+        return None
+    return {"dht": tables.hex(), "crc32c": f"{_native.crc32c(tables):08x}"}
+
+
+def parse_tables(described: Any) -> bytes | None:
+    """Return what `describe_tables` described.
+
+    Raises:
+        ValueError: where it did not.
+    """
+    if described is None:
+        return None
+    if not isinstance(described, dict) or not isinstance(described.get("dht"), str):
+        raise ValueError(f"expected null or an object with dht and crc32c, got {described!r:.80}")
+    tables = bytes.fromhex(described["dht"])
+    crc = f"{_native.crc32c(tables):08x}"
+    if len(tables) != _native.TABLES_BYTES or described.get("crc32c") != crc:
+        raise ValueError(
+            f"expected {_native.TABLES_BYTES} bytes with CRC-32C {described.get('crc32c')!r:.20}, "
+            f"got {len(tables)} with {crc!r}"
+        )
+    return tables
 
 
 def refuse_unfinished(folder: str | os.PathLike[str]) -> None:
@@ -240,7 +276,7 @@ def _check_members(about: dict[str, Any], folder: str) -> None:
     """Check the types of what packing and verifying use beside the tables."""
     for key in ("settings", "source", "counts", "files"):
         _field(about, key, dict, folder)
-    for key in ("canonical", "failures", "skipped"):
+    for key in ("canonical", "shrunk", "failures", "skipped"):
         _field(about["counts"], key, int, folder)
     for key in ("num_samples", "bytes"):
         _field(about["source"], key, int, folder)

@@ -1,0 +1,33 @@
+// Markers and byte stuffing of entropy-coded data (T.81 B.1.1.2, B.1.1.5, F.1.2.3).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu.h"
+#include "jpeg.h"
+
+namespace imseq {
+
+struct MarkerKernels {
+  // Finds bytes of 0xFF that a byte other than 0 follows: their offsets in [0, size), at most
+  // max_markers of them. Returns how many.
+  size_t (*find)(const uint8_t* bytes, size_t size, uint32_t* offsets, size_t max_markers);
+
+  // Copies bytes without the 0 that follows each 0xFF; a last byte of 0xFF is copied. Returns the
+  // bytes written; up to kRowSlack bytes behind them may be written, too. *sound becomes false where
+  // something other than 0 follows 0xFF.
+  size_t (*unstuff)(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound);
+};
+
+[[nodiscard]] const MarkerKernels& marker_kernels(CpuLevel level);
+
+// Finds where the first num_intervals restart intervals of a scan end: offsets of their markers in the
+// entropy-coded data. False where they are not RST0, RST1, ... and, behind the last interval, EOI.
+[[nodiscard]] bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size,
+                                int64_t num_intervals, uint32_t* markers);
+
+// Of each level, where this build has them.
+extern const MarkerKernels kMarkerKernelsPortable, kMarkerKernelsAvx2, kMarkerKernelsAvx512;
+
+}  // namespace imseq
