@@ -122,6 +122,16 @@ void HuffmanTables::build(const JpegHeader& header) {
   }
 }
 
+HuffmanSymbol HuffmanTables::decode(int component, bool ac, uint64_t bits) const {
+  const HuffmanEntry* const lookup = ac ? ac_lookup(component) : dc_lookup(component);
+  const HuffmanEntry entry = lookup[bits >> (64 - HuffmanTable::kLookupBits)];
+  if (entry.is_whole()) {
+    const int advance = entry.mask() != 0 ? kEndOfBlock : static_cast<int>(entry.advance());
+    return {entry.length(), advance, entry.value()};
+  }
+  return (ac ? ac_[ac_index(component)] : dc_[dc_index(component)]).decode_slowly(bits);
+}
+
 uint16_t HuffmanTables::place(int component, int k) const {
   const auto c = static_cast<size_t>(component);
   if (k == 0) return place(dc_index_[c]);

@@ -95,6 +95,9 @@ class HuffmanTables {
   HuffmanTables();
   void build(const JpegHeader& header);
 
+  // The symbol that `bits` (at least 31, left-aligned) begin with, by the component's DC or AC table.
+  [[nodiscard]] HuffmanSymbol decode(int component, bool ac, uint64_t bits) const;
+
   [[nodiscard]] const HuffmanTable& dc(int component) const { return dc_[dc_index(component)]; }
   [[nodiscard]] const HuffmanTable& ac(int component) const { return ac_[ac_index(component)]; }
   [[nodiscard]] const HuffmanEntry* dc_lookup(int component) const {

@@ -40,6 +40,7 @@ bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t 
 bool RegionDecoder::find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
                                    bool all) {
   interval_mcus_ = header.interval_mcus();
+  total_intervals_ = header.num_intervals();
   const int64_t last_needed = int64_t{end_mcu_y_ - 1} * mcus_wide_ + end_mcu_x_ - 1;
   const int64_t num_needed = last_needed / interval_mcus_ + 1;
   num_intervals_ = decode_all_ ? header.num_intervals() : num_needed;
@@ -48,24 +49,9 @@ bool RegionDecoder::find_intervals(const JpegHeader& header, const uint8_t* byte
   // Every interval takes a marker of two bytes.
   if (static_cast<int64_t>(data_size_ / 2) < num_markers) return false;
   grow(&markers_, static_cast<size_t>(num_markers));
-  if (!all && read_markers(header, bytes, size, num_markers, markers_.data()) &&
-      needed_markers_are_there(header)) {
-    return true;
-  }
-  return find_markers(header, data_, data_size_, num_markers, markers_.data());
-}
-
-bool RegionDecoder::needed_markers_are_there(const JpegHeader& header) const {
-  int64_t checked = -1;  // interval
-  for (int64_t mcu = next_needed(0); mcu < num_mcus_;) {
-    const int64_t interval = mcu / interval_mcus_;
-    for (int64_t i = std::max(interval - 1, checked + 1); i <= interval; ++i) {
-      if (!ends_interval(header, data_ + markers_[static_cast<size_t>(i)], i)) return false;
-    }
-    checked = interval;
-    mcu = next_needed((interval + 1) * interval_mcus_);
-  }
-  return true;
+  // The sizes that an image states of its intervals are checked where they are used.
+  sizes_are_stated_ = !all && read_markers(header, bytes, size, num_markers, markers_.data());
+  return sizes_are_stated_ || find_markers(header, data_, data_size_, num_markers, markers_.data());
 }
 
 bool RegionDecoder::begin_interval(Lane* lane) {
@@ -77,11 +63,37 @@ bool RegionDecoder::begin_interval(Lane* lane) {
     if (end_mcu == first_mcu) continue;
     const size_t begin = interval == 0 ? 0 : markers_[static_cast<size_t>(interval - 1)] + 2;
     const size_t end = markers_[static_cast<size_t>(interval)];
+    if (sizes_are_stated_ && !markers_are_there(interval)) {
+      failed_ = true;
+      return false;
+    }
+    prefetch(interval);
     lane->begin_interval(tables_, data_ + begin, data_ + end, first_mcu, end_mcu);
     ++num_open_;
     return true;
   }
   return false;
+}
+
+// Whether the interval has its markers before and behind it.
+bool RegionDecoder::markers_are_there(int64_t interval) const {
+  for (int64_t i = std::max<int64_t>(interval - 1, 0); i <= interval; ++i) {
+    const uint8_t* marker = data_ + markers_[static_cast<size_t>(i)];
+    if (!ends_interval(marker, i, i + 1 == total_intervals_)) return false;
+  }
+  return true;
+}
+
+// Asks for the bytes of an interval that will be decoded soon.
+void RegionDecoder::prefetch(int64_t interval) const {
+  constexpr int64_t kAhead = 8, kLine = 64, kLines = 8;
+  const auto later = static_cast<size_t>(interval + kAhead);
+  if (interval + kAhead >= num_intervals_) return;
+  const uint8_t* const begin = data_ + markers_[later - 1];
+  const uint8_t* const end = data_ + markers_[later];
+  for (const uint8_t* line = begin; line < end && line < begin + kLine * kLines; line += kLine) {
+    __builtin_prefetch(line);
+  }
 }
 
 bool RegionDecoder::take_segment(Lane* lane) {

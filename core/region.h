@@ -83,7 +83,8 @@ class RegionDecoder {
   void lay_out_plane(const JpegHeader& header, size_t component);
   [[nodiscard]] bool find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
                                     bool all);
-  [[nodiscard]] bool needed_markers_are_there(const JpegHeader& header) const;
+  [[nodiscard]] bool markers_are_there(int64_t interval) const;
+  void prefetch(int64_t interval) const;
   [[nodiscard]] int64_t next_needed(int64_t mcu) const;
   [[nodiscard]] int64_t needed_end(int64_t begin, int64_t end) const;
   [[nodiscard]] bool sum_dc(Lane* lane);
@@ -106,7 +107,9 @@ class RegionDecoder {
   std::vector<uint32_t> markers_;  // where intervals end in it
   bool decode_all_ = false;        // not only what is needed
   int64_t interval_mcus_ = 0;
-  int64_t num_intervals_ = 0;  // up to the last one that is needed
+  int64_t total_intervals_ = 0;
+  bool sizes_are_stated_ = false;  // markers_ is what the image says, not what was found
+  int64_t num_intervals_ = 0;      // up to the last one that is needed
   int64_t next_interval_ = 0;
   int num_open_ = 0;  // intervals that lanes are decoding
   bool failed_ = false;
