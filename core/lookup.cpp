@@ -258,7 +258,10 @@ bool FlatTables::serve(const JpegHeader& header, bool may_build) {
     return num_pairs <= set.num_pairs &&
            std::equal(pairs.begin(), pairs.begin() + num_pairs, set.pairs.begin());
   };
-  if (begins_with(built_)) return true;
+  if (begins_with(built_)) {
+    num_seen_ = 0;
+    return true;
+  }
   if (!begins_with(candidate_)) {
     const bool extends = std::equal(candidate_.pairs.begin(),
                                     candidate_.pairs.begin() + candidate_.num_pairs, pairs.begin());
@@ -267,7 +270,6 @@ bool FlatTables::serve(const JpegHeader& header, bool may_build) {
   }
   if (++num_seen_ < kWorthwhile || !may_build) return false;
   num_seen_ = 0;
-  built_ = candidate_;
   build();
   return true;
 }
@@ -279,8 +281,11 @@ uint16_t FlatTables::place(int component, int k) const {
 }
 
 void FlatTables::build() {
-  entries_.assign(size_t{wait_place()} + kLookupSize, FlatEntry{64, 1, 0, 0, {}});
+  // First what may fail: entries are never other ones than built_ says.
   std::vector<HuffmanEntry> unused((1 + kNumTails) * HuffmanTable::kLookupSize);
+  entries_.resize(size_t{wait_place()} + kLookupSize);
+  built_ = candidate_;
+  std::fill(entries_.begin() + wait_place(), entries_.end(), FlatEntry{64, 1, 0, 0, {}});
   for (size_t p = 0; p < static_cast<size_t>(built_.num_pairs); ++p) {
     HuffmanTable dc, ac;
     dc.build(built_.pairs[p].dc, HuffmanTable::Kind::kDc, unused.data());

@@ -174,10 +174,10 @@ class FlatTables {
     int num_pairs = 0;
   };
 
-  void build();
+  void build();  // from the candidate
 
   PairSet built_, candidate_;
-  int num_seen_ = 0;  // images in a row that the candidate would have served
+  int num_seen_ = 0;  // images in a row that the candidate, but not built_, would have served
   std::array<uint8_t, 3> pair_of_component_{};
   std::vector<FlatEntry> entries_;
 };

@@ -31,9 +31,8 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
     std::memcpy(out, bytes, run);
     out += run;
     bytes += run;
-    if (ff == end || bytes == end) break;
-    if (*bytes != 0) *sound = false;
-    ++bytes;
+    if (ff == end) break;
+    if (bytes == end || *bytes++ != 0) *sound = false;
   }
   return static_cast<size_t>(out - begin);
 }

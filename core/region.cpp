@@ -104,7 +104,7 @@ bool RegionDecoder::take_segment(Lane* lane) {
   // Nothing but the padding of the last byte may be left.
   if (interval_ends && (!lane->has_all_bytes() || bits_left >= 8)) failed_ = true;
   if (failed_) {
-    std::memset(lane->coefficients.data(), 0, lane->end * sizeof(int16_t));
+    std::memset(lane->coefficients, 0, lane->end * sizeof(int16_t));
     --num_open_;
     return false;
   }
@@ -120,7 +120,7 @@ bool RegionDecoder::take_segment(Lane* lane) {
 // From differences to DC coefficients. False: one that libjpeg-turbo would not store as it is; a
 // difference of 2^15 steps is no image's.
 bool RegionDecoder::sum_dc(Lane* lane) {
-  int16_t* block = lane->coefficients.data();
+  int16_t* block = lane->coefficients;
   int overflow = 0;
   for (int64_t i = 0; i < lane->num_mcus; ++i) {
     for (size_t c = 0; c < num_components_; ++c) {
@@ -141,7 +141,7 @@ void RegionDecoder::transform(Lane* lane) {
   const int64_t end = lane->mcu + lane->num_mcus;
   const size_t mcu_values = static_cast<size_t>(tables_.mcu_blocks) * 64;
   const auto clear = [&](int64_t from, int64_t to) {
-    std::memset(lane->coefficients.data() + static_cast<size_t>(from - lane->mcu) * mcu_values, 0,
+    std::memset(lane->coefficients + static_cast<size_t>(from - lane->mcu) * mcu_values, 0,
                 static_cast<size_t>(to - from) * mcu_values * sizeof(int16_t));
   };
   for (int64_t mcu = lane->mcu; mcu < end;) {
@@ -159,7 +159,7 @@ void RegionDecoder::transform_run(Lane* lane, int64_t mcu, int num_mcus) {
   const auto mcu_y = static_cast<int>(mcu / mcus_wide_) - first_mcu_y_;
   const auto mcu_x = static_cast<int>(mcu % mcus_wide_) - first_mcu_x_;
   const ptrdiff_t mcu_values = ptrdiff_t{tables_.mcu_blocks} * 64;
-  int16_t* blocks = lane->coefficients.data() + (mcu - lane->mcu) * mcu_values;
+  int16_t* blocks = lane->coefficients + (mcu - lane->mcu) * mcu_values;
   const IdctKernel idct = idct_kernel(cpu_level());
   for (size_t c = 0; c < num_components_; ++c) {
     Plane& plane = planes_[c];
@@ -174,13 +174,10 @@ void RegionDecoder::transform_run(Lane* lane, int64_t mcu, int num_mcus) {
   }
 }
 
-size_t RegionDecoder::num_bytes() const {
+void RegionDecoder::trim(size_t max_bytes) {
   size_t sum = 0;
   for (const Plane& plane : planes_) sum += plane.samples.size();
-  return sum;
-}
-
-void RegionDecoder::free_memory() {
+  if (sum <= max_bytes) return;
   for (Plane& plane : planes_) plane.samples = {};
 }
 
@@ -194,6 +191,7 @@ void RegionDecoder::lay_out(const JpegHeader& header, const Region& region) {
   first_mcu_x_ = header.mcus_wide;
   first_mcu_y_ = header.mcus_high;
   end_mcu_x_ = end_mcu_y_ = 0;
+  num_bytes_ = 0;
   const int right = region.left + region.width - 1, bottom = region.top + region.height - 1;
   for (size_t c = 0; c < num_components_; ++c) {
     const JpegComponent& component = header.components[c];
@@ -231,7 +229,9 @@ void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   plane.stride = static_cast<ptrdiff_t>(end_mcu_x_ - first_mcu_x_) * 8 * component.mcu_width;
   const ptrdiff_t rows =
       static_cast<ptrdiff_t>(end_mcu_y_ - first_mcu_y_) * 8 * component.mcu_height;
-  grow(&plane.samples, static_cast<size_t>(plane.stride * rows) + kRowSlack);
+  const size_t num_bytes = static_cast<size_t>(plane.stride * rows) + kRowSlack;
+  num_bytes_ += num_bytes;
+  grow(&plane.samples, num_bytes);
   // libjpeg-turbo's choice (jdsample.c, jinit_upsampler).
   if (h == 1 && v == 1) {
     plane.upsampling = Upsampling::kNone;

@@ -49,14 +49,15 @@ class RegionDecoder {
   }
   [[nodiscard]] bool failed() const { return failed_; }
 
-  // When done: pixels [left, left + width) of row y of the image, which lies in the region, to planes[0 ...] (one of
-  // grey, or red, green, blue);
-  // kRowSlack bytes behind them may be written, too.
+  // When done: pixels [left, left + width) of row y of the image, which lies in the region, to
+  // planes[0 ...] (one of grey, or red, green, blue); kRowSlack bytes behind them may be written,
+  // too.
   void row(int y, uint8_t* const* planes);
 
-  // Bytes of the decoded region, and giving them back: large images must not hold on to them.
-  [[nodiscard]] size_t num_bytes() const;
-  void free_memory();
+  // Bytes that the region's samples take.
+  [[nodiscard]] size_t num_bytes() const { return num_bytes_; }
+  // Gives back memory for samples beyond max_bytes: what large images have needed.
+  void trim(size_t max_bytes);
 
  private:
   enum class Upsampling { kNone, kH2V1, kH2V2, kH1V2, kReplicate };
@@ -100,6 +101,7 @@ class RegionDecoder {
   int first_mcu_x_ = 0, end_mcu_x_ = 0, first_mcu_y_ = 0, end_mcu_y_ = 0;  // MCUs the region needs
   size_t num_components_ = 0;
   std::array<Plane, 3> planes_{};
+  size_t num_bytes_ = 0;
   std::vector<uint16_t> sums_;
 
   const uint8_t* data_ = nullptr;  // entropy-coded

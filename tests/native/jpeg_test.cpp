@@ -294,7 +294,7 @@ class OneImage final : public imseq::LaneWork {
     expect(decoder.done(), "all intervals are done");
     for (int l = 0; l < num_lanes; ++l) {
       const auto& values = lanes_[static_cast<size_t>(l)].coefficients;
-      expect(std::all_of(values.begin(), values.end(), [](int16_t v) { return v == 0; }),
+      expect(std::all_of(std::begin(values), std::end(values), [](int16_t v) { return v == 0; }),
              "lanes are left with zeros");
     }
     return !decoder.failed();
