@@ -43,9 +43,20 @@ inline void save(const Cursor& cursor, Lane* lane) {
   lane->at = cursor.at;
 }
 
-// A code that is known but whose extra bits are not: `length` bits, a run, `size` extra bits.
+__attribute__((noinline)) Cursor step_slowly(Lane* lane, Cursor cursor) {
+  save(cursor, lane);
+  decode_symbol_slowly(lane);
+  return load(*lane);
+}
+
+// A code that is known, but not its extra bits, or not where it leads: `length` bits, a run, `size`
+// extra bits.
 __attribute__((always_inline)) inline void step_by_code(uint32_t length, uint32_t run,
                                                         uint32_t size, Lane* lane, Cursor* cursor) {
+  if (__builtin_expect(cursor->at % 64 + run > 63, 0)) {
+    *cursor = step_slowly(lane, *cursor);  // an anomaly
+    return;
+  }
   refill(&cursor->bits, &cursor->next);
   const uint64_t extra = cursor->bits << length;
   // T.81 F.2.2.1: a first bit of 0 stands for a negative value, the bits being its complement's.
@@ -55,12 +66,6 @@ __attribute__((always_inline)) inline void step_by_code(uint32_t length, uint32_
   cursor->bits = extra << size;
   cursor->at += run + 1;
   refill(&cursor->bits, &cursor->next);
-}
-
-__attribute__((noinline)) Cursor step_slowly(Lane* lane, Cursor cursor) {
-  save(cursor, lane);
-  decode_symbol_slowly(lane);
-  return load(*lane);
 }
 
 // ---- one symbol, by the image's own tables ----

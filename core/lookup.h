@@ -49,11 +49,11 @@ class HuffmanEntry {
 // A place where a lane waits: an entry that takes no bits and goes on by one.
 constexpr HuffmanEntry kWaitEntry{64, 1, 0, 0};
 
-// From zigzag index kTails[0] on, a run could leave the block. There other tables are used, in which
-// only what can't is found: that which advances by kTailAdvances at most.
-constexpr int kNumTails = 3;
-constexpr std::array<int, kNumTails> kTails = {48, 56, 60};
-constexpr std::array<int, kNumTails> kTailAdvances = {8, 4, 1};
+// From zigzag index kTails[0] on, a run could leave the block. There other tables are used: they
+// advance by kTailAdvances at most, and of symbols that go farther give the code alone.
+constexpr int kNumTails = 4;
+constexpr std::array<int, kNumTails> kTails = {48, 56, 60, 62};
+constexpr std::array<int, kNumTails> kTailAdvances = {8, 4, 2, 1};
 
 // A code and what it stands for.
 struct HuffmanWord {
