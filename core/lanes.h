@@ -66,6 +66,7 @@ struct alignas(64) Lane {
   bool sound;             // no marker between the bytes so far
   int64_t mcu, num_mcus;  // of the segment
   int64_t end_mcu;        // of the interval, or of what is wanted of it
+  bool is_whole;          // of the interval
   std::array<int, 3> predictions;
   const uint8_t* source;  // bytes of the interval that are still stuffed
   const uint8_t* source_end;

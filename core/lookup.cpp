@@ -1,8 +1,6 @@
 #include "lookup.h"
 
 #include <algorithm>
-#include <bit>
-#include <cstdlib>
 
 namespace imseq {
 
@@ -43,12 +41,33 @@ HuffmanEntry entry_of(const HuffmanSymbol& symbol) {
   return {symbol.length, symbol.advance, 0, symbol.value};
 }
 
-// The code of a symbol with its extra bits, so that where it leads is looked at.
-HuffmanEntry code_of(const HuffmanEntry& entry) {
-  const int size = std::bit_width(static_cast<unsigned>(std::abs(entry.value())));
-  // Sixteen zeros: rare where a block ends.
-  if (size == 0) return {};
-  return HuffmanEntry::of_code(entry.length() - size, static_cast<int>(entry.advance()) - 1, size);
+// Fills the entries that begin with a code of `length` bits, and the same of the tails behind them.
+void fill_entries(int length, const Meaning& meaning, size_t num_tables, HuffmanEntry* entries) {
+  constexpr int kBits = HuffmanTable::kLookupBits;
+  const auto [advance, size] = meaning;
+  const size_t num_entries = size_t{1} << (kBits - length);
+  const int spare = kBits - length - size;
+  // Without extra bits there is nothing that step_by_code (lanes_loop.h) could decode.
+  const HuffmanEntry code_alone = advance == kInvalid || size == 0
+                                      ? HuffmanEntry()
+                                      : HuffmanEntry::of_code(length, advance - 1, size);
+  if (spare < 0 || advance == kInvalid) {
+    std::fill_n(entries, num_entries, code_alone);
+  } else {
+    HuffmanEntry* next = entries;
+    for (uint32_t extra = 0; extra < 1u << size; ++extra) {
+      const HuffmanSymbol symbol{length + size, advance, extend(extra, size)};
+      next = std::fill_n(next, size_t{1} << spare, entry_of(symbol));
+    }
+  }
+  for (size_t t = 0; t + 1 < num_tables; ++t) {
+    HuffmanEntry* const tail = entries + (1 + t) * HuffmanTable::kLookupSize;
+    if (advance <= kTailAdvances[t] || advance == kEndOfBlock) {
+      std::copy_n(entries, num_entries, tail);
+    } else {
+      std::fill_n(tail, num_entries, code_alone);
+    }
+  }
 }
 
 }  // namespace
@@ -59,8 +78,8 @@ void HuffmanTable::build(const JpegHuffmanSpec& spec, Kind kind, HuffmanEntry* l
   if (spec_.defined && kind == kind_ && spec == spec_) return;
   spec_ = spec;
   kind_ = kind;
-  HuffmanEntry* const end = lookup + kLookupSize;
-  HuffmanEntry* next_entry = lookup;
+  const size_t num_tables = kind == Kind::kDc ? 1 : 1 + kNumTails;
+  size_t at = 0;  // in lookup: codes of n bits take their places in ascending order
   uint32_t code = 0;
   size_t next = 0;
   for (int length = 1; length <= 16; ++length) {
@@ -68,32 +87,14 @@ void HuffmanTable::build(const JpegHuffmanSpec& spec, Kind kind, HuffmanEntry* l
     first_value_[n] = static_cast<int32_t>(next) - static_cast<int32_t>(code);
     for (int i = 0; i < spec.counts[n - 1]; ++i, ++code, ++next) {
       if (length > kLookupBits) continue;
-      const auto [advance, size] = meaning_of(spec.values[next], kind);
-      const int spare = kLookupBits - length - size;
-      if (spare < 0 || advance == kInvalid) {
-        const HuffmanEntry code_alone =
-            advance == kInvalid ? HuffmanEntry() : HuffmanEntry::of_code(length, advance - 1, size);
-        next_entry = std::fill_n(next_entry, size_t{1} << (kLookupBits - length), code_alone);
-        continue;
-      }
-      for (uint32_t extra = 0; extra < 1u << size; ++extra) {
-        const HuffmanSymbol symbol{length + size, advance, extend(extra, size)};
-        next_entry = std::fill_n(next_entry, size_t{1} << spare, entry_of(symbol));
-      }
+      fill_entries(length, meaning_of(spec.values[next], kind), num_tables, lookup + at);
+      at += size_t{1} << (kLookupBits - length);
     }
     limit_[n] = code << (16 - length);
     code <<= 1;
   }
-  std::fill(next_entry, end, HuffmanEntry());
-  if (kind == Kind::kDc) return;
-  for (size_t t = 0; t < kNumTails; ++t) {
-    HuffmanEntry* tail = lookup + (1 + t) * kLookupSize;
-    const auto max_advance = static_cast<uint32_t>(kTailAdvances[t]);
-    for (size_t i = 0; i < kLookupSize; ++i) {
-      const HuffmanEntry entry = lookup[i];
-      const bool too_far = entry.is_whole() && entry.advance() > max_advance && entry.mask() == 0;
-      tail[i] = too_far ? code_of(entry) : entry;
-    }
+  for (size_t t = 0; t < num_tables; ++t) {
+    std::fill(lookup + t * kLookupSize + at, lookup + (t + 1) * kLookupSize, HuffmanEntry());
   }
 }
 

@@ -69,7 +69,7 @@ void RegionDecoder::list_intervals(int64_t num_intervals) {
     if (end_mcu == first_mcu) continue;
     const uint32_t begin = number == 0 ? 0 : markers_[static_cast<size_t>(number - 1)] + 2;
     const uint32_t end = markers_[static_cast<size_t>(number)];
-    intervals_.push_back({number, begin, end, first_mcu, end_mcu});
+    intervals_.push_back({number, begin, end, first_mcu, end_mcu, end_mcu == last_mcu});
     if (intervals_.size() <= kPrefetched) prefetch(intervals_.back());
   }
 }
@@ -86,6 +86,7 @@ bool RegionDecoder::begin_interval(Lane* lane) {
   }
   lane->begin_interval(tables_, data_ + interval.begin, data_ + interval.end, interval.first_mcu,
                        interval.end_mcu);
+  lane->is_whole = interval.is_whole;
   ++num_open_;
   return true;
 }
@@ -108,7 +109,7 @@ void RegionDecoder::prefetch(const Interval& interval) const {
 bool RegionDecoder::take_segment(Lane* lane) {
   const ptrdiff_t bits_left = lane->bits_left();
   const int64_t end_mcu = lane->mcu + lane->num_mcus;
-  const bool interval_ends = end_mcu == num_mcus_ || end_mcu % interval_mcus_ == 0;
+  const bool interval_ends = end_mcu == lane->end_mcu && lane->is_whole;
   if (lane->failed || !lane->sound || bits_left < 0 || !sum_dc(lane)) failed_ = true;
   // Nothing but the padding of the last byte may be left.
   if (interval_ends && (!lane->has_all_bytes() || bits_left >= 8)) failed_ = true;

@@ -89,6 +89,7 @@ class RegionDecoder {
     uint32_t begin, end;  // bytes of the entropy-coded data, up to the marker
     int64_t first_mcu;
     int64_t end_mcu;  // behind the last that is needed
+    bool is_whole;    // up to its last
   };
   static constexpr size_t kPrefetched = 8;  // intervals whose bytes are asked for ahead
 
