@@ -13,7 +13,13 @@ NATIVE_SANITIZE ?= address,undefined
 comma := ,
 NATIVE_BUILD := build/$(subst $(comma),-,$(NATIVE_SANITIZE))
 
-.PHONY: help demo test lint format native-test bench wheel clean
+FUZZ_CXX ?= clang++
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := header decode transcode
+FUZZ_BUILD := build/fuzz
+FUZZ_FLAGS := -max_len=8192 -timeout=10 -rss_limit_mb=2048 -dict=tests/fuzz/jpeg.dict -print_final_stats=1
+
+.PHONY: help demo test lint format native-test fuzz bench wheel clean
 
 help:
 	@echo "make demo         set up, pack, train on IMAGENET or on generated photos, show the result"
@@ -21,6 +27,7 @@ help:
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make native-test  the core's own tests under $(NATIVE_SANITIZE)"
+	@echo "make fuzz         search FUZZ_SECONDS=$(FUZZ_SECONDS) a target for bytes that break the core; needs Clang"
 	@echo "make bench        the benchmarks of README"
 	@echo "make wheel        a manylinux_2_28 wheel in wheelhouse/"
 	@echo "make clean        remove everything that was built"
@@ -57,20 +64,36 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror core/*.h core/*.cpp tests/native/*.cpp
+	$(BIN)/clang-format --dry-run --Werror core/*.h core/*.cpp tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i core/*.h core/*.cpp tests/native/*.cpp
+	$(BIN)/clang-format -i core/*.h core/*.cpp tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
 
 native-test: export PATH := $(abspath $(BIN)):$(PATH)
 native-test: $(BIN)/python
-	$(PIP) install -q cmake ninja
+	$(PIP) install -q cmake ninja numpy pillow
 	cmake -S . -B $(NATIVE_BUILD) -G Ninja -DIMAGENET_SEQ_TESTS=ON \
 	    -DIMAGENET_SEQ_SANITIZE=$(NATIVE_SANITIZE) -DCMAKE_BUILD_TYPE=Release
 	cmake --build $(NATIVE_BUILD)
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
+
+# All targets run, also when one has found something; findings stay in fuzz-findings.
+fuzz: export PATH := $(abspath $(BIN)):$(PATH)
+fuzz: $(BIN)/python
+	$(PIP) install -q cmake ninja numpy pillow
+	cmake -S . -B $(FUZZ_BUILD) -G Ninja -DIMAGENET_SEQ_FUZZ=ON -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) \
+	    -DCMAKE_BUILD_TYPE=Release
+	cmake --build $(FUZZ_BUILD) --target $(FUZZ_TARGETS:%=fuzz_%)
+	$(BIN)/python tests/fuzz/corpus.py $(FUZZ_BUILD)/corpus
+	failed=; for target in $(FUZZ_TARGETS); do \
+	    mkdir -p $(FUZZ_BUILD)/grown/$$target fuzz-findings/$$target; \
+	    $(FUZZ_BUILD)/fuzz_$$target $(FUZZ_FLAGS) -max_total_time=$(FUZZ_SECONDS) \
+	        -artifact_prefix=fuzz-findings/$$target/ $(FUZZ_BUILD)/grown/$$target \
+	        $(FUZZ_BUILD)/corpus/$$target tests/fuzz/findings || failed="$$failed $$target"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "findings in fuzz-findings/:$$failed"; exit 1; fi
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/bench_loader.py

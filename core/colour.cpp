@@ -20,7 +20,9 @@ inline void double_width(const T* __restrict in, int n, int left_bias, int right
   }
 }
 
-inline uint8_t clamp_sample(int value) { return static_cast<uint8_t>(std::clamp(value, 0, 255)); }
+inline uint8_t clamp_sample(int16_t value) {
+  return static_cast<uint8_t>(std::clamp<int16_t>(value, 0, 255));
+}
 
 }  // namespace
 
@@ -69,15 +71,18 @@ void ycc_to_rgb(const uint8_t* __restrict y, const uint8_t* __restrict cb,
                 const uint8_t* __restrict cr, int n, uint8_t* __restrict r, uint8_t* __restrict g,
                 uint8_t* __restrict b) {
   // jdcolor.c's factors with their whole parts taken out, so that what is left fits 16-bit
-  // multiplication: 1.40200 = 1 + 26345 / 65536, 1.77200 = 2 - 14942 / 65536, 0.71414 = 1 - 18734 /
-  // 65536.
-  constexpr int kRed = 26345, kBlue = -14942, kGreenCb = -22554, kGreenCr = 18734;
-  constexpr int kHalf = 1 << 15;
+  // multiplication, of which compilers take the upper half where it is written so: 1.40200 = 1 +
+  // 26345 / 65536, 1.77200 = 2 - 14942 / 65536. Green's two, 22554 and 46802 / 65536, are even.
+  constexpr int16_t kRed = 26345, kBlue = -14942, kGreenCb = -11277, kGreenCr = -23401;
+  const auto rounded_product = [](int16_t factor, int16_t x) {
+    return static_cast<int16_t>((((factor * static_cast<int16_t>(2 * x)) >> 16) + 1) >> 1);
+  };
   for (int i = 0; i < n; ++i) {
     const auto u = static_cast<int16_t>(cb[i] - 128), v = static_cast<int16_t>(cr[i] - 128);
-    r[i] = clamp_sample(y[i] + v + ((kRed * v + kHalf) >> 16));
-    g[i] = clamp_sample(y[i] - v + ((kGreenCb * u + kGreenCr * v + kHalf) >> 16));
-    b[i] = clamp_sample(y[i] + 2 * u + ((kBlue * u + kHalf) >> 16));
+    const auto green = static_cast<int16_t>((kGreenCb * u + kGreenCr * v + (1 << 14)) >> 15);
+    r[i] = clamp_sample(static_cast<int16_t>(y[i] + v + rounded_product(kRed, v)));
+    g[i] = clamp_sample(static_cast<int16_t>(y[i] + green));
+    b[i] = clamp_sample(static_cast<int16_t>(y[i] + 2 * u + rounded_product(kBlue, u)));
   }
 }
 
@@ -86,6 +91,8 @@ const ColourKernels& colour_kernels(CpuLevel level) {
                                               replicate, ycc_to_rgb};
   switch (level) {
 #if defined(__x86_64__)
+    case CpuLevel::kAvx2:
+      return kColourAvx2;
     case CpuLevel::kAvx512:
       return kColourAvx512;
 #endif

@@ -12,7 +12,7 @@ using Vector = __m512i;
 inline Vector load(const void* from) { return _mm512_loadu_si512(from); }
 inline Vector words(int value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
 
-// ---- upsampling -----------------------------------------------------------------------------------
+// ---- upsampling ---------------------------------------------------------------------------------
 
 inline Vector load_words(const uint8_t* from) {
   return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -70,7 +70,7 @@ void upsample_h2v2_avx512(const uint8_t* near, const uint8_t* far, int begin, in
   }
 }
 
-// ---- conversion -----------------------------------------------------------------------------------
+// ---- conversion ---------------------------------------------------------------------------------
 
 // Where pairs of Cb and Cr come from: every other pixel of one half of each 128-bit lane, the first
 // of them `offset`; the mask that goes with it makes words of the bytes.

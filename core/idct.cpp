@@ -29,8 +29,8 @@ inline int16_t saturate16(int value) {
   return static_cast<int16_t>(std::clamp(value, -32768, 32767));
 }
 
-inline uint8_t to_sample(int value) {
-  return static_cast<uint8_t>(std::clamp(value, -128, 127) + 128);
+inline uint8_t to_sample(int16_t value) {
+  return static_cast<uint8_t>(std::clamp<int16_t>(value, -128, 127) + 128);
 }
 
 // One-dimensional transform of 8 values (Loeffler, Ligtenberg and Moschytz, ICASSP 1989), the
@@ -98,18 +98,21 @@ __attribute__((noinline)) void second_pass(const int16_t* __restrict in,
   }
 }
 
+// Exchanges the upper part of every group of bits in x with the lower part of it in y.
+inline void swap_parts(uint64_t& x, uint64_t& y, uint64_t lower, int shift) {
+  const uint64_t low = (x & lower) | (y & lower) << shift;
+  y = (x >> shift & lower) | (y & ~lower);
+  x = low;
+}
+constexpr uint64_t kLow32 = 0x00000000FFFFFFFF, kLow16 = 0x0000FFFF0000FFFF,
+                   kLow8 = 0x00FF00FF00FF00FF;
+
 // Transposes 4 x 4 values, a row in each word, the first value its lowest bits.
 inline void transpose_4x4(uint64_t& a, uint64_t& b, uint64_t& c, uint64_t& d) {
-  const auto swap_halves = [](uint64_t& x, uint64_t& y, uint64_t mask, int shift) {
-    const uint64_t low = (x & mask) | (y & mask) << shift;
-    y = (x >> shift & mask) | (y & ~mask);
-    x = low;
-  };
-  constexpr uint64_t kLow32 = 0x00000000FFFFFFFF, kLow16 = 0x0000FFFF0000FFFF;
-  swap_halves(a, c, kLow32, 32);
-  swap_halves(b, d, kLow32, 32);
-  swap_halves(a, b, kLow16, 16);
-  swap_halves(c, d, kLow16, 16);
+  swap_parts(a, c, kLow32, 32);
+  swap_parts(b, d, kLow32, 32);
+  swap_parts(a, b, kLow16, 16);
+  swap_parts(c, d, kLow16, 16);
 }
 
 // Transposes 8 x 8 values as four quarters.
@@ -122,6 +125,19 @@ inline void transpose(int16_t* block) {
   transpose_4x4(w[9], w[11], w[13], w[15]);
   for (int y = 0; y < 4; ++y) std::swap(w[2 * y + 1], w[2 * y + 8]);
   std::memcpy(block, w, sizeof(w));
+}
+
+// Columns of 8 samples become rows.
+inline void store_transposed(const uint8_t* columns, uint8_t* out, ptrdiff_t stride) {
+  uint64_t w[8];
+  std::memcpy(w, columns, sizeof(w));
+  for (int k = 0; k < 4; ++k) swap_parts(w[k], w[k + 4], kLow32, 32);
+  for (int k = 0; k < 8; k += 4) {
+    swap_parts(w[k], w[k + 2], kLow16, 16);
+    swap_parts(w[k + 1], w[k + 3], kLow16, 16);
+  }
+  for (int k = 0; k < 8; k += 2) swap_parts(w[k], w[k + 1], kLow8, 8);
+  for (int y = 0; y < 8; ++y) std::memcpy(out + y * stride, &w[y], 8);
 }
 
 bool only_first_row(const int16_t* coefficients) {
@@ -139,65 +155,90 @@ IdctTable::IdctTable(const JpegQuantTable& quant_table) : rotation(kRotation) {
   }
 }
 
-void idct_block(const int16_t* coefficients, const IdctTable& table, int last, uint8_t* out,
-                ptrdiff_t stride) {
-  const int16_t* quant = table.quant.data();
-  const auto scaled = [&](int k) {
-    return wrap16(wrap16(coefficients[k] * quant[k]) * (1 << kPass1Bits));
-  };
-  if (last == 0) {
-    const uint8_t sample = to_sample((scaled(0) + 16) >> (kPass1Bits + 3));
-    for (int y = 0; y < 8; ++y) std::memset(out + y * stride, sample, 8);
-    return;
+namespace {
+
+// Where a block has coefficients other than zero: in the first place only, in the first four rows
+// and columns, or anywhere.
+enum class Extent { kFirst, kQuarter, kWhole };
+
+constexpr bool in_quarter(int natural) { return natural / 8 < 4 && natural % 8 < 4; }
+
+struct ZigzagMask {
+  int16_t values[64];
+};
+constexpr ZigzagMask outside_quarter() {
+  ZigzagMask mask{};
+  for (int k = 0; k < 64; ++k) mask.values[kZigzagOfNatural[k]] = in_quarter(k) ? 0 : -1;
+  return mask;
+}
+
+Extent extent_of(const int16_t* zigzag) {
+  static constexpr ZigzagMask kOutsideQuarter = outside_quarter();
+  int16_t outside = 0, inside = 0;
+  for (int k = 0; k < 64; ++k) {
+    outside = static_cast<int16_t>(outside | (zigzag[k] & kOutsideQuarter.values[k]));
   }
-  int16_t block[64], samples[64];
-  const int16_t* rotation = table.rotation.data();
-  // Up to zigzag index 9 all lie in the first four rows and columns.
-  const bool few = last <= 9;
-  if (only_first_row(coefficients)) {
-    // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates.
-    for (int k = 0; k < 64; ++k) block[k] = scaled(k & 7);
-  } else if (few) {
-    first_pass<4>(coefficients, quant, rotation, block);
-  } else {
-    first_pass<8>(coefficients, quant, rotation, block);
-  }
-  transpose(block);
-  if (few) {
-    second_pass<4>(block, rotation, samples);
-  } else {
-    second_pass<8>(block, rotation, samples);
-  }
-  transpose(samples);
-  for (int y = 0; y < 8; ++y) {
-    for (int x = 0; x < 8; ++x) out[y * stride + x] = to_sample(samples[8 * y + x]);
+  if (outside != 0) return Extent::kWhole;
+  for (int k = 1; k < 32; ++k) inside = static_cast<int16_t>(inside | zigzag[k]);
+  return inside != 0 ? Extent::kQuarter : Extent::kFirst;
+}
+
+template <bool kOnlyQuarter>
+void to_natural_order(const int16_t* __restrict zigzag, int16_t* __restrict natural) {
+#pragma GCC unroll 64
+  for (int k = 0; k < 64; ++k) {
+    natural[k] = !kOnlyQuarter || in_quarter(k) ? zigzag[kZigzagOfNatural[k]] : int16_t{0};
   }
 }
 
-namespace {
+inline int16_t scaled(int16_t coefficient, int16_t quant) {
+  return wrap16(wrap16(coefficient * quant) * (1 << kPass1Bits));
+}
 
-// The highest zigzag index that idct_block need know of: it tells 0, up to 9, and the rest apart.
-int bound_of_last(const int16_t* zigzag) {
-  const auto any = [&](int begin, int end) {
-    int bits = 0;
-    for (int k = begin; k < end; ++k) bits |= zigzag[k];
-    return bits != 0;
-  };
-  if (any(32, 64) || any(10, 32)) return 63;
-  return any(1, 10) ? 9 : 0;
+void transform_first(int16_t coefficient, int16_t quant, uint8_t* out, ptrdiff_t stride) {
+  const int16_t sum = wrap16((scaled(coefficient, quant) + 16) >> (kPass1Bits + 3));
+  for (int y = 0; y < 8; ++y) std::memset(out + y * stride, to_sample(sum), 8);
+}
+
+// coefficients: in natural order. kRows: beyond these many rows and columns all are zero.
+template <int kRows>
+void transform_block(const int16_t* coefficients, const IdctTable& table, uint8_t* out,
+                     ptrdiff_t stride) {
+  alignas(16) int16_t block[64], samples[64];
+  alignas(16) uint8_t columns[64];
+  if (only_first_row(coefficients)) {
+    // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates.
+    for (size_t k = 0; k < 64; ++k) block[k] = scaled(coefficients[k & 7], table.quant[k & 7]);
+  } else {
+    first_pass<kRows>(coefficients, table.quant.data(), table.rotation.data(), block);
+  }
+  transpose(block);
+  second_pass<kRows>(block, table.rotation.data(), samples);
+  for (int k = 0; k < 64; ++k) columns[k] = to_sample(samples[k]);
+  store_transposed(columns, out, stride);
 }
 
 }  // namespace
 
 void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                    const IdctTable& table, uint8_t* out, ptrdiff_t stride) {
+  BlockWalk walk(coefficients, mcu_width, mcu_step);
   for (int i = 0; i < num_blocks; ++i, out += 8) {
-    int16_t* zigzag = coefficients + (i / mcu_width) * mcu_step + (i % mcu_width) * 64;
-    const int last = bound_of_last(zigzag);
-    int16_t block[64] = {};
-    for (int k = 0; k <= last; ++k) block[kNaturalOrder[static_cast<size_t>(k)]] = zigzag[k];
-    idct_block(block, table, last, out, stride);
-    std::memset(zigzag, 0, sizeof(block));
+    int16_t* const zigzag = walk.next();
+    alignas(16) int16_t natural[64];
+    switch (extent_of(zigzag)) {
+      case Extent::kFirst:
+        transform_first(zigzag[0], table.quant[0], out, stride);
+        break;
+      case Extent::kQuarter:
+        to_natural_order<true>(zigzag, natural);
+        transform_block<4>(natural, table, out, stride);
+        break;
+      case Extent::kWhole:
+        to_natural_order<false>(zigzag, natural);
+        transform_block<8>(natural, table, out, stride);
+    }
+    std::memset(zigzag, 0, 64 * sizeof(int16_t));
   }
 }
 
@@ -208,6 +249,9 @@ IdctKernel idct_kernel(CpuLevel level) {
       return idct_avx2;
     case CpuLevel::kAvx512:
       return idct_avx512;
+#elif defined(__aarch64__)
+    case CpuLevel::kNeon:
+      return idct_neon;
 #endif
     default:
       return idct_portable;

@@ -22,35 +22,32 @@ struct IdctTable {
   std::array<int16_t, 12> rotation{};
 };
 
-// 8 x 8 samples from one block of quantised coefficients in natural order, none of them other than
-// zero behind zigzag index `last`. Rows of out are `stride` bytes apart.
+// Transforms num_blocks blocks whose output lies side by side, and leaves their coefficients zero.
+// Block i: 64 quantised coefficients in zigzag order at
+//   coefficients + (i / mcu_width) * mcu_step + (i % mcu_width) * 64,
+// best aligned to 64 bytes; its 8 x 8 samples begin at out + 8 * i, with rows `stride` bytes apart.
+// Nothing beside the samples is written.
 //
 // Bit-exact with libjpeg-turbo's x86 SIMD code (jidctint-sse2.asm, jidctint-avx2.asm) for *every*
 // input: products of dequantisation and sums before multiplication wrap at 16 bits, the
 // intermediate result and the samples saturate. For coefficients that an encoder can have written
 // this is the same as jidctint.c.
-void idct_block(const int16_t* coefficients, const IdctTable& table, int last, uint8_t* out,
-                ptrdiff_t stride);
-
-// Transforms num_blocks blocks whose output lies side by side, and leaves their coefficients zero.
-// Block i: 64 quantised coefficients in zigzag order at
-// coefficients + (i / mcu_width) * mcu_step + (i % mcu_width) * 64, where its 8 x 8 samples begin at
-// out + 8 * i, with rows `stride` bytes apart. Writes nothing beside the blocks' samples. All levels
-// agree with idct_block for every input.
 using IdctKernel = void (*)(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step,
                             int num_blocks, const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 
 [[nodiscard]] IdctKernel idct_kernel(CpuLevel level);
 
-// What the kernels share.
-
+// The kernels themselves; idct_portable is the reference, and does what is out of range for others.
 void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                    const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 void idct_avx2(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 void idct_avx512(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                  const IdctTable& table, uint8_t* out, ptrdiff_t stride);
+void idct_neon(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
+               const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 
+// What the kernels share: where to find a coefficient, row by row.
 inline constexpr uint8_t kZigzagOfNatural[64] = {
     0,  1,  5,  6,  14, 15, 27, 28, 2,  4,  7,  13, 16, 26, 29, 42, 3,  8,  12, 17, 25, 30,
     41, 43, 9,  11, 18, 24, 31, 40, 44, 53, 10, 19, 23, 32, 39, 45, 52, 54, 20, 22, 33, 38,

@@ -12,7 +12,7 @@ namespace {
 
 using Vector = __m256i;
 
-// ---- de-zigzag ------------------------------------------------------------------------------------
+// ---- de-zigzag ----------------------------------------------------------------------------------
 
 // Half a pair of rows: four columns of each, which are two pairs of columns.
 struct Columns {
@@ -76,7 +76,7 @@ constexpr Mask outside_quarter() {
 }
 constexpr Mask kOutsideQuarter = outside_quarter();
 
-// ---- arithmetic -----------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 // Factors of a pair.
 inline Vector factors(int first, int second) {
@@ -160,7 +160,7 @@ inline Vector odd_pairs(Vector a, Vector b) {
       _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xDD));
 }
 
-// ---- two blocks -----------------------------------------------------------------------------------
+// ---- two blocks ---------------------------------------------------------------------------------
 
 // Where the samples of one block, or two, go.
 struct Output {
@@ -258,7 +258,7 @@ inline bool transform_whole(const Vector (&zigzag)[8], const Output& output) {
 
 inline bool is_zero(Vector values) { return _mm256_testz_si256(values, values); }
 
-// False where idct_block must do it.
+// False where the portable code must do it.
 inline bool transform_two(int16_t* const (&blocks)[2], const IdctTable& table,
                           const Output& output) {
   Vector zigzag[8];

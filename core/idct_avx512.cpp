@@ -11,7 +11,7 @@ namespace imseq {
 
 namespace {
 
-// ---- permutations ---------------------------------------------------------------------------------
+// ---- permutations -------------------------------------------------------------------------------
 
 struct Words {
   alignas(64) uint16_t index[32];
@@ -95,7 +95,7 @@ constexpr Bytes two_rows(int row, bool quarter) {
 constexpr Bytes kRows[2] = {two_rows(0, false), two_rows(2, false)};
 constexpr Bytes kQuarterRows[2] = {two_rows(0, true), two_rows(2, true)};
 
-// ---- arithmetic -----------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 using Vector = __m512i;
 
@@ -177,7 +177,7 @@ inline bool any_large(Vector values) {
   return _mm512_test_epi16_mask(values, _mm512_set1_epi16(static_cast<int16_t>(0xC000))) != 0;
 }
 
-// ---- four blocks ----------------------------------------------------------------------------------
+// ---- four blocks --------------------------------------------------------------------------------
 
 // Samples of four blocks: columns of four rows each in, as pack_second pairs them, rows out.
 struct Output {
@@ -203,7 +203,7 @@ struct Output {
 
 // All coefficients but the first of each block are zero.
 inline void transform_dc(const Vector (&low)[4], const Output& output) {
-  // The four DCs into the lowest word of the lanes, then as idct_block has it.
+  // The four DCs into the lowest word of the lanes, then as idct.cpp has it.
   const Vector dc01 = _mm512_shuffle_i64x2(low[0], low[1], 0x00);
   const Vector dc23 = _mm512_shuffle_i64x2(low[2], low[3], 0x00);
   const Vector dc = _mm512_shuffle_i64x2(dc01, dc23, 0x88);
@@ -237,8 +237,8 @@ inline bool transform_quarters(const Vector (&low)[4], const Output& output) {
   return true;
 }
 
-// in: pairs of rows of blocks 0 and 1, and of blocks 2 and 3. False, and no useful output, where a value is
-// large.
+// in: pairs of rows of blocks 0 and 1, and of blocks 2 and 3. False, and no useful output, where a
+// value is large.
 inline bool transform_whole(const Pairs (&in)[2], const Output& output) {
   Vector sums[2][8], rows[8];
   transform(in[0], first_rounding(), sums[0]);
@@ -277,7 +277,7 @@ inline Vector any_of(const Vector (&v)[4]) {
   return _mm512_or_si512(_mm512_or_si512(v[0], v[1]), _mm512_or_si512(v[2], v[3]));
 }
 
-// False where idct_block must do it.
+// False where the portable code must do it.
 inline bool transform_four(int16_t* const (&blocks)[4], const IdctTable& table,
                            const Output& output) {
   Vector low[4], high[4];

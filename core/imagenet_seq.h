@@ -207,7 +207,7 @@ IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t
                                       imseq_error* error);
 
 /* Add to counts[4 * 256] (table, symbol) how often a re-coded JPEG would have each symbol.
- * IMSEQ_FOREIGN, and nothing is added, where it would not be re-coded. */
+ * IMSEQ_FOREIGN, and nothing is added, where the image is damaged or out of scope. */
 IMSEQ_CHECKED int32_t imseq_count_symbols(const uint8_t* bytes, size_t size,
                                           int32_t restart_interval, uint64_t* counts,
                                           imseq_error* error);

@@ -1,6 +1,7 @@
 #include "resize.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -51,6 +52,7 @@ inline uint8_t to_byte(int32_t sum) {
   return static_cast<uint8_t>(std::clamp(static_cast<int>(value), 0, 255));
 }
 
+bool always(const AxisWeights&) { return true; }
 size_t no_plan_bytes(const AxisWeights&) { return 0; }
 void no_plan(const AxisWeights&, void*) {}
 
@@ -110,16 +112,17 @@ void portable_horizontal(const AxisWeights& weights, const void*, const uint8_t*
 // A weight is below 2 and so has 24 bits. It is taken apart into two 16-bit numbers, which
 // compilers for baseline x86-64 multiply eight at a time (32-bit multiplication of vectors came
 // with SSE4.1).
-void portable_vertical(const uint8_t** rows, int32_t* weights, int num_taps, size_t begin,
-                       size_t end, uint8_t* __restrict out) {
+void portable_vertical(const AxisWeights& weights, const void*, int i, const uint8_t* const* rows,
+                       size_t begin, size_t end, uint8_t* __restrict out) {
   constexpr size_t kColumns = 16;  // at a time, their sums in registers
   for (size_t x = begin; x < end; x += kColumns) {
     int32_t sums[kColumns];
     for (int32_t& sum : sums) sum = kHalf;
-    for (int k = 0; k < num_taps; ++k) {
+    const int32_t* weight = weights.weights + i;
+    for (int k = 0; k < weights.num_taps[i]; ++k, weight += weights.stride) {
       const uint8_t* __restrict row = rows[k] + x;
-      const auto high = static_cast<int16_t>(weights[k] >> 8);
-      const auto low = static_cast<int16_t>(weights[k] & 255);
+      const auto high = static_cast<int16_t>(*weight >> 8);
+      const auto low = static_cast<int16_t>(*weight & 255);
       for (size_t j = 0; j < kColumns; ++j) {
         const int16_t value = row[j];
         sums[j] += high * value * 256 + low * value;
@@ -148,8 +151,9 @@ const ResizeKernels& resize_kernels(CpuLevel level) {
 }  // namespace
 
 const ResizeKernels& portable_resize_kernels() {
-  static constexpr ResizeKernels kernels{no_plan_bytes, no_plan, portable_horizontal, 1 << 30,
-                                         portable_vertical};
+  static constexpr ResizeKernels kernels{
+      always,        no_plan_bytes, no_plan,          portable_horizontal,
+      no_plan_bytes, no_plan,       portable_vertical};
   return kernels;
 }
 
@@ -276,6 +280,7 @@ void Resizer::begin(const imseq_view& view, int out_height, int out_width, int n
   vertical_first_ =
       passes == IMSEQ_PASSES_PILLOW_13 && lost_height > 0 && lost_height > 2 * lost_width;
   lay_out_rows();
+  make_plans();
 }
 
 void Resizer::lay_out_rows() {
@@ -285,19 +290,26 @@ void Resizer::lay_out_rows() {
   source_stride_ = round_up(static_cast<size_t>(source_.width) + kRowSlack, 64);
   resized_stride_ = static_cast<size_t>(end_column_ - first_column_);
   row_bytes_ = round_up(planes * (stores_source_rows() ? source_stride_ : resized_stride_), 64);
-  ring_rows_ = vertical_.max_taps();
+  ring_rows_ = std::bit_ceil(static_cast<unsigned>(vertical_.max_taps()));
   rows_.reserve(row_bytes_ * static_cast<size_t>(ring_rows_) + kBehind);
   row_.reserve(planes * source_stride_ + kBehind);
   output_.reserve(planes * std::max(source_stride_, resized_stride_) + 64 + kBehind);
   padded_.reserve(planes * static_cast<size_t>(out_width_) + kRowSlack);
-  const size_t taps = static_cast<size_t>(ring_rows_) + AxisWeights::kTapGroup;
-  grow(&tap_rows_, taps);
-  grow(&tap_weights_, taps);
-  if (horizontal_.identity()) return;
-  const AxisWeights& axis = horizontal_.axis();
-  horizontal_kernels_ =
-      axis.max_taps <= kernels_->max_horizontal_taps ? kernels_ : &portable_resize_kernels();
-  horizontal_kernels_->plan(axis, plan_.reserve(horizontal_kernels_->plan_bytes(axis)));
+  grow(&tap_rows_, static_cast<size_t>(ring_rows_) + AxisWeights::kTapGroup);
+}
+
+void Resizer::make_plans() {
+  if (!vertical_.identity()) {
+    const AxisWeights& axis = vertical_.axis();
+    kernels_->plan_vertically(axis, vertical_plan_.reserve(kernels_->vertical_plan_bytes(axis)));
+  }
+  if (!horizontal_.identity()) {
+    const AxisWeights& axis = horizontal_.axis();
+    horizontal_kernels_ =
+        kernels_->can_resize_horizontally(axis) ? kernels_ : &portable_resize_kernels();
+    const size_t bytes = horizontal_kernels_->horizontal_plan_bytes(axis);
+    horizontal_kernels_->plan_horizontally(axis, horizontal_plan_.reserve(bytes));
+  }
 }
 
 std::array<uint8_t*, 3> Resizer::source_planes() {
@@ -317,23 +329,22 @@ void Resizer::add_row() {
 }
 
 void Resizer::resize_horizontally(const uint8_t* in, uint8_t* out) const {
-  horizontal_kernels_->horizontal(horizontal_.axis(), plan_.data(), in, source_stride_, num_planes_,
-                                  out, resized_stride_);
+  horizontal_kernels_->horizontal(horizontal_.axis(), horizontal_plan_.data(), in, source_stride_,
+                                  num_planes_, out, resized_stride_);
 }
 
 const uint8_t* Resizer::resize_vertically(int i, uint8_t* out) {
   const int first = vertical_.first_tap(i);
   if (vertical_.identity()) return stored_row(first);
   const int num_taps = vertical_.num_taps(i);
-  const AxisWeights& axis = vertical_.axis();
-  for (int k = 0; k < num_taps; ++k) {
-    const auto tap = static_cast<size_t>(k);
-    tap_rows_[tap] = stored_row(first + k);
-    tap_weights_[tap] = axis.weights[tap * axis.stride + static_cast<size_t>(i)];
+  size_t tap = 0;
+  for (; tap < static_cast<size_t>(num_taps); ++tap) {
+    tap_rows_[tap] = stored_row(first + static_cast<int>(tap));
   }
+  for (; tap % AxisWeights::kTapGroup != 0; ++tap) tap_rows_[tap] = tap_rows_[0];
   const auto resize_columns = [&](size_t begin, size_t num_columns) {
-    kernels_->vertical(tap_rows_.data(), tap_weights_.data(), num_taps, begin, begin + num_columns,
-                       out);
+    kernels_->vertical(vertical_.axis(), vertical_plan_.data(), i, tap_rows_.data(), begin,
+                       begin + num_columns, out);
   };
   const auto planes = static_cast<size_t>(num_planes_);
   if (!stores_source_rows()) {

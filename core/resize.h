@@ -21,7 +21,7 @@ constexpr int kWeightBits = 22;
 // outputs to a multiple of kOutputGroup, repeating the last first tap, taps to one of kTapGroup.
 // Every weight that pads is zero.
 struct AxisWeights {
-  static constexpr int kOutputGroup = 16, kTapGroup = 4;
+  static constexpr int kOutputGroup = 32, kTapGroup = 4;
   int num_outputs = 0;
   int max_taps = 0;  // of any output
   size_t stride = 0;
@@ -31,21 +31,23 @@ struct AxisWeights {
 };
 
 // What one CpuLevel resizes with. Rows of pixels begin anywhere, rows for the vertical pass at a
-// multiple of 64 bytes; both may be read and written kRowSlack bytes behind their end.
+// multiple of 64 bytes; both may be read and written kRowSlack bytes behind their end. A plan holds
+// the weights in the order in which the kernel wants them.
 struct ResizeKernels {
-  // The horizontal weights in the order in which horizontal() wants them.
-  size_t (*plan_bytes)(const AxisWeights& weights);
-  void (*plan)(const AxisWeights& weights, void* plan);
+  // False: the image shrinks so much that the horizontal pass is left to the portable kernel.
+  bool (*can_resize_horizontally)(const AxisWeights& weights);
+  size_t (*horizontal_plan_bytes)(const AxisWeights& weights);
+  void (*plan_horizontally)(const AxisWeights& weights, void* plan);
   // num_planes rows of pixels, one plane every in_stride bytes.
   void (*horizontal)(const AxisWeights& weights, const void* plan, const uint8_t* in,
                      size_t in_stride, int num_planes, uint8_t* out, size_t out_stride);
-  // More taps than this are left to the portable kernel: a plan of them would be large.
-  int max_horizontal_taps;
-  // out[x] = rounded sum of weights[k] * rows[k][x] for x in [begin, end), a multiple of 64 bytes;
-  // up to 63 more are computed. Room for AxisWeights::kTapGroup - 1 more taps lies behind the last
-  // one in both arrays, which the kernel may fill.
-  void (*vertical)(const uint8_t** rows, int32_t* weights, int num_taps, size_t begin, size_t end,
-                   uint8_t* out);
+
+  size_t (*vertical_plan_bytes)(const AxisWeights& weights);
+  void (*plan_vertically)(const AxisWeights& weights, void* plan);
+  // Columns [begin, end) of output i, and up to 63 more; begin is a multiple of 64. rows: those of
+  // its taps, and then any, up to a multiple of AxisWeights::kTapGroup.
+  void (*vertical)(const AxisWeights& weights, const void* plan, int i, const uint8_t* const* rows,
+                   size_t begin, size_t end, uint8_t* out);
 };
 
 const ResizeKernels& portable_resize_kernels();
@@ -92,8 +94,10 @@ class RowMemory {
     if (lines_.size() * sizeof(Line) < bytes) lines_.resize((bytes + 63) / sizeof(Line));
     return data();
   }
-  [[nodiscard]] uint8_t* data() { return lines_.data()->bytes; }
-  [[nodiscard]] const uint8_t* data() const { return lines_.data()->bytes; }
+  [[nodiscard]] uint8_t* data() { return reinterpret_cast<uint8_t*>(lines_.data()); }
+  [[nodiscard]] const uint8_t* data() const {
+    return reinterpret_cast<const uint8_t*>(lines_.data());
+  }
 
  private:
   struct alignas(64) Line {
@@ -136,11 +140,12 @@ class Resizer {
 
  private:
   void lay_out_rows();
+  void make_plans();
   [[nodiscard]] bool stores_source_rows() const {
     return vertical_first_ || horizontal_.identity();
   }
   [[nodiscard]] uint8_t* stored_row(int row) {
-    return rows_.data() + static_cast<size_t>(row % ring_rows_) * row_bytes_;
+    return rows_.data() + (static_cast<unsigned>(row) & (ring_rows_ - 1)) * row_bytes_;
   }
   void resize_horizontally(const uint8_t* in, uint8_t* out) const;
   // The i-th row that is not padding: written to out, or the stored row where there is nothing to
@@ -163,12 +168,11 @@ class Resizer {
   size_t source_stride_ = 0;   // bytes from plane to plane of a source row
   size_t resized_stride_ = 0;  // and of a row that has been resized horizontally
   size_t row_bytes_ = 0;       // from stored row to stored row
-  int ring_rows_ = 1;          // stored at a time
+  unsigned ring_rows_ = 1;     // stored at a time, a power of two
   RowMemory rows_;  // what the vertical pass reads: resized rows; source rows where it is the first
   RowMemory row_;   // one source row on its way to or from there
-  RowMemory plan_, output_, padded_, zeros_;
+  RowMemory horizontal_plan_, vertical_plan_, output_, padded_, zeros_;
   std::vector<const uint8_t*> tap_rows_;
-  std::vector<int32_t> tap_weights_;
 };
 
 }  // namespace imseq

@@ -479,9 +479,9 @@ Source& source_of_thread() {
   return source;
 }
 
-// Gives memory back after an image so large that hardly another one is.
+// Gives memory back after an image so large that few others are: a thread keeps tens of MB at most.
 void forget_if_huge(Source* source) {
-  constexpr int64_t kKeptPixels = int64_t{1} << 24;
+  constexpr int64_t kKeptPixels = int64_t{1} << 21;
   if (int64_t{source->header.width} * source->header.height > kKeptPixels) *source = {};
 }
 
@@ -631,6 +631,7 @@ int32_t check_arguments(const uint8_t* bytes, size_t size, int32_t restart_inter
 }
 
 int32_t out_of_memory(size_t size, imseq_error* error) {
+  forget_if_huge(&source_of_thread());
   return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0,
               "out of memory while re-coding a JPEG of %zu bytes", size);
 }
@@ -696,5 +697,6 @@ int32_t imseq_fit_tables(const uint64_t* counts, uint8_t* out, imseq_error* erro
   }
   return IMSEQ_OK;
 } catch (const std::bad_alloc&) {
-  return imseq::out_of_memory(0, error);
+  return imseq::fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0,
+                     "out of memory while fitting Huffman tables");
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,14 +26,33 @@ def quant_table(index: int, values: Sequence[int], *, wide: bool = False) -> byt
     return segment(0xDB, head + b"".join(int(v).to_bytes(size, "big") for v in values))
 
 
-# Codes of equal length: the code of a symbol is its place. All symbols that a block can need.
-_DC_SYMBOLS = bytes(range(16))
-_AC_SYMBOLS = bytes([0x00, 0xF0] + [run << 4 | size for run in range(16) for size in range(1, 15)])
-_DC_BITS, _AC_BITS = 5, 8
-_TABLES = b"".join(
-    segment(0xC4, bytes([kind]) + bytes(len(s) if n == bits else 0 for n in range(1, 17)) + s)
-    for kind, bits, s in ((0x00, _DC_BITS, _DC_SYMBOLS), (0x10, _AC_BITS, _AC_SYMBOLS))
-)
+# All symbols that a block can need.
+DC_SYMBOLS = bytes(range(16))
+AC_SYMBOLS = bytes([0x00, 0xF0] + [run << 4 | size for run in range(16) for size in range(1, 15)])
+
+
+class Code:
+    """A Huffman code: the symbols that have codes of 1, 2, ... 16 bits."""
+
+    def __init__(self, symbols: Mapping[int, bytes]) -> None:
+        self._symbols = symbols
+        self.bits: dict[int, str] = {}
+        code = 0
+        for length in range(1, 17):
+            for symbol in symbols.get(length, b""):
+                self.bits[symbol] = f"{code:0{length}b}"
+                code += 1
+            code <<= 1
+
+    def segment(self, table: int) -> bytes:
+        """The DHT segment; table: class << 4 | number."""
+        by_length = [self._symbols.get(length, b"") for length in range(1, 17)]
+        counts = bytes(len(symbols) for symbols in by_length)
+        return segment(0xC4, bytes([table]) + counts + b"".join(by_length))
+
+
+# Codes of equal length: the code of a symbol is its place.
+FLAT_DC, FLAT_AC = Code({5: DC_SYMBOLS}), Code({8: AC_SYMBOLS})
 
 
 def value_bits(value: int) -> tuple[int, str]:
@@ -42,9 +61,9 @@ def value_bits(value: int) -> tuple[int, str]:
     return size, f"{extra:0{size}b}" if size else ""
 
 
-def _block_bits(block: Sequence[int], difference: int) -> str:
+def _block_bits(block: Sequence[int], difference: int, dc: Code, ac: Code) -> str:
     size, extra = value_bits(difference)
-    bits = [f"{size:0{_DC_BITS}b}", extra]
+    bits = [dc.bits[size], extra]
     run = 0
     last = max((k for k in range(1, 64) if block[k]), default=0)
     for k in range(1, last + 1):
@@ -52,17 +71,18 @@ def _block_bits(block: Sequence[int], difference: int) -> str:
             run += 1
             continue
         while run > 15:
-            bits.append(f"{_AC_SYMBOLS.index(0xF0):0{_AC_BITS}b}")
+            bits.append(ac.bits[0xF0])
             run -= 16
         size, extra = value_bits(block[k])
-        bits += [f"{_AC_SYMBOLS.index(run << 4 | size):0{_AC_BITS}b}", extra]
+        bits += [ac.bits[run << 4 | size], extra]
         run = 0
     if last < 63:
-        bits.append(f"{0:0{_AC_BITS}b}")
+        bits.append(ac.bits[0x00])
     return "".join(bits)
 
 
 def stuffed(bits: str) -> bytes:
+    """The bytes of an interval: padded with ones, and a zero byte behind every 0xFF."""
     bits += "1" * (-len(bits) % 8)
     data = int("1" + bits, 2).to_bytes(len(bits) // 8 + 1, "big")[1:]
     return data.replace(b"\xff", b"\xff\0")
@@ -80,6 +100,8 @@ class Jpeg:
         ids: component ids; 1, 2, 3 if empty.
         amplitude: coefficients are drawn up to it, the higher the frequency the fewer.
         dc_limit: DC values are drawn from -dc_limit ... dc_limit.
+        full: no coefficient is zero.
+        dc_code, ac_code: the codes of all components.
     """
 
     width: int
@@ -93,6 +115,9 @@ class Jpeg:
     ids: Sequence[int] = ()
     amplitude: int = 12
     dc_limit: int = 120
+    full: bool = False
+    dc_code: Code = FLAT_DC
+    ac_code: Code = FLAT_AC
     before_scan: bytes = b""
     tail: bytes = b""
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -102,6 +127,9 @@ class Jpeg:
         block[0] = int(self.rng.integers(-self.dc_limit, self.dc_limit + 1))
         if self.amplitude == 0:
             return block
+        if self.full:
+            signs = self.rng.choice([-1, 1], 63)
+            return block[:1] + (signs * self.rng.integers(1, self.amplitude + 1, 63)).tolist()
         for _ in range(int(self.rng.integers(0, 9))):
             k = int(self.rng.integers(1, self.rng.integers(2, 65)))
             block[k] = int(self.rng.integers(-self.amplitude, self.amplitude + 1))
@@ -121,7 +149,8 @@ class Jpeg:
             + self.head
             + self.tables
             + segment(self.frame, frame)
-            + _TABLES
+            + self.dc_code.segment(0x00)
+            + self.ac_code.segment(0x10)
             + (restart if self.restart_interval else b"")
             + self.before_scan
             + segment(0xDA, scan)
@@ -142,7 +171,8 @@ class Jpeg:
                 for c, (h, v) in enumerate(factors):
                     for _ in range(h * v):
                         block = self._block()
-                        bits.append(_block_bits(block, block[0] - predictions[c]))
+                        difference = block[0] - predictions[c]
+                        bits.append(_block_bits(block, difference, self.dc_code, self.ac_code))
                         predictions[c] = block[0]
             result.append(stuffed("".join(bits)))
         return result

@@ -1,4 +1,7 @@
-"""The command `imagenet-seq`: pack, info, verify. Never imports torch."""
+"""The command `imagenet-seq`: pack, info, verify.
+
+Nothing here imports torch but `pack --max-side`, whose forecast decodes some images.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +19,9 @@ from imagenet_seq import __version__
 from imagenet_seq.errors import ImagenetSeqError
 from imagenet_seq.sources import SPLITS, Source, open_source
 from imagenet_seq.sources import pack as layout
+
+if TYPE_CHECKING:
+    from imagenet_seq.shrink import Shrink
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -86,7 +92,8 @@ def _add_pack(commands: Any) -> None:
         "make a pack of a folder of class folders; run again, it continues where it stopped",
         "  imagenet-seq pack /data/imagenet /disk/imagenet-pack          # its train/ and val/\n"
         "  imagenet-seq pack /data/imagenet/train /disk/train-pack\n"
-        "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n",
+        "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n"
+        "  imagenet-seq pack /data/imagenet /disk/small --max-side 500   # half the bytes; lossy\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
     command.add_argument("source", help="class folders, or a folder with train/ and/or val/")
@@ -97,6 +104,7 @@ def _add_pack(commands: Any) -> None:
     command.add_argument(
         "--strip", action="store_true", help="drop ICC profiles, Exif thumbnails and comments"
     )
+    _add_shrink(command)
     command.add_argument(
         "--on-error",
         choices=("fail", "skip", "keep"),
@@ -127,6 +135,37 @@ def _add_pack(commands: Any) -> None:
     _add_workers(command)
 
 
+def _add_shrink(command: Any) -> None:
+    group = command.add_argument_group(
+        "smaller copies",
+        "Not lossless: images with a side of more than PX pixels are resized (antialiased), and\n"
+        "all images that get smaller by it are encoded anew. What this does to size and speed is\n"
+        "measured on some of them and shown first. --strip saves more: ICC profiles go, too.",
+    )
+    group.add_argument("--max-side", type=_positive, metavar="PX", help="longer side, at most")
+    group.add_argument(
+        "--quality", type=_positive, metavar="Q", help="JPEG quality, 1 to 100 (default 90)"
+    )
+    group.add_argument(
+        "--subsampling", choices=("420", "422", "444"), help="of the colours (default 420)"
+    )
+
+
+def _shrink(options: argparse.Namespace) -> Shrink | None:
+    from imagenet_seq.shrink import Shrink
+
+    given = {key: getattr(options, key) for key in ("quality", "subsampling")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if options.max_side is not None:
+        return Shrink(options.max_side, **given)
+    if given:
+        raise ValueError(
+            f"--{next(iter(given))}: is for smaller copies only: add --max-side PX, the longest "
+            "side that images may have, or leave it out to pack losslessly"
+        )
+    return None
+
+
 def _pack(options: argparse.Namespace) -> int:
     from imagenet_seq.pack import Settings, pack
 
@@ -140,6 +179,7 @@ def _pack(options: argparse.Namespace) -> int:
             tables=options.tables,
             shard_bytes=options.shard_size,
             seed=options.seed,
+            shrink=_shrink(options),
         ),
         on_error=options.on_error,
         splits=options.splits,
@@ -153,8 +193,10 @@ def _pack(options: argparse.Namespace) -> int:
             f"  {_bytes(summary.source_bytes)} of images became {_bytes(summary.pack_bytes)} of "
             f"shards ({ratio:.1%})"
         )
+        shrunk = f"{summary.num_shrunk} encoded anew, " if summary.num_shrunk else ""
         print(
-            f"  {summary.num_canonical} re-coded losslessly, {summary.num_as_is} stored as they are"
+            f"  {shrunk}{summary.num_canonical - summary.num_shrunk} re-coded losslessly, "
+            f"{summary.num_as_is} stored as they are"
         )
         if summary.failures:
             kept = sum(failure.kept for failure in summary.failures)

@@ -17,6 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import _native
 from imagenet_seq.errors import DataError
+from imagenet_seq.shrink import Shrink, smaller_copy
 from imagenet_seq.sources import Source, open_source
 from imagenet_seq.sources import pack as layout
 
@@ -57,13 +58,16 @@ def verify(
     Args:
         folder: the pack.
         against: the source it was made of: then names, labels and pixels are compared too, decoded
-            by Pillow on both sides. On a hard disk this reads the source in random order.
+            by Pillow on both sides, and smaller copies with those that the source gives again. On a
+            hard disk this reads the source in random order.
         num_workers: threads; None: one for each available core.
         progress: whether to show progress on stderr.
 
     Raises:
         OSError: where the operating system refuses to read `against`.
         FileNotFoundError: where `against` is no data set.
+        ValueError: where `against` can't be compared: it is of another kind, or the pack's smaller
+            copies were encoded by another version of Pillow or libjpeg-turbo.
     """
     try:
         pack = layout.read_pack(folder, check_shards=False)
@@ -152,10 +156,12 @@ def _check_counts(pack: layout.Pack) -> Iterator[str]:
     skipped = sum(not failure["kept"] for failure in failures)
     damaged = int(np.count_nonzero(rows["flags"] & layout.FLAG_DAMAGED))
     canonical = int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL))
+    shrunk = int(np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK))
     in_shard = np.bincount(rows["shard"], minlength=len(pack.shard_bytes)).tolist()
     for what, said, counted in [
         ("image_bytes", about["image_bytes"], int(rows["length"].sum())),
         ("counts.canonical", about["counts"]["canonical"], canonical),
+        ("counts.shrunk", about["counts"]["shrunk"], shrunk),
         ("counts.failures", about["counts"]["failures"], damaged + skipped),
         ("counts.failures", about["counts"]["failures"], len(failures)),
         ("counts.skipped", about["counts"]["skipped"], skipped),
@@ -197,6 +203,7 @@ class _Reference:
                 f"{source.index.root}: comparing with a {source.kind} is not supported"
             )
         self._pack = pack
+        self._shrink = _shrink_of(pack)
         self._index = source.index
         self._label = np.asarray(source.index.targets)
         self._sample = {name: sample for sample, name in enumerate(source.index.name)}
@@ -231,6 +238,8 @@ class _Reference:
             return f"cannot be compared: {path}: {error.strerror or error}"
         with self._lock:
             self.num_compared += 1
+        if self._shrink is not None:
+            original = smaller_copy(original, self._shrink) or original
         if original == data:
             return None
         try:
@@ -238,6 +247,32 @@ class _Reference:
         except Exception as error:  # Pillow raises almost anything on a damaged image
             return f"differs from the source's bytes, and Pillow cannot decode both: {error}"
         return None if same else "its pixels differ from the source's"
+
+
+def _shrink_of(pack: layout.Pack) -> Shrink | None:
+    """Return how the pack's smaller copies were made; None where it has none.
+
+    Raises:
+        ValueError: where this program would make others.
+    """
+    settings, where = pack.about["settings"], os.path.join(pack.folder, layout.PACK_FILE)
+    if settings.get("max_side") is None:
+        return None
+    values = {name: settings.get(name) for name in ("max_side", "quality", "subsampling")}
+    try:
+        shrink = Shrink(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: 'settings': {values} describe no smaller copies: the pack is damaged: pack "
+            "again"
+        ) from error
+    if settings.get("encoder") != shrink.encoder:
+        raise ValueError(
+            f"{where}: smaller copies made by {settings.get('encoder')} can be compared with their "
+            f"source only by the same versions, and these are {shrink.encoder}: install those, or "
+            "verify the pack by itself"
+        )
+    return shrink
 
 
 def _pixels(data: bytes) -> tuple[str, tuple[int, int], bytes]:

@@ -66,8 +66,8 @@ int main() {
         plane.resize(static_cast<size_t>(c.width) + imseq::kRowSlack);
         for (uint8_t& byte : plane) byte = static_cast<uint8_t>(random());
       }
-      // At an odd address, as a batch of odd rows would have it.
-      const size_t offset = static_cast<size_t>(draw(0, 63));
+      // Anywhere a value may lie, as in a batch whose rows are no multiple of a vector.
+      const size_t offset = static_cast<size_t>(draw(0, 63)) * value_bytes(c.dtype);
       const size_t num_values = static_cast<size_t>(3 * c.width * c.height);
       std::vector<uint8_t> got(offset + num_values * value_bytes(c.dtype) + 100, 77);
       std::vector<uint8_t> expected = got;

@@ -1,5 +1,4 @@
-// The JPEG decoder by itself: the inverse DCT against libjpeg's C code, entropy coding there and
-// back, regions against the whole image, and damage that must neither be accepted nor read past the
+// The JPEG decoder by itself: entropy coding there and back, regions against the whole image, and damage that must neither be accepted nor read past the
 // bytes (for sanitizers). Equality with Pillow is tests/test_decode.py's.
 #include "jpeg.h"
 
@@ -14,12 +13,10 @@
 #include <vector>
 
 #include "crc32c.h"
-#include "idct.h"
 #include "region.h"
 
 namespace {
 
-using imseq::IdctTable;
 using imseq::JpegCoefficients;
 using imseq::JpegHeader;
 using imseq::JpegKind;
@@ -42,76 +39,6 @@ void expect(bool holds, const char* what, long long a = 0, long long b = 0, long
 
 int draw(int low, int high) {
   return low + static_cast<int>(generator() % static_cast<unsigned>(high - low + 1));
-}
-
-// ---- inverse DCT --------------------------------------------------------------------------------
-
-// jpeg_idct_islow (jidctint.c) for one row or column; `shift` descales.
-void libjpeg_pass(const long* in, long* out, int step, int shift) {
-  const auto at = [&](int k) { return in[k * step]; };
-  const long z1 = (at(2) + at(6)) * 4433;
-  const long e2 = z1 - at(6) * 15137, e3 = z1 + at(2) * 6270;
-  const long e0 = (at(0) + at(4)) * 8192, e1 = (at(0) - at(4)) * 8192;
-  const long s[4] = {e0 + e3, e1 + e2, e1 - e2, e0 - e3};
-  long t0 = at(7), t1 = at(5), t2 = at(3), t3 = at(1);
-  const long y1 = (t0 + t3) * -7373, y2 = (t1 + t2) * -20995;
-  const long y5 = (t0 + t2 + t1 + t3) * 9633;
-  const long y3 = (t0 + t2) * -16069 + y5, y4 = (t1 + t3) * -3196 + y5;
-  t0 = t0 * 2446 + y1 + y3;
-  t1 = t1 * 16819 + y2 + y4;
-  t2 = t2 * 25172 + y2 + y3;
-  t3 = t3 * 12299 + y1 + y4;
-  const long odd[4] = {t3, t2, t1, t0};
-  for (int k = 0; k < 4; ++k) {
-    out[k * step] = (s[k] + odd[k] + (1L << (shift - 1))) >> shift;
-    out[(7 - k) * step] = (s[k] - odd[k] + (1L << (shift - 1))) >> shift;
-  }
-}
-
-void libjpeg_idct(const int16_t* block, const IdctTable& table, uint8_t* out) {
-  long work[64];
-  for (size_t k = 0; k < 64; ++k) work[k] = block[k] * table.quant[k];
-  for (int x = 0; x < 8; ++x) libjpeg_pass(work + x, work + x, 8, 11);
-  for (int y = 0; y < 8; ++y) libjpeg_pass(work + 8 * y, work + 8 * y, 1, 18);
-  for (int k = 0; k < 64; ++k) out[k] = static_cast<uint8_t>(std::clamp(work[k] + 128, 0L, 255L));
-}
-
-void test_idct() {
-  for (int i = 0; i < 20000; ++i) {
-    JpegQuantTable quant;
-    for (uint16_t& value : quant.values) value = static_cast<uint16_t>(draw(1, i % 2 ? 4 : 60));
-    const IdctTable table(quant);
-    int16_t block[64] = {};
-    int last = 0;
-    // As large as an encoder can make them: values of a dequantised block are within 8 * 128 or so.
-    for (int n = draw(0, 12); n > 0; --n) {
-      const int k = draw(0, draw(0, 63));
-      const int limit = 1024 / (quant.values[static_cast<size_t>(k)] * (i % 3 == 0 ? 1 : 4)) + 1;
-      block[kNaturalOrder[static_cast<size_t>(k)]] = static_cast<int16_t>(draw(-limit, limit));
-      last = std::max(last, k);
-    }
-    uint8_t expected[64], exact[64], with_bound[64];
-    libjpeg_idct(block, table, expected);
-    imseq::idct_block(block, table, last, exact, 8);
-    imseq::idct_block(block, table, 63, with_bound, 8);
-    expect(std::memcmp(expected, exact, 64) == 0, "idct_block is jpeg_idct_islow", i, last);
-    expect(std::memcmp(exact, with_bound, 64) == 0, "the bound `last` changes nothing", i, last);
-  }
-  // Out of range nothing is undefined, and the short cuts agree with the transform they replace.
-  for (int i = 0; i < 20000; ++i) {
-    JpegQuantTable quant;
-    for (uint16_t& value : quant.values) value = static_cast<uint16_t>(generator());
-    const IdctTable table(quant);
-    int16_t block[64] = {};
-    const int last = i % 4 == 0 ? 0 : draw(0, 63);
-    for (size_t k = 0; k <= static_cast<size_t>(last); ++k) {
-      block[kNaturalOrder[k]] = static_cast<int16_t>(generator());
-    }
-    uint8_t exact[64], with_bound[64];
-    imseq::idct_block(block, table, last, exact, 8);
-    imseq::idct_block(block, table, 63, with_bound, 8);
-    expect(std::memcmp(exact, with_bound, 64) == 0, "`last` with values out of range", i, last);
-  }
 }
 
 // ---- a writer -----------------------------------------------------------------------------------
@@ -532,7 +459,6 @@ void test_crc32c() {
 }  // namespace
 
 int main() {
-  test_idct();
   test_coefficients_come_back();
   test_regions_are_parts_of_the_image();
   test_damage();

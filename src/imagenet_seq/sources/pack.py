@@ -44,6 +44,8 @@ FLAG_CANONICAL = 2
 """Re-coded into canonical form; otherwise the bytes are the source's own."""
 FLAG_DAMAGED = 4
 """Pillow could not decode it; kept on the user's word (--on-error keep)."""
+FLAG_SHRUNK = 8
+"""A smaller copy: encoded anew, so its pixels are not those of the source."""
 
 ROW = np.dtype(
     [
@@ -274,7 +276,7 @@ def _check_members(about: dict[str, Any], folder: str) -> None:
     """Check the types of what packing and verifying use beside the tables."""
     for key in ("settings", "source", "counts", "files"):
         _field(about, key, dict, folder)
-    for key in ("canonical", "failures", "skipped"):
+    for key in ("canonical", "shrunk", "failures", "skipped"):
         _field(about["counts"], key, int, folder)
     for key in ("num_samples", "bytes"):
         _field(about["source"], key, int, folder)
