@@ -79,13 +79,32 @@ enum class BlockState : uint8_t { waiting, reading, ready, failed };
 
 // What a block has between being read and its last sample's decoding.
 struct Loaded {
-  const uint8_t* bytes = nullptr;  // in the mapping or the buffer
-  int64_t size_bytes = 0;
-  Mapping mapping;
   Buffer buffer;
+  int64_t size_bytes = 0;
   int64_t reserved_bytes = 0;             // what it counts for in the budget
   std::vector<int64_t> offsets, lengths;  // foreign block: its samples
   std::unique_ptr<imseq_error> error;     // failed
+};
+
+// A set of samples, a bit for each. Decoders look and add at the same time.
+class SampleSet {
+ public:
+  // Makes room for samples below num_samples; not while others look or add.
+  void grow(int64_t num_samples) {
+    const size_t num_words = static_cast<size_t>(num_samples + 63) / 64;
+    if (num_words > words_.size()) words_.resize(num_words);
+  }
+  bool has(int64_t sample) const {
+    return (__atomic_load_n(&words_[sample / 64], __ATOMIC_RELAXED) & bit(sample)) != 0;
+  }
+  void add(int64_t sample) {
+    __atomic_fetch_or(&words_[sample / 64], bit(sample), __ATOMIC_RELAXED);
+  }
+
+ private:
+  static uint64_t bit(int64_t sample) { return uint64_t{1} << (sample % 64); }
+
+  std::vector<uint64_t> words_;
 };
 
 // A plan of a folder has a block for every file, so this is kept small.
@@ -200,6 +219,7 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
     if (plan.block[i] < 0 || plan.block[i] >= plan.num_blocks)
       return wrong("block is out of range");
     if (plan.offset[i] < 0 || plan.length[i] < -1) return wrong("offset or length is negative");
+    if (plan.sample[i] < 0) return wrong("sample is negative");
   }
   for (int64_t i = 0; i < plan.num_blocks; ++i) {
     if (plan.block_file[i] < -1 || plan.block_file[i] >= plan.num_files) {
@@ -251,9 +271,10 @@ struct imseq_engine {
   void decode_group(const std::shared_ptr<Run>& run, const Group& group, SampleDecoder& decoder);
   int32_t locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
                  imseq_error* error) const;
-  int32_t prepare(const Run& run, int64_t position, imseq_sample* out, imseq_error* error) const;
+  int32_t prepare(const Run& run, int64_t position, imseq_sample* out, imseq_error* error);
+  bool verifies(const Run& run) const;
   int32_t verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
-                 imseq_error* error) const;
+                 imseq_error* error);
   void done_with_position(const std::shared_ptr<Run>& run, int64_t position, int32_t status,
                           const imseq_error& error);
   uint8_t* row_of(const Run& run, int64_t position) const;
@@ -267,9 +288,8 @@ struct imseq_engine {
   void read_block(Run& run, int64_t block, FileReader& reader);
   void count_request(int32_t file, int64_t offset, int64_t length);
   void take_buffer(Loaded& loaded, int64_t size_bytes);
-  void foreign_block_came(Run& run, int64_t number);
-  void block_ready(Run& run, int64_t block, int64_t size_bytes);
-  void block_failed(Run& run, int64_t block, const imseq_error& error);
+  void block_came(Run& run, int64_t block, int64_t size_bytes, int32_t status,
+                  const imseq_error& error);
   bool claim_ticket(int64_t ticket, int32_t kind, Ticket* out);
 
   const imseq_engine_config config_;
@@ -298,6 +318,7 @@ struct imseq_engine {
   int32_t last_file_ = -1;
   int64_t last_end_ = -1;
   BufferPool buffers_;
+  SampleSet verified_;
   std::deque<Ticket> row_tasks_, block_tasks_;
   std::unordered_map<int64_t, Ticket> taken_;
   int64_t next_ticket_ = 0;
@@ -424,6 +445,9 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   if (run_ != nullptr && run_->delivered < run_->plan.num_batches) {
     return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
                 "start: the former plan has not ended; cancel it first");
+  }
+  if (verifies(*run)) {  // the former plan has ended: no thread looks into the set
+    verified_.grow(*std::max_element(run->sample.begin(), run->sample.end()) + 1);
   }
   run_ = std::move(run);
   ended_ = false;
@@ -629,7 +653,7 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
         static_cast<long long>(length), static_cast<long long>(offset),
         static_cast<long long>(loaded.size_bytes));
   }
-  *bytes = loaded.bytes + offset;
+  *bytes = loaded.buffer.bytes.get() + offset;
   *size = length;
   return IMSEQ_OK;
 }
@@ -640,13 +664,21 @@ uint8_t* imseq_engine::row_of(const Run& run, int64_t position) const {
   return rows + (position - run.batch_begin[batch]) * config_.row_bytes;
 }
 
-// Compares a sample's bytes with their checksum.
+bool imseq_engine::verifies(const Run& run) const {
+  return config_.verify_checksums != 0 && !run.checksum.empty();
+}
+
+// Compares a sample's bytes with their checksum, until they were right once.
 int32_t imseq_engine::verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
-                             imseq_error* error) const {
-  if (!config_.verify_checksums || run.checksum.empty()) return IMSEQ_OK;
+                             imseq_error* error) {
+  const int64_t sample = run.sample[position];
+  if (!verifies(run) || verified_.has(sample)) return IMSEQ_OK;
   const uint32_t got = crc32c(0, bytes, static_cast<size_t>(size));
-  if (got == run.checksum[position]) return IMSEQ_OK;
-  return fail(error, IMSEQ_ERROR_DATA, run.sample[position], run.offset[position], 0,
+  if (got == run.checksum[position]) {
+    verified_.add(sample);
+    return IMSEQ_OK;
+  }
+  return fail(error, IMSEQ_ERROR_DATA, sample, run.offset[position], 0,
               "CRC-32C is %08x, expected %08x (%lld bytes): the data changed on disk; run "
               "'imagenet-seq verify'",
               got, run.checksum[position], static_cast<long long>(size));
@@ -654,7 +686,7 @@ int32_t imseq_engine::verify(const Run& run, int64_t position, const uint8_t* by
 
 // What the decoder needs to know of a position. IMSEQ_FOREIGN: Python makes its row from the bytes.
 int32_t imseq_engine::prepare(const Run& run, int64_t position, imseq_sample* out,
-                              imseq_error* error) const {
+                              imseq_error* error) {
   int32_t status = locate(run, position, &out->bytes, &out->size, error);
   if (status == IMSEQ_OK) status = verify(run, position, out->bytes, out->size, error);
   if (status != IMSEQ_OK) return status;
@@ -811,23 +843,15 @@ void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
     if (status == IMSEQ_OK) {
       if (length < 0) length = std::max<int64_t>(0, reader.file_bytes() - offset);
       count_request(run.block_file[number], offset, length);
+      take_buffer(loaded, length);
       Timer timer(&counters_.read_ns);
-      if (reader.map(offset, length, &loaded.mapping)) {
-        loaded.bytes = loaded.mapping.bytes();
-      } else {
-        take_buffer(loaded, length);
-        status = reader.read(offset, length, loaded.buffer.bytes.get(), &error);
-      }
+      status = reader.read(offset, length, loaded.buffer.bytes.get(), &error);
     }
   } catch (const std::bad_alloc&) {
     status = fail(&error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
                   "out of memory for a block of %lld bytes", static_cast<long long>(length));
   }
-  if (status == IMSEQ_OK) {
-    block_ready(run, number, length);
-  } else {
-    block_failed(run, number, error);
-  }
+  block_came(run, number, length, status, error);
 }
 
 void imseq_engine::count_request(int32_t file, int64_t offset, int64_t length) {
@@ -845,39 +869,31 @@ void imseq_engine::count_request(int32_t file, int64_t offset, int64_t length) {
 void imseq_engine::take_buffer(Loaded& loaded, int64_t size_bytes) {
   std::lock_guard lock(mutex_);
   loaded.buffer = buffers_.get(size_bytes);
-  loaded.bytes = loaded.buffer.bytes.get();
 }
 
-void imseq_engine::foreign_block_came(Run& run, int64_t number) {
-  if (run.block_file[number] >= 0) return;
-  --run.foreign_pending;
-  budget_changed_.notify_all();
-}
-
-// Whoever made the block has put its bytes into place.
-void imseq_engine::block_ready(Run& run, int64_t number, int64_t size_bytes) {
+// Whoever made the block has put its bytes into place; below zero: error says why there are none.
+void imseq_engine::block_came(Run& run, int64_t number, int64_t size_bytes, int32_t status,
+                              const imseq_error& error) {
   std::lock_guard lock(mutex_);
-  foreign_block_came(run, number);
-  Block& block = run.blocks[number];
-  Loaded& loaded = *block.loaded;
-  loaded.size_bytes = size_bytes;
-  if (!run.cancelled) {
-    block_bytes_ += size_bytes - loaded.reserved_bytes;
-    block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+  if (run.block_file[number] < 0) {
+    --run.foreign_pending;
+    budget_changed_.notify_all();
   }
-  if (run.block_length[number] < 0) mean_block_bytes_ += (size_bytes - mean_block_bytes_) / 16;
-  loaded.reserved_bytes = size_bytes;
-  block.state.store(BlockState::ready, std::memory_order_release);
-  block_changed_.notify_all();
-}
-
-void imseq_engine::block_failed(Run& run, int64_t number, const imseq_error& error) {
-  std::lock_guard lock(mutex_);
-  foreign_block_came(run, number);
   Block& block = run.blocks[number];
   Loaded& loaded = *block.loaded;
-  loaded.error = std::make_unique<imseq_error>(error);
-  block.state.store(BlockState::failed, std::memory_order_release);
+  if (status == IMSEQ_OK) {
+    loaded.size_bytes = size_bytes;
+    if (!run.cancelled) {
+      block_bytes_ += size_bytes - loaded.reserved_bytes;
+      block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+    }
+    if (run.block_length[number] < 0) mean_block_bytes_ += (size_bytes - mean_block_bytes_) / 16;
+    loaded.reserved_bytes = size_bytes;
+  } else {
+    loaded.error = std::make_unique<imseq_error>(error);
+  }
+  block.state.store(status == IMSEQ_OK ? BlockState::ready : BlockState::failed,
+                    std::memory_order_release);
   block_changed_.notify_all();
 }
 
@@ -967,27 +983,25 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
   }
   Run& run = *task.run;
   if (run.cancelled) return IMSEQ_CANCELLED;
+  // The ticket is spent: from here on a failure reaches the consumer as the block's.
   imseq_error reason = {};
+  int32_t status = IMSEQ_OK;
   if (failure != nullptr) {
-    (void)fail(&reason, IMSEQ_ERROR_SAMPLE, -1, -1, 0, "%s", failure);
-    block_failed(run, task.position, reason);
-    return IMSEQ_OK;
+    status = fail(&reason, IMSEQ_ERROR_SAMPLE, -1, -1, 0, "%s", failure);
+  } else {
+    Loaded& loaded = *run.blocks[task.position].loaded;
+    try {
+      take_buffer(loaded, size);
+      loaded.offsets.assign(offsets, offsets + num_samples);
+      loaded.lengths.assign(lengths, lengths + num_samples);
+      if (size > 0) std::memcpy(loaded.buffer.bytes.get(), bytes, static_cast<size_t>(size));
+      counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
+    } catch (const std::bad_alloc&) {
+      status = fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0,
+                    "out of memory for a block of %lld bytes", static_cast<long long>(size));
+    }
   }
-  Loaded& loaded = *run.blocks[task.position].loaded;
-  try {
-    take_buffer(loaded, size);
-    loaded.offsets.assign(offsets, offsets + num_samples);
-    loaded.lengths.assign(lengths, lengths + num_samples);
-  } catch (const std::bad_alloc&) {
-    // The ticket is spent, so the failure has to reach the consumer from here.
-    (void)fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory for a block of %lld bytes",
-               static_cast<long long>(size));
-    block_failed(run, task.position, reason);
-    return IMSEQ_OK;
-  }
-  if (size > 0) std::memcpy(loaded.buffer.bytes.get(), bytes, static_cast<size_t>(size));
-  counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
-  block_ready(run, task.position, size);
+  block_came(run, task.position, size, status, reason);
   return IMSEQ_OK;
 }
 

@@ -235,7 +235,7 @@ typedef struct imseq_engine_config {
   int32_t num_readers;      /* threads that read, >= 1 */
   int32_t num_slots;        /* batches in memory at once, >= 1 */
   int32_t rows;             /* IMSEQ_ROWS_... */
-  int32_t verify_checksums; /* 1: CRC-32C of every sample that has one is checked */
+  int32_t verify_checksums; /* 1: CRC-32C of a sample that has one is checked till it was right */
   int32_t reserved;
   int64_t row_bytes;          /* bytes of a row of a batch */
   int64_t block_budget_bytes; /* blocks are read ahead of decoding up to this; what the plan needs
@@ -250,7 +250,8 @@ typedef struct imseq_plan {
   int64_t num_positions, num_batches, num_blocks, num_files;
   int64_t slot_rows;          /* rows that each slot's memory holds: no batch may have more */
   const int64_t* batch_begin; /* [num_batches + 1] first position of each batch */
-  const int64_t* sample;      /* [num_positions] index of the sample: key and messages */
+  const int64_t* sample;      /* [num_positions] index of the sample: key and messages; names the
+                                 same bytes in all plans of an engine */
   const int64_t* draw;        /* [num_positions] or NULL: stands for the sample in its key */
   const int32_t* block;       /* [num_positions] block that holds it */
   const int64_t* offset; /* [num_positions] bytes from the block's begin; foreign: ordinal in it */
