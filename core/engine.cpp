@@ -241,7 +241,7 @@ using namespace imseq;  // the engine is the C struct of the header, so it lives
 struct imseq_engine {
  public:
   explicit imseq_engine(const imseq_engine_config& config);
-  void join();
+  void close();
 
   int32_t start(const imseq_plan& plan, void* const* rows, imseq_error* error);
   int32_t next(int64_t timeout_ns, imseq_batch* out, imseq_error* error);
@@ -253,7 +253,6 @@ struct imseq_engine {
   int32_t finish_block(int64_t ticket, const uint8_t* bytes, int64_t size, const int64_t* offsets,
                        const int64_t* lengths, int64_t num_samples, const char* failure,
                        imseq_error* error);
-  void close_tasks();
 
   const pid_t owner = getpid();
 
@@ -309,9 +308,9 @@ struct imseq_engine {
   std::shared_ptr<Run> run_;
   int64_t generation_ = 0;
   int64_t threads_in_run_ = 0;
-  bool stop_ = false;
   bool ended_ = false;  // the last plan was delivered whole
-  bool tasks_closed_ = false;
+  bool closed_ = false;
+  std::once_flag closing_;
   int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
   int64_t mean_block_bytes_ =
       128 * 1024;  // of blocks of unknown length; ImageNet's mean file to begin
@@ -361,28 +360,32 @@ void imseq_engine::start_threads() {
     }
   } catch (...) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    join();
+    close();
     throw;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-void imseq_engine::join() {
-  cancel();
-  {
+void imseq_engine::close() {
+  std::call_once(closing_, [this] {
+    {
+      std::lock_guard lock(mutex_);
+      closed_ = true;
+      run_changed_.notify_all();
+      task_added_.notify_all();
+    }
+    cancel();
+    for (std::thread& thread : threads_) thread.join();
     std::lock_guard lock(mutex_);
-    stop_ = true;
-    tasks_closed_ = true;
-    run_changed_.notify_all();
-    task_added_.notify_all();
-  }
-  for (std::thread& thread : threads_) thread.join();
+    buffers_ = BufferPool();
+  });
 }
 
 std::shared_ptr<Run> imseq_engine::wait_for_run(int64_t* generation) {
   std::unique_lock lock(mutex_);
-  run_changed_.wait(lock, [&] { return stop_ || (run_ != nullptr && generation_ != *generation); });
-  if (stop_) return nullptr;
+  run_changed_.wait(lock,
+                    [&] { return closed_ || (run_ != nullptr && generation_ != *generation); });
+  if (closed_) return nullptr;
   *generation = generation_;
   ++threads_in_run_;
   return run_;
@@ -442,6 +445,7 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   run->open_batches = std::min<int64_t>(config_.num_slots, plan.num_batches);
 
   std::lock_guard lock(mutex_);
+  if (closed_) return IMSEQ_CANCELLED;
   if (run_ != nullptr && run_->delivered < run_->plan.num_batches) {
     return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
                 "start: the former plan has not ended; cancel it first");
@@ -912,11 +916,11 @@ void imseq_engine::push_task(const std::shared_ptr<Run>& run, int32_t kind, int6
 int32_t imseq_engine::take(int64_t timeout_ns, imseq_task* out) {
   std::unique_lock lock(mutex_);
   if (!task_added_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [&] {
-        return tasks_closed_ || !row_tasks_.empty() || !block_tasks_.empty();
+        return closed_ || !row_tasks_.empty() || !block_tasks_.empty();
       })) {
     return IMSEQ_TIMEOUT;
   }
-  if (tasks_closed_) return IMSEQ_CANCELLED;
+  if (closed_) return IMSEQ_CANCELLED;
   std::deque<Ticket>& tasks = row_tasks_.empty() ? block_tasks_ : row_tasks_;
   const Ticket task = tasks.front();
   const Run& run = *task.run;
@@ -1003,12 +1007,6 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
   }
   block_came(run, task.position, size, status, reason);
   return IMSEQ_OK;
-}
-
-void imseq_engine::close_tasks() {
-  std::lock_guard lock(mutex_);
-  tasks_closed_ = true;
-  task_added_.notify_all();
 }
 
 // ---- the C functions ----------------------------------------------------------------------------
@@ -1117,13 +1115,13 @@ void imseq_engine_destroy(imseq_engine* engine) {
   // In a forked child the threads do not exist and a mutex may be held for ever: forget, touch
   // nothing.
   if (engine == nullptr || engine->owner != getpid()) return;
-  engine->join();
+  engine->close();
   delete engine;
 }
 
-int32_t imseq_engine_close_tasks(imseq_engine* engine, imseq_error* error) {
+int32_t imseq_engine_close(imseq_engine* engine, imseq_error* error) {
   return guarded(engine, error, [&] {
-    engine->close_tasks();
+    engine->close();
     return IMSEQ_OK;
   });
 }

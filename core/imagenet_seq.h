@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-#define IMSEQ_ABI 4
+#define IMSEQ_ABI 5
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
@@ -324,10 +324,11 @@ IMSEQ_CHECKED int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, v
 IMSEQ_CHECKED int32_t imseq_engine_cancel(imseq_engine* engine, imseq_error* error);
 IMSEQ_CHECKED int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out,
                                          imseq_error* error);
-/* Cancel, join and free. No other call may be running or follow. */
+/* Cancel, and end the core's threads for good. From then on imseq_engine_start, next, release and
+ * take, also a waiting one, return IMSEQ_CANCELLED. May be called twice, and beside other calls. */
+IMSEQ_CHECKED int32_t imseq_engine_close(imseq_engine* engine, imseq_error* error);
+/* Close and free. No other call may be running or follow. */
 IMSEQ_API void imseq_engine_destroy(imseq_engine* engine);
-/* Make every waiting and later imseq_engine_take return IMSEQ_CANCELLED: its threads can end. */
-IMSEQ_CHECKED int32_t imseq_engine_close_tasks(imseq_engine* engine, imseq_error* error);
 
 /* Work for Python's threads: a foreign row or block. */
 IMSEQ_CHECKED int32_t imseq_engine_take(imseq_engine* engine, int64_t timeout_ns, imseq_task* out,

@@ -171,7 +171,7 @@ class Harness {
     for (int i = 0; i < 2; ++i) threads_.emplace_back([this] { serve(); });
   }
   ~Harness() {
-    CHECK(imseq_engine_close_tasks(engine, nullptr) == IMSEQ_OK);
+    CHECK(imseq_engine_close(engine, nullptr) == IMSEQ_OK);
     for (std::thread& thread : threads_) thread.join();
     imseq_engine_destroy(engine);
   }
@@ -515,6 +515,34 @@ void cancelled_engines_start_again() {
   for (int64_t b = 0; b < plan.native.num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
 }
 
+void closed_engines_refuse_and_do_not_hang() {
+  const Dataset data(6, 50);
+  const Plan plan(data, 10);
+  for (int round = 0; round < 20; ++round) {
+    Harness harness(data, 4, 2, 10, 4096);
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    for (int i = 0; i < round * 10; ++i) std::this_thread::yield();
+    std::thread other([&] { CHECK(imseq_engine_close(harness.engine, nullptr) == IMSEQ_OK); });
+    int32_t status = IMSEQ_OK;
+    for (int64_t b = 0; status == IMSEQ_OK && b < plan.native.num_batches; ++b) {
+      imseq_batch batch = {};
+      status = imseq_engine_next(harness.engine, 20 * kSecond, &batch, nullptr);
+      if (status == IMSEQ_OK && b == round) {
+        CHECK(imseq_engine_close(harness.engine, nullptr) == IMSEQ_OK);
+      }
+      if (status == IMSEQ_OK) {
+        status =
+            imseq_engine_release(harness.engine, batch.slot, harness.row(batch.slot, 0), nullptr);
+      }
+    }
+    CHECK(status == IMSEQ_CANCELLED);
+    other.join();
+    CHECK(harness.start(plan) == IMSEQ_CANCELLED);
+    imseq_task task = {};
+    CHECK(imseq_engine_take(harness.engine, kSecond, &task, nullptr) == IMSEQ_CANCELLED);
+  }
+}
+
 void time_out_and_slow_consumer() {
   const Dataset data(2, 20);
   const Plan plan(data, 10);
@@ -600,6 +628,7 @@ int main() {
   checksums_are_compared_until_they_were_right();
   a_file_cut_short_while_it_is_read();
   cancelled_engines_start_again();
+  closed_engines_refuse_and_do_not_hang();
   time_out_and_slow_consumer();
   wrong_plans_and_configurations_are_refused();
   forked_children_are_refused();
