@@ -192,9 +192,8 @@ std::vector<T> copied(const T* values, int64_t count) {
   return values == nullptr ? std::vector<T>() : std::vector<T>(values, values + count);
 }
 
-bool increases(const std::vector<int64_t>& begins, int64_t first, int64_t last) {
-  return !begins.empty() && begins.front() == first && begins.back() == last &&
-         std::is_sorted(begins.begin(), begins.end());
+bool rises_from_zero(const int64_t* begins, int64_t count) {
+  return begins[0] == 0 && std::is_sorted(begins, begins + count + 1);
 }
 
 int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
@@ -228,6 +227,13 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
     if (plan.block_offset[i] < 0 || plan.block_length[i] < -1) {
       return wrong("block_offset or block_length is negative");
     }
+  }
+  if (!rises_from_zero(plan.batch_begin, plan.num_batches) ||
+      plan.batch_begin[plan.num_batches] != plan.num_positions) {
+    return wrong("batch_begin must rise from 0 to num_positions");
+  }
+  if (!rises_from_zero(plan.path_begin, plan.num_files)) {
+    return wrong("path_begin must rise from 0");
   }
   return IMSEQ_OK;
 }
@@ -328,12 +334,8 @@ struct imseq_engine {
 
 namespace {
 
-size_t table_bytes(const imseq_recipe& recipe) {
-  if (recipe.table == nullptr) return 0;
-  const size_t value_bytes = recipe.dtype == IMSEQ_FLOAT32 ? 4
-                             : recipe.dtype == IMSEQ_UINT8 ? 1
-                                                           : 2;
-  return 3 * 256 * value_bytes;
+int64_t value_bytes(const imseq_recipe& recipe) {
+  return recipe.dtype == IMSEQ_FLOAT32 ? 4 : recipe.dtype == IMSEQ_UINT8 ? 1 : 2;
 }
 
 }  // namespace
@@ -342,7 +344,7 @@ imseq_engine::imseq_engine(const imseq_engine_config& config)
     : config_(config), recipe_(config.recipe) {
   const auto* table = static_cast<const uint8_t*>(config.recipe.table);
   if (table != nullptr) {
-    table_.assign(table, table + table_bytes(config.recipe));
+    table_.assign(table, table + 3 * 256 * value_bytes(config.recipe));
     recipe_.table = table_.data();
   }
   start_threads();
@@ -414,13 +416,6 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   run->block_length = copied(plan.block_length, plan.num_blocks);
   run->path_begin = copied(plan.path_begin, plan.num_files + 1);
   run->root = plan.root;
-  if (!increases(run->batch_begin, 0, plan.num_positions)) {
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                "plan: batch_begin must rise from 0 to num_positions");
-  }
-  if (!increases(run->path_begin, 0, run->path_begin.back())) {
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: path_begin must rise from 0");
-  }
   if (run->path_begin.back() > 0) {
     run->paths.assign(plan.paths, static_cast<size_t>(run->path_begin.back()));
   }
@@ -1036,11 +1031,8 @@ int32_t check_config(const imseq_engine_config& config, imseq_error* error) {
   }
   if (config.rows == IMSEQ_ROWS_FROM_BYTES) return IMSEQ_OK;
   if (const int32_t status = check_recipe(config.recipe, error); status != IMSEQ_OK) return status;
-  const int64_t value_bytes = config.recipe.dtype == IMSEQ_FLOAT32 ? 4
-                              : config.recipe.dtype == IMSEQ_UINT8 ? 1
-                                                                   : 2;
   const int64_t need =
-      int64_t{3} * config.recipe.out_height * config.recipe.out_width * value_bytes;
+      3 * value_bytes(config.recipe) * config.recipe.out_height * config.recipe.out_width;
   if (config.row_bytes != need) return wrong("row_bytes does not fit the recipe", config.row_bytes);
   return IMSEQ_OK;
 }
