@@ -28,7 +28,7 @@ help:
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make native-test  the core's own tests under $(NATIVE_SANITIZE)"
 	@echo "make fuzz         search FUZZ_SECONDS=$(FUZZ_SECONDS) a target for bytes that break the core; needs Clang"
-	@echo "make bench        the benchmarks of README"
+	@echo "make bench        the benchmarks of README, and its tables; BENCH=--allow-dirty while trying"
 	@echo "make wheel        a manylinux_2_28 wheel in wheelhouse/"
 	@echo "make clean        remove everything that was built"
 
@@ -95,8 +95,12 @@ fuzz: $(BIN)/python
 	done; \
 	if [ -n "$$failed" ]; then echo "findings in fuzz-findings/:$$failed"; exit 1; fi
 
+# Other loaders are compared where they are installed: see benchmarks/compare.py for where it looks.
 bench: $(VENV)/installed-test
-	$(BIN)/python benchmarks/bench_loader.py
+	$(BIN)/python benchmarks/bench_decode.py --json benchmarks/results/decode.json $(BENCH)
+	$(BIN)/python benchmarks/bench_loader.py --json benchmarks/results/loader.json $(BENCH)
+	$(BIN)/python benchmarks/compare.py --json benchmarks/results/compare.json $(BENCH)
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_pack.py
 

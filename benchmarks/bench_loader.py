@@ -1,324 +1,276 @@
-"""Compare the Loader with torchvision's DataLoader: images/s and CPU seconds for the same work.
+"""Measure what the Loader adds to the decoder: both on the same samples in the same run.
 
-    python benchmarks/bench_loader.py [DIR] [--pack DIR] [--images 2000] [--pairs 5] [--json OUT]
+    python benchmarks/bench_loader.py [DIR] [--images 4000] [--rounds 7] [--cores 2] [--json OUT]
 
-The work: RandomResizedCrop(224) and a random flip of every photo, to normalised float32 or to
-uint8, batched. Three ways: torchvision's ImageFolder in torch's DataLoader, our Loader on the same
-folder, and our Loader on a pack of it. They take turns (A B C A B C ...), each measurement in a
-fresh process, with the files in the page cache.
+DIR is an ImageFolder (default: the sample photos); its photos are packed under several names, up to
+--images. The Loader reads that pack, which is in the page cache, in batches of 256; the kernel
+alone decodes the same samples with the same crops from memory, in the groups that the engine forms,
+into the rows of one batch in turn. They take turns, an epoch each, after one that warms up and
+shows that both give the same sum of pixels.
 
-On one core the process is pinned to one CPU; the DataLoader then works in its own process
-(num_workers=0), which costs it least. On all cores it gets one worker a core, and our Loader one
-thread a core. CPU seconds are those of the process and its workers, from iter() to the last batch.
+One core: both in a process pinned to it. Several cores: the Loader with as many threads, in turns
+with as many processes of the kernel at once, each pinned to a core of its own.
+
+A ratio is that of images/s on the clock, and beside it that of CPU seconds, within one round; shown
+are medians over the rounds, and the least and the greatest ratio.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = os.environ.get("IMAGENET_SEQ_SAMPLE") or ROOT.parent / "shared/data/imagenet-sample"
+import numpy as np
+import photos
+import results
+import torch
+from kernel import Kernel
+from photos import Encoded
 
-WAYS = {
-    "torchvision": "torchvision ImageFolder, DataLoader",
-    "folder": "imagenet_seq, the same folder",
-    "pack": "imagenet_seq, a pack of it",
-}
-BASELINE = "torchvision"
+from imagenet_seq import Loader, transforms
+
+BATCH_SIZE = 256
 
 
-class Run(NamedTuple):
+class Case(NamedTuple):
     """What one process measures."""
 
-    way: str
-    path: str
+    pack: str
     dtype: str
     num_cores: int
-    batch_size: int
+    rounds: int
 
 
-class Result(NamedTuple):
+class Cost(NamedTuple):
+    """What an epoch took."""
+
     images_per_second: float
     cpu_seconds_per_1000: float
-    first_batch_seconds: float
-    peak_megabytes: float  # resident memory of the largest process
 
 
-# ---- in the measuring process ----
-
-PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-
-
-def import_torchvision() -> Any:
-    """Import torchvision, also one whose compiled operators were built for another torch.
-
-    Its transforms need none of them, but its import fails where these two are unknown.
-    """
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-
-        torchvision.library_of_missing_operators = library  # it must live as long as they are used
-    return torchvision
+def recipe_of(dtype: str) -> transforms.Recipe:
+    return transforms.interpret(None, train=True, dtype=getattr(torch, dtype)).recipe
 
 
-def make_torchvision_loader(run: Run) -> Any:
-    import torch
-
-    transforms = import_torchvision().transforms
-    from torchvision.datasets import ImageFolder
-
-    members = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
-    if run.dtype == "float32":
-        members.append(transforms.ToTensor())
-        members.append(transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    else:
-        members.append(transforms.PILToTensor())
-    return torch.utils.data.DataLoader(
-        ImageFolder(run.path, transforms.Compose(members)),
-        batch_size=run.batch_size,
-        shuffle=True,
-        num_workers=0 if run.num_cores == 1 else run.num_cores,
-    )
+def read_pack(pack: str) -> list[Encoded]:
+    """Read a pack's samples, numbered as the Loader numbers them, so that their crops agree."""
+    return photos.read_samples(Path(pack), by_name=False)
 
 
-def make_our_loader(run: Run) -> Any:
-    import torch
-
-    from imagenet_seq import Loader
-
-    return Loader(
-        run.path,
-        "train",
-        batch_size=run.batch_size,
-        num_workers=run.num_cores,
-        dtype=getattr(torch, run.dtype),
-    )
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
-def measure(run: Run) -> Result:
-    """Run one epoch in this process."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: run.num_cores])
-    loader = (make_torchvision_loader if run.way == BASELINE else make_our_loader)(run)
+# ---- the two that are compared ----
+
+
+def run_loader(loader: Loader, epoch: int) -> Cost:
+    """Iterate one epoch and drop its batches."""
+    loader.set_epoch(epoch)
     num_images = 0
-    first_batch_seconds = 0.0
-    cpu_begin, begin = _cpu_seconds(), time.perf_counter()
+    cpu_begin, begin = cpu_seconds(), time.perf_counter()
     for images, _ in loader:
-        if num_images == 0:
-            first_batch_seconds = time.perf_counter() - begin
         num_images += len(images)
-    seconds, cpu_seconds = time.perf_counter() - begin, _cpu_seconds() - cpu_begin
-    peak = max(resource.getrusage(who).ru_maxrss for who in PROCESSES)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return Result(
-        images_per_second=num_images / seconds,
-        cpu_seconds_per_1000=1000 * cpu_seconds / num_images,
-        first_batch_seconds=first_batch_seconds,
-        peak_megabytes=peak * unit / 1e6,
-    )
+    seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu_begin
+    return Cost(num_images / seconds, 1000 * cpu / num_images)
 
 
-def _cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in PROCESSES]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+def run_kernel(dtype: str, samples: Sequence[Encoded], epoch: int) -> Cost:
+    """Decode all samples with an epoch's crops."""
+    kernel = Kernel(recipe_of(dtype), samples, epoch=epoch)
+    cpu_begin, begin = cpu_seconds(), time.perf_counter()
+    kernel.run()
+    seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu_begin
+    return Cost(len(samples) / seconds, 1000 * cpu / len(samples))
 
 
-# ---- in the process that compares ----
+def verify(case: Case, loader: Loader, samples: Sequence[Encoded]) -> None:
+    """Compare the sums of all pixels of epoch 0 in an arithmetic that knows no order."""
+    loader.set_epoch(0)
+    unit = np.uint8 if case.dtype == "uint8" else np.uint32  # the bits of a float
+    ours = sum(int(images.numpy().view(unit).sum(dtype=np.uint64)) for images, _ in loader)
+    rows = Kernel(recipe_of(case.dtype), samples).outputs()
+    alone = sum(int(row.view(unit).sum(dtype=np.uint64)) for row in rows if row is not None)
+    if ours % (1 << 64) != alone % (1 << 64):
+        raise SystemExit(
+            f"{case.dtype}: the Loader's pixels differ from the kernel's (sums {ours} and {alone}),"
+            " or the core left images to Pillow; nothing was measured"
+        )
 
 
-def link_photos(folder: Path, num_images: int, destination: Path) -> Path:
-    """Make an ImageFolder of num_images links to the photos of folder, repeating them if needed."""
-    photos = sorted(path for path in folder.glob("*/*") if path.is_file())
-    if not photos:
-        raise SystemExit(f"no photos in {folder}/*/: give an ImageFolder, such as imagenet/train")
-    if len(photos) > num_images:  # of all classes alike
-        photos = [photos[i * len(photos) // num_images] for i in range(num_images)]
-    for number, photo in zip(range(num_images), itertools.cycle(photos), strict=False):
-        link = destination / photo.parent.name / f"{number:07d}_{photo.name}"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(photo.resolve())
-    return destination
+# ---- processes of the kernel at once ----
 
 
-def make_pack(folder: Path, pack: Path) -> None:
-    command = [sys.executable, "-m", "imagenet_seq.cli", "pack", str(folder), str(pack)]
-    subprocess.run(command, check=True)
+class Workers:
+    """Processes that decode the same samples at the same time, each on a core of its own."""
 
-
-def read_all(folder: Path) -> int:
-    """Bring a folder's files into the page cache; returns their bytes."""
-    return sum(len(path.read_bytes()) for path in folder.rglob("*") if path.is_file())
-
-
-def run_in_fresh_process(run: Run) -> Result:
-    command = [sys.executable, __file__, "--measure", json.dumps(run)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return Result(*json.loads(output))
-
-
-def compare(
-    paths: dict[str, Path], dtype: str, num_cores: int, args: argparse.Namespace
-) -> dict[str, list[Result]]:
-    """Measure all ways in turn, args.pairs times."""
-    results: dict[str, list[Result]] = {way: [] for way in paths}
-    for _ in range(args.pairs):
-        for way, path in paths.items():
-            run = Run(way, str(path), dtype, num_cores, args.batch_size)
-            results[way].append(run_in_fresh_process(run))
-    return results
-
-
-def report(title: str, results: dict[str, list[Result]]) -> dict[str, dict[str, float]]:
-    """Print a table of medians and return what it says.
-
-    The last columns: ratio of the median rates, median of the ratios of each pair of runs, ratio of
-    the CPU seconds (the steadiest of the three on a machine that has other work).
-    """
-    comparison = "times torchvision (rate, of pairs, CPU)" if BASELINE in results else ""
-    print(f"\n{title:38}  images/s  CPU s/1000  first batch s  peak MB  {comparison}")
-    summary = {}
-    for way, of_way in results.items():
-        median = Result(*(statistics.median(column) for column in zip(*of_way, strict=True)))
-        columns = [
-            f"  {WAYS[way]:36}",
-            f"{median.images_per_second:8.0f}",
-            f"{median.cpu_seconds_per_1000:10.2f}",
-            f"{median.first_batch_seconds:13.2f}",
-            f"{median.peak_megabytes:7.0f}",
+    def __init__(self, case: Case, cores: Sequence[int]) -> None:
+        command = [sys.executable, __file__, "--worker", json.dumps(case)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._processes = [
+            subprocess.Popen([*command, "--core", str(core)], **pipes)  # type: ignore[call-overload]
+            for core in cores
         ]
-        summary[way] = median._asdict()
-        if comparison and way != BASELINE:
-            summary[way] |= compare_to_baseline(of_way, results[BASELINE])
-            columns.append(
-                "{ratio:.2f}  {ratio_of_pairs:.2f}  {cpu_ratio:.2f}".format(**summary[way])
-            )
-        print("  ".join(columns), flush=True)
-    return summary
+        for process in self._processes:
+            self._answer(process)
+
+    def run(self, epoch: int) -> Cost:
+        """Decode in all of them; return the sum of their rates."""
+        for process in self._processes:
+            process.stdin.write(f"{epoch}\n")
+            process.stdin.flush()
+        costs = [Cost(*self._answer(process)) for process in self._processes]
+        return Cost(
+            sum(cost.images_per_second for cost in costs),
+            statistics.mean(cost.cpu_seconds_per_1000 for cost in costs),
+        )
+
+    @staticmethod
+    def _answer(process: Any) -> Any:
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a process of the kernel ended with status {process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.stdin.close()
+            process.wait()
 
 
-def compare_to_baseline(results: list[Result], base: list[Result]) -> dict[str, float]:
-    """Say how many times better the results are."""
-    median = statistics.median
-    rates = [result.images_per_second for result in results]
-    base_rates = [result.images_per_second for result in base]
-    cpu = median(result.cpu_seconds_per_1000 for result in results)
-    base_cpu = median(result.cpu_seconds_per_1000 for result in base)
-    return {
-        "ratio": median(rates) / median(base_rates),
-        "ratio_of_pairs": median(a / b for a, b in zip(rates, base_rates, strict=True)),
-        "cpu_ratio": base_cpu / cpu,
-    }
+def work(case: Case, core: int) -> None:
+    """Be one of the processes: decode an epoch for every line of standard input."""
+    results.pin_to([core])
+    samples = read_pack(case.pack)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run_kernel(case.dtype, samples, int(line))), flush=True)
 
 
-def describe_machine() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "machine": f"{_processor()}, {_num_cores()} cores, {platform.system()}",
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("imagenet-seq", "torch", "torchvision", "Pillow")},
-    }
+# ---- measuring ----
 
 
-def _processor() -> str:
+@dataclass
+class Comparison:
+    """Costs of each round."""
+
+    loader: list[Cost] = field(default_factory=list)
+    kernel: list[Cost] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the results keep."""
+        pairs = list(zip(self.loader, self.kernel, strict=True))
+        ratios = [ours.images_per_second / alone.images_per_second for ours, alone in pairs]
+        cpu_ratios = [
+            alone.cpu_seconds_per_1000 / ours.cpu_seconds_per_1000 for ours, alone in pairs
+        ]
+        median = statistics.median
+        return {
+            "loader": median(cost.images_per_second for cost in self.loader),
+            "kernel": median(cost.images_per_second for cost in self.kernel),
+            "ratio": median(ratios),
+            "ratio_least": min(ratios),
+            "ratio_greatest": max(ratios),
+            "cpu_ratio": median(cpu_ratios),
+            "rounds": [ours + alone for ours, alone in pairs],
+        }
+
+
+@contextlib.contextmanager
+def kernels(case: Case, cores: Sequence[int]) -> Iterator[Any]:
+    """Give a function that runs the kernel alone on all of the cores."""
+    if len(cores) == 1:
+        samples = read_pack(case.pack)
+        yield lambda epoch: run_kernel(case.dtype, samples, epoch)
+        return
+    workers = Workers(case, cores)
     try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        return names[0] if names else platform.machine()
-    except OSError:
-        return platform.processor() or platform.machine()
+        yield workers.run
+    finally:
+        workers.close()
 
 
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def measure(case: Case) -> dict[str, Any]:
+    """Compare in this process, which is pinned to as many cores."""
+    cores = results.available_cores()[-case.num_cores :]
+    results.pin_to(cores)
+    dtype = getattr(torch, case.dtype)
+    loader = Loader(
+        case.pack, "train", batch_size=BATCH_SIZE, num_workers=case.num_cores, dtype=dtype
+    )
+    comparison = Comparison()
+    verify(case, loader, read_pack(case.pack))
+    with kernels(case, cores) as run:
+        for epoch in range(case.rounds + 1):
+            of_kernel, of_loader = run(epoch), run_loader(loader, epoch)
+            if epoch > 0:
+                comparison.kernel.append(of_kernel)
+                comparison.loader.append(of_loader)
+    return comparison.describe()
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+def measure_apart(case: Case) -> dict[str, Any]:
+    """Run `measure` in a fresh process and print what it found."""
+    command = [sys.executable, __file__, "--measure", json.dumps(case)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    row: dict[str, Any] = {"dtype": case.dtype, "cores": case.num_cores, **json.loads(output)}
+    name = f"{case.dtype}, {case.num_cores} core{'s' if case.num_cores > 1 else ''}"
+    print(
+        f"{name:18} {row['loader']:9.0f} {row['kernel']:9.0f}   {row['ratio']:6.1%} "
+        f"({row['ratio_least']:.1%} to {row['ratio_greatest']:.1%})  {row['cpu_ratio']:6.1%}",
+        flush=True,
+    )
+    return row
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    where = "ImageFolder of photos (default: $IMAGENET_SEQ_SAMPLE/train or ../shared/data/...)"
-    add("folder", metavar="DIR", nargs="?", type=Path, default=Path(SAMPLE, "train"), help=where)
-    add(
-        "--pack",
-        type=Path,
-        help="a pack of the photos (default: one is made in a temporary folder)",
-    )
-    add("--images", type=int, default=2000, metavar="N", help="an epoch (repeats photos if needed)")
-    add("--batch-size", type=int, default=64, metavar="N")
-    add("--pairs", type=int, default=5, metavar="N", help="measurements of each way (default: 5)")
-    add("--cores", choices=("one", "all", "both"), default="both")
-    add("--dtype", choices=("float32", "uint8", "both"), default="both")
-    add("--json", type=Path, metavar="OUT", help="write every measurement there")
+    add("folder", metavar="DIR", nargs="?", type=Path, default=photos.TRAIN, help=photos.WHERE)
+    add("--images", type=int, default=4000, metavar="N", help="of an epoch (default: 4000)")
+    add("--rounds", type=int, default=7, metavar="N", help="alternating measurements (default: 7)")
+    add("--cores", type=int, default=2, metavar="N", help="of the comparison on several cores")
     add("--measure", help=argparse.SUPPRESS)
+    add("--worker", help=argparse.SUPPRESS)
+    add("--core", type=int, help=argparse.SUPPRESS)
+    results.add_arguments(parser)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.measure:
-        print(json.dumps(measure(Run(*json.loads(args.measure)))))
+        print(json.dumps(measure(Case(*json.loads(args.measure)))))
         return 0
+    if args.worker:
+        work(Case(*json.loads(args.worker)), args.core)
+        return 0
+    origin = results.begin(args)
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
-        folder = link_photos(args.folder, args.images, Path(temporary, "train"))
-        pack = args.pack or Path(temporary, "pack")
-        if not pack.exists():
-            make_pack(folder, pack)
-        paths = {"torchvision": folder, "folder": folder, "pack": pack}
-        machine = describe_machine()
-        if machine["torchvision"] == "not installed":
-            print("torchvision is not installed: there is nothing to compare with")
-            del paths["torchvision"]
-        print(", ".join(f"{name} {value}" for name, value in machine.items()))
-        mean_kb = read_all(folder) / args.images / 1000
-        read_all(pack)
-        print(
-            f"{args.images} photos of {mean_kb:.1f} KB in the page cache, "
-            f"RandomResizedCrop(224) and flip, batches of {args.batch_size}; "
-            f"medians of {args.pairs} alternating measurements"
-        )
-        cores = {"one": [1], "all": [_num_cores()], "both": [1, _num_cores()]}[args.cores]
-        dtypes = ["float32", "uint8"] if args.dtype == "both" else [args.dtype]
-        runs = []
-        for num_cores, dtype in itertools.product(dict.fromkeys(cores), dtypes):
-            results = compare(paths, dtype, num_cores, args)
-            name = "one core" if num_cores == 1 else f"{num_cores} cores"
-            summary = report(f"{name}, {dtype}", results)
-            runs.append(
-                {"cores": num_cores, "dtype": dtype, "medians": summary, "measured": results}
-            )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
+        folder = photos.link_photos(args.folder, args.images, Path(temporary, "train"))
+        pack = Path(temporary, "pack")
+        photos.make_pack(folder, pack)
+        photos.read_all(pack)
+        print("                      Loader    kernel   ratio of images/s (least to greatest)  CPU")
+        cases = [("uint8", 1), ("float32", 1)]
+        if 1 < args.cores <= origin["cores"]:
+            cases += [("uint8", args.cores), ("float32", args.cores)]
+        else:
+            print(f"not measured on {args.cores} cores: {origin['cores']} are available")
+        rows = [measure_apart(Case(str(pack), *case, args.rounds)) for case in cases]
+    results.write(args, origin, {"images": args.images, "batch_size": BATCH_SIZE, "rows": rows})
     return 0
 
 

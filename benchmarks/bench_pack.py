@@ -17,22 +17,22 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_loader import SAMPLE, link_photos, read_all
+import photos
 
 from imagenet_seq.pack import Settings, pack
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(SAMPLE, "train"))
+    parser.add_argument("folder", nargs="?", type=Path, default=photos.TRAIN, help=photos.WHERE)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tables", choices=("pack", "image"), default="pack")
     args = parser.parse_args()
     rates = []
     with tempfile.TemporaryDirectory(prefix="bench-pack-") as temporary:
-        folder = link_photos(args.folder, args.images, Path(temporary, "train"))
-        source_bytes = read_all(folder)
+        folder = photos.link_photos(args.folder, args.images, Path(temporary, "train"))
+        source_bytes = photos.read_all(folder)
         for repeat in range(args.repeats):
             destination = Path(temporary, f"pack{repeat}")
             cpu_begin, begin = time.process_time(), time.perf_counter()

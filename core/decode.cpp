@@ -19,9 +19,11 @@ namespace imseq {
 
 namespace {
 
-// While open images hold more than this, no further one is opened, and such an image's memory is
-// given back: a thread of ours should not need gigabytes because images are large.
+// A thread of ours should not need gigabytes because images are large. While open ones hold more
+// than this, no further one is opened;
 constexpr size_t kManyBytes = 16 << 20;
+// and an image that is done keeps no more for the next one. Those of 1.4 megapixels keep theirs.
+constexpr size_t kKeptBytes = 2 << 20;
 
 Soundness soundness_of(const imseq_recipe& recipe, uint32_t flags) {
   if ((flags & IMSEQ_SAMPLE_CLEAN) != 0) return Soundness::kRegion;
@@ -136,6 +138,9 @@ int32_t SampleDecoder::State::decode(const imseq_recipe& new_recipe, imseq_sampl
   times = new_times;
   error = new_error;
   first_error = IMSEQ_OK;
+  // From here on nothing but open(), which catches it, asks for memory: no lane and no image is
+  // ever left halfway.
+  store.begin(*recipe);
   unused.clear();
   for (Image& image : images) unused.push_back(&image);
   while (waiting != nullptr || (waiting = open_next()) != nullptr) run_lanes();
@@ -204,6 +209,7 @@ Image* SampleDecoder::State::open_next() {
     }
     report(image->sample, status);
     image->sample = nullptr;
+    image->region.trim(kKeptBytes);
   }
   return nullptr;
 }
@@ -225,11 +231,12 @@ int32_t SampleDecoder::State::open(Image* image) try {
                          recipe->filter, recipe->passes);
   }
   const StageTimer timer(times, &imseq_times::markers);
+  const bool any_open = unused.size() < images.size();  // this one is still among the unused
   // Even where padding is all that is seen the image must be one that Pillow would open.
   const Region& source = image->resizer.source();
   const bool opened = image->region.open(
       image->header, sample.bytes, size, is_empty(source) ? Region{0, 0, 1, 1} : source,
-      soundness_of(*recipe, sample.flags), &flat_tables, next_id++);
+      soundness_of(*recipe, sample.flags), &flat_tables, !any_open, next_id++);
   return opened ? IMSEQ_OK : IMSEQ_FOREIGN;
 } catch (const std::bad_alloc&) {
   return IMSEQ_ERROR_MEMORY;
@@ -241,7 +248,6 @@ void SampleDecoder::State::finish(Image* image) {
   if (!region.failed()) {
     const Region& needed = resizer.source();
     int num_stored = 0;
-    store.begin(*recipe);
     for (int y = needed.top; y < needed.top + needed.height; ++y) {
       {
         const StageTimer timer(times, &imseq_times::colour);
@@ -256,7 +262,7 @@ void SampleDecoder::State::finish(Image* image) {
     store_rows(*image, &num_stored, image->sample->row);
   }
   report(image->sample, region.failed() ? IMSEQ_FOREIGN : IMSEQ_OK);
-  if (region.num_bytes() > kManyBytes) region.free_memory();
+  region.trim(kKeptBytes);
   image->sample = nullptr;
   unused.push_back(image);
   if (current == image) current = nullptr;

@@ -19,7 +19,7 @@ struct Columns {
   int column[4];
 };
 // Of the three ways to take the pairs of columns two by two, this one needs the fewest shuffles.
-constexpr Columns kHalves[2] = {{{0, 4, 3, 5}}, {{2, 6, 7, 1}}};
+constexpr Columns kLeftHalf = {{0, 4, 3, 5}}, kRightHalf = {{2, 6, 7, 1}};
 // All the upper left quarter of a block has, as pairs 02 and 13.
 constexpr Columns kQuarter = {{0, 2, 1, 3}};
 
@@ -137,11 +137,10 @@ inline Vector pack_first(Vector a, Vector b) {
   return _mm256_packs_epi32(_mm256_srai_epi32(a, kFirstShift), _mm256_srai_epi32(b, kFirstShift));
 }
 
-// Two columns of samples as pairs. Takes the upper halves, and shifts by the other 2 bits in the
-// multiplier, which has less to do than the units for shifts.
+// Two columns of samples as pairs: of the shift by 18, taking the upper halves does 16.
 inline Vector pack_second(Vector a, Vector b) {
   const Vector both = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA);
-  return _mm256_mulhi_epi16(both, _mm256_set1_epi16(1 << (32 - kSecondShift)));
+  return _mm256_srai_epi16(both, kSecondShift - 16);
 }
 
 // Its upper two bits tell whether a value is within [-8192, 8192).
@@ -229,10 +228,10 @@ inline Pairs pairs_of_rows(const Vector (&zigzag)[8]) {
 // False, and no useful output, where a value is large.
 inline bool transform_whole(const Vector (&zigzag)[8], const Output& output) {
   Vector sums[8], half[8], rows[8];
-  const Pairs first = pairs_of_rows<kHalves[0]>(zigzag);
+  const Pairs first = pairs_of_rows<kLeftHalf>(zigzag);
   transform(first, first_rounding(), sums);
   for (int k = 0; k < 8; ++k) half[k] = _mm256_srai_epi32(sums[k], kFirstShift);
-  const Pairs second = pairs_of_rows<kHalves[1]>(zigzag);
+  const Pairs second = pairs_of_rows<kRightHalf>(zigzag);
   transform(second, first_rounding(), sums);
   for (int k = 0; k < 8; ++k) {
     rows[k] = _mm256_packs_epi32(half[k], _mm256_srai_epi32(sums[k], kFirstShift));

@@ -163,12 +163,11 @@ inline Vector pack_first(Vector a, Vector b) {
   return _mm512_packs_epi32(_mm512_srai_epi32(a, kFirstShift), _mm512_srai_epi32(b, kFirstShift));
 }
 
-// Two columns of samples as pairs. Takes the upper halves, and shifts by the other 2 bits in the
-// multiplier, which has less to do than the units for shifts.
+// Two columns of samples as pairs: of the shift by 18, taking the upper halves does 16.
 inline Vector pack_second(Vector a, Vector b) {
   const Vector upper_to_lower = _mm512_set4_epi32(0x0F0E, 0x0B0A, 0x0706, 0x0302);
   const Vector both = _mm512_mask_shuffle_epi8(b, 0x3333333333333333, a, upper_to_lower);
-  return _mm512_mulhi_epi16(both, _mm512_set1_epi16(1 << (32 - kSecondShift)));
+  return _mm512_srai_epi16(both, kSecondShift - 16);
 }
 
 // Negative or large where a value is not within [-8192, 8192).

@@ -19,9 +19,10 @@ uint16_t wait_place(const FlatEntry* flat) {
 
 }  // namespace
 
-void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, uint64_t new_id) {
+void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, bool may_build_flat,
+                         uint64_t new_id) {
   id = new_id;
-  flat = flat_tables->serve(header) ? flat_tables->entries() : nullptr;
+  flat = flat_tables->serve(header, may_build_flat) ? flat_tables->entries() : nullptr;
   tables.build(header);
   mcu_blocks = 0;
   for (int c = 0; c < header.num_components; ++c) {
@@ -33,12 +34,15 @@ void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, uint
   // Kernels transform four blocks at a time.
   segment_mcus = kSegmentBlocks / mcu_blocks;
   if (segment_mcus > 4) segment_mcus &= ~3;
-  for (size_t block = 0; block < places.size() / 64; ++block) {
-    const int c = component_of_block[block % static_cast<size_t>(mcu_blocks)];
-    uint16_t* out = places.data() + block * 64;
+  for (int c = 0; c < header.num_components; ++c) {
     for (int k = 0; k < 64; ++k) {
-      out[k] = flat != nullptr ? flat_tables->place(c, k) : tables.place(c, k);
+      block_places[static_cast<size_t>(c * 64 + k)] =
+          flat != nullptr ? flat_tables->place(c, k) : tables.place(c, k);
     }
+  }
+  for (size_t block = 0; block < places.size() / 64; ++block) {
+    const size_t c = component_of_block[block % static_cast<size_t>(mcu_blocks)];
+    std::copy_n(block_places.data() + c * 64, 64, places.data() + block * 64);
   }
 }
 
@@ -53,7 +57,7 @@ void Lane::begin_interval(const ScanTables& scan_tables, const uint8_t* begin,
   source = begin;
   source_end = end_bytes;
   num_bytes = 0;
-  next = bytes.data();
+  next = bytes;
   mcu = first_mcu;
   num_mcus = 0;
   end_mcu = last_mcu;
@@ -67,7 +71,7 @@ void Lane::use_tables(const ScanTables& scan_tables) {
   if (tables_id == scan_tables.id) return;
   tables = &scan_tables;
   tables_id = scan_tables.id;
-  places = scan_tables.places;
+  std::copy(scan_tables.places.begin(), scan_tables.places.end(), places);
   entries = scan_tables.tables.entries();
   end = 0;
 }
@@ -77,28 +81,28 @@ void Lane::begin_segment() {
   num_mcus = std::min<int64_t>(tables->segment_mcus, end_mcu - mcu);
   at = 0;
   set_end(static_cast<uint32_t>(num_mcus) * static_cast<uint32_t>(tables->mcu_blocks) * 64);
-  const auto used = static_cast<size_t>(next - bytes.data());
+  const auto used = static_cast<size_t>(next - bytes);
   if (!has_all_bytes() && num_bytes - std::min(num_bytes, used) < kMaxSegmentBytes) take_bytes();
 }
 
 // Makes room in front of what has not been used, and fills up behind it.
 void Lane::take_bytes() {
-  const size_t used = std::min(static_cast<size_t>(next - bytes.data()), num_bytes);
+  const size_t used = std::min(static_cast<size_t>(next - bytes), num_bytes);
   num_bytes -= used;
-  std::memmove(bytes.data(), bytes.data() + used, num_bytes);
+  std::memmove(bytes, bytes + used, num_bytes);
   next -= used;
   size_t size = std::min(static_cast<size_t>(source_end - source), kLaneBytes - num_bytes);
-  // A byte of 0xFF and what follows it must not be parted.
-  if (size > 0 && source + size != source_end && source[size - 1] == 0xFF) --size;
-  num_bytes += marker_kernels(cpu_level()).unstuff(source, size, bytes.data() + num_bytes, &sound);
+  // A byte of 0xFF and what follows it must not be parted: there is room, as one of them goes.
+  if (size > 0 && source + size != source_end && source[size - 1] == 0xFF) ++size;
+  num_bytes += marker_kernels(cpu_level()).unstuff(source, size, bytes + num_bytes, &sound);
   source += size;
 }
 
 // The lane is to wait when it comes to `position`, which is where an MCU would begin.
 void Lane::set_end(uint32_t position) {
-  std::copy_n(tables->places.data() + end, kWaits, places.data() + end);
+  std::copy_n(tables->places.data() + end, kWaits, places + end);
   end = position;
-  std::fill_n(places.data() + end, kWaits, wait_place(tables->flat));
+  std::fill_n(places + end, kWaits, wait_place(tables->flat));
 }
 
 void Lane::park(const FlatEntry* flat, const HuffmanEntry* any_entries) {
@@ -106,13 +110,13 @@ void Lane::park(const FlatEntry* flat, const HuffmanEntry* any_entries) {
   tables_id = 0;
   entries = any_entries;
   at = end = kSegmentValues;
-  std::fill_n(places.data() + end, kWaits, wait_place(flat));
-  next = bytes.data();
+  std::fill_n(places + end, kWaits, wait_place(flat));
+  next = bytes;
   bits = uint64_t{1} << 63;
 }
 
 ptrdiff_t Lane::bits_left() const {
-  const auto used = (next - bytes.data()) * 8 + __builtin_ctzll(bits);
+  const auto used = (next - bytes) * 8 + __builtin_ctzll(bits);
   return static_cast<ptrdiff_t>(num_bytes) * 8 - used;
 }
 
@@ -121,8 +125,7 @@ void decode_symbol_slowly(Lane* lane) {
   const ScanTables& scan = *lane->tables;
   const uint32_t block = lane->at / 64, k = lane->at % 64;
   const int c = scan.component_of_block[block % static_cast<uint32_t>(scan.mcu_blocks)];
-  const HuffmanTable& table = k == 0 ? scan.tables.dc(c) : scan.tables.ac(c);
-  const HuffmanSymbol symbol = table.decode_slowly(lane->bits);
+  const HuffmanSymbol symbol = scan.tables.decode(c, k != 0, lane->bits);
   if (symbol.advance == kEndOfBlock) {
     lane->at = (block + 1) * 64;
   } else if (k + static_cast<uint32_t>(symbol.advance) <= 64) {

@@ -37,11 +37,14 @@ struct ScanTables {
   int mcu_blocks = 0;
   int segment_mcus = 0;
   std::array<uint8_t, 10> component_of_block{};
-  // Position in a segment -> place of the entries.
+  std::array<uint16_t, 3 * 64> block_places{};  // component, zigzag index -> place of the entries
+  // Position in a segment -> the same.
   std::array<uint16_t, kSegmentValues + kSegmentSlack> places{};
 
   // True where flat tables serve the image.
-  void prepare(const JpegHeader& header, FlatTables* flat_tables, uint64_t new_id);
+  // may_build_flat: no other image is using flat tables.
+  void prepare(const JpegHeader& header, FlatTables* flat_tables, bool may_build_flat,
+               uint64_t new_id);
 };
 
 struct alignas(64) Lane {
@@ -51,8 +54,9 @@ struct alignas(64) Lane {
   uint32_t at;          // position in the segment
   uint32_t end;         // of the segment
   const HuffmanEntry* entries;
-  alignas(64) std::array<int16_t, kSegmentValues + kSegmentSlack> coefficients;  // zigzag; zeros
-  alignas(64) std::array<uint16_t, kSegmentValues + kSegmentSlack> places;
+  // Arrays of C: of std::array's functions the linker might choose one for another processor.
+  alignas(64) int16_t coefficients[kSegmentValues + kSegmentSlack];  // zigzag; zeros
+  alignas(64) uint16_t places[kSegmentValues + kSegmentSlack];
 
   bool active = false;  // has a segment to decode
   // ---- its interval ----
@@ -66,7 +70,7 @@ struct alignas(64) Lane {
   const uint8_t* source;  // bytes of the interval that are still stuffed
   const uint8_t* source_end;
   size_t num_bytes;  // valid ones in `bytes`
-  alignas(64) std::array<uint8_t, kLaneBytes + kMaxSegmentBytes + kRowSlack> bytes;
+  alignas(64) uint8_t bytes[kLaneBytes + kMaxSegmentBytes + kRowSlack];
 
   // Begins with MCU `mcu` of [source, source_end); end_mcu is where to stop.
   void begin_interval(const ScanTables& scan_tables, const uint8_t* begin, const uint8_t* end_bytes,

@@ -122,6 +122,16 @@ void HuffmanTables::build(const JpegHeader& header) {
   }
 }
 
+HuffmanSymbol HuffmanTables::decode(int component, bool ac, uint64_t bits) const {
+  const HuffmanEntry* const lookup = ac ? ac_lookup(component) : dc_lookup(component);
+  const HuffmanEntry entry = lookup[bits >> (64 - HuffmanTable::kLookupBits)];
+  if (entry.is_whole()) {
+    const int advance = entry.mask() != 0 ? kEndOfBlock : static_cast<int>(entry.advance());
+    return {entry.length(), advance, entry.value()};
+  }
+  return (ac ? ac_[ac_index(component)] : dc_[dc_index(component)]).decode_slowly(bits);
+}
+
 uint16_t HuffmanTables::place(int component, int k) const {
   const auto c = static_cast<size_t>(component);
   if (k == 0) return place(dc_index_[c]);
@@ -230,7 +240,7 @@ FlatEntry tail_entry(const HuffmanTable& ac, uint32_t bits, int max_advance) {
 
 }  // namespace
 
-bool FlatTables::serve(const JpegHeader& header) {
+bool FlatTables::serve(const JpegHeader& header, bool may_build) {
   std::array<Pair, kMaxPairs> pairs;
   int num_pairs = 0;
   for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
@@ -248,16 +258,18 @@ bool FlatTables::serve(const JpegHeader& header) {
     return num_pairs <= set.num_pairs &&
            std::equal(pairs.begin(), pairs.begin() + num_pairs, set.pairs.begin());
   };
-  if (begins_with(built_)) return true;
+  if (begins_with(built_)) {
+    num_seen_ = 0;
+    return true;
+  }
   if (!begins_with(candidate_)) {
     const bool extends = std::equal(candidate_.pairs.begin(),
                                     candidate_.pairs.begin() + candidate_.num_pairs, pairs.begin());
     if (!extends) num_seen_ = 0;
     candidate_ = {pairs, num_pairs};
   }
-  if (++num_seen_ < kWorthwhile) return false;
+  if (++num_seen_ < kWorthwhile || !may_build) return false;
   num_seen_ = 0;
-  built_ = candidate_;
   build();
   return true;
 }
@@ -269,8 +281,11 @@ uint16_t FlatTables::place(int component, int k) const {
 }
 
 void FlatTables::build() {
-  entries_.assign(size_t{wait_place()} + kLookupSize, FlatEntry{64, 1, 0, 0, {}});
+  // First what may fail: entries are never other ones than built_ says.
   std::vector<HuffmanEntry> unused((1 + kNumTails) * HuffmanTable::kLookupSize);
+  entries_.resize(size_t{wait_place()} + kLookupSize);
+  built_ = candidate_;
+  std::fill(entries_.begin() + wait_place(), entries_.end(), FlatEntry{64, 1, 0, 0, {}});
   for (size_t p = 0; p < static_cast<size_t>(built_.num_pairs); ++p) {
     HuffmanTable dc, ac;
     dc.build(built_.pairs[p].dc, HuffmanTable::Kind::kDc, unused.data());

@@ -95,6 +95,9 @@ class HuffmanTables {
   HuffmanTables();
   void build(const JpegHeader& header);
 
+  // The symbol that `bits` (at least 31, left-aligned) begin with, by the component's DC or AC table.
+  [[nodiscard]] HuffmanSymbol decode(int component, bool ac, uint64_t bits) const;
+
   [[nodiscard]] const HuffmanTable& dc(int component) const { return dc_[dc_index(component)]; }
   [[nodiscard]] const HuffmanTable& ac(int component) const { return ac_[ac_index(component)]; }
   [[nodiscard]] const HuffmanEntry* dc_lookup(int component) const {
@@ -146,9 +149,10 @@ class FlatTables {
   static constexpr size_t kLookupSize = size_t{1} << kLookupBits;
   static constexpr int kMaxPairs = 2;
 
-  // Looks at the tables of an image. True: entries() serve it, as its kind of tables has come up
-  // often enough in a row for making them to pay.
-  [[nodiscard]] bool serve(const JpegHeader& header);
+  // Looks at the tables of an image. True: entries() serve it. They are made when tables have come up
+  // in enough images in a row to be worth it, and, since that changes them for all, only where
+  // may_build is true.
+  [[nodiscard]] bool serve(const JpegHeader& header, bool may_build);
 
   [[nodiscard]] const FlatEntry* entries() const { return entries_.data(); }
   // Where the entries for zigzag index k of a component begin.
@@ -170,10 +174,10 @@ class FlatTables {
     int num_pairs = 0;
   };
 
-  void build();
+  void build();  // from the candidate
 
   PairSet built_, candidate_;
-  int num_seen_ = 0;  // images in a row that the candidate would have served
+  int num_seen_ = 0;  // images in a row that the candidate, but not built_, would have served
   std::array<uint8_t, 3> pair_of_component_{};
   std::vector<FlatEntry> entries_;
 };

@@ -31,9 +31,8 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
     std::memcpy(out, bytes, run);
     out += run;
     bytes += run;
-    if (ff == end || bytes == end) break;
-    if (*bytes != 0) *sound = false;
-    ++bytes;
+    if (ff == end) break;
+    if (bytes == end || *bytes++ != 0) *sound = false;
   }
   return static_cast<size_t>(out - begin);
 }
@@ -42,17 +41,45 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
 
 const MarkerKernels kMarkerKernelsPortable = {find, unstuff};
 
+bool ends_interval(const uint8_t* marker, int64_t interval, bool is_last) {
+  constexpr int kRst0 = 0xD0, kEoi = 0xD9;
+  const int expected = is_last ? kEoi : kRst0 + static_cast<int>(interval & 7);
+  return marker[0] == 0xFF && marker[1] == expected;
+}
+
 bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size, int64_t num_intervals,
                   uint32_t* markers) {
-  constexpr int kRst0 = 0xD0, kEoi = 0xD9;
   const auto wanted = static_cast<size_t>(num_intervals);
   if (marker_kernels(cpu_level()).find(data, size, markers, wanted) < wanted) return false;
-  for (size_t i = 0; i < wanted; ++i) {
-    const bool is_last = static_cast<int64_t>(i) + 1 == header.num_intervals();
-    const int expected = is_last ? kEoi : kRst0 + static_cast<int>(i & 7);
-    if (data[markers[i] + 1] != expected) return false;
+  for (int64_t i = 0; i < num_intervals; ++i) {
+    if (!ends_interval(data + markers[i], i, i + 1 == header.num_intervals())) return false;
   }
   return true;
+}
+
+bool read_markers(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                  int64_t num_intervals, uint32_t* markers) {
+  constexpr uint8_t kApp9 = 0xE9;
+  constexpr char kName[] = "imseq";  // and its NUL
+  constexpr size_t kHead = 4 + sizeof(kName);
+  // It stands right before the scan header.
+  if (header.segments.size() < 2) return false;
+  const JpegSegment& segment = header.segments[header.segments.size() - 2];
+  const auto num_sizes = static_cast<size_t>(header.num_intervals());
+  const uint8_t* const from = bytes + segment.offset;
+  if (segment.marker != kApp9 || segment.size != kHead + 2 * num_sizes ||
+      std::memcmp(from + 4, kName, sizeof(kName)) != 0) {
+    return false;
+  }
+  uint32_t end = 0;  // at most 32763 sizes of 16 bits
+  for (size_t i = 0; i < num_sizes; ++i) {
+    const uint8_t* const two = from + kHead + 2 * i;
+    const uint32_t interval_bytes = static_cast<uint32_t>(two[0] << 8 | two[1]);
+    if (interval_bytes < 2) return false;
+    end += interval_bytes;
+    if (static_cast<int64_t>(i) < num_intervals) markers[i] = end - 2;
+  }
+  return end == size - header.entropy_offset;
 }
 
 const MarkerKernels& marker_kernels(CpuLevel level) {

@@ -47,12 +47,12 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
       const size_t run = is_ff == 0 ? kStep : static_cast<size_t>(__builtin_ctz(is_ff)) + 1;
       at += run;
       out += run;
-      if (is_ff == 0 || at == size) continue;
+      if (is_ff == 0) continue;
     } else {
       *out++ = bytes[at++];
-      if (bytes[at - 1] != 0xFF || at == size) continue;
+      if (bytes[at - 1] != 0xFF) continue;
     }
-    if (bytes[at] != 0) *sound = false;
+    if (at == size || bytes[at] != 0) *sound = false;
     ++at;
   }
   return static_cast<size_t>(out - begin);

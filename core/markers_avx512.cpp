@@ -54,7 +54,7 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
     }
     out += __builtin_popcountll(keep);
   }
-  if (unsound != 0) *sound = false;
+  if (unsound != 0 || (size > 0 && bytes[size - 1] == 0xFF)) *sound = false;
   return static_cast<size_t>(out - begin);
 }
 

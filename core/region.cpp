@@ -20,7 +20,7 @@ void grow(std::vector<T>* memory, size_t size) {
 
 bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t size,
                          const Region& region, Soundness soundness, FlatTables* flat_tables,
-                         uint64_t id) {
+                         bool may_build_flat, uint64_t id) {
   data_ = bytes + header.entropy_offset;
   data_size_ = size - header.entropy_offset;
   // A block takes two bits at least; what is shorter need not be given memory.
@@ -31,14 +31,16 @@ bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t 
   decode_all_ = soundness == Soundness::kAll;
   failed_ = false;
   num_open_ = 0;
-  if (!find_intervals(header, soundness != Soundness::kRegion)) return false;
-  tables_.prepare(header, flat_tables, id);
+  if (!find_intervals(header, bytes, size, soundness != Soundness::kRegion)) return false;
+  tables_.prepare(header, flat_tables, may_build_flat, id);
   return true;
 }
 
 // all: the markers of intervals that nobody needs must be right, too.
-bool RegionDecoder::find_intervals(const JpegHeader& header, bool all) {
+bool RegionDecoder::find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                                   bool all) {
   interval_mcus_ = header.interval_mcus();
+  total_intervals_ = header.num_intervals();
   const int64_t last_needed = int64_t{end_mcu_y_ - 1} * mcus_wide_ + end_mcu_x_ - 1;
   const int64_t num_needed = last_needed / interval_mcus_ + 1;
   num_intervals_ = decode_all_ ? header.num_intervals() : num_needed;
@@ -47,7 +49,9 @@ bool RegionDecoder::find_intervals(const JpegHeader& header, bool all) {
   // Every interval takes a marker of two bytes.
   if (static_cast<int64_t>(data_size_ / 2) < num_markers) return false;
   grow(&markers_, static_cast<size_t>(num_markers));
-  return find_markers(header, data_, data_size_, num_markers, markers_.data());
+  // The sizes that an image states of its intervals are checked where they are used.
+  sizes_are_stated_ = !all && read_markers(header, bytes, size, num_markers, markers_.data());
+  return sizes_are_stated_ || find_markers(header, data_, data_size_, num_markers, markers_.data());
 }
 
 bool RegionDecoder::begin_interval(Lane* lane) {
@@ -59,11 +63,37 @@ bool RegionDecoder::begin_interval(Lane* lane) {
     if (end_mcu == first_mcu) continue;
     const size_t begin = interval == 0 ? 0 : markers_[static_cast<size_t>(interval - 1)] + 2;
     const size_t end = markers_[static_cast<size_t>(interval)];
+    if (sizes_are_stated_ && !markers_are_there(interval)) {
+      failed_ = true;
+      return false;
+    }
+    prefetch(interval);
     lane->begin_interval(tables_, data_ + begin, data_ + end, first_mcu, end_mcu);
     ++num_open_;
     return true;
   }
   return false;
+}
+
+// Whether the interval has its markers before and behind it.
+bool RegionDecoder::markers_are_there(int64_t interval) const {
+  for (int64_t i = std::max<int64_t>(interval - 1, 0); i <= interval; ++i) {
+    const uint8_t* marker = data_ + markers_[static_cast<size_t>(i)];
+    if (!ends_interval(marker, i, i + 1 == total_intervals_)) return false;
+  }
+  return true;
+}
+
+// Asks for the bytes of an interval that will be decoded soon.
+void RegionDecoder::prefetch(int64_t interval) const {
+  constexpr int64_t kAhead = 8, kLine = 64, kLines = 8;
+  const auto later = static_cast<size_t>(interval + kAhead);
+  if (interval + kAhead >= num_intervals_) return;
+  const uint8_t* const begin = data_ + markers_[later - 1];
+  const uint8_t* const end = data_ + markers_[later];
+  for (const uint8_t* line = begin; line < end && line < begin + kLine * kLines; line += kLine) {
+    __builtin_prefetch(line);
+  }
 }
 
 bool RegionDecoder::take_segment(Lane* lane) {
@@ -74,7 +104,7 @@ bool RegionDecoder::take_segment(Lane* lane) {
   // Nothing but the padding of the last byte may be left.
   if (interval_ends && (!lane->has_all_bytes() || bits_left >= 8)) failed_ = true;
   if (failed_) {
-    std::memset(lane->coefficients.data(), 0, lane->end * sizeof(int16_t));
+    std::memset(lane->coefficients, 0, lane->end * sizeof(int16_t));
     --num_open_;
     return false;
   }
@@ -90,7 +120,7 @@ bool RegionDecoder::take_segment(Lane* lane) {
 // From differences to DC coefficients. False: one that libjpeg-turbo would not store as it is; a
 // difference of 2^15 steps is no image's.
 bool RegionDecoder::sum_dc(Lane* lane) {
-  int16_t* block = lane->coefficients.data();
+  int16_t* block = lane->coefficients;
   int overflow = 0;
   for (int64_t i = 0; i < lane->num_mcus; ++i) {
     for (size_t c = 0; c < num_components_; ++c) {
@@ -111,7 +141,7 @@ void RegionDecoder::transform(Lane* lane) {
   const int64_t end = lane->mcu + lane->num_mcus;
   const size_t mcu_values = static_cast<size_t>(tables_.mcu_blocks) * 64;
   const auto clear = [&](int64_t from, int64_t to) {
-    std::memset(lane->coefficients.data() + static_cast<size_t>(from - lane->mcu) * mcu_values, 0,
+    std::memset(lane->coefficients + static_cast<size_t>(from - lane->mcu) * mcu_values, 0,
                 static_cast<size_t>(to - from) * mcu_values * sizeof(int16_t));
   };
   for (int64_t mcu = lane->mcu; mcu < end;) {
@@ -129,7 +159,7 @@ void RegionDecoder::transform_run(Lane* lane, int64_t mcu, int num_mcus) {
   const auto mcu_y = static_cast<int>(mcu / mcus_wide_) - first_mcu_y_;
   const auto mcu_x = static_cast<int>(mcu % mcus_wide_) - first_mcu_x_;
   const ptrdiff_t mcu_values = ptrdiff_t{tables_.mcu_blocks} * 64;
-  int16_t* blocks = lane->coefficients.data() + (mcu - lane->mcu) * mcu_values;
+  int16_t* blocks = lane->coefficients + (mcu - lane->mcu) * mcu_values;
   const IdctKernel idct = idct_kernel(cpu_level());
   for (size_t c = 0; c < num_components_; ++c) {
     Plane& plane = planes_[c];
@@ -144,13 +174,10 @@ void RegionDecoder::transform_run(Lane* lane, int64_t mcu, int num_mcus) {
   }
 }
 
-size_t RegionDecoder::num_bytes() const {
+void RegionDecoder::trim(size_t max_bytes) {
   size_t sum = 0;
   for (const Plane& plane : planes_) sum += plane.samples.size();
-  return sum;
-}
-
-void RegionDecoder::free_memory() {
+  if (sum <= max_bytes) return;
   for (Plane& plane : planes_) plane.samples = {};
 }
 
@@ -164,6 +191,7 @@ void RegionDecoder::lay_out(const JpegHeader& header, const Region& region) {
   first_mcu_x_ = header.mcus_wide;
   first_mcu_y_ = header.mcus_high;
   end_mcu_x_ = end_mcu_y_ = 0;
+  num_bytes_ = 0;
   const int right = region.left + region.width - 1, bottom = region.top + region.height - 1;
   for (size_t c = 0; c < num_components_; ++c) {
     const JpegComponent& component = header.components[c];
@@ -201,7 +229,9 @@ void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   plane.stride = static_cast<ptrdiff_t>(end_mcu_x_ - first_mcu_x_) * 8 * component.mcu_width;
   const ptrdiff_t rows =
       static_cast<ptrdiff_t>(end_mcu_y_ - first_mcu_y_) * 8 * component.mcu_height;
-  grow(&plane.samples, static_cast<size_t>(plane.stride * rows) + kRowSlack);
+  const size_t num_bytes = static_cast<size_t>(plane.stride * rows) + kRowSlack;
+  num_bytes_ += num_bytes;
+  grow(&plane.samples, num_bytes);
   // libjpeg-turbo's choice (jdsample.c, jinit_upsampler).
   if (h == 1 && v == 1) {
     plane.upsampling = Upsampling::kNone;

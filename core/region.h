@@ -36,7 +36,7 @@ class RegionDecoder {
   // header: kBaseline. The region must lie in the image and not be empty. False: an anomaly.
   [[nodiscard]] bool open(const JpegHeader& header, const uint8_t* bytes, size_t size,
                           const Region& region, Soundness soundness, FlatTables* flat_tables,
-                          uint64_t id);
+                          bool may_build_flat, uint64_t id);
   [[nodiscard]] const ScanTables& tables() const { return tables_; }
 
   // Gives the lane the first segment of the next interval. False: there is none left.
@@ -49,14 +49,15 @@ class RegionDecoder {
   }
   [[nodiscard]] bool failed() const { return failed_; }
 
-  // When done: pixels [left, left + width) of row y of the image, which lies in the region, to planes[0 ...] (one of
-  // grey, or red, green, blue);
-  // kRowSlack bytes behind them may be written, too.
+  // When done: pixels [left, left + width) of row y of the image, which lies in the region, to
+  // planes[0 ...] (one of grey, or red, green, blue); kRowSlack bytes behind them may be written,
+  // too.
   void row(int y, uint8_t* const* planes);
 
-  // Bytes of the decoded region, and giving them back: large images must not hold on to them.
-  [[nodiscard]] size_t num_bytes() const;
-  void free_memory();
+  // Bytes that the region's samples take.
+  [[nodiscard]] size_t num_bytes() const { return num_bytes_; }
+  // Gives back memory for samples beyond max_bytes: what large images have needed.
+  void trim(size_t max_bytes);
 
  private:
   enum class Upsampling { kNone, kH2V1, kH2V2, kH1V2, kReplicate };
@@ -81,7 +82,10 @@ class RegionDecoder {
 
   void lay_out(const JpegHeader& header, const Region& region);
   void lay_out_plane(const JpegHeader& header, size_t component);
-  [[nodiscard]] bool find_intervals(const JpegHeader& header, bool all);
+  [[nodiscard]] bool find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                                    bool all);
+  [[nodiscard]] bool markers_are_there(int64_t interval) const;
+  void prefetch(int64_t interval) const;
   [[nodiscard]] int64_t next_needed(int64_t mcu) const;
   [[nodiscard]] int64_t needed_end(int64_t begin, int64_t end) const;
   [[nodiscard]] bool sum_dc(Lane* lane);
@@ -97,6 +101,7 @@ class RegionDecoder {
   int first_mcu_x_ = 0, end_mcu_x_ = 0, first_mcu_y_ = 0, end_mcu_y_ = 0;  // MCUs the region needs
   size_t num_components_ = 0;
   std::array<Plane, 3> planes_{};
+  size_t num_bytes_ = 0;
   std::vector<uint16_t> sums_;
 
   const uint8_t* data_ = nullptr;  // entropy-coded
@@ -104,7 +109,9 @@ class RegionDecoder {
   std::vector<uint32_t> markers_;  // where intervals end in it
   bool decode_all_ = false;        // not only what is needed
   int64_t interval_mcus_ = 0;
-  int64_t num_intervals_ = 0;  // up to the last one that is needed
+  int64_t total_intervals_ = 0;
+  bool sizes_are_stated_ = false;  // markers_ is what the image says, not what was found
+  int64_t num_intervals_ = 0;      // up to the last one that is needed
   int64_t next_interval_ = 0;
   int num_open_ = 0;  // intervals that lanes are decoding
   bool failed_ = false;

@@ -22,7 +22,7 @@ void grow(std::vector<T>* memory, size_t size) {
 // compute several weights at a time.
 struct Box {
   static constexpr double kSupport = 0.5;
-  static double weight(double x) { return (x > -0.5) & (x <= 0.5) ? 1.0 : 0.0; }
+  static double weight(double x) { return ((x > -0.5) & (x <= 0.5)) ? 1.0 : 0.0; }
 };
 
 struct Bilinear {

@@ -19,8 +19,8 @@ constexpr int kFlipSigns = static_cast<int>(0x80808080);
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 
-// Four taps of 16 outputs, digits[0] the highest of their weights: the four of an output lie side by
-// side.
+// Four taps of 16 outputs, digits[0] the highest of their weights: the four of an output lie side
+// by side.
 struct Digits {
   __m512i digits[kDigits];
 };
@@ -75,7 +75,7 @@ const Step* steps_of(const void* plan) {
   return reinterpret_cast<const Step*>(static_cast<const Plan*>(plan) + 1);
 }
 
-// Steps grow with the square of the taps, as windows do.
+// The more an image shrinks the more taps there are, and the more windows they are spread over.
 bool plan_is_small(const AxisWeights& weights) { return weights.max_taps <= 64; }
 
 size_t horizontal_plan_bytes(const AxisWeights& weights) {
@@ -293,10 +293,10 @@ inline void store_columns(const __m512i (&sums)[4], uint8_t* out) {
                                                _mm512_packs_epi32(shifted[2], shifted[3])));
 }
 
-// ---- vertical, up to two taps: an image that grows ------------------------------------------------
+// ---- vertical, up to two taps: an image that grows ----------------------------------------------
 
-// Two weights as 16-bit numbers, high * 2^8 + low, are fewer multiplications than six digits. Element
-// i of the plan is output i's high halves, element stride + i the low ones.
+// Two weights as 16-bit numbers, high * 2^8 + low, are fewer multiplications than six digits.
+// Element i of the plan is output i's high halves, element stride + i the low ones.
 constexpr int kHighRounding = 1 << (kWeightBits - 1 - 8);
 
 void plan_two_taps(const AxisWeights& weights, int32_t* plan) {

@@ -100,12 +100,12 @@ def pack(data: Path) -> Path:
     return destination
 
 
-def measure(data: Path, packed: Path) -> None:
+def measure(data: Path) -> None:
     announce("Loading alone: images/s of train/, without a network")
     num_images = len(Loader(data, "train").dataset)
-    benchmark = ROOT / "benchmarks" / "bench_loader.py"
-    options = shlex.split(f"--images {num_images} --pairs 1 --cores all")
-    run(benchmark, data / "train", "--pack", packed / "train", *options)
+    peers = "torchvision imagenet_seq imagenet_seq_pack"
+    options = shlex.split(f"--images {num_images} --rounds 1 --cores all --peers {peers}")
+    run(ROOT / "benchmarks" / "compare.py", data / "train", *options)
 
 
 def train(packed: Path) -> float:
@@ -149,7 +149,7 @@ def main() -> int:
     OUTPUT.mkdir(exist_ok=True)
     data, required_acc1 = find_data()
     packed = pack(data)
-    measure(data, packed)
+    measure(data)
     picture = draw_batch(packed)
     acc1 = train(packed)
 

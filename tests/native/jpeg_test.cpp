@@ -280,8 +280,9 @@ class OneImage final : public imseq::LaneWork {
   [[nodiscard]] bool decode(const JpegHeader& header, const uint8_t* bytes, size_t size,
                             const Region& region, Soundness soundness, bool flat = false) {
     if (!flat) flat_tables_ = imseq::FlatTables();
-    for (int i = 0; flat && i < 20; ++i) (void)flat_tables_.serve(header);
-    if (!decoder.open(header, bytes, size, region, soundness, &flat_tables_, ++id_)) return false;
+    for (int i = 0; flat && i < 20; ++i) (void)flat_tables_.serve(header, true);
+    if (!decoder.open(header, bytes, size, region, soundness, &flat_tables_, true, ++id_))
+      return false;
     const imseq::ScanTables& tables = decoder.tables();
     expect((tables.flat != nullptr) == flat, "the kind of tables that was asked for");
     const imseq::LaneKernels& kernels = imseq::lane_kernels(imseq::cpu_level());
@@ -293,7 +294,7 @@ class OneImage final : public imseq::LaneWork {
     expect(decoder.done(), "all intervals are done");
     for (int l = 0; l < num_lanes; ++l) {
       const auto& values = lanes_[static_cast<size_t>(l)].coefficients;
-      expect(std::all_of(values.begin(), values.end(), [](int16_t v) { return v == 0; }),
+      expect(std::all_of(std::begin(values), std::end(values), [](int16_t v) { return v == 0; }),
              "lanes are left with zeros");
     }
     return !decoder.failed();
