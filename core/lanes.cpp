@@ -79,6 +79,8 @@ void Lane::begin_segment() {
   at = 0;
   set_end(static_cast<uint32_t>(num_mcus) * static_cast<uint32_t>(tables->mcu_blocks) * 64);
   const auto used = static_cast<size_t>(next - bytes);
+  // While there are more bytes the last segment has left 64 at least: `bits` holds none that were
+  // loaded from behind them.
   if (!has_all_bytes() && num_bytes - std::min(num_bytes, used) < kMaxSegmentBytes) take_bytes();
 }
 

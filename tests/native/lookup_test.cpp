@@ -73,7 +73,7 @@ JpegHuffmanSpec random_table(HuffmanTable::Kind kind) {
       symbols.push_back(static_cast<uint8_t>(run << 4 | size));
     }
   }
-  for (const uint8_t symbol : {0x00, 0xF0}) symbols.push_back(symbol);
+  symbols.insert(symbols.end(), {0x00, 0xF0});
   if (draw(0, 2) == 0) symbols.push_back(0x70);
   return random_spec(symbols);
 }

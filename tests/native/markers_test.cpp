@@ -129,7 +129,7 @@ void test_every_place() {
   for (const size_t size : {size_t{31}, size_t{32}, size_t{33}, size_t{63}, size_t{64}, size_t{65},
                             size_t{97}, size_t{129}, kLargestSize}) {
     for (size_t at = 0; at < size; ++at) {
-      for (const uint8_t follower : {0x00, 0xD9, 0xFF}) {
+      for (const uint8_t follower : Bytes{0x00, 0xD9, 0xFF}) {
         Bytes bytes(size, 0xA5);
         bytes[at] = 0xFF;
         if (at + 1 < size) bytes[at + 1] = follower;
