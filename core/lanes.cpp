@@ -34,12 +34,15 @@ void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, bool
   // Kernels transform four blocks at a time.
   segment_mcus = kSegmentBlocks / mcu_blocks;
   if (segment_mcus > 4) segment_mcus &= ~3;
-  for (size_t block = 0; block < places.size() / 64; ++block) {
-    const int c = component_of_block[block % static_cast<size_t>(mcu_blocks)];
-    uint16_t* out = places.data() + block * 64;
+  for (int c = 0; c < header.num_components; ++c) {
     for (int k = 0; k < 64; ++k) {
-      out[k] = flat != nullptr ? flat_tables->place(c, k) : tables.place(c, k);
+      block_places[static_cast<size_t>(c * 64 + k)] =
+          flat != nullptr ? flat_tables->place(c, k) : tables.place(c, k);
     }
+  }
+  for (size_t block = 0; block < places.size() / 64; ++block) {
+    const size_t c = component_of_block[block % static_cast<size_t>(mcu_blocks)];
+    std::copy_n(block_places.data() + c * 64, 64, places.data() + block * 64);
   }
 }
 
@@ -124,8 +127,7 @@ void decode_symbol_slowly(Lane* lane) {
   const ScanTables& scan = *lane->tables;
   const uint32_t block = lane->at / 64, k = lane->at % 64;
   const int c = scan.component_of_block[block % static_cast<uint32_t>(scan.mcu_blocks)];
-  const HuffmanTable& table = k == 0 ? scan.tables.dc(c) : scan.tables.ac(c);
-  const HuffmanSymbol symbol = table.decode_slowly(lane->bits);
+  const HuffmanSymbol symbol = scan.tables.decode(c, k != 0, lane->bits);
   if (symbol.advance == kEndOfBlock) {
     lane->at = (block + 1) * 64;
   } else if (k + static_cast<uint32_t>(symbol.advance) <= 64) {

@@ -37,7 +37,8 @@ struct ScanTables {
   int mcu_blocks = 0;
   int segment_mcus = 0;
   std::array<uint8_t, 10> component_of_block{};
-  // Position in a segment -> place of the entries.
+  std::array<uint16_t, 3 * 64> block_places{};  // component, zigzag index -> place of the entries
+  // Position in a segment -> the same.
   std::array<uint16_t, kSegmentValues + kSegmentSlack> places{};
 
   // True where flat tables serve the image.

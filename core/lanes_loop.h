@@ -43,9 +43,20 @@ inline void save(const Cursor& cursor, Lane* lane) {
   lane->at = cursor.at;
 }
 
-// A code that is known but whose extra bits are not: `length` bits, a run, `size` extra bits.
+__attribute__((noinline)) Cursor step_slowly(Lane* lane, Cursor cursor) {
+  save(cursor, lane);
+  decode_symbol_slowly(lane);
+  return load(*lane);
+}
+
+// A code that is known, but not its extra bits, or not where it leads: `length` bits, a run, `size`
+// extra bits.
 __attribute__((always_inline)) inline void step_by_code(uint32_t length, uint32_t run,
                                                         uint32_t size, Lane* lane, Cursor* cursor) {
+  if (__builtin_expect(cursor->at % 64 + run > 63, 0)) {
+    *cursor = step_slowly(lane, *cursor);  // an anomaly
+    return;
+  }
   refill(&cursor->bits, &cursor->next);
   const uint64_t extra = cursor->bits << length;
   // T.81 F.2.2.1: a first bit of 0 stands for a negative value, the bits being its complement's.
@@ -55,12 +66,6 @@ __attribute__((always_inline)) inline void step_by_code(uint32_t length, uint32_
   cursor->bits = extra << size;
   cursor->at += run + 1;
   refill(&cursor->bits, &cursor->next);
-}
-
-__attribute__((noinline)) Cursor step_slowly(Lane* lane, Cursor cursor) {
-  save(cursor, lane);
-  decode_symbol_slowly(lane);
-  return load(*lane);
 }
 
 // ---- one symbol, by the image's own tables ----
@@ -105,6 +110,14 @@ inline void store_values(const FlatEntry* entry, int16_t* out) {
 #endif
 }
 
+inline uint32_t third_byte(uint32_t value) {
+#if defined(__BMI__)
+  return _bextr_u32(value, 16, 8);  // one instruction, not three
+#else
+  return value >> 16 & 255;
+#endif
+}
+
 struct ByFlatTables {
   static constexpr int kSteps = 4;
   static_assert(kSteps * FlatTables::kLookupBits <= 56);
@@ -123,7 +136,7 @@ struct ByFlatTables {
       }
       return;
     }
-    store_values(entry, lane->coefficients + cursor->at + (head >> 16 & 255));
+    store_values(entry, lane->coefficients + cursor->at + third_byte(head));
     cursor->bits <<= head & 63;
     cursor->at = (cursor->at + (head >> 8 & 255)) & ~(head >> 24);
   }

@@ -1,6 +1,8 @@
 #include "lookup.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstdlib>
 
 namespace imseq {
 
@@ -39,6 +41,14 @@ size_t part_of(int k) {
 HuffmanEntry entry_of(const HuffmanSymbol& symbol) {
   if (symbol.advance == kEndOfBlock) return {symbol.length, 63, 63, 0};
   return {symbol.length, symbol.advance, 0, symbol.value};
+}
+
+// The code of a symbol with its extra bits, so that where it leads is looked at.
+HuffmanEntry code_of(const HuffmanEntry& entry) {
+  const int size = std::bit_width(static_cast<unsigned>(std::abs(entry.value())));
+  // Sixteen zeros: rare where a block ends.
+  if (size == 0) return {};
+  return HuffmanEntry::of_code(entry.length() - size, static_cast<int>(entry.advance()) - 1, size);
 }
 
 }  // namespace
@@ -81,8 +91,8 @@ void HuffmanTable::build(const JpegHuffmanSpec& spec, Kind kind, HuffmanEntry* l
     const auto max_advance = static_cast<uint32_t>(kTailAdvances[t]);
     for (size_t i = 0; i < kLookupSize; ++i) {
       const HuffmanEntry entry = lookup[i];
-      const bool fits = entry.is_whole() && (entry.advance() <= max_advance || entry.mask() != 0);
-      tail[i] = fits ? entry : HuffmanEntry();
+      const bool too_far = entry.is_whole() && entry.advance() > max_advance && entry.mask() == 0;
+      tail[i] = too_far ? code_of(entry) : entry;
     }
   }
 }
@@ -122,6 +132,16 @@ void HuffmanTables::build(const JpegHeader& header) {
   }
 }
 
+HuffmanSymbol HuffmanTables::decode(int component, bool ac, uint64_t bits) const {
+  const HuffmanEntry* const lookup = ac ? ac_lookup(component) : dc_lookup(component);
+  const HuffmanEntry entry = lookup[bits >> (64 - HuffmanTable::kLookupBits)];
+  if (entry.is_whole()) {
+    const int advance = entry.mask() != 0 ? kEndOfBlock : static_cast<int>(entry.advance());
+    return {entry.length(), advance, entry.value()};
+  }
+  return (ac ? ac_[ac_index(component)] : dc_[dc_index(component)]).decode_slowly(bits);
+}
+
 uint16_t HuffmanTables::place(int component, int k) const {
   const auto c = static_cast<size_t>(component);
   if (k == 0) return place(dc_index_[c]);
@@ -137,8 +157,13 @@ constexpr int kWorthwhile = 8;
 
 // No entry may lead out of a block: by symbols, or by an end of block behind a block's last value.
 constexpr int kMaxAdvance = 16;
-static_assert(kTails[0] - 1 + kMaxAdvance <= 63 && kTails[1] - 1 + kTailAdvances[0] <= 63 &&
-              kTails[2] - 1 + kTailAdvances[1] <= 63 && 63 + kTailAdvances[2] <= 64);
+static_assert([] {
+  int max_advance = kMaxAdvance;
+  for (size_t t = 0; t < kNumTails; max_advance = kTailAdvances[t++]) {
+    if (kTails[t] - 1 + max_advance > 63) return false;
+  }
+  return max_advance == 1;
+}());
 // Further symbols are added to an entry up to here: rarely one more would fit.
 constexpr int kFullAdvance = 8;
 
@@ -196,7 +221,7 @@ class EntryBuilder {
 FlatEntry code_entry(const HuffmanTable& table, uint32_t bits) {
   const HuffmanWord word =
       table.find_word(static_cast<uint64_t>(bits) << (64 - FlatTables::kLookupBits));
-  if (word.length == 0 || word.length > FlatTables::kLookupBits) return {};
+  if (word.size == 0 || word.length > FlatTables::kLookupBits) return {};
   return {0,
           static_cast<uint8_t>(word.length),
           static_cast<uint8_t>(word.advance - 1),
@@ -225,7 +250,8 @@ FlatEntry tail_entry(const HuffmanTable& ac, uint32_t bits, int max_advance) {
   // An end of block may not follow a value at the block's end.
   while (builder.add(ac, max_advance) && max_advance > 1) {
   }
-  return builder.entry();
+  const FlatEntry entry = builder.entry();
+  return entry.length == 0 ? code_entry(ac, bits) : entry;
 }
 
 }  // namespace

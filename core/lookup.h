@@ -49,11 +49,11 @@ class HuffmanEntry {
 // A place where a lane waits: an entry that takes no bits and goes on by one.
 constexpr HuffmanEntry kWaitEntry{64, 1, 0, 0};
 
-// From zigzag index kTails[0] on, a run could leave the block. There other tables are used, in which
-// only what can't is found: that which advances by kTailAdvances at most.
-constexpr int kNumTails = 3;
-constexpr std::array<int, kNumTails> kTails = {48, 56, 60};
-constexpr std::array<int, kNumTails> kTailAdvances = {8, 4, 1};
+// From zigzag index kTails[0] on, a run could leave the block. There other tables are used: they
+// advance by kTailAdvances at most, and of symbols that go farther give the code alone.
+constexpr int kNumTails = 4;
+constexpr std::array<int, kNumTails> kTails = {48, 56, 60, 62};
+constexpr std::array<int, kNumTails> kTailAdvances = {8, 4, 2, 1};
 
 // A code and what it stands for.
 struct HuffmanWord {
@@ -94,6 +94,9 @@ class HuffmanTables {
  public:
   HuffmanTables();
   void build(const JpegHeader& header);
+
+  // The symbol that `bits` (at least 31, left-aligned) begin with, by the component's DC or AC table.
+  [[nodiscard]] HuffmanSymbol decode(int component, bool ac, uint64_t bits) const;
 
   [[nodiscard]] const HuffmanTable& dc(int component) const { return dc_[dc_index(component)]; }
   [[nodiscard]] const HuffmanTable& ac(int component) const { return ac_[ac_index(component)]; }

@@ -41,9 +41,8 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
 
 const MarkerKernels kMarkerKernelsPortable = {find, unstuff};
 
-bool ends_interval(const JpegHeader& header, const uint8_t* marker, int64_t interval) {
+bool ends_interval(const uint8_t* marker, int64_t interval, bool is_last) {
   constexpr int kRst0 = 0xD0, kEoi = 0xD9;
-  const bool is_last = interval + 1 == header.num_intervals();
   const int expected = is_last ? kEoi : kRst0 + static_cast<int>(interval & 7);
   return marker[0] == 0xFF && marker[1] == expected;
 }
@@ -52,8 +51,8 @@ bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size, in
                   uint32_t* markers) {
   const auto wanted = static_cast<size_t>(num_intervals);
   if (marker_kernels(cpu_level()).find(data, size, markers, wanted) < wanted) return false;
-  for (size_t i = 0; i < wanted; ++i) {
-    if (!ends_interval(header, data + markers[i], static_cast<int64_t>(i))) return false;
+  for (int64_t i = 0; i < num_intervals; ++i) {
+    if (!ends_interval(data + markers[i], i, i + 1 == header.num_intervals())) return false;
   }
   return true;
 }

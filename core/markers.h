@@ -34,7 +34,7 @@ struct MarkerKernels {
                                 int64_t num_intervals, uint32_t* markers);
 
 // Whether the marker is there that ends an interval.
-[[nodiscard]] bool ends_interval(const JpegHeader& header, const uint8_t* marker, int64_t interval);
+[[nodiscard]] bool ends_interval(const uint8_t* marker, int64_t interval, bool is_last);
 
 // Of each level, where this build has them.
 extern const MarkerKernels kMarkerKernelsPortable, kMarkerKernelsAvx2, kMarkerKernelsAvx512;

@@ -40,48 +40,69 @@ bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t 
 bool RegionDecoder::find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
                                    bool all) {
   interval_mcus_ = header.interval_mcus();
+  total_intervals_ = header.num_intervals();
   const int64_t last_needed = int64_t{end_mcu_y_ - 1} * mcus_wide_ + end_mcu_x_ - 1;
   const int64_t num_needed = last_needed / interval_mcus_ + 1;
-  num_intervals_ = decode_all_ ? header.num_intervals() : num_needed;
-  next_interval_ = decode_all_ ? 0 : next_needed(0) / interval_mcus_;
-  const int64_t num_markers = all ? header.num_intervals() : num_needed;
+  const int64_t num_markers = all ? total_intervals_ : num_needed;
   // Every interval takes a marker of two bytes.
   if (static_cast<int64_t>(data_size_ / 2) < num_markers) return false;
   grow(&markers_, static_cast<size_t>(num_markers));
-  if (!all && read_markers(header, bytes, size, num_markers, markers_.data()) &&
-      needed_markers_are_there(header)) {
-    return true;
+  // The sizes that an image states of its intervals are checked where they are used.
+  sizes_are_stated_ = !all && read_markers(header, bytes, size, num_markers, markers_.data());
+  if (!sizes_are_stated_ &&
+      !find_markers(header, data_, data_size_, num_markers, markers_.data())) {
+    return false;
   }
-  return find_markers(header, data_, data_size_, num_markers, markers_.data());
-}
-
-bool RegionDecoder::needed_markers_are_there(const JpegHeader& header) const {
-  int64_t checked = -1;  // interval
-  for (int64_t mcu = next_needed(0); mcu < num_mcus_;) {
-    const int64_t interval = mcu / interval_mcus_;
-    for (int64_t i = std::max(interval - 1, checked + 1); i <= interval; ++i) {
-      if (!ends_interval(header, data_ + markers_[static_cast<size_t>(i)], i)) return false;
-    }
-    checked = interval;
-    mcu = next_needed((interval + 1) * interval_mcus_);
-  }
+  list_intervals(decode_all_ ? total_intervals_ : num_needed);
   return true;
 }
 
-bool RegionDecoder::begin_interval(Lane* lane) {
-  while (next_interval_ < num_intervals_ && !failed_) {
-    const int64_t interval = next_interval_++;
-    const int64_t first_mcu = interval * interval_mcus_;
-    const int64_t interval_end = std::min(first_mcu + interval_mcus_, num_mcus_);
-    const int64_t end_mcu = decode_all_ ? interval_end : needed_end(first_mcu, interval_end);
+// Lists what is to be decoded of the first num_intervals intervals.
+void RegionDecoder::list_intervals(int64_t num_intervals) {
+  intervals_.clear();
+  next_interval_ = 0;
+  const int64_t first = decode_all_ ? 0 : next_needed(0) / interval_mcus_;
+  for (int64_t number = first; number < num_intervals; ++number) {
+    const int64_t first_mcu = number * interval_mcus_;
+    const int64_t last_mcu = std::min(first_mcu + interval_mcus_, num_mcus_);
+    const int64_t end_mcu = decode_all_ ? last_mcu : needed_end(first_mcu, last_mcu);
     if (end_mcu == first_mcu) continue;
-    const size_t begin = interval == 0 ? 0 : markers_[static_cast<size_t>(interval - 1)] + 2;
-    const size_t end = markers_[static_cast<size_t>(interval)];
-    lane->begin_interval(tables_, data_ + begin, data_ + end, first_mcu, end_mcu);
-    ++num_open_;
-    return true;
+    const uint32_t begin = number == 0 ? 0 : markers_[static_cast<size_t>(number - 1)] + 2;
+    const uint32_t end = markers_[static_cast<size_t>(number)];
+    intervals_.push_back({number, begin, end, first_mcu, end_mcu});
+    if (intervals_.size() <= kPrefetched) prefetch(intervals_.back());
   }
-  return false;
+}
+
+bool RegionDecoder::begin_interval(Lane* lane) {
+  if (failed_ || next_interval_ == intervals_.size()) return false;
+  const Interval& interval = intervals_[next_interval_++];
+  if (sizes_are_stated_ && !has_markers(interval)) {
+    failed_ = true;
+    return false;
+  }
+  if (next_interval_ + kPrefetched <= intervals_.size()) {
+    prefetch(intervals_[next_interval_ + kPrefetched - 1]);
+  }
+  lane->begin_interval(tables_, data_ + interval.begin, data_ + interval.end, interval.first_mcu,
+                       interval.end_mcu);
+  ++num_open_;
+  return true;
+}
+
+// Whether the interval has its markers before and behind it.
+bool RegionDecoder::has_markers(const Interval& interval) const {
+  const bool is_last = interval.number + 1 == total_intervals_;
+  return ends_interval(data_ + interval.end, interval.number, is_last) &&
+         (interval.number == 0 ||
+          ends_interval(data_ + interval.begin - 2, interval.number - 1, false));
+}
+
+// Asks for an interval's bytes, which will be decoded soon.
+void RegionDecoder::prefetch(const Interval& interval) const {
+  constexpr uint32_t kLine = 64, kMost = 16 * kLine;
+  const uint32_t end = std::min(interval.end + 2, interval.begin + kMost);
+  for (uint32_t at = interval.begin; at < end; at += kLine) __builtin_prefetch(data_ + at);
 }
 
 bool RegionDecoder::take_segment(Lane* lane) {
@@ -105,6 +126,22 @@ bool RegionDecoder::take_segment(Lane* lane) {
   return false;
 }
 
+// Calls handle(run, first, end) for the segment's MCUs in each row: of the run those from `first` up
+// to, not including, `end` are needed.
+template <typename Handle>
+void RegionDecoder::for_rows(const Lane& lane, const Handle& handle) const {
+  const auto num_mcus = static_cast<int>(lane.num_mcus);
+  const auto mcu = static_cast<uint32_t>(lane.mcu), width = static_cast<uint32_t>(mcus_wide_);
+  McuRun run{0, 0, static_cast<int>(mcu % width), static_cast<int>(mcu / width)};
+  for (; run.first < num_mcus; run.first += run.num_mcus, run.x = 0, ++run.y) {
+    run.num_mcus = std::min(num_mcus - run.first, mcus_wide_ - run.x);
+    const bool needed = run.y >= first_mcu_y_ && run.y < end_mcu_y_;
+    const int first = needed ? std::clamp(first_mcu_x_ - run.x, 0, run.num_mcus) : 0;
+    const int end = needed ? std::clamp(end_mcu_x_ - run.x, first, run.num_mcus) : 0;
+    handle(run, first, end);
+  }
+}
+
 // From differences to DC coefficients. False: one that libjpeg-turbo would not store as it is; a
 // difference of 2^15 steps is no image's.
 bool RegionDecoder::sum_dc(Lane* lane) {
@@ -126,38 +163,33 @@ bool RegionDecoder::sum_dc(Lane* lane) {
 
 // The segment's blocks become samples, those that the region needs.
 void RegionDecoder::transform(Lane* lane) {
-  const int64_t end = lane->mcu + lane->num_mcus;
-  const size_t mcu_values = static_cast<size_t>(tables_.mcu_blocks) * 64;
-  const auto clear = [&](int64_t from, int64_t to) {
-    std::memset(lane->coefficients + static_cast<size_t>(from - lane->mcu) * mcu_values, 0,
-                static_cast<size_t>(to - from) * mcu_values * sizeof(int16_t));
-  };
-  for (int64_t mcu = lane->mcu; mcu < end;) {
-    const int64_t needed = std::min(next_needed(mcu), end);
-    if (needed > mcu) clear(mcu, needed);
-    if (needed == end) return;
-    const int64_t run = std::min(end_mcu_x_ - needed % mcus_wide_, end - needed);
-    transform_run(lane, needed, static_cast<int>(run));
-    mcu = needed + run;
-  }
+  for_rows(*lane, [&](const McuRun& run, int first, int end) {
+    const size_t mcu_values = static_cast<size_t>(tables_.mcu_blocks) * 64;
+    int16_t* const blocks = lane->coefficients + static_cast<size_t>(run.first) * mcu_values;
+    const auto clear = [&](int from, int to) {
+      std::memset(blocks + static_cast<size_t>(from) * mcu_values, 0,
+                  static_cast<size_t>(to - from) * mcu_values * sizeof(int16_t));
+    };
+    clear(0, first);
+    if (first < end) {
+      transform_run(blocks + static_cast<size_t>(first) * mcu_values, run.y - first_mcu_y_,
+                    run.x + first - first_mcu_x_, end - first);
+    }
+    clear(end, run.num_mcus);
+  });
 }
 
-// MCUs of one row.
-void RegionDecoder::transform_run(Lane* lane, int64_t mcu, int num_mcus) {
-  const auto mcu_y = static_cast<int>(mcu / mcus_wide_) - first_mcu_y_;
-  const auto mcu_x = static_cast<int>(mcu % mcus_wide_) - first_mcu_x_;
+// MCUs of one row, whose place is counted from the region's first.
+void RegionDecoder::transform_run(int16_t* blocks, int mcu_y, int mcu_x, int num_mcus) {
   const ptrdiff_t mcu_values = ptrdiff_t{tables_.mcu_blocks} * 64;
-  int16_t* blocks = lane->coefficients + (mcu - lane->mcu) * mcu_values;
   const IdctKernel idct = idct_kernel(cpu_level());
   for (size_t c = 0; c < num_components_; ++c) {
-    Plane& plane = planes_[c];
-    uint8_t* out = plane.samples.data() + mcu_y * plane.mcu_height * 8 * plane.stride +
-                   mcu_x * plane.mcu_width * 8;
-    for (int y = 0; y < plane.mcu_height; ++y) {
+    const Plane& plane = planes_[c];
+    uint8_t* out = plane.block_row(mcu_y * plane.mcu_height) + mcu_x * plane.mcu_width * 8;
+    for (int y = 0; y < plane.mcu_height; ++y, out += 8 * plane.stride) {
       idct(blocks, plane.mcu_width, mcu_values, num_mcus * plane.mcu_width, plane.idct, out,
            plane.stride);
       blocks += plane.mcu_width * 64;
-      out += 8 * plane.stride;
     }
   }
 }

@@ -45,7 +45,7 @@ class RegionDecoder {
   [[nodiscard]] bool take_segment(Lane* lane);
   // All intervals have been decoded, or given up.
   [[nodiscard]] bool done() const {
-    return num_open_ == 0 && (failed_ || next_interval_ == num_intervals_);
+    return num_open_ == 0 && (failed_ || next_interval_ == intervals_.size());
   }
   [[nodiscard]] bool failed() const { return failed_; }
 
@@ -74,22 +74,44 @@ class RegionDecoder {
     std::vector<uint8_t> pixels;  // a row of them, upsampled
     IdctTable idct;
 
+    // Where the y-th row of blocks begins, of those that are decoded.
+    [[nodiscard]] uint8_t* block_row(int y) const {
+      return const_cast<uint8_t*>(samples.data()) + y * 8 * stride;
+    }
     // Row y of the component, indexed by sample of the component.
     [[nodiscard]] const uint8_t* row(int y) const {
       return samples.data() + (y - top) * stride - left;
     }
   };
 
+  struct Interval {
+    int64_t number;
+    uint32_t begin, end;  // bytes of the entropy-coded data, up to the marker
+    int64_t first_mcu;
+    int64_t end_mcu;  // behind the last that is needed
+  };
+  static constexpr size_t kPrefetched = 8;  // intervals whose bytes are asked for ahead
+
+  // MCUs of a segment that lie in one row of the image.
+  struct McuRun {
+    int first, num_mcus;  // in the segment
+    int x, y;             // place of the first in the image
+  };
+
   void lay_out(const JpegHeader& header, const Region& region);
   void lay_out_plane(const JpegHeader& header, size_t component);
   [[nodiscard]] bool find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
                                     bool all);
-  [[nodiscard]] bool needed_markers_are_there(const JpegHeader& header) const;
+  void list_intervals(int64_t num_intervals);
+  [[nodiscard]] bool has_markers(const Interval& interval) const;
+  void prefetch(const Interval& interval) const;
   [[nodiscard]] int64_t next_needed(int64_t mcu) const;
   [[nodiscard]] int64_t needed_end(int64_t begin, int64_t end) const;
   [[nodiscard]] bool sum_dc(Lane* lane);
+  template <typename Handle>
+  void for_rows(const Lane& lane, const Handle& handle) const;
   void transform(Lane* lane);
-  void transform_run(Lane* lane, int64_t mcu, int num_mcus);
+  void transform_run(int16_t* blocks, int mcu_y, int mcu_x, int num_mcus);
   const uint8_t* upsampled_row(Plane& plane, int y);
 
   ScanTables tables_;
@@ -108,8 +130,10 @@ class RegionDecoder {
   std::vector<uint32_t> markers_;  // where intervals end in it
   bool decode_all_ = false;        // not only what is needed
   int64_t interval_mcus_ = 0;
-  int64_t num_intervals_ = 0;  // up to the last one that is needed
-  int64_t next_interval_ = 0;
+  int64_t total_intervals_ = 0;
+  bool sizes_are_stated_ = false;    // markers_ is what the image says, not what was found
+  std::vector<Interval> intervals_;  // to decode
+  size_t next_interval_ = 0;
   int num_open_ = 0;  // intervals that lanes are decoding
   bool failed_ = false;
 };

@@ -130,8 +130,8 @@ inline void sum_outputs(const Step* step, int num_steps, const uint8_t* in, size
   }
 }
 
-// words[p]: 16 outputs of plane p. Packing works within 128-bit lanes: four outputs of each eight lie
-// in each lane.
+// words[p]: 16 outputs of plane p. Packing works within 128-bit lanes: four outputs of each eight
+// lie in each lane.
 template <int kPlanes, int kPairs>
 inline void resize_outputs(const Step* step, int num_steps, const uint8_t* in, size_t in_stride,
                            __m256i (&words)[kPlanes]) {

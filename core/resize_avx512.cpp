@@ -19,8 +19,8 @@ constexpr int kFlipSigns = static_cast<int>(0x80808080);
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 
-// Four taps of 16 outputs, digits[0] the highest of their weights: the four of an output lie side by
-// side.
+// Four taps of 16 outputs, digits[0] the highest of their weights: the four of an output lie side
+// by side.
 struct Digits {
   __m512i digits[kDigits];
 };

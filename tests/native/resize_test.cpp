@@ -1,5 +1,6 @@
-// Resizer at every level this processor has, against the algorithm written down plainly: all weights, both passes over the whole
-// image, then the window cut out. Equality with Pillow itself is tests/test_decode.py's.
+// Resizer at every level this processor has, against the algorithm written down plainly: all
+// weights, both passes over the whole image, then the window cut out. Equality with Pillow itself
+// is what tests/test_decode.py checks.
 #include "resize.h"
 
 #include <algorithm>
