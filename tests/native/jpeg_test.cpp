@@ -587,7 +587,11 @@ std::vector<Pixels> decode_group(imseq::SampleDecoder* decoder, const std::vecto
   const int32_t status =
       decoder->decode(recipe, samples.data(), static_cast<int>(samples.size()), nullptr, &error);
   expect(status == IMSEQ_OK, "a group", status);
-  for (size_t i = 0; i < files.size(); ++i) out[i].status = samples[i].status;
+  for (size_t i = 0; i < files.size(); ++i) {
+    out[i].status = samples[i].status;
+    expect(out[i].status == IMSEQ_OK || out[i].status == IMSEQ_FOREIGN, "a sample's status",
+           out[i].status);
+  }
   return out;
 }
 
@@ -648,6 +652,28 @@ void test_groups() {
     });
   }
   expect(num_decoded > 100 && num_foreign > 20, "images of both kinds", num_decoded, num_foreign);
+}
+
+// A marker that is not where the sizes say: the image is foreign, wherever in it lanes find out, and
+// nothing else in its group is.
+void test_damaged_markers() {
+  imseq::SampleDecoder decoder;
+  const Image image =
+      write_image({40, 40, 2, kSamplings[7]}, random_codes(), [] { return random_block(100); });
+  const Bytes file = with_sizes(image);
+  const size_t shift = file.size() - image.file.size();
+  int num_foreign = 0;
+  for (size_t at = image.entropy_offset + shift; at + 1 < file.size(); ++at) {
+    if (file[at] != 0xFF || file[at + 1] == 0) continue;
+    Bytes damaged = file;
+    damaged[at + 1] = 0;
+    const std::vector<Pixels> group = decode_group(&decoder, {damaged, file, damaged, {}, file});
+    expect(group[0].status == group[2].status, "an image twice in a group");
+    expect(group[1].status == IMSEQ_OK && group[4].status == IMSEQ_OK, "images beside it");
+    expect(group[1].row == group[4].row, "their pixels");
+    num_foreign += group[0].status == IMSEQ_FOREIGN;
+  }
+  expect(num_foreign > 5, "markers that are looked at", num_foreign);
 }
 
 // ---- damage -------------------------------------------------------------------------------------
@@ -725,6 +751,7 @@ int main() {
   test_coefficients_come_back();
   test_regions_are_parts_of_the_image();
   test_groups();
+  test_damaged_markers();
   test_long_intervals();
   test_sizes();
   test_missing_stuffing();
