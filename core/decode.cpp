@@ -265,6 +265,7 @@ void SampleDecoder::State::finish(Image* image) {
       store_rows(*image, &num_stored, image->sample->row);
     }
     store_rows(*image, &num_stored, image->sample->row);
+    store.end_image();
   }
   report(image->sample, region.failed() ? IMSEQ_FOREIGN : IMSEQ_OK);
   region.trim(kKeptBytes);
@@ -307,6 +308,7 @@ int32_t SampleDecoder::State::apply(const imseq_recipe& apply_recipe, const imse
     store_rows(image, &num_stored, row);
   }
   store_rows(image, &num_stored, row);
+  store.end_image();
   return IMSEQ_OK;
 }
 
