@@ -73,6 +73,8 @@ const StoreKernels& portable_store_kernels() {
   static constexpr StoreKernels kernels{
       {prepare_table<uint8_t>, prepare_table<uint16_t>, prepare_table<uint32_t>},
       {copy, look_up<uint16_t>, look_up<uint32_t>},
+      {copy, look_up<uint16_t>, look_up<uint32_t>},
+      [] {},
       {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
   return kernels;
 }
@@ -102,7 +104,8 @@ void PixelStore::store_row(const std::array<const uint8_t*, 3>& planes, int y, b
     channels[c] = planes[c];
     if (interleaved_ && size_ == 0 && !flip) continue;
     void* to = interleaved_ ? scratch(c) : out + (c * out_height_ + row) * row_bytes;
-    kernels_->convert[size_](planes[c], out_width_, flip, tables_[c].data(), to);
+    const auto& convert = interleaved_ ? kernels_->convert : kernels_->convert_past_caches;
+    convert[size_](planes[c], out_width_, flip, tables_[c].data(), to);
     channels[c] = to;
   }
   if (interleaved_) {

@@ -25,6 +25,10 @@ struct StoreKernels {
 
   std::array<PrepareTable, kSizes> prepare_table;
   std::array<Convert, kSizes> convert;
+  // The same into memory that is not read soon: it may go past the caches, which then keep what
+  // decoding the next image needs. fence() must follow before others may see it.
+  std::array<Convert, kSizes> convert_past_caches;
+  void (*fence)();
   std::array<Interleave, kSizes> interleave;
 };
 
@@ -47,6 +51,8 @@ class PixelStore {
   [[nodiscard]] size_t channel_bytes() const { return out_height_ * out_width_; }
   // Row y of an image, three planes of recipe.out_width bytes. flip: the last pixel comes first.
   void store_row(const std::array<const uint8_t*, 3>& planes, int y, bool flip, void* batch_row);
+  // After the last row of an image, before other threads may look at it.
+  void end_image() const { kernels_->fence(); }
 
  private:
   [[nodiscard]] void* scratch(size_t channel) {

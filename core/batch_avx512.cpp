@@ -98,7 +98,16 @@ inline void look_up_values(const ByteTable (&tables)[kBytes], __m512i pixels,
   }
 }
 
-template <int kBytes>
+// Only whole lines go past the caches: parts of one would each be a trip to memory.
+inline void store_past_caches(uint8_t* out, __m512i values, size_t num_bytes) {
+  if (num_bytes >= 64 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), values);
+  } else {
+    store_values(out, values, num_bytes);
+  }
+}
+
+template <int kBytes, bool kPastCaches>
 void convert(const uint8_t* pixels, size_t n, bool flip, const uint8_t* prepared, void* out) {
   static constexpr Places kPlaces = places_before_unpacking<kBytes>();
   ByteTable tables[kBytes];
@@ -115,7 +124,11 @@ void convert(const uint8_t* pixels, size_t n, bool flip, const uint8_t* prepared
     look_up_values<kBytes>(tables, _mm512_permutexvar_epi8(order, load(from)), values);
     const size_t num_bytes = m * kBytes;
     for (size_t v = 0; v < kBytes && 64 * v < num_bytes; ++v) {
-      store_values(to + 64 * v, values[v], num_bytes - 64 * v);
+      if constexpr (kPastCaches) {
+        store_past_caches(to + 64 * v, values[v], num_bytes - 64 * v);
+      } else {
+        store_values(to + 64 * v, values[v], num_bytes - 64 * v);
+      }
     }
     to += num_bytes;
     left -= m;
@@ -192,7 +205,9 @@ void interleave(const void* const* channels, size_t n, void* out) {
 const StoreKernels& avx512_store_kernels() {
   static constexpr StoreKernels kernels{
       {no_table, split_words, split_doublewords},
-      {copy, convert<2>, convert<4>},
+      {copy, convert<2, false>, convert<4, false>},
+      {copy, convert<2, true>, convert<4, true>},
+      [] { _mm_sfence(); },
       {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
   return kernels;
 }

@@ -2,9 +2,21 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace imseq {
 
 namespace {
+
+#if defined(__x86_64__)
+// Older compilers' __builtin_cpu_supports does not know it.
+bool has_movbe() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_MOVBE) != 0;
+}
+#endif
 
 CpuLevel best_level() {
   for (const CpuLevel level : {CpuLevel::kAvx512, CpuLevel::kAvx2, CpuLevel::kNeon}) {
@@ -32,7 +44,7 @@ bool cpu_has(CpuLevel level) {
     // The compiler's runtime also asks whether the system saves the wide registers.
     case CpuLevel::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-             __builtin_cpu_supports("bmi2");
+             __builtin_cpu_supports("bmi2") && has_movbe();
     case CpuLevel::kAvx512:
       return cpu_has(CpuLevel::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -8,7 +8,7 @@ namespace imseq {
 
 enum class CpuLevel {
   kPortable,  // plain C++: the reference
-  kAvx2,      // AVX2, BMI1, BMI2
+  kAvx2,      // AVX2, BMI1, BMI2, MOVBE: Haswell, Zen and later
   kAvx512,    // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI: Ice Lake, Zen 4 and later
   kNeon       // every ARM64
 };

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "augment.h"
@@ -179,12 +180,16 @@ bool SampleDecoder::State::advance(Lane* lane) {
 bool SampleDecoder::State::begin_interval(Lane* lane) {
   for (;;) {
     if (current != nullptr) {
-      const StageTimer timer(times, &imseq_times::markers);
-      if (current->region.begin_interval(lane)) {
-        image_of(lane) = current;
-        return true;
+      {
+        const StageTimer timer(times, &imseq_times::markers);
+        if (current->region.begin_interval(lane)) {
+          image_of(lane) = current;
+          return true;
+        }
       }
-      current = nullptr;  // other lanes are still at it
+      Image* const image = std::exchange(current, nullptr);
+      // Other lanes are still at it; or else the interval was not where the image says.
+      if (image->region.done()) finish(image);
     }
     if (waiting == nullptr) waiting = open_next();
     if (waiting == nullptr || waiting->region.tables().flat != flat) return false;
@@ -260,6 +265,7 @@ void SampleDecoder::State::finish(Image* image) {
       store_rows(*image, &num_stored, image->sample->row);
     }
     store_rows(*image, &num_stored, image->sample->row);
+    store.end_image();
   }
   report(image->sample, region.failed() ? IMSEQ_FOREIGN : IMSEQ_OK);
   region.trim(kKeptBytes);
@@ -302,6 +308,7 @@ int32_t SampleDecoder::State::apply(const imseq_recipe& apply_recipe, const imse
     store_rows(image, &num_stored, row);
   }
   store_rows(image, &num_stored, row);
+  store.end_image();
   return IMSEQ_OK;
 }
 

@@ -79,13 +79,32 @@ enum class BlockState : uint8_t { waiting, reading, ready, failed };
 
 // What a block has between being read and its last sample's decoding.
 struct Loaded {
-  const uint8_t* bytes = nullptr;  // in the mapping or the buffer
-  int64_t size_bytes = 0;
-  Mapping mapping;
   Buffer buffer;
+  int64_t size_bytes = 0;
   int64_t reserved_bytes = 0;             // what it counts for in the budget
   std::vector<int64_t> offsets, lengths;  // foreign block: its samples
   std::unique_ptr<imseq_error> error;     // failed
+};
+
+// A set of samples, a bit for each. Decoders look and add at the same time.
+class SampleSet {
+ public:
+  // Makes room for samples below num_samples; not while others look or add.
+  void grow(int64_t num_samples) {
+    const size_t num_words = static_cast<size_t>(num_samples + 63) / 64;
+    if (num_words > words_.size()) words_.resize(num_words);
+  }
+  bool has(int64_t sample) const {
+    return (__atomic_load_n(&words_[sample / 64], __ATOMIC_RELAXED) & bit(sample)) != 0;
+  }
+  void add(int64_t sample) {
+    __atomic_fetch_or(&words_[sample / 64], bit(sample), __ATOMIC_RELAXED);
+  }
+
+ private:
+  static uint64_t bit(int64_t sample) { return uint64_t{1} << (sample % 64); }
+
+  std::vector<uint64_t> words_;
 };
 
 // A plan of a folder has a block for every file, so this is kept small.
@@ -173,9 +192,8 @@ std::vector<T> copied(const T* values, int64_t count) {
   return values == nullptr ? std::vector<T>() : std::vector<T>(values, values + count);
 }
 
-bool increases(const std::vector<int64_t>& begins, int64_t first, int64_t last) {
-  return !begins.empty() && begins.front() == first && begins.back() == last &&
-         std::is_sorted(begins.begin(), begins.end());
+bool rises_from_zero(const int64_t* begins, int64_t count) {
+  return begins[0] == 0 && std::is_sorted(begins, begins + count + 1);
 }
 
 int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
@@ -200,6 +218,7 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
     if (plan.block[i] < 0 || plan.block[i] >= plan.num_blocks)
       return wrong("block is out of range");
     if (plan.offset[i] < 0 || plan.length[i] < -1) return wrong("offset or length is negative");
+    if (plan.sample[i] < 0) return wrong("sample is negative");
   }
   for (int64_t i = 0; i < plan.num_blocks; ++i) {
     if (plan.block_file[i] < -1 || plan.block_file[i] >= plan.num_files) {
@@ -208,6 +227,13 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
     if (plan.block_offset[i] < 0 || plan.block_length[i] < -1) {
       return wrong("block_offset or block_length is negative");
     }
+  }
+  if (!rises_from_zero(plan.batch_begin, plan.num_batches) ||
+      plan.batch_begin[plan.num_batches] != plan.num_positions) {
+    return wrong("batch_begin must rise from 0 to num_positions");
+  }
+  if (!rises_from_zero(plan.path_begin, plan.num_files)) {
+    return wrong("path_begin must rise from 0");
   }
   return IMSEQ_OK;
 }
@@ -221,7 +247,7 @@ using namespace imseq;  // the engine is the C struct of the header, so it lives
 struct imseq_engine {
  public:
   explicit imseq_engine(const imseq_engine_config& config);
-  void join();
+  void close();
 
   int32_t start(const imseq_plan& plan, void* const* rows, imseq_error* error);
   int32_t next(int64_t timeout_ns, imseq_batch* out, imseq_error* error);
@@ -233,7 +259,6 @@ struct imseq_engine {
   int32_t finish_block(int64_t ticket, const uint8_t* bytes, int64_t size, const int64_t* offsets,
                        const int64_t* lengths, int64_t num_samples, const char* failure,
                        imseq_error* error);
-  void close_tasks();
 
   const pid_t owner = getpid();
 
@@ -251,9 +276,10 @@ struct imseq_engine {
   void decode_group(const std::shared_ptr<Run>& run, const Group& group, SampleDecoder& decoder);
   int32_t locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
                  imseq_error* error) const;
-  int32_t prepare(const Run& run, int64_t position, imseq_sample* out, imseq_error* error) const;
+  int32_t prepare(const Run& run, int64_t position, imseq_sample* out, imseq_error* error);
+  bool verifies(const Run& run) const;
   int32_t verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
-                 imseq_error* error) const;
+                 imseq_error* error);
   void done_with_position(const std::shared_ptr<Run>& run, int64_t position, int32_t status,
                           const imseq_error& error);
   uint8_t* row_of(const Run& run, int64_t position) const;
@@ -267,9 +293,8 @@ struct imseq_engine {
   void read_block(Run& run, int64_t block, FileReader& reader);
   void count_request(int32_t file, int64_t offset, int64_t length);
   void take_buffer(Loaded& loaded, int64_t size_bytes);
-  void foreign_block_came(Run& run, int64_t number);
-  void block_ready(Run& run, int64_t block, int64_t size_bytes);
-  void block_failed(Run& run, int64_t block, const imseq_error& error);
+  void block_came(Run& run, int64_t block, int64_t size_bytes, int32_t status,
+                  const imseq_error& error);
   bool claim_ticket(int64_t ticket, int32_t kind, Ticket* out);
 
   const imseq_engine_config config_;
@@ -289,15 +314,16 @@ struct imseq_engine {
   std::shared_ptr<Run> run_;
   int64_t generation_ = 0;
   int64_t threads_in_run_ = 0;
-  bool stop_ = false;
   bool ended_ = false;  // the last plan was delivered whole
-  bool tasks_closed_ = false;
+  bool closed_ = false;
+  std::once_flag closing_;
   int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
   int64_t mean_block_bytes_ =
       128 * 1024;  // of blocks of unknown length; ImageNet's mean file to begin
   int32_t last_file_ = -1;
   int64_t last_end_ = -1;
   BufferPool buffers_;
+  SampleSet verified_;
   std::deque<Ticket> row_tasks_, block_tasks_;
   std::unordered_map<int64_t, Ticket> taken_;
   int64_t next_ticket_ = 0;
@@ -308,12 +334,8 @@ struct imseq_engine {
 
 namespace {
 
-size_t table_bytes(const imseq_recipe& recipe) {
-  if (recipe.table == nullptr) return 0;
-  const size_t value_bytes = recipe.dtype == IMSEQ_FLOAT32 ? 4
-                             : recipe.dtype == IMSEQ_UINT8 ? 1
-                                                           : 2;
-  return 3 * 256 * value_bytes;
+int64_t value_bytes(const imseq_recipe& recipe) {
+  return recipe.dtype == IMSEQ_FLOAT32 ? 4 : recipe.dtype == IMSEQ_UINT8 ? 1 : 2;
 }
 
 }  // namespace
@@ -322,7 +344,7 @@ imseq_engine::imseq_engine(const imseq_engine_config& config)
     : config_(config), recipe_(config.recipe) {
   const auto* table = static_cast<const uint8_t*>(config.recipe.table);
   if (table != nullptr) {
-    table_.assign(table, table + table_bytes(config.recipe));
+    table_.assign(table, table + 3 * 256 * value_bytes(config.recipe));
     recipe_.table = table_.data();
   }
   start_threads();
@@ -340,28 +362,32 @@ void imseq_engine::start_threads() {
     }
   } catch (...) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    join();
+    close();
     throw;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-void imseq_engine::join() {
-  cancel();
-  {
+void imseq_engine::close() {
+  std::call_once(closing_, [this] {
+    {
+      std::lock_guard lock(mutex_);
+      closed_ = true;
+      run_changed_.notify_all();
+      task_added_.notify_all();
+    }
+    cancel();
+    for (std::thread& thread : threads_) thread.join();
     std::lock_guard lock(mutex_);
-    stop_ = true;
-    tasks_closed_ = true;
-    run_changed_.notify_all();
-    task_added_.notify_all();
-  }
-  for (std::thread& thread : threads_) thread.join();
+    buffers_ = BufferPool();
+  });
 }
 
 std::shared_ptr<Run> imseq_engine::wait_for_run(int64_t* generation) {
   std::unique_lock lock(mutex_);
-  run_changed_.wait(lock, [&] { return stop_ || (run_ != nullptr && generation_ != *generation); });
-  if (stop_) return nullptr;
+  run_changed_.wait(lock,
+                    [&] { return closed_ || (run_ != nullptr && generation_ != *generation); });
+  if (closed_) return nullptr;
   *generation = generation_;
   ++threads_in_run_;
   return run_;
@@ -390,13 +416,6 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   run->block_length = copied(plan.block_length, plan.num_blocks);
   run->path_begin = copied(plan.path_begin, plan.num_files + 1);
   run->root = plan.root;
-  if (!increases(run->batch_begin, 0, plan.num_positions)) {
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                "plan: batch_begin must rise from 0 to num_positions");
-  }
-  if (!increases(run->path_begin, 0, run->path_begin.back())) {
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: path_begin must rise from 0");
-  }
   if (run->path_begin.back() > 0) {
     run->paths.assign(plan.paths, static_cast<size_t>(run->path_begin.back()));
   }
@@ -421,9 +440,13 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   run->open_batches = std::min<int64_t>(config_.num_slots, plan.num_batches);
 
   std::lock_guard lock(mutex_);
+  if (closed_) return IMSEQ_CANCELLED;
   if (run_ != nullptr && run_->delivered < run_->plan.num_batches) {
     return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
                 "start: the former plan has not ended; cancel it first");
+  }
+  if (verifies(*run)) {  // the former plan has ended: no thread looks into the set
+    verified_.grow(*std::max_element(run->sample.begin(), run->sample.end()) + 1);
   }
   run_ = std::move(run);
   ended_ = false;
@@ -629,7 +652,7 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
         static_cast<long long>(length), static_cast<long long>(offset),
         static_cast<long long>(loaded.size_bytes));
   }
-  *bytes = loaded.bytes + offset;
+  *bytes = loaded.buffer.bytes.get() + offset;
   *size = length;
   return IMSEQ_OK;
 }
@@ -640,13 +663,21 @@ uint8_t* imseq_engine::row_of(const Run& run, int64_t position) const {
   return rows + (position - run.batch_begin[batch]) * config_.row_bytes;
 }
 
-// Compares a sample's bytes with their checksum.
+bool imseq_engine::verifies(const Run& run) const {
+  return config_.verify_checksums != 0 && !run.checksum.empty();
+}
+
+// Compares a sample's bytes with their checksum, until they were right once.
 int32_t imseq_engine::verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
-                             imseq_error* error) const {
-  if (!config_.verify_checksums || run.checksum.empty()) return IMSEQ_OK;
+                             imseq_error* error) {
+  const int64_t sample = run.sample[position];
+  if (!verifies(run) || verified_.has(sample)) return IMSEQ_OK;
   const uint32_t got = crc32c(0, bytes, static_cast<size_t>(size));
-  if (got == run.checksum[position]) return IMSEQ_OK;
-  return fail(error, IMSEQ_ERROR_DATA, run.sample[position], run.offset[position], 0,
+  if (got == run.checksum[position]) {
+    verified_.add(sample);
+    return IMSEQ_OK;
+  }
+  return fail(error, IMSEQ_ERROR_DATA, sample, run.offset[position], 0,
               "CRC-32C is %08x, expected %08x (%lld bytes): the data changed on disk; run "
               "'imagenet-seq verify'",
               got, run.checksum[position], static_cast<long long>(size));
@@ -654,7 +685,7 @@ int32_t imseq_engine::verify(const Run& run, int64_t position, const uint8_t* by
 
 // What the decoder needs to know of a position. IMSEQ_FOREIGN: Python makes its row from the bytes.
 int32_t imseq_engine::prepare(const Run& run, int64_t position, imseq_sample* out,
-                              imseq_error* error) const {
+                              imseq_error* error) {
   int32_t status = locate(run, position, &out->bytes, &out->size, error);
   if (status == IMSEQ_OK) status = verify(run, position, out->bytes, out->size, error);
   if (status != IMSEQ_OK) return status;
@@ -811,23 +842,15 @@ void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
     if (status == IMSEQ_OK) {
       if (length < 0) length = std::max<int64_t>(0, reader.file_bytes() - offset);
       count_request(run.block_file[number], offset, length);
+      take_buffer(loaded, length);
       Timer timer(&counters_.read_ns);
-      if (reader.map(offset, length, &loaded.mapping)) {
-        loaded.bytes = loaded.mapping.bytes();
-      } else {
-        take_buffer(loaded, length);
-        status = reader.read(offset, length, loaded.buffer.bytes.get(), &error);
-      }
+      status = reader.read(offset, length, loaded.buffer.bytes.get(), &error);
     }
   } catch (const std::bad_alloc&) {
     status = fail(&error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
                   "out of memory for a block of %lld bytes", static_cast<long long>(length));
   }
-  if (status == IMSEQ_OK) {
-    block_ready(run, number, length);
-  } else {
-    block_failed(run, number, error);
-  }
+  block_came(run, number, length, status, error);
 }
 
 void imseq_engine::count_request(int32_t file, int64_t offset, int64_t length) {
@@ -845,39 +868,31 @@ void imseq_engine::count_request(int32_t file, int64_t offset, int64_t length) {
 void imseq_engine::take_buffer(Loaded& loaded, int64_t size_bytes) {
   std::lock_guard lock(mutex_);
   loaded.buffer = buffers_.get(size_bytes);
-  loaded.bytes = loaded.buffer.bytes.get();
 }
 
-void imseq_engine::foreign_block_came(Run& run, int64_t number) {
-  if (run.block_file[number] >= 0) return;
-  --run.foreign_pending;
-  budget_changed_.notify_all();
-}
-
-// Whoever made the block has put its bytes into place.
-void imseq_engine::block_ready(Run& run, int64_t number, int64_t size_bytes) {
+// Whoever made the block has put its bytes into place; below zero: error says why there are none.
+void imseq_engine::block_came(Run& run, int64_t number, int64_t size_bytes, int32_t status,
+                              const imseq_error& error) {
   std::lock_guard lock(mutex_);
-  foreign_block_came(run, number);
-  Block& block = run.blocks[number];
-  Loaded& loaded = *block.loaded;
-  loaded.size_bytes = size_bytes;
-  if (!run.cancelled) {
-    block_bytes_ += size_bytes - loaded.reserved_bytes;
-    block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+  if (run.block_file[number] < 0) {
+    --run.foreign_pending;
+    budget_changed_.notify_all();
   }
-  if (run.block_length[number] < 0) mean_block_bytes_ += (size_bytes - mean_block_bytes_) / 16;
-  loaded.reserved_bytes = size_bytes;
-  block.state.store(BlockState::ready, std::memory_order_release);
-  block_changed_.notify_all();
-}
-
-void imseq_engine::block_failed(Run& run, int64_t number, const imseq_error& error) {
-  std::lock_guard lock(mutex_);
-  foreign_block_came(run, number);
   Block& block = run.blocks[number];
   Loaded& loaded = *block.loaded;
-  loaded.error = std::make_unique<imseq_error>(error);
-  block.state.store(BlockState::failed, std::memory_order_release);
+  if (status == IMSEQ_OK) {
+    loaded.size_bytes = size_bytes;
+    if (!run.cancelled) {
+      block_bytes_ += size_bytes - loaded.reserved_bytes;
+      block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+    }
+    if (run.block_length[number] < 0) mean_block_bytes_ += (size_bytes - mean_block_bytes_) / 16;
+    loaded.reserved_bytes = size_bytes;
+  } else {
+    loaded.error = std::make_unique<imseq_error>(error);
+  }
+  block.state.store(status == IMSEQ_OK ? BlockState::ready : BlockState::failed,
+                    std::memory_order_release);
   block_changed_.notify_all();
 }
 
@@ -896,11 +911,11 @@ void imseq_engine::push_task(const std::shared_ptr<Run>& run, int32_t kind, int6
 int32_t imseq_engine::take(int64_t timeout_ns, imseq_task* out) {
   std::unique_lock lock(mutex_);
   if (!task_added_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [&] {
-        return tasks_closed_ || !row_tasks_.empty() || !block_tasks_.empty();
+        return closed_ || !row_tasks_.empty() || !block_tasks_.empty();
       })) {
     return IMSEQ_TIMEOUT;
   }
-  if (tasks_closed_) return IMSEQ_CANCELLED;
+  if (closed_) return IMSEQ_CANCELLED;
   std::deque<Ticket>& tasks = row_tasks_.empty() ? block_tasks_ : row_tasks_;
   const Ticket task = tasks.front();
   const Run& run = *task.run;
@@ -967,34 +982,26 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
   }
   Run& run = *task.run;
   if (run.cancelled) return IMSEQ_CANCELLED;
+  // The ticket is spent: from here on a failure reaches the consumer as the block's.
   imseq_error reason = {};
+  int32_t status = IMSEQ_OK;
   if (failure != nullptr) {
-    (void)fail(&reason, IMSEQ_ERROR_SAMPLE, -1, -1, 0, "%s", failure);
-    block_failed(run, task.position, reason);
-    return IMSEQ_OK;
+    status = fail(&reason, IMSEQ_ERROR_SAMPLE, -1, -1, 0, "%s", failure);
+  } else {
+    Loaded& loaded = *run.blocks[task.position].loaded;
+    try {
+      take_buffer(loaded, size);
+      loaded.offsets.assign(offsets, offsets + num_samples);
+      loaded.lengths.assign(lengths, lengths + num_samples);
+      if (size > 0) std::memcpy(loaded.buffer.bytes.get(), bytes, static_cast<size_t>(size));
+      counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
+    } catch (const std::bad_alloc&) {
+      status = fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0,
+                    "out of memory for a block of %lld bytes", static_cast<long long>(size));
+    }
   }
-  Loaded& loaded = *run.blocks[task.position].loaded;
-  try {
-    take_buffer(loaded, size);
-    loaded.offsets.assign(offsets, offsets + num_samples);
-    loaded.lengths.assign(lengths, lengths + num_samples);
-  } catch (const std::bad_alloc&) {
-    // The ticket is spent, so the failure has to reach the consumer from here.
-    (void)fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory for a block of %lld bytes",
-               static_cast<long long>(size));
-    block_failed(run, task.position, reason);
-    return IMSEQ_OK;
-  }
-  if (size > 0) std::memcpy(loaded.buffer.bytes.get(), bytes, static_cast<size_t>(size));
-  counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
-  block_ready(run, task.position, size);
+  block_came(run, task.position, size, status, reason);
   return IMSEQ_OK;
-}
-
-void imseq_engine::close_tasks() {
-  std::lock_guard lock(mutex_);
-  tasks_closed_ = true;
-  task_added_.notify_all();
 }
 
 // ---- the C functions ----------------------------------------------------------------------------
@@ -1024,11 +1031,8 @@ int32_t check_config(const imseq_engine_config& config, imseq_error* error) {
   }
   if (config.rows == IMSEQ_ROWS_FROM_BYTES) return IMSEQ_OK;
   if (const int32_t status = check_recipe(config.recipe, error); status != IMSEQ_OK) return status;
-  const int64_t value_bytes = config.recipe.dtype == IMSEQ_FLOAT32 ? 4
-                              : config.recipe.dtype == IMSEQ_UINT8 ? 1
-                                                                   : 2;
   const int64_t need =
-      int64_t{3} * config.recipe.out_height * config.recipe.out_width * value_bytes;
+      3 * value_bytes(config.recipe) * config.recipe.out_height * config.recipe.out_width;
   if (config.row_bytes != need) return wrong("row_bytes does not fit the recipe", config.row_bytes);
   return IMSEQ_OK;
 }
@@ -1103,13 +1107,13 @@ void imseq_engine_destroy(imseq_engine* engine) {
   // In a forked child the threads do not exist and a mutex may be held for ever: forget, touch
   // nothing.
   if (engine == nullptr || engine->owner != getpid()) return;
-  engine->join();
+  engine->close();
   delete engine;
 }
 
-int32_t imseq_engine_close_tasks(imseq_engine* engine, imseq_error* error) {
+int32_t imseq_engine_close(imseq_engine* engine, imseq_error* error) {
   return guarded(engine, error, [&] {
-    engine->close_tasks();
+    engine->close();
     return IMSEQ_OK;
   });
 }

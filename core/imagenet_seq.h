@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-#define IMSEQ_ABI 4
+#define IMSEQ_ABI 5
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
@@ -235,7 +235,7 @@ typedef struct imseq_engine_config {
   int32_t num_readers;      /* threads that read, >= 1 */
   int32_t num_slots;        /* batches in memory at once, >= 1 */
   int32_t rows;             /* IMSEQ_ROWS_... */
-  int32_t verify_checksums; /* 1: CRC-32C of every sample that has one is checked */
+  int32_t verify_checksums; /* 1: CRC-32C of a sample that has one is checked till it was right */
   int32_t reserved;
   int64_t row_bytes;          /* bytes of a row of a batch */
   int64_t block_budget_bytes; /* blocks are read ahead of decoding up to this; what the plan needs
@@ -250,7 +250,8 @@ typedef struct imseq_plan {
   int64_t num_positions, num_batches, num_blocks, num_files;
   int64_t slot_rows;          /* rows that each slot's memory holds: no batch may have more */
   const int64_t* batch_begin; /* [num_batches + 1] first position of each batch */
-  const int64_t* sample;      /* [num_positions] index of the sample: key and messages */
+  const int64_t* sample;      /* [num_positions] index of the sample: key and messages; names the
+                                 same bytes in all plans of an engine */
   const int64_t* draw;        /* [num_positions] or NULL: stands for the sample in its key */
   const int32_t* block;       /* [num_positions] block that holds it */
   const int64_t* offset; /* [num_positions] bytes from the block's begin; foreign: ordinal in it */
@@ -323,10 +324,11 @@ IMSEQ_CHECKED int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, v
 IMSEQ_CHECKED int32_t imseq_engine_cancel(imseq_engine* engine, imseq_error* error);
 IMSEQ_CHECKED int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out,
                                          imseq_error* error);
-/* Cancel, join and free. No other call may be running or follow. */
+/* Cancel, and end the core's threads for good. From then on imseq_engine_start, next, release and
+ * take, also a waiting one, return IMSEQ_CANCELLED. May be called twice, and beside other calls. */
+IMSEQ_CHECKED int32_t imseq_engine_close(imseq_engine* engine, imseq_error* error);
+/* Close and free. No other call may be running or follow. */
 IMSEQ_API void imseq_engine_destroy(imseq_engine* engine);
-/* Make every waiting and later imseq_engine_take return IMSEQ_CANCELLED: its threads can end. */
-IMSEQ_CHECKED int32_t imseq_engine_close_tasks(imseq_engine* engine, imseq_error* error);
 
 /* Work for Python's threads: a foreign row or block. */
 IMSEQ_CHECKED int32_t imseq_engine_take(imseq_engine* engine, int64_t timeout_ns, imseq_task* out,

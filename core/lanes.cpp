@@ -82,6 +82,8 @@ void Lane::begin_segment() {
   at = 0;
   set_end(static_cast<uint32_t>(num_mcus) * static_cast<uint32_t>(tables->mcu_blocks) * 64);
   const auto used = static_cast<size_t>(next - bytes);
+  // While there are more bytes the last segment has left 64 at least: `bits` holds none that were
+  // loaded from behind them.
   if (!has_all_bytes() && num_bytes - std::min(num_bytes, used) < kMaxSegmentBytes) take_bytes();
 }
 
@@ -92,8 +94,8 @@ void Lane::take_bytes() {
   std::memmove(bytes, bytes + used, num_bytes);
   next -= used;
   size_t size = std::min(static_cast<size_t>(source_end - source), kLaneBytes - num_bytes);
-  // A byte of 0xFF and what follows it must not be parted: there is room, as one of them goes.
-  if (size > 0 && source + size != source_end && source[size - 1] == 0xFF) ++size;
+  // A byte of 0xFF and what follows it must not be parted; another 0xFF before it is unsound.
+  if (size > 0 && source + size != source_end && source[size - 1] == 0xFF) --size;
   num_bytes += marker_kernels(cpu_level()).unstuff(source, size, bytes + num_bytes, &sound);
   source += size;
 }

@@ -123,10 +123,9 @@ struct ByFlatTables {
   static_assert(kSteps * FlatTables::kLookupBits <= 56);
 
   static void step(Lane* lane, const FlatEntry* flat, Cursor* cursor) {
-    const FlatEntry* entry =
-        flat + (lane->places[cursor->at] + (cursor->bits >> (64 - FlatTables::kLookupBits)));
+    uint64_t index = lane->places[cursor->at] + (cursor->bits >> (64 - FlatTables::kLookupBits));
     uint32_t head;  // length, advance, first, mask
-    std::memcpy(&head, entry, sizeof(head));
+    std::memcpy(&head, flat + index, sizeof(head));
     if constexpr (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) head = __builtin_bswap32(head);
     if (__builtin_expect((head & 255) == 0, 0)) {
       if (head == 0) {
@@ -136,7 +135,10 @@ struct ByFlatTables {
       }
       return;
     }
-    store_values(entry, lane->coefficients + cursor->at + third_byte(head));
+    // Two loads with the same index take one instruction less than an address and two loads by it,
+    // which is what compilers make of them if they see it.
+    __asm__("" : "+r"(index));
+    store_values(flat + index, lane->coefficients + cursor->at + third_byte(head));
     cursor->bits <<= head & 63;
     cursor->at = (cursor->at + (head >> 8 & 255)) & ~(head >> 24);
   }

@@ -1,12 +1,9 @@
 #include "read.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <utility>
 
@@ -17,8 +14,6 @@ namespace imseq {
 namespace {
 constexpr int64_t kGrain = 64 * 1024;  // capacities are rounded up to this, so that files fit again
 constexpr int64_t kMaxRequest = int64_t{1} << 30;  // Linux cuts one read() at 2 GB
-constexpr int64_t kMinMapped = 1 << 20;            // below, system calls cost more than the copy
-constexpr int64_t kProbeStride = 1 << 20;          // bytes between looks into the page cache
 }  // namespace
 
 Buffer BufferPool::get(int64_t size_bytes) {
@@ -45,19 +40,6 @@ void BufferPool::give(Buffer buffer, int64_t keep_bytes) {
   if (buffer.bytes == nullptr || free_bytes_ + buffer.capacity_bytes > keep_bytes) return;
   free_bytes_ += buffer.capacity_bytes;
   free_.push_back(std::move(buffer));
-}
-
-Mapping::Mapping(Mapping&& other) noexcept { *this = std::move(other); }
-
-Mapping& Mapping::operator=(Mapping&& other) noexcept {
-  std::swap(pages_, other.pages_);
-  std::swap(pages_bytes_, other.pages_bytes_);
-  std::swap(bytes_, other.bytes_);
-  return *this;
-}
-
-Mapping::~Mapping() {
-  if (pages_ != nullptr) ::munmap(pages_, pages_bytes_);
 }
 
 FileReader::~FileReader() { close(); }
@@ -89,43 +71,6 @@ int32_t FileReader::open(const std::string& path, imseq_error* error) {
   file_bytes_ = info.st_size;
   return IMSEQ_OK;
 }
-
-#if defined(__linux__) && defined(RWF_NOWAIT)
-// Looks at places of the range: a piece that is missing between them is read when it is mapped.
-bool FileReader::is_cached(int64_t offset, int64_t length) const {
-  uint8_t byte;
-  const iovec one = {&byte, 1};
-  const int64_t last = offset + length - 1;
-  for (int64_t place = offset; place < last + kProbeStride; place += kProbeStride) {
-    const auto at = static_cast<off_t>(std::min(place, last));
-    if (::preadv2(fd_, &one, 1, at, RWF_NOWAIT) != 1) return false;
-  }
-  return true;
-}
-
-bool FileReader::map(int64_t offset, int64_t length, Mapping* out) const {
-  constexpr int kPopulateRead = 22;  // MADV_POPULATE_READ, which older headers lack
-  if (length < kMinMapped || offset > file_bytes_ - length || !is_cached(offset, length)) {
-    return false;
-  }
-  static const int64_t page_bytes = ::sysconf(_SC_PAGESIZE);
-  const int64_t before = offset % page_bytes;
-  Mapping mapping;
-  mapping.pages_bytes_ = static_cast<size_t>(before + length);
-  void* pages = ::mmap(nullptr, mapping.pages_bytes_, PROT_READ, MAP_SHARED, fd_,
-                       static_cast<off_t>(offset - before));
-  if (pages == MAP_FAILED) return false;
-  mapping.pages_ = pages;
-  // All page faults at once, here and not in the threads that decode.
-  if (::madvise(pages, mapping.pages_bytes_, kPopulateRead) != 0) return false;
-  mapping.bytes_ = static_cast<const uint8_t*>(pages) + before;
-  *out = std::move(mapping);
-  return true;
-}
-#else
-bool FileReader::is_cached(int64_t, int64_t) const { return false; }
-bool FileReader::map(int64_t, int64_t, Mapping*) const { return false; }
-#endif
 
 int32_t FileReader::read(int64_t offset, int64_t length, uint8_t* out, imseq_error* error) {
   int64_t done = 0;

@@ -1,7 +1,6 @@
 // The read stage's hands: files read in whole ranges, and the memory blocks lie in.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -31,22 +30,6 @@ class BufferPool {
   int64_t free_bytes_ = 0;
 };
 
-// A range of a file in the page cache, mapped where it lies; read-only.
-class Mapping {
- public:
-  Mapping() = default;
-  Mapping(Mapping&& other) noexcept;
-  Mapping& operator=(Mapping&& other) noexcept;
-  ~Mapping();
-  [[nodiscard]] const uint8_t* bytes() const { return bytes_; }
-
- private:
-  friend class FileReader;
-  void* pages_ = nullptr;
-  size_t pages_bytes_ = 0;
-  const uint8_t* bytes_ = nullptr;  // of the range, which need not begin with a page
-};
-
 // Reads ranges of files; keeps the file read last open, since blocks of one shard follow each
 // other. One per thread.
 class FileReader {
@@ -59,19 +42,12 @@ class FileReader {
   // Opens path (unless it is open) and finds out its size.
   [[nodiscard]] int32_t open(const std::string& path, imseq_error* error);
   [[nodiscard]] int64_t file_bytes() const { return file_bytes_; }
-
-  // Maps [offset, offset + length) of the open file where that costs less than to copy it: large
-  // ranges that are in the page cache. False: read() it. Cold data must not be mapped: page faults
-  // would fetch it in pieces of 128 KB. Linux 5.14 or later.
-  [[nodiscard]] bool map(int64_t offset, int64_t length, Mapping* out) const;
-
   // Reads [offset, offset + length) of the open file whole; a file that ends early is
   // IMSEQ_ERROR_DATA.
   [[nodiscard]] int32_t read(int64_t offset, int64_t length, uint8_t* out, imseq_error* error);
 
  private:
   void close();
-  bool is_cached(int64_t offset, int64_t length) const;
 
   std::string path_;
   int fd_ = -1;

@@ -185,7 +185,7 @@ void RegionDecoder::transform_run(int16_t* blocks, int mcu_y, int mcu_x, int num
   const ptrdiff_t mcu_values = ptrdiff_t{tables_.mcu_blocks} * 64;
   const IdctKernel idct = idct_kernel(cpu_level());
   for (size_t c = 0; c < num_components_; ++c) {
-    const Plane& plane = planes_[c];
+    Plane& plane = planes_[c];
     uint8_t* out = plane.block_row(mcu_y * plane.mcu_height) + mcu_x * plane.mcu_width * 8;
     for (int y = 0; y < plane.mcu_height; ++y, out += 8 * plane.stride) {
       idct(blocks, plane.mcu_width, mcu_values, num_mcus * plane.mcu_width, plane.idct, out,
@@ -196,10 +196,12 @@ void RegionDecoder::transform_run(int16_t* blocks, int mcu_y, int mcu_x, int num
 }
 
 void RegionDecoder::trim(size_t max_bytes) {
-  size_t sum = 0;
+  size_t sum = markers_.size() * sizeof(uint32_t) + intervals_.capacity() * sizeof(Interval);
   for (const Plane& plane : planes_) sum += plane.samples.size();
   if (sum <= max_bytes) return;
   for (Plane& plane : planes_) plane.samples = {};
+  markers_ = {};
+  intervals_ = {};
 }
 
 // Finds the MCUs that the region needs and sizes the planes for them.

@@ -56,7 +56,7 @@ class RegionDecoder {
 
   // Bytes that the region's samples take.
   [[nodiscard]] size_t num_bytes() const { return num_bytes_; }
-  // Gives back memory for samples beyond max_bytes: what large images have needed.
+  // Gives back memory beyond max_bytes: what large images have needed.
   void trim(size_t max_bytes);
 
  private:
@@ -75,9 +75,7 @@ class RegionDecoder {
     IdctTable idct;
 
     // Where the y-th row of blocks begins, of those that are decoded.
-    [[nodiscard]] uint8_t* block_row(int y) const {
-      return const_cast<uint8_t*>(samples.data()) + y * 8 * stride;
-    }
+    [[nodiscard]] uint8_t* block_row(int y) { return samples.data() + y * 8 * stride; }
     // Row y of the component, indexed by sample of the component.
     [[nodiscard]] const uint8_t* row(int y) const {
       return samples.data() + (y - top) * stride - left;

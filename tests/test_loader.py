@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 import imagenet_seq
 import imagenet_seq.batch as batch_module
 from imagenet_seq.device import CudaFeeder
-from imagenet_seq.errors import CollateError, LoaderClosedError, SampleError, StateError
+from imagenet_seq.errors import CollateError, DataError, LoaderClosedError, SampleError, StateError
 from imagenet_seq.index import Index, Names
 from imagenet_seq.loader import ImagenetLoader, Loader, LoaderNote, _cgroup_cores
 from imagenet_seq.pack import pack
@@ -72,6 +72,25 @@ def test_call_forms_of_the_original_project(root: Path, monkeypatch: pytest.Monk
     from imagenet_seq.data import Loader as short
 
     assert (short, named) == (imagenet_seq.Loader, imagenet_seq.ImagenetLoader)
+
+
+def test_a_checksum_is_checked_on_the_first_read(root: Path, tmp_path: Path) -> None:
+    pack(root / "train", tmp_path / "pack", progress=False)
+    loader = Loader(tmp_path / "pack", "train", EVAL, batch_size=8, num_workers=2, shuffle=False)
+    before = epoch_of(loader)
+    first = loader.dataset.encoded(0)
+    shard = next((tmp_path / "pack").glob("*.tar"))
+    content = shard.read_bytes()
+    place = content.index(first) + len(first) - 3  # before the end marker
+    shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert len(epoch_of(loader)) == len(before)  # it was right when it was first read
+    loader.close()
+    with pytest.raises(DataError, match=r"CRC-32C is [0-9a-f]{8}, expected"):
+        epoch_of(loader)  # a new engine
+    unchecked = Loader(
+        tmp_path / "pack", "train", EVAL, batch_size=8, shuffle=False, verify_checksums=False
+    )
+    assert len(epoch_of(unchecked)) == len(before)
 
 
 def test_cache_is_the_pool_of_a_block_shuffle(root: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
     from imagenet_seq.transforms import Recipe
 
-ABI = 4
+ABI = 5
 
 OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
@@ -316,8 +316,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_engine_release": (c_int32, [c_void_p, c_int32, c_void_p, POINTER(_Error)]),
     "imseq_engine_cancel": (c_int32, [c_void_p, POINTER(_Error)]),
     "imseq_engine_stats": (c_int32, [c_void_p, POINTER(_Stats), POINTER(_Error)]),
+    "imseq_engine_close": (c_int32, [c_void_p, POINTER(_Error)]),
     "imseq_engine_destroy": (None, [c_void_p]),
-    "imseq_engine_close_tasks": (c_int32, [c_void_p, POINTER(_Error)]),
     "imseq_engine_take": (c_int32, [c_void_p, c_int64, POINTER(Task), POINTER(_Error)]),
     "imseq_engine_finish_row": (c_int32, [c_void_p, c_int64, c_char_p, POINTER(_Error)]),
     "imseq_engine_finish_block": (
@@ -651,8 +651,8 @@ def crc32c(data: bytes | memoryview | np.ndarray, crc: int = 0) -> int:
 class Engine:
     """The core's threads: read, decode and batch one plan at a time, without the GIL.
 
-    Thread-safe except that one thread at a time may call `next`. In a forked child every method
-    raises ForkError, and closing only forgets.
+    Thread-safe except that one thread at a time may call `next`. It goes with the last reference to
+    it. In a forked child every method raises ForkError, and going only forgets.
     """
 
     def __init__(
@@ -677,10 +677,10 @@ class Engine:
             block_budget_bytes=block_budget_bytes,
             recipe=_native_recipe(recipe),
         )
-        handle, error = c_void_p(), _Error()
-        check(_lib.imseq_engine_create(byref(config), byref(handle), byref(error)), error)
-        self._handle = handle.value
         self.num_slots = num_slots
+        # The core writes to it: were it copied here, Ctrl-C could come in between.
+        self._handle, error = c_void_p(), _Error()
+        check(_lib.imseq_engine_create(byref(config), byref(self._handle), byref(error)), error)
 
     def start(self, plan: EnginePlan, rows: Sequence[int], slot_rows: int) -> None:
         """Begin a plan.
@@ -733,11 +733,6 @@ class Engine:
         """Lend the memory at address `row` for the slot's next batch."""
         error = _Error()
         check(_lib.imseq_engine_release(self._handle, slot, row, byref(error)), error)
-
-    def cancel(self) -> None:
-        """End the plan; on return no thread of the core touches lent memory."""
-        error = _Error()
-        check(_lib.imseq_engine_cancel(self._handle, byref(error)), error)
 
     def stats(self) -> dict[str, int]:
         """Return the counters; names begin with their stage, times are in ns."""
@@ -792,16 +787,18 @@ class Engine:
             error,
         )
 
-    def close_tasks(self) -> None:
-        """Make every waiting and later `take` return None."""
-        error = _Error()
-        check(_lib.imseq_engine_close_tasks(self._handle, byref(error)), error)
+    def close(self) -> None:
+        """End the plan and the core's threads; every waiting and later `take` returns None.
 
-    def destroy(self) -> None:
-        """Cancel, join and free; no other call may be running or follow. Idempotent."""
-        handle, self._handle = self._handle, None
-        if handle:
-            _lib.imseq_engine_destroy(handle)
+        On return no thread of the core touches lent memory. Idempotent.
+        """
+        error = _Error()
+        check(_lib.imseq_engine_close(self._handle, byref(error)), error)
+
+    def __del__(self) -> None:
+        """Close and free: nobody refers to the engine, so no other call runs or follows."""
+        if getattr(self, "_handle", None):
+            _lib.imseq_engine_destroy(self._handle)
 
 
 def _text(failure: str | None) -> bytes | None:

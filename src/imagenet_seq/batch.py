@@ -12,8 +12,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from imagenet_seq.sources import Source
 
 _POLL_S = 0.1  # a wait for a batch is cut into pieces of this, so that Ctrl-C is seen
-_IDLE_S = 3600.0  # a thread that waits for work is woken by the core, not by this
+_IDLE_S = 1.0  # an idle thread looks this often whether its crew has gone
 
 
 class Memory(Protocol):
@@ -197,7 +196,7 @@ class Crew:
     """
 
     def __init__(self, engine: _native.Engine, num_threads: int) -> None:
-        self._shared = _Shared(engine)
+        self._shared = _Shared(engine, weakref.ref(self))
         weakref.finalize(self, self._shared.close).atexit = False
         self.num_slots = engine.num_slots
         for number in range(num_threads):
@@ -207,27 +206,23 @@ class Crew:
         """Begin an epoch; the former one must have been delivered whole."""
         work.slots = [work.memory.allocate() for _ in range(self.num_slots)]
         addresses = [slot.data_ptr() for slot in work.slots]
-        slot_rows = len(work.slots[0])
-        with self._shared.using() as engine:
-            self._shared.work = work
-            engine.start(work.plan, addresses, slot_rows)
+        engine = self._shared.engine()
+        self._shared.work = work
+        engine.start(work.plan, addresses, len(work.slots[0]))
 
     def next(
         self, timeout_s: float, name_of: Callable[[int], str]
     ) -> _native.Batch | Literal[False] | None:
         """As `_native.Engine.next`."""
-        with self._shared.using() as engine:
-            return engine.next(timeout_s, name_of)
+        return self._shared.engine().next(timeout_s, name_of)
 
     def release(self, slot: int, address: int) -> None:
         """As `_native.Engine.release`."""
-        with self._shared.using() as engine:
-            engine.release(slot, address)
+        self._shared.engine().release(slot, address)
 
     def stats(self) -> dict[str, int]:
         """As `_native.Engine.stats`."""
-        with self._shared.using() as engine:
-            return engine.stats()
+        return self._shared.engine().stats()
 
     def rest(self) -> None:
         """Forget the epoch that was delivered whole; its memory is not kept until the next one."""
@@ -243,93 +238,67 @@ class Crew:
 
 
 class _Shared:
-    """What a crew and its threads have in common. Threads refer to this and never to the crew."""
+    """What a crew and its threads have in common. Threads refer to this and never to the crew.
 
-    def __init__(self, engine: _native.Engine) -> None:
+    Ctrl-C may raise between any two steps of the main thread, also in a finaliser, which then does
+    not run. So the engine is closed by one call of the core, its memory belongs to who refers to
+    it, and where the main thread drops a crew without closing it, the crew's threads close it.
+    """
+
+    def __init__(self, engine: _native.Engine, crew: weakref.ref[Crew]) -> None:
         self.work: Work | None = None
-        self._engine = engine
+        self._engine: _native.Engine | None = engine  # None: closed
+        self._crew = crew
         self._pid = os.getpid()
-        self._lock = threading.RLock()  # garbage collection may close a crew anywhere
-        self._num_users = (
-            1  # until it is closed, and each call and thread. The last frees the engine.
-        )
-        self._closed = False
         self._threads: list[threading.Thread] = []
         _all_shared.add(self)
 
-    @contextmanager
-    def using(self) -> Iterator[_native.Engine]:
-        """Keep the engine alive for a call."""
-        if os.getpid() != self._pid:  # the lock may have been held when the process forked
-            yield self._engine  # which refuses every call
-            return
-        with self._lock:
-            if self._closed:
-                raise LoaderClosedError("the loader was closed while it was iterated")
-            self._num_users += 1
-        try:
-            yield self._engine
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._num_users -= 1
-            last = self._num_users == 0
-        if last:
-            self._engine.destroy()
+    def engine(self) -> _native.Engine:
+        engine = self._engine
+        if engine is None:
+            raise LoaderClosedError("the loader was closed while it was iterated")
+        return engine
 
     def add_thread(self, name: str) -> None:
-        thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        with self._lock:
-            self._num_users += 1
-        try:
-            thread.start()
-        except BaseException:
-            self._leave()
-            raise
+        thread = threading.Thread(target=self._serve, args=(self.engine(),), name=name, daemon=True)
         self._threads.append(thread)
+        thread.start()
 
-    def _serve(self) -> None:
-        try:
-            while (task := self._engine.take(_IDLE_S)) is not None:
-                if task:
-                    self._do(task)
-        finally:
-            self._leave()
+    def _serve(self, engine: _native.Engine) -> None:
+        while (task := engine.take(_IDLE_S)) is not None:
+            if task:
+                self._do(engine, task)
+            if self._crew() is None:
+                self.close()
 
-    def _do(self, task: _native.Task) -> None:
+    def _do(self, engine: _native.Engine, task: _native.Task) -> None:
         work = self.work
         assert work is not None
         failure = None
         try:
             if task.kind == _native.TASK_BLOCK:
                 block = work.source.read_block(task.sample)
-                self._engine.finish_block(task.ticket, *block)
+                engine.finish_block(task.ticket, *block)
                 return
             work.fill_row(task)
         except BaseException as error:  # whatever a user's code raises is the sample's failure
             failure = work.failed(task, error)
         if task.kind == _native.TASK_BLOCK:
             nothing = np.empty(0, np.int64)
-            self._engine.finish_block(task.ticket, b"", nothing, nothing, failure)
+            engine.finish_block(task.ticket, b"", nothing, nothing, failure)
         else:
-            self._engine.finish_row(task.ticket, failure)
+            engine.finish_row(task.ticket, failure)
 
     def close(self) -> None:
-        if os.getpid() != self._pid:
+        engine = self._engine
+        if engine is None or os.getpid() != self._pid:
             return
-        with self._lock:
-            if self._closed:
-                return
-            self._engine.cancel()
-            self._engine.close_tasks()
-            self._closed = True
-        self._leave()
+        engine.close()
+        self._engine = None  # last: a close that Ctrl-C forestalled is done again
 
     def join(self, deadline: float) -> None:
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
 

@@ -110,7 +110,8 @@ class Loader:
         cache: the original project's name for the samples in the shuffle pool; sets shuffle_blocks.
             A uniform shuffle has no pool.
         cuda: the original project's name for device="cuda".
-        verify_checksums: check the CRC-32C of every sample read from a pack.
+        verify_checksums: check the CRC-32C of every sample of a pack on its first read. Later
+            epochs of this loader take it for granted.
         worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order,
             snapshot_every_n_steps: accepted for scripts that pass them; threads have no use for
                 them.

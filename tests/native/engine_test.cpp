@@ -18,7 +18,6 @@
 
 #include "../../core/crc32c.h"
 #include "../../core/imagenet_seq.h"
-#include "../../core/read.h"
 
 namespace {
 
@@ -172,7 +171,7 @@ class Harness {
     for (int i = 0; i < 2; ++i) threads_.emplace_back([this] { serve(); });
   }
   ~Harness() {
-    CHECK(imseq_engine_close_tasks(engine, nullptr) == IMSEQ_OK);
+    CHECK(imseq_engine_close(engine, nullptr) == IMSEQ_OK);
     for (std::thread& thread : threads_) thread.join();
     imseq_engine_destroy(engine);
   }
@@ -454,31 +453,45 @@ void cancel_in_the_middle_of_groups() {
   for (int64_t b = 0; b < plan.native.num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
 }
 
-// Large blocks that are in the page cache are mapped.
-void cached_blocks_arrive_as_they_are() {
-  const Dataset data(2, 9000);
-  const Plan plan(data, 500);
-  Harness harness(data, 2, 3, 500, int64_t{1} << 26, IMSEQ_ROWS_FROM_BYTES);
-  CHECK(harness.start(plan) == IMSEQ_OK);
-  for (int64_t b = 0; b < plan.native.num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
-  CHECK(harness.stats().read_bytes == data.size() * kSampleBytes);
-
-  imseq::FileReader reader;
-  CHECK(reader.open(data.path(0), nullptr) == IMSEQ_OK);
-  const int64_t file_bytes = reader.file_bytes();
-  CHECK(file_bytes == data.per_file() * kSampleBytes);
-  imseq::Mapping mapping;
-  CHECK(!reader.map(0, 4096, &mapping));                  // too small to be worth it
-  CHECK(!reader.map(4096, file_bytes - 4095, &mapping));  // the file ends before
-  CHECK(mapping.bytes() == nullptr);
-  const int64_t offset = 3 * kSampleBytes;  // not where a page begins
-  if (!reader.map(offset, file_bytes - offset, &mapping)) {
-    std::printf("engine: this system does not map what is in its page cache; not tested\n");
-    return;
+// Wrong checksums: of the later half at first, then of all. The former half was right once.
+void checksums_are_compared_until_they_were_right() {
+  const Dataset data(2, 100);
+  Plan plan(data, 20);
+  const int64_t half = data.size() / 2, num_batches = plan.native.num_batches;
+  Harness harness(data, 3, 3, 20, 1 << 20, IMSEQ_ROWS_DECODED);
+  const auto spoil = [&](int64_t begin, int64_t end) {
+    for (int64_t position = begin; position < end; ++position) plan.checksum[position] ^= 1;
+  };
+  spoil(half, data.size());
+  for (int epoch = 0; epoch < 3; ++epoch) {  // what failed is compared again
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    for (int64_t b = 0; b < num_batches / 2; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
+    CHECK(harness.step(plan, num_batches / 2) == IMSEQ_ERROR_DATA);
+    CHECK(harness.error.sample == plan.sample[half]);
+    CHECK(std::strstr(harness.error.message, "CRC-32C") != nullptr);
+    CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
+    if (epoch == 0) spoil(0, half);
   }
-  std::vector<uint8_t> read(static_cast<size_t>(file_bytes - offset));
-  CHECK(reader.read(offset, file_bytes - offset, read.data(), nullptr) == IMSEQ_OK);
-  CHECK(std::memcmp(read.data(), mapping.bytes(), read.size()) == 0);
+  spoil(half, data.size());
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  for (int64_t b = 0; b < num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
+  CHECK(harness.stats().decode_samples > 0);
+}
+
+// A file that is cut short while an epoch reads it is an error, whatever lies in the page cache.
+void a_file_cut_short_while_it_is_read() {
+  const Dataset data(2, 9000);
+  const Plan plan(data, 100);
+  Harness harness(data, 2, 2, 100, int64_t{1} << 26);
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  CHECK(harness.step(plan, 0) == IMSEQ_OK);
+  CHECK(truncate(data.path(0).c_str(), 0) == 0 && truncate(data.path(1).c_str(), 0) == 0);
+  // What was read is a copy.
+  for (int64_t b = 1; b < plan.native.num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
+  CHECK(harness.step(plan, -1) == IMSEQ_END);
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  CHECK(harness.step(plan, 0) == IMSEQ_ERROR_DATA);
+  CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
 }
 
 void cancelled_engines_start_again() {
@@ -500,6 +513,34 @@ void cancelled_engines_start_again() {
   harness.slow = false;
   CHECK(harness.start(plan) == IMSEQ_OK);
   for (int64_t b = 0; b < plan.native.num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
+}
+
+void closed_engines_refuse_and_do_not_hang() {
+  const Dataset data(6, 50);
+  const Plan plan(data, 10);
+  for (int round = 0; round < 20; ++round) {
+    Harness harness(data, 4, 2, 10, 4096);
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    for (int i = 0; i < round * 10; ++i) std::this_thread::yield();
+    std::thread other([&] { CHECK(imseq_engine_close(harness.engine, nullptr) == IMSEQ_OK); });
+    int32_t status = IMSEQ_OK;
+    for (int64_t b = 0; status == IMSEQ_OK && b < plan.native.num_batches; ++b) {
+      imseq_batch batch = {};
+      status = imseq_engine_next(harness.engine, 20 * kSecond, &batch, nullptr);
+      if (status == IMSEQ_OK && b == round) {
+        CHECK(imseq_engine_close(harness.engine, nullptr) == IMSEQ_OK);
+      }
+      if (status == IMSEQ_OK) {
+        status =
+            imseq_engine_release(harness.engine, batch.slot, harness.row(batch.slot, 0), nullptr);
+      }
+    }
+    CHECK(status == IMSEQ_CANCELLED);
+    other.join();
+    CHECK(harness.start(plan) == IMSEQ_CANCELLED);
+    imseq_task task = {};
+    CHECK(imseq_engine_take(harness.engine, kSecond, &task, nullptr) == IMSEQ_CANCELLED);
+  }
 }
 
 void time_out_and_slow_consumer() {
@@ -538,6 +579,7 @@ void wrong_plans_and_configurations_are_refused() {
   refused([](Plan& plan) { plan.block[3] = -1; });
   refused([](Plan& plan) { plan.offset[3] = -5; });
   refused([](Plan& plan) { plan.length[3] = -2; });
+  refused([](Plan& plan) { plan.sample[3] = -1; });
   refused([](Plan& plan) { plan.batch_begin[1] = 35; });
   refused([](Plan& plan) { plan.batch_begin.back() = 41; });
   refused([](Plan& plan) { plan.block_file[1] = 2; });
@@ -583,8 +625,10 @@ int main() {
   a_late_block_holds_up_its_own_samples_only();
   failures_inside_groups();
   cancel_in_the_middle_of_groups();
-  cached_blocks_arrive_as_they_are();
+  checksums_are_compared_until_they_were_right();
+  a_file_cut_short_while_it_is_read();
   cancelled_engines_start_again();
+  closed_engines_refuse_and_do_not_hang();
   time_out_and_slow_consumer();
   wrong_plans_and_configurations_are_refused();
   forked_children_are_refused();

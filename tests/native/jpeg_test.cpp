@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "crc32c.h"
+#include "decode.h"
 #include "region.h"
 
 namespace {
@@ -150,8 +151,30 @@ std::vector<int16_t> random_block(int limit) {
   return block;
 }
 
-Image random_image(const std::vector<std::pair<int, int>>& sampling, int limit) {
-  Image image{draw(1, 70), draw(1, 70), draw(0, 3) * draw(0, 3), sampling, {0xFF, 0xD8}, 0, {}};
+struct Codes {
+  Code dc, ac;
+};
+
+Codes random_codes() {
+  Bytes dc_symbols, ac_symbols = {0x00, 0xF0};
+  for (uint8_t size = 0; size < 16; ++size) dc_symbols.push_back(size);
+  for (int run = 0; run < 16; ++run) {
+    for (int size = 1; size < 16; ++size)
+      ac_symbols.push_back(static_cast<uint8_t>(run << 4 | size));
+  }
+  return {code_of(dc_symbols), code_of(ac_symbols)};
+}
+
+struct Shape {
+  int width, height, restart_interval;
+  std::vector<std::pair<int, int>> sampling;
+};
+
+template <typename NextBlock>
+Image write_image(const Shape& shape, const Codes& codes, const NextBlock& next_block) {
+  const auto& [dc, ac] = codes;
+  const auto& sampling = shape.sampling;
+  Image image{shape.width, shape.height, shape.restart_interval, sampling, {0xFF, 0xD8}, 0, {}};
   Bytes& file = image.file;
   Bytes quant(65, 3), frame = {8,
                                static_cast<uint8_t>(image.height >> 8),
@@ -161,13 +184,6 @@ Image random_image(const std::vector<std::pair<int, int>>& sampling, int limit) 
                                static_cast<uint8_t>(sampling.size())};
   quant[0] = 0;
   Bytes scan = {static_cast<uint8_t>(sampling.size())};
-  Bytes dc_symbols, ac_symbols = {0x00, 0xF0};
-  for (uint8_t size = 0; size < 16; ++size) dc_symbols.push_back(size);
-  for (int run = 0; run < 16; ++run) {
-    for (int size = 1; size < 16; ++size)
-      ac_symbols.push_back(static_cast<uint8_t>(run << 4 | size));
-  }
-  const Code dc = code_of(dc_symbols), ac = code_of(ac_symbols);
   int max_h = 1, max_v = 1, id = 0;
   for (const auto& [h, v] : sampling) {
     max_h = std::max(max_h, h);
@@ -204,7 +220,7 @@ Image random_image(const std::vector<std::pair<int, int>>& sampling, int limit) 
     }
     for (size_t c = 0; c < sampling.size(); ++c) {
       for (int n = lone ? 1 : sampling[c].first * sampling[c].second; n > 0; --n) {
-        image.blocks.push_back(random_block(limit));
+        image.blocks.push_back(next_block());
         put_block(&bits, dc, ac, image.blocks.back(), predictions[c]);
         predictions[c] = image.blocks.back()[0];
       }
@@ -214,6 +230,31 @@ Image random_image(const std::vector<std::pair<int, int>>& sampling, int limit) 
   append(&file, bits.bytes);
   append(&file, {0xFF, 0xD9});
   return image;
+}
+
+Image random_image(const std::vector<std::pair<int, int>>& sampling, int limit) {
+  const Shape shape{draw(1, 70), draw(1, 70), draw(0, 3) * draw(0, 3), sampling};
+  return write_image(shape, random_codes(), [&] { return random_block(limit); });
+}
+
+// The same image as packs have it: with the sizes of its restart intervals before the scan header.
+Bytes with_sizes(const Image& image) {
+  Bytes sizes = {'i', 'm', 's', 'e', 'q', 0};
+  size_t begin = image.entropy_offset;
+  for (size_t at = begin; at + 1 < image.file.size(); ++at) {
+    if (image.file[at] != 0xFF || image.file[at + 1] == 0) continue;
+    const size_t interval_bytes = at + 2 - begin;
+    expect(interval_bytes <= 0xFFFF, "an interval whose size can be written");
+    append(&sizes,
+           {static_cast<uint8_t>(interval_bytes >> 8), static_cast<uint8_t>(interval_bytes)});
+    begin = at + 2;
+  }
+  const size_t scan_header = image.entropy_offset - (8 + 2 * image.sampling.size());
+  const auto middle = image.file.begin() + static_cast<ptrdiff_t>(scan_header);
+  Bytes file(image.file.begin(), middle);
+  put_segment(&file, 0xE9, sizes);
+  file.insert(file.end(), middle, image.file.end());
+  return file;
 }
 
 const std::vector<std::vector<std::pair<int, int>>> kSamplings = {{{1, 1}, {1, 1}, {1, 1}},
@@ -390,6 +431,253 @@ void test_regions_are_parts_of_the_image() {
   }
 }
 
+// Whole images, all of whose pixels come back the same.
+void expect_same_pixels(const Bytes& file, const Bytes& other, Soundness soundness, int i) {
+  static JpegHeader header;
+  static OneImage decoder;
+  const auto pixels = [&](const Bytes& bytes, Soundness how, bool flat) {
+    const ExactCopy copy(bytes, bytes.size());
+    const bool parsed =
+        imseq::parse_jpeg(copy.bytes.get(), copy.size, &header) == JpegKind::kBaseline;
+    expect(parsed, "a sound header", i);
+    const Region all{0, 0, header.height, header.width};
+    expect(decoder.decode(header, copy.bytes.get(), copy.size, all, how, flat), "a sound image", i);
+    return pixels_of(&decoder.decoder, all);
+  };
+  const Bytes expected = pixels(file, Soundness::kAll, false);
+  on_every_level([&] {
+    for (const bool flat : {false, true}) {
+      expect(pixels(other, soundness, flat) == expected, "the same pixels", i, flat);
+    }
+  });
+}
+
+// Extra bits are ones: every few bytes 0xFF and its stuffing.
+std::vector<int16_t> block_of_ones() {
+  std::vector<int16_t> block(64, 0);
+  for (int k = draw(1, 3); k < 64; k += draw(1, 2)) {
+    block[static_cast<size_t>(k)] = static_cast<int16_t>((1 << draw(9, 15)) - 1);
+  }
+  return block;
+}
+
+// Intervals of more bytes than a lane holds: what is at the border of what it takes at once is
+// taken as anything else.
+void test_long_intervals() {
+  int num_pairs_at_border = 0, num_pairs_across_border = 0;
+  for (int i = 0; i < 12; ++i) {
+    const Codes codes = random_codes();
+    const Shape shape{8 * draw(20, 40), 104, 0, {{1, 1}}};
+    const std::mt19937 before = generator;
+    const Image one = write_image(shape, codes, block_of_ones);
+    generator = before;
+    const Image many =
+        write_image({shape.width, shape.height, 7, shape.sampling}, codes, block_of_ones);
+    expect(one.blocks == many.blocks, "the same blocks", i);
+    expect(one.file.size() - one.entropy_offset > imseq::kLaneBytes + 64, "a long interval", i);
+    expect_same_pixels(many.file, one.file, Soundness::kAll, i);
+    const uint8_t* const border = one.file.data() + one.entropy_offset + imseq::kLaneBytes;
+    num_pairs_at_border += border[-2] == 0xFF;
+    num_pairs_across_border += border[-1] == 0xFF;
+  }
+  expect(num_pairs_at_border > 0 && num_pairs_across_border > 0, "stuffing at the border");
+}
+
+bool is_accepted_by_sizes(const Bytes& file) {
+  static JpegHeader header;
+  static OneImage decoder;
+  const ExactCopy copy(file, file.size());
+  if (imseq::parse_jpeg(copy.bytes.get(), copy.size, &header) != JpegKind::kBaseline) return false;
+  const Region all{0, 0, header.height, header.width};
+  const bool accepted =
+      decoder.decode(header, copy.bytes.get(), copy.size, all, Soundness::kRegion, true);
+  on_every_level([&] {
+    for (const bool flat : {false, true}) {
+      const bool again =
+          decoder.decode(header, copy.bytes.get(), copy.size, all, Soundness::kRegion, flat);
+      expect(again == accepted, "all decoders agree on sizes");
+    }
+  });
+  return accepted;
+}
+
+// Where the sizes of intervals are known nobody looks for markers; still, an FF without its 0 is an
+// anomaly wherever it stands.
+void test_missing_stuffing() {
+  int num_double = 0;
+  for (int i = 0; i < 6; ++i) {
+    Image image = write_image({8 * 20, 80, 0, {{1, 1}}}, random_codes(), block_of_ones);
+    const size_t data_size = image.file.size() - image.entropy_offset;
+    if (data_size > 0xFFFF || data_size < imseq::kLaneBytes + 64) continue;
+    expect(is_accepted_by_sizes(with_sizes(image)), "an image with sizes", i);
+    const size_t border = image.entropy_offset + imseq::kLaneBytes;
+    for (size_t at = border - 16; at < border + 16; ++at) {
+      if (image.file[at] != 0xFF) continue;
+      Bytes file = with_sizes(image);
+      const size_t shift = file.size() - image.file.size();
+      num_double += image.file[at + 2] == 0xFF;
+      file.erase(file.begin() + static_cast<ptrdiff_t>(at + shift + 1));
+      // The size is one less now; its low byte is the last one before the scan header.
+      uint8_t* const size = file.data() + image.entropy_offset + shift - 12;
+      const int written = (size[0] << 8 | size[1]) - 1;
+      size[0] = static_cast<uint8_t>(written >> 8);
+      size[1] = static_cast<uint8_t>(written);
+      expect(!is_accepted_by_sizes(file), "FF without its 0", i, static_cast<long long>(at));
+    }
+  }
+  expect(num_double > 0, "FF FF near the border");
+}
+
+// Of the whole image, sizes tell the same as markers, of damaged ones as of others.
+void test_sizes() {
+  static JpegHeader header;
+  static JpegCoefficients coefficients;
+  for (int i = 0; i < 40; ++i) {
+    const Image image = random_image(kSamplings[static_cast<size_t>(i) % kSamplings.size()], 200);
+    const Bytes file = with_sizes(image);
+    expect_same_pixels(image.file, file, Soundness::kRegion, i);
+    const size_t entropy_offset = file.size() - (image.file.size() - image.entropy_offset);
+    for (int j = 0; j < 50; ++j) {
+      Bytes damaged = file;
+      const int low = static_cast<int>(entropy_offset), high = static_cast<int>(file.size()) - 1;
+      const auto at = static_cast<size_t>(draw(low, high));
+      damaged[at] = j % 3 == 0 ? 0xFF : static_cast<uint8_t>(generator());
+      // Or right before a marker.
+      for (size_t k = at; j % 3 == 1 && k + 1 < damaged.size(); ++k) {
+        if (damaged[k] == 0xFF && damaged[k + 1] != 0 && k > entropy_offset) {
+          damaged[k - 1] = 0xFF;
+          break;
+        }
+      }
+      const bool parsed =
+          imseq::parse_jpeg(damaged.data(), damaged.size(), &header) == JpegKind::kBaseline;
+      expect(parsed, "a sound header", i);
+      expect(is_accepted_by_sizes(damaged) ==
+                 imseq::decode_coefficients(header, damaged.data(), damaged.size(), &coefficients),
+             "damage is found by sizes as it is by markers", i, j);
+    }
+  }
+}
+
+// ---- groups -------------------------------------------------------------------------------------
+
+struct Pixels {
+  int32_t status;
+  Bytes row;
+};
+
+constexpr int kSide = 24;
+
+std::vector<Pixels> decode_group(imseq::SampleDecoder* decoder, const std::vector<Bytes>& files) {
+  imseq_recipe recipe{};
+  recipe.geometry = IMSEQ_GEOMETRY_RESIZE_CROP;
+  recipe.out_height = recipe.out_width = recipe.crop_height = recipe.crop_width = kSide;
+  recipe.dtype = IMSEQ_UINT8;
+  std::vector<Pixels> out(files.size(), {IMSEQ_OK, Bytes(3 * kSide * kSide, 0)});
+  std::vector<imseq_sample> samples;
+  for (size_t i = 0; i < files.size(); ++i) {
+    samples.push_back({{1, 0, static_cast<int64_t>(i)},
+                       files[i].data(),
+                       static_cast<int64_t>(files[i].size()),
+                       out[i].row.data(),
+                       i % 2 == 0 ? uint32_t{IMSEQ_SAMPLE_CLEAN} : 0,
+                       IMSEQ_ERROR_ARGUMENT});
+  }
+  imseq_error error;
+  const int32_t status =
+      decoder->decode(recipe, samples.data(), static_cast<int>(samples.size()), nullptr, &error);
+  expect(status == IMSEQ_OK, "a group", status);
+  for (size_t i = 0; i < files.size(); ++i) {
+    out[i].status = samples[i].status;
+    expect(out[i].status == IMSEQ_OK || out[i].status == IMSEQ_FOREIGN, "a sample's status",
+           out[i].status);
+  }
+  return out;
+}
+
+// A pack's image, colour or grey; one of another pack; one with tables of its own; a damaged one,
+// one that is cut, and what is no image.
+Bytes any_file(const std::array<Codes, 2>& packs, bool of_first_pack) {
+  const int kind = of_first_pack ? draw(2, 8) : draw(0, 9);
+  const bool own_codes = kind == 0, grey = kind < 4;
+  const auto& sampling = grey ? kSamplings[7] : kSamplings[2];
+  const Codes codes = own_codes ? random_codes() : packs[kind == 1 || kind == 9];
+  const Shape shape{draw(1, 100), draw(1, 100), draw(0, 4) * draw(0, 2), sampling};
+  const Image image = write_image(shape, codes, [] { return random_block(100); });
+  Bytes file = draw(0, 1) == 0 ? image.file : with_sizes(image);
+  const auto last = static_cast<int>(file.size()) - 1;
+  switch (draw(0, 15)) {
+    case 0:
+      file.resize(static_cast<size_t>(draw(0, last)));
+      break;
+    case 1:
+      file[static_cast<size_t>(draw(0, last))] = static_cast<uint8_t>(generator());
+      break;
+    case 2:
+      file[file.size() - 2 - static_cast<size_t>(draw(0, std::min(last - 2, 20)))] = 0xFF;
+      break;
+    default:
+      break;
+  }
+  return file;
+}
+
+// What is decoded beside an image, or before it, changes nothing: other tables, another kind of
+// lanes, damage in the midst of which lanes are left.
+void test_groups() {
+  imseq::SampleDecoder decoder;
+  const std::array<Codes, 2> packs{random_codes(), random_codes()};
+  int num_decoded = 0, num_foreign = 0;
+  for (int i = 0; i < 60; ++i) {
+    std::vector<Bytes> files(static_cast<size_t>(draw(1, IMSEQ_MAX_GROUP)));
+    for (Bytes& file : files) file = any_file(packs, i % 3 == 0);
+    imseq::use_cpu_level(imseq::CpuLevel::kPortable);
+    std::vector<Pixels> expected;
+    for (const Bytes& file : files) {
+      imseq::SampleDecoder fresh;
+      const bool is_clean = expected.size() % 2 == 0;
+      const std::vector<Bytes> alone =
+          is_clean ? std::vector<Bytes>{file} : std::vector<Bytes>{{}, file};
+      expected.push_back(decode_group(&fresh, alone).back());
+      ++(expected.back().status == IMSEQ_OK ? num_decoded : num_foreign);
+    }
+    on_every_level([&] {
+      const std::vector<Pixels> group = decode_group(&decoder, files);
+      for (size_t f = 0; f < files.size(); ++f) {
+        const auto number = static_cast<long long>(f);
+        expect(group[f].status == expected[f].status, "status in a group", i, number);
+        if (group[f].status != IMSEQ_OK) continue;
+        expect(group[f].row == expected[f].row, "pixels in a group", i, number);
+      }
+    });
+  }
+  expect(num_decoded > 100 && num_foreign > 20, "images of both kinds", num_decoded, num_foreign);
+}
+
+// A marker that is not where the sizes say: the image is foreign, wherever in it lanes find out, and
+// nothing else in its group is.
+void test_damaged_markers() {
+  imseq::SampleDecoder decoder;
+  const Image image =
+      write_image({40, 40, 2, kSamplings[7]}, random_codes(), [] { return random_block(100); });
+  const Bytes file = with_sizes(image);
+  const size_t shift = file.size() - image.file.size();
+  int num_foreign = 0;
+  for (size_t at = image.entropy_offset + shift; at + 1 < file.size(); ++at) {
+    if (file[at] != 0xFF || file[at + 1] == 0) continue;
+    Bytes damaged = file;
+    damaged[at + 1] = 0;
+    const std::vector<Pixels> group = decode_group(&decoder, {damaged, file, damaged, {}, file});
+    expect(group[0].status == group[2].status, "an image twice in a group");
+    expect(group[1].status == IMSEQ_OK && group[4].status == IMSEQ_OK, "images beside it");
+    expect(group[1].row == group[4].row, "their pixels");
+    num_foreign += group[0].status == IMSEQ_FOREIGN;
+  }
+  expect(num_foreign > 5, "markers that are looked at", num_foreign);
+}
+
+// ---- damage -------------------------------------------------------------------------------------
+
 // Strictly decoded: true or false, but never a crash.
 bool accepts(const uint8_t* bytes, size_t size) {
   static JpegHeader header;
@@ -462,6 +750,11 @@ void test_crc32c() {
 int main() {
   test_coefficients_come_back();
   test_regions_are_parts_of_the_image();
+  test_groups();
+  test_damaged_markers();
+  test_long_intervals();
+  test_sizes();
+  test_missing_stuffing();
   test_damage();
   test_huge_promises();
   test_crc32c();
