@@ -42,6 +42,13 @@ class PixelStore {
  public:
   // For the images that follow. The table is copied.
   void begin(const imseq_recipe& recipe);
+  // Whether store_row() only copies, and flips. Bytes can then be put there at once: row y's first
+  // channel at bytes_of_row(), the next channel's channel_bytes() behind.
+  [[nodiscard]] bool stores_bytes_by_channel() const { return size_ == 0 && !interleaved_; }
+  [[nodiscard]] uint8_t* bytes_of_row(int y, void* batch_row) const {
+    return static_cast<uint8_t*>(batch_row) + static_cast<size_t>(y) * out_width_;
+  }
+  [[nodiscard]] size_t channel_bytes() const { return out_height_ * out_width_; }
   // Row y of an image, three planes of recipe.out_width bytes. flip: the last pixel comes first.
   void store_row(const std::array<const uint8_t*, 3>& planes, int y, bool flip, void* batch_row);
   // After the last row of an image, before other threads may look at it.

@@ -314,15 +314,25 @@ int32_t SampleDecoder::State::apply(const imseq_recipe& apply_recipe, const imse
 
 // Stores the rows that are ready, from *num_stored on.
 void SampleDecoder::State::store_rows(Image& image, int* num_stored, void* row) {
-  for (; *num_stored < image.resizer.num_ready(); ++*num_stored) {
+  Resizer& resizer = image.resizer;
+  const bool flip = image.view.flip != 0 && !resizer.flips();
+  const bool without_copy =
+      store.stores_bytes_by_channel() && resizer.can_write_rows() && !flip && image.num_planes == 3;
+  for (; *num_stored < resizer.num_ready(); ++*num_stored) {
+    const int y = *num_stored;
+    if (without_copy) {
+      const StageTimer timer(times, &imseq_times::resize);
+      resizer.write_row(y, store.bytes_of_row(y, row), store.channel_bytes());
+      continue;
+    }
     std::array<const uint8_t*, 3> planes{};
     {
       const StageTimer timer(times, &imseq_times::resize);
-      planes = image.resizer.output_row(*num_stored);
+      planes = resizer.output_row(y);
     }
     if (image.num_planes == 1) planes = {planes[0], planes[0], planes[0]};
     const StageTimer timer(times, &imseq_times::store);
-    store.store_row(planes, *num_stored, image.view.flip != 0, row);
+    store.store_row(planes, y, flip, row);
   }
 }
 

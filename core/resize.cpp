@@ -62,7 +62,7 @@ constexpr int kStrip = 64;  // outputs of the horizontal pass that are rounded t
 // every output, missing ones having weight zero; 0: each output has its own.
 template <int kPlanes, int kTaps>
 void horizontal_pass(const AxisWeights& weights, const uint8_t* __restrict in, size_t in_stride,
-                     uint8_t* __restrict out, size_t out_stride) {
+                     bool flip, uint8_t* __restrict out, size_t out_stride) {
   const uint8_t* const planes[3] = {in, in + in_stride, in + 2 * in_stride};
   int32_t sums[kPlanes][kStrip];
   for (int begin = 0; begin < weights.num_outputs; begin += kStrip) {
@@ -81,31 +81,36 @@ void horizontal_pass(const AxisWeights& weights, const uint8_t* __restrict in, s
       for (int i = 0; i < n; ++i) bytes[i] = to_byte(sums[p][i]);
     }
   }
+  if (!flip) return;
+  for (size_t p = 0; p < kPlanes; ++p) {
+    std::reverse(out + p * out_stride, out + p * out_stride + weights.num_outputs);
+  }
 }
 
 template <int kPlanes>
-void horizontal_pass_of(const AxisWeights& weights, const uint8_t* in, size_t in_stride,
+void horizontal_pass_of(const AxisWeights& weights, const uint8_t* in, size_t in_stride, bool flip,
                         uint8_t* out, size_t out_stride) {
   switch (weights.max_taps) {
     case 2:
-      return horizontal_pass<kPlanes, 2>(weights, in, in_stride, out, out_stride);
+      return horizontal_pass<kPlanes, 2>(weights, in, in_stride, flip, out, out_stride);
     case 3:
-      return horizontal_pass<kPlanes, 3>(weights, in, in_stride, out, out_stride);
+      return horizontal_pass<kPlanes, 3>(weights, in, in_stride, flip, out, out_stride);
     case 4:
-      return horizontal_pass<kPlanes, 4>(weights, in, in_stride, out, out_stride);
+      return horizontal_pass<kPlanes, 4>(weights, in, in_stride, flip, out, out_stride);
     case 5:
-      return horizontal_pass<kPlanes, 5>(weights, in, in_stride, out, out_stride);
+      return horizontal_pass<kPlanes, 5>(weights, in, in_stride, flip, out, out_stride);
     default:
-      return horizontal_pass<kPlanes, 0>(weights, in, in_stride, out, out_stride);
+      return horizontal_pass<kPlanes, 0>(weights, in, in_stride, flip, out, out_stride);
   }
 }
 
 void portable_horizontal(const AxisWeights& weights, const void*, const uint8_t* in,
-                         size_t in_stride, int num_planes, uint8_t* out, size_t out_stride) {
+                         size_t in_stride, int num_planes, bool flip, uint8_t* out,
+                         size_t out_stride) {
   if (num_planes == 1) {
-    horizontal_pass_of<1>(weights, in, in_stride, out, out_stride);
+    horizontal_pass_of<1>(weights, in, in_stride, flip, out, out_stride);
   } else {
-    horizontal_pass_of<3>(weights, in, in_stride, out, out_stride);
+    horizontal_pass_of<3>(weights, in, in_stride, flip, out, out_stride);
   }
 }
 
@@ -113,22 +118,27 @@ void portable_horizontal(const AxisWeights& weights, const void*, const uint8_t*
 // compilers for baseline x86-64 multiply eight at a time (32-bit multiplication of vectors came
 // with SSE4.1).
 void portable_vertical(const AxisWeights& weights, const void*, int i, const uint8_t* const* rows,
-                       size_t begin, size_t end, uint8_t* __restrict out) {
+                       const Columns& columns, uint8_t* out, size_t out_stride) {
   constexpr size_t kColumns = 16;  // at a time, their sums in registers
-  for (size_t x = begin; x < end; x += kColumns) {
-    int32_t sums[kColumns];
-    for (int32_t& sum : sums) sum = kHalf;
-    const int32_t* weight = weights.weights + i;
-    for (int k = 0; k < weights.num_taps[i]; ++k, weight += weights.stride) {
-      const uint8_t* __restrict row = rows[k] + x;
-      const auto high = static_cast<int16_t>(*weight >> 8);
-      const auto low = static_cast<int16_t>(*weight & 255);
-      for (size_t j = 0; j < kColumns; ++j) {
-        const int16_t value = row[j];
-        sums[j] += high * value * 256 + low * value;
+  for (size_t p = 0; p < static_cast<size_t>(columns.num_planes); ++p) {
+    uint8_t* __restrict plane = out + p * out_stride;
+    for (size_t begin = 0; begin < columns.width; begin += kColumns) {
+      // The last ones may do again some of what was done before.
+      const size_t x = std::min(begin, columns.width - kColumns);
+      int32_t sums[kColumns];
+      for (int32_t& sum : sums) sum = kHalf;
+      const int32_t* weight = weights.weights + i;
+      for (int k = 0; k < weights.num_taps[i]; ++k, weight += weights.stride) {
+        const uint8_t* __restrict row = rows[k] + columns.first + p * columns.width + x;
+        const auto high = static_cast<int16_t>(*weight >> 8);
+        const auto low = static_cast<int16_t>(*weight & 255);
+        for (size_t j = 0; j < kColumns; ++j) {
+          const int16_t value = row[j];
+          sums[j] += high * value * 256 + low * value;
+        }
       }
+      for (size_t j = 0; j < kColumns; ++j) plane[x + j] = to_byte(sums[j]);
     }
-    for (size_t j = 0; j < kColumns; ++j) out[x + j] = to_byte(sums[j]);
   }
 }
 
@@ -261,6 +271,7 @@ void Resizer::begin(const imseq_view& view, int out_height, int out_width, int n
   end_column_ = std::clamp(view.resized_width - view.window_left, first_column_, out_width);
   source_ = Region{};
   num_added_ = 0;
+  flips_ = can_write_rows_ = false;
   zeros_.reserve(static_cast<size_t>(out_width) + kRowSlack);
   if (first_row_ == end_row_ || first_column_ == end_column_) {
     first_row_ = end_row_ = 0;
@@ -279,6 +290,11 @@ void Resizer::begin(const imseq_view& view, int out_height, int out_width, int n
   const int lost_width = view.width - view.resized_width;
   vertical_first_ =
       passes == IMSEQ_PASSES_PILLOW_13 && lost_height > 0 && lost_height > 2 * lost_width;
+  flips_ = view.flip != 0 && !horizontal_.identity();
+  // Where the vertical pass has nothing to do it is the last one.
+  can_write_rows_ = end_row_ - first_row_ == out_height &&
+                    end_column_ - first_column_ == out_width &&
+                    static_cast<size_t>(out_width) >= Columns::kMinWidth && !vertical_.identity();
   lay_out_rows();
   make_plans();
 }
@@ -318,7 +334,9 @@ std::array<uint8_t*, 3> Resizer::source_planes() {
 }
 
 void Resizer::add_row() {
-  if (!stores_source_rows()) resize_horizontally(row_.data(), stored_row(num_added_));
+  if (!stores_source_rows()) {
+    resize_horizontally(row_.data(), stored_row(num_added_), resized_stride_);
+  }
   ++num_added_;
   const auto is_ready = [this](int y) {
     const int i = y - first_row_;
@@ -328,45 +346,50 @@ void Resizer::add_row() {
   if (num_ready_ == end_row_) num_ready_ = out_height_;
 }
 
-void Resizer::resize_horizontally(const uint8_t* in, uint8_t* out) const {
+void Resizer::resize_horizontally(const uint8_t* in, uint8_t* out, size_t out_stride) const {
   horizontal_kernels_->horizontal(horizontal_.axis(), horizontal_plan_.data(), in, source_stride_,
-                                  num_planes_, out, resized_stride_);
+                                  num_planes_, flips_, out, out_stride);
 }
 
-const uint8_t* Resizer::resize_vertically(int i, uint8_t* out) {
+void Resizer::resize_vertically(int i, uint8_t* out, size_t out_stride) {
   const int first = vertical_.first_tap(i);
-  if (vertical_.identity()) return stored_row(first);
-  const int num_taps = vertical_.num_taps(i);
+  const auto num_taps = static_cast<size_t>(vertical_.num_taps(i));
   size_t tap = 0;
-  for (; tap < static_cast<size_t>(num_taps); ++tap) {
-    tap_rows_[tap] = stored_row(first + static_cast<int>(tap));
-  }
+  for (; tap < num_taps; ++tap) tap_rows_[tap] = stored_row(first + static_cast<int>(tap));
   for (; tap % AxisWeights::kTapGroup != 0; ++tap) tap_rows_[tap] = tap_rows_[0];
-  const auto resize_columns = [&](size_t begin, size_t num_columns) {
-    kernels_->vertical(vertical_.axis(), vertical_plan_.data(), i, tap_rows_.data(), begin,
-                       begin + num_columns, out);
+  const auto resize_columns = [&](const Columns& columns, uint8_t* to) {
+    kernels_->vertical(vertical_.axis(), vertical_plan_.data(), i, tap_rows_.data(), columns, to,
+                       out_stride);
   };
-  const auto planes = static_cast<size_t>(num_planes_);
-  if (!stores_source_rows()) {
-    resize_columns(0, planes * resized_stride_);
-  } else {
-    for (size_t p = 0; p < planes; ++p) {
-      resize_columns(p * source_stride_, static_cast<size_t>(source_.width));
+  const auto num_planes = static_cast<size_t>(num_planes_);
+  if (stores_source_rows()) {
+    const size_t width = std::max(static_cast<size_t>(source_.width), Columns::kMinWidth);
+    for (size_t p = 0; p < num_planes; ++p) {
+      resize_columns({p * source_stride_, width, 1}, out + p * out_stride);
     }
+  } else if (out_stride == resized_stride_) {  // all planes are one
+    resize_columns({0, std::max(num_planes * resized_stride_, Columns::kMinWidth), 1}, out);
+  } else {
+    resize_columns({0, resized_stride_, num_planes_}, out);
   }
-  return out;
+}
+
+void Resizer::write_row(int y, uint8_t* out, size_t out_stride) {
+  const int i = y - first_row_;
+  if (!vertical_first_ || horizontal_.identity()) return resize_vertically(i, out, out_stride);
+  resize_vertically(i, row_.data(), source_stride_);
+  resize_horizontally(row_.data(), out, out_stride);
 }
 
 std::array<const uint8_t*, 3> Resizer::output_row(int y) {
   if (y < first_row_ || y >= end_row_) return {zeros_.data(), zeros_.data(), zeros_.data()};
-  const bool horizontally = vertical_first_ && !horizontal_.identity();
-  const uint8_t* row =
-      resize_vertically(y - first_row_, horizontally ? row_.data() : output_.data());
-  if (horizontally) {
-    resize_horizontally(row, output_.data());
-    row = output_.data();
-  }
   const size_t stride = horizontal_.identity() ? source_stride_ : resized_stride_;
+  const uint8_t* row = output_.data();
+  if (vertical_.identity()) {
+    row = stored_row(vertical_.first_tap(y - first_row_));
+  } else {
+    write_row(y, output_.data(), stride);
+  }
   std::array<const uint8_t*, 3> planes{};
   for (size_t p = 0; p < static_cast<size_t>(num_planes_); ++p) {
     planes[p] = row + p * stride;
@@ -376,12 +399,13 @@ std::array<const uint8_t*, 3> Resizer::output_row(int y) {
 }
 
 const uint8_t* Resizer::padded(const uint8_t* row, size_t plane) {
-  const auto first = static_cast<size_t>(first_column_), end = static_cast<size_t>(end_column_);
+  const auto width = static_cast<size_t>(end_column_ - first_column_);
+  const auto before = static_cast<size_t>(flips_ ? out_width_ - end_column_ : first_column_);
   const auto out_width = static_cast<size_t>(out_width_);
   uint8_t* out = padded_.data() + plane * out_width;
-  std::memset(out, 0, first);
-  std::memcpy(out + first, row, end - first);
-  std::memset(out + end, 0, out_width - end);
+  std::memset(out, 0, before);
+  std::memcpy(out + before, row, width);
+  std::memset(out + before + width, 0, out_width - before - width);
   return out;
 }
 

@@ -30,24 +30,32 @@ struct AxisWeights {
   const int32_t* weights = nullptr;  // below 2.0 in magnitude
 };
 
-// What one CpuLevel resizes with. Rows of pixels begin anywhere, rows for the vertical pass at a
-// multiple of 64 bytes; both may be read and written kRowSlack bytes behind their end. A plan holds
-// the weights in the order in which the kernel wants them.
+// Columns that the vertical pass resizes, of planes each of which begins where the one before it
+// ends. A plane is at least kMinWidth wide, so that kernels need not write behind its end, where
+// memory may be another's, to make use of whole vectors.
+struct Columns {
+  static constexpr size_t kMinWidth = 64;
+  size_t first, width;
+  int num_planes;
+};
+
+// What one CpuLevel resizes with. Rows begin anywhere and may be read kRowSlack bytes behind their
+// end; nothing but the outputs is written. A plan holds the weights in the order in which the kernel
+// wants them.
 struct ResizeKernels {
   // False: the image shrinks so much that the horizontal pass is left to the portable kernel.
   bool (*can_resize_horizontally)(const AxisWeights& weights);
   size_t (*horizontal_plan_bytes)(const AxisWeights& weights);
   void (*plan_horizontally)(const AxisWeights& weights, void* plan);
-  // num_planes rows of pixels, one plane every in_stride bytes.
+  // num_planes rows of pixels, one plane every in_stride bytes. flip: the last output comes first.
   void (*horizontal)(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                     size_t in_stride, int num_planes, uint8_t* out, size_t out_stride);
+                     size_t in_stride, int num_planes, bool flip, uint8_t* out, size_t out_stride);
 
   size_t (*vertical_plan_bytes)(const AxisWeights& weights);
   void (*plan_vertically)(const AxisWeights& weights, void* plan);
-  // Columns [begin, end) of output i, and up to 63 more; begin is a multiple of 64. rows: those of
-  // its taps, and then any, up to a multiple of AxisWeights::kTapGroup.
+  // Output i. rows: those of its taps, and then any, up to a multiple of AxisWeights::kTapGroup.
   void (*vertical)(const AxisWeights& weights, const void* plan, int i, const uint8_t* const* rows,
-                   size_t begin, size_t end, uint8_t* out);
+                   const Columns& columns, uint8_t* out, size_t out_stride);
 };
 
 const ResizeKernels& portable_resize_kernels();
@@ -134,9 +142,17 @@ class Resizer {
   void add_row();
   // Rows [0, num_ready()) of the output can be used; all of them once the last source row is there.
   [[nodiscard]] int num_ready() const { return num_ready_; }
+  // Whether the output comes out flipped, because the view is and there is a horizontal pass to do
+  // it.
+  [[nodiscard]] bool flips() const { return flips_; }
   // Planes of row y of the output, out_width bytes each and kRowSlack that may be read, zero
   // outside the resized image; valid until the next call.
   [[nodiscard]] std::array<const uint8_t*, 3> output_row(int y);
+  // Whether write_row() can take the place of output_row(): there is no padding, and the last pass
+  // has something to do.
+  [[nodiscard]] bool can_write_rows() const { return can_write_rows_; }
+  // Writes row y, a plane every out_stride bytes, where it is to lie, and nothing beside it.
+  void write_row(int y, uint8_t* out, size_t out_stride);
 
  private:
   void lay_out_rows();
@@ -147,10 +163,9 @@ class Resizer {
   [[nodiscard]] uint8_t* stored_row(int row) {
     return rows_.data() + (static_cast<unsigned>(row) & (ring_rows_ - 1)) * row_bytes_;
   }
-  void resize_horizontally(const uint8_t* in, uint8_t* out) const;
-  // The i-th row that is not padding: written to out, or the stored row where there is nothing to
-  // do.
-  const uint8_t* resize_vertically(int i, uint8_t* out);
+  void resize_horizontally(const uint8_t* in, uint8_t* out, size_t out_stride) const;
+  // The i-th row that is not padding.
+  void resize_vertically(int i, uint8_t* out, size_t out_stride);
 
   // One plane of an output row with the zeros beside it.
   const uint8_t* padded(const uint8_t* row, size_t plane);
@@ -160,6 +175,8 @@ class Resizer {
   Region source_;
   ResizeWeights horizontal_, vertical_;
   bool vertical_first_ = false;
+  bool flips_ = false;
+  bool can_write_rows_ = false;
   int num_planes_ = 0;
   int out_height_ = 0, out_width_ = 0;
   int num_added_ = 0, num_ready_ = 0;

@@ -130,8 +130,7 @@ inline void sum_outputs(const Step* step, int num_steps, const uint8_t* in, size
   }
 }
 
-// words[p]: 16 outputs of plane p. Packing works within 128-bit lanes: four outputs of each eight
-// lie in each lane.
+// words[p]: 16 outputs of plane p, packed.
 template <int kPlanes, int kPairs>
 inline void resize_outputs(const Step* step, int num_steps, const uint8_t* in, size_t in_stride,
                            __m256i (&words)[kPlanes]) {
@@ -141,9 +140,21 @@ inline void resize_outputs(const Step* step, int num_steps, const uint8_t* in, s
   for (int p = 0; p < kPlanes; ++p) words[p] = _mm256_packs_epi32(low[p], high[p]);
 }
 
+// Packing works within 128-bit lanes: four outputs of each eight lie in each lane.
+inline __m256i in_order(__m256i packed) {
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+inline __m256i last_first(__m256i packed) {
+  const __m256i fours_flipped = _mm256_setr_epi32(0x00010203, 0x04050607, 0x08090a0b, 0x0c0d0e0f,
+                                                  0x00010203, 0x04050607, 0x08090a0b, 0x0c0d0e0f);
+  return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(packed, fours_flipped),
+                                     _mm256_setr_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+}
+
 template <int kPlanes, int kPairs>
 void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                     size_t in_stride, uint8_t* out, size_t out_stride) {
+                     size_t in_stride, bool flip, uint8_t* out, size_t out_stride) {
   const int num_steps = num_groups(weights);
   const auto* step = static_cast<const Step*>(plan);
   const auto num_outputs = static_cast<size_t>(weights.num_outputs);
@@ -153,15 +164,15 @@ void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t
     resize_outputs<kPlanes, kPairs>(step, num_steps, in, in_stride, words[0]);
     resize_outputs<kPlanes, kPairs>(step + 2 * num_steps, num_steps, in, in_stride, words[1]);
     for (size_t p = 0; p < kPlanes; ++p) {
-      const __m256i bytes = _mm256_permutevar8x32_epi32(
-          _mm256_packus_epi16(words[0][p], words[1][p]), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-      uint8_t* to = out + p * out_stride + x;
+      const __m256i packed = _mm256_packus_epi16(words[0][p], words[1][p]);
+      const __m256i bytes = flip ? last_first(packed) : in_order(packed);
+      uint8_t* const plane = out + p * out_stride;
       if (left >= 32) {
-        store(to, bytes);
+        store(plane + (flip ? left - 32 : x), bytes);
       } else {  // the next plane's first outputs are behind
         alignas(32) uint8_t some[32];
         store(some, bytes);
-        std::memcpy(to, some, left);
+        std::memcpy(plane + (flip ? 0 : x), some + (flip ? 32 - left : 0), left);
       }
     }
   }
@@ -169,23 +180,24 @@ void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t
 
 template <int kPairs>
 void horizontal_planes(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                       size_t in_stride, int num_planes, uint8_t* out, size_t out_stride) {
+                       size_t in_stride, int num_planes, bool flip, uint8_t* out,
+                       size_t out_stride) {
   if (num_planes == 1) {
-    horizontal_pass<1, kPairs>(weights, plan, in, in_stride, out, out_stride);
+    horizontal_pass<1, kPairs>(weights, plan, in, in_stride, flip, out, out_stride);
   } else {
-    horizontal_pass<3, kPairs>(weights, plan, in, in_stride, out, out_stride);
+    horizontal_pass<3, kPairs>(weights, plan, in, in_stride, flip, out, out_stride);
   }
 }
 
 void horizontal(const AxisWeights& weights, const void* plan, const uint8_t* in, size_t in_stride,
-                int num_planes, uint8_t* out, size_t out_stride) {
+                int num_planes, bool flip, uint8_t* out, size_t out_stride) {
   const int num_pairs = (weights.max_taps + 1) / 2;
   const auto pass = num_pairs == 1   ? horizontal_planes<1>
                     : num_pairs == 2 ? horizontal_planes<2>
                     : num_pairs == 3 ? horizontal_planes<3>
                     : num_pairs == 4 ? horizontal_planes<4>
                                      : horizontal_planes<0>;
-  pass(weights, plan, in, in_stride, num_planes, out, out_stride);
+  pass(weights, plan, in, in_stride, num_planes, flip, out, out_stride);
 }
 
 // ---- vertical -----------------------------------------------------------------------------------
@@ -220,10 +232,12 @@ inline void interleave_rows(const uint8_t* const* rows, size_t x, __m256i (&colu
 
 // kPairs: of taps, few enough for their weights to stay in registers; 0: num_pairs.
 template <int kPairs>
-void vertical_pass(const int32_t* plan, size_t stride, int num_pairs, const uint8_t* const* rows,
-                   size_t begin, size_t end, uint8_t* out) {
+void vertical_pass_of_plane(const int32_t* plan, size_t stride, int num_pairs,
+                            const uint8_t* const* rows, size_t first, size_t width, uint8_t* out) {
   const int n = kPairs == 0 ? num_pairs : kPairs;
-  for (size_t x = begin; x < end; x += 32) {
+  for (size_t begin = 0; begin < width; begin += 32) {
+    // The last vector may do again some of what the one before it did.
+    const size_t x = begin + 32 > width ? width - 32 : begin;
     __m256i high[4], low[4];
     for (int q = 0; q < 4; ++q) {
       high[q] = _mm256_set1_epi32(kRounding);
@@ -234,7 +248,7 @@ void vertical_pass(const int32_t* plan, size_t stride, int num_pairs, const uint
       const __m256i high_weights = _mm256_set1_epi32(pair[0]);
       const __m256i low_weights = _mm256_set1_epi32(pair[stride]);
       __m256i columns[4];
-      interleave_rows(rows + 2 * p, x, columns);
+      interleave_rows(rows + 2 * p, first + x, columns);
       for (int q = 0; q < 4; ++q) {
         high[q] = _mm256_add_epi32(high[q], _mm256_madd_epi16(columns[q], high_weights));
         low[q] = _mm256_add_epi32(low[q], _mm256_madd_epi16(columns[q], low_weights));
@@ -250,16 +264,25 @@ void vertical_pass(const int32_t* plan, size_t stride, int num_pairs, const uint
   }
 }
 
+template <int kPairs>
+void vertical_pass(const int32_t* plan, size_t stride, int num_pairs, const uint8_t* const* rows,
+                   const Columns& columns, uint8_t* out, size_t out_stride) {
+  for (size_t p = 0; p < static_cast<size_t>(columns.num_planes); ++p) {
+    vertical_pass_of_plane<kPairs>(plan, stride, num_pairs, rows, columns.first + p * columns.width,
+                                   columns.width, out + p * out_stride);
+  }
+}
+
 void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t* const* rows,
-              size_t begin, size_t end, uint8_t* out) {
+              const Columns& columns, uint8_t* out, size_t out_stride) {
   const int num_pairs = (weights.num_taps[i] + 1) / 2;
   const int32_t* first = static_cast<const int32_t*>(plan) + i;
   if (num_pairs == 1) {
-    vertical_pass<1>(first, weights.stride, num_pairs, rows, begin, end, out);
+    vertical_pass<1>(first, weights.stride, num_pairs, rows, columns, out, out_stride);
   } else if (num_pairs == 2) {
-    vertical_pass<2>(first, weights.stride, num_pairs, rows, begin, end, out);
+    vertical_pass<2>(first, weights.stride, num_pairs, rows, columns, out, out_stride);
   } else {
-    vertical_pass<0>(first, weights.stride, num_pairs, rows, begin, end, out);
+    vertical_pass<0>(first, weights.stride, num_pairs, rows, columns, out, out_stride);
   }
 }
 

@@ -19,6 +19,17 @@ constexpr int kFlipSigns = static_cast<int>(0x80808080);
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 
+struct alignas(64) Bytes {
+  uint8_t bytes[64];
+};
+
+constexpr Bytes first_bytes() {
+  Bytes first{};
+  for (int i = 0; i < 64; ++i) first.bytes[i] = static_cast<uint8_t>(i);
+  return first;
+}
+constexpr Bytes kFirstBytes = first_bytes();
+
 // Four taps of 16 outputs, digits[0] the highest of their weights: the four of an output lie side
 // by side.
 struct Digits {
@@ -201,11 +212,23 @@ inline const Step* sum_outputs(const Step* step, const uint8_t* const (&planes)[
   return step;
 }
 
-// kGroups times 16 outputs; where kPartly, only those of `stored` are written, because the next
-// plane's outputs lie behind them.
+// Where packing, which works within 128-bit lanes, leaves the first `count` of 64 outputs: four of
+// each group of 16 in each lane. flip: the last of them comes first.
+inline __m512i packed_places(int count, bool flip) {
+  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = load(kFirstBytes.bytes);
+  const __m512i places = _mm512_permutexvar_epi32(lanes, bytes);
+  if (!flip) return places;
+  const __m512i last = _mm512_set1_epi8(static_cast<char>(count - 1));
+  return _mm512_permutexvar_epi8(_mm512_sub_epi8(last, bytes), places);
+}
+
+// kGroups times 16 outputs, which `places` puts in order; where kPartly, only those of `stored` are
+// written.
 template <int kPlanes, int kSteps, int kGroups, bool kPartly>
 inline const Step* resize_outputs(const Step* step, const uint8_t* const (&planes)[3],
-                                  __mmask64 stored, uint8_t* out, size_t out_stride) {
+                                  __m512i places, __mmask64 stored, uint8_t* out,
+                                  size_t out_stride) {
   __m512i sums[4][kPlanes];
   for (int g = 0; g < kGroups; ++g) {
     step = sum_outputs<kPlanes, kSteps>(step, planes, sums[g]);
@@ -213,13 +236,11 @@ inline const Step* resize_outputs(const Step* step, const uint8_t* const (&plane
   for (int g = kGroups; g < 4; ++g) {
     for (int p = 0; p < kPlanes; ++p) sums[g][p] = _mm512_setzero_si512();
   }
-  // Packing works within 128-bit lanes: four outputs of each group lie in each lane.
-  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (size_t p = 0; p < kPlanes; ++p) {
     const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(sums[0][p], sums[1][p]),
                                               _mm512_packs_epi32(sums[2][p], sums[3][p]));
     uint8_t* to = out + p * out_stride;
-    const __m512i ordered = _mm512_permutexvar_epi32(in_order, bytes);
+    const __m512i ordered = _mm512_permutexvar_epi8(places, bytes);
     if constexpr (kPartly) {
       _mm512_mask_storeu_epi8(to, stored, ordered);
     } else {
@@ -231,66 +252,94 @@ inline const Step* resize_outputs(const Step* step, const uint8_t* const (&plane
 
 template <int kPlanes, int kSteps>
 void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                     size_t in_stride, uint8_t* out, size_t out_stride) {
+                     size_t in_stride, bool flip, uint8_t* out, size_t out_stride) {
   const uint8_t* const planes[3] = {in, in + in_stride, in + 2 * in_stride};
   const Step* step = steps_of(plan);
   int num_left = weights.num_outputs;
-  for (; num_left >= 64; num_left -= 64, out += 64) {
-    step = resize_outputs<kPlanes, kSteps, 4, false>(step, planes, 0, out, out_stride);
+  __m512i places = packed_places(64, flip);
+  for (; num_left >= 64; num_left -= 64) {
+    uint8_t* const to = out + (flip ? num_left - 64 : weights.num_outputs - num_left);
+    step = resize_outputs<kPlanes, kSteps, 4, false>(step, planes, places, 0, to, out_stride);
   }
+  if (!flip) out += weights.num_outputs - num_left;
+  places = packed_places(num_left, flip);
   const __mmask64 stored = (__mmask64{1} << num_left) - 1;
   if (num_left > 48) {
-    resize_outputs<kPlanes, kSteps, 4, true>(step, planes, stored, out, out_stride);
+    resize_outputs<kPlanes, kSteps, 4, true>(step, planes, places, stored, out, out_stride);
   } else if (num_left > 32) {
-    resize_outputs<kPlanes, kSteps, 3, true>(step, planes, stored, out, out_stride);
+    resize_outputs<kPlanes, kSteps, 3, true>(step, planes, places, stored, out, out_stride);
   } else if (num_left > 16) {
-    resize_outputs<kPlanes, kSteps, 2, true>(step, planes, stored, out, out_stride);
+    resize_outputs<kPlanes, kSteps, 2, true>(step, planes, places, stored, out, out_stride);
   } else if (num_left > 0) {
-    resize_outputs<kPlanes, kSteps, 1, true>(step, planes, stored, out, out_stride);
+    resize_outputs<kPlanes, kSteps, 1, true>(step, planes, places, stored, out, out_stride);
   }
 }
 
 template <int kSteps>
 void horizontal_planes(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                       size_t in_stride, int num_planes, uint8_t* out, size_t out_stride) {
+                       size_t in_stride, int num_planes, bool flip, uint8_t* out,
+                       size_t out_stride) {
   if (num_planes == 1) {
-    horizontal_pass<1, kSteps>(weights, plan, in, in_stride, out, out_stride);
+    horizontal_pass<1, kSteps>(weights, plan, in, in_stride, flip, out, out_stride);
   } else {
-    horizontal_pass<3, kSteps>(weights, plan, in, in_stride, out, out_stride);
+    horizontal_pass<3, kSteps>(weights, plan, in, in_stride, flip, out, out_stride);
   }
 }
 
 void horizontal(const AxisWeights& weights, const void* plan, const uint8_t* in, size_t in_stride,
-                int num_planes, uint8_t* out, size_t out_stride) {
+                int num_planes, bool flip, uint8_t* out, size_t out_stride) {
   switch (static_cast<const Plan*>(plan)->steps_each) {
     case 1:
-      return horizontal_planes<1>(weights, plan, in, in_stride, num_planes, out, out_stride);
+      return horizontal_planes<1>(weights, plan, in, in_stride, num_planes, flip, out, out_stride);
     case 2:
-      return horizontal_planes<2>(weights, plan, in, in_stride, num_planes, out, out_stride);
+      return horizontal_planes<2>(weights, plan, in, in_stride, num_planes, flip, out, out_stride);
     default:
-      return horizontal_planes<0>(weights, plan, in, in_stride, num_planes, out, out_stride);
+      return horizontal_planes<0>(weights, plan, in, in_stride, num_planes, flip, out, out_stride);
   }
 }
 
 // ---- vertical -----------------------------------------------------------------------------------
 
 // 64 columns of four rows, so that the four bytes of each column lie side by side.
-inline void interleave_rows(const uint8_t* const* rows, size_t x, __m512i (&columns)[4]) {
+inline void interleave_rows(const uint8_t* const* rows, size_t x, __m512i (&pixels)[4]) {
   const __m512i r0 = load(rows[0] + x), r1 = load(rows[1] + x);
   const __m512i r2 = load(rows[2] + x), r3 = load(rows[3] + x);
   const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), high01 = _mm512_unpackhi_epi8(r0, r1);
   const __m512i low23 = _mm512_unpacklo_epi8(r2, r3), high23 = _mm512_unpackhi_epi8(r2, r3);
-  columns[0] = _mm512_unpacklo_epi16(low01, low23);
-  columns[1] = _mm512_unpackhi_epi16(low01, low23);
-  columns[2] = _mm512_unpacklo_epi16(high01, high23);
-  columns[3] = _mm512_unpackhi_epi16(high01, high23);
+  pixels[0] = _mm512_unpacklo_epi16(low01, low23);
+  pixels[1] = _mm512_unpackhi_epi16(low01, low23);
+  pixels[2] = _mm512_unpacklo_epi16(high01, high23);
+  pixels[3] = _mm512_unpackhi_epi16(high01, high23);
 }
 
-inline void store_columns(const __m512i (&sums)[4], uint8_t* out) {
+inline __m512i to_bytes(const __m512i (&sums)[4]) {
   __m512i shifted[4];
   for (int q = 0; q < 4; ++q) shifted[q] = _mm512_srai_epi32(sums[q], kWeightBits);
-  _mm512_storeu_si512(out, _mm512_packus_epi16(_mm512_packs_epi32(shifted[0], shifted[1]),
-                                               _mm512_packs_epi32(shifted[2], shifted[3])));
+  return _mm512_packus_epi16(_mm512_packs_epi32(shifted[0], shifted[1]),
+                             _mm512_packs_epi32(shifted[2], shifted[3]));
+}
+
+// Stores the 64 bytes that resize(x) makes of columns x and following. Planes follow one another
+// without a gap and are no narrower than a vector, so that one may end in its middle and the next
+// begin.
+template <typename Resize>
+inline void resize_columns(const Columns& columns, uint8_t* out, size_t out_stride,
+                           const Resize& resize) {
+  const size_t num_columns = static_cast<size_t>(columns.num_planes) * columns.width;
+  size_t end = columns.width;  // of the plane
+  for (size_t i = 0; i < num_columns; i += 64) {
+    const __m512i bytes = resize(columns.first + i);
+    if (i + 64 <= end) {
+      _mm512_storeu_si512(out + i, bytes);
+      continue;
+    }
+    const __mmask64 inside = (__mmask64{1} << (end - i)) - 1;
+    _mm512_mask_storeu_epi8(out + i, inside, bytes);
+    if (end == num_columns) break;
+    out += out_stride - columns.width;
+    _mm512_mask_storeu_epi8(out + i, ~inside, bytes);
+    end += columns.width;
+  }
 }
 
 // ---- vertical, up to two taps: an image that grows ----------------------------------------------
@@ -313,22 +362,22 @@ void plan_two_taps(const AxisWeights& weights, int32_t* plan) {
 }
 
 void vertical_pass_of_two(const int32_t* plan, size_t stride, const uint8_t* const* rows,
-                          size_t begin, size_t end, uint8_t* out) {
+                          const Columns& columns, uint8_t* out, size_t out_stride) {
   const __m512i high = _mm512_set1_epi32(plan[0]), low = _mm512_set1_epi32(plan[stride]);
   const __m512i zero = _mm512_setzero_si512();
-  for (size_t x = begin; x < end; x += 64) {
+  resize_columns(columns, out, out_stride, [&](size_t x) {
     const __m512i r0 = load(rows[0] + x), r1 = load(rows[1] + x);
     const __m512i left = _mm512_unpacklo_epi8(r0, r1), right = _mm512_unpackhi_epi8(r0, r1);
-    const __m512i columns[4] = {_mm512_unpacklo_epi8(left, zero), _mm512_unpackhi_epi8(left, zero),
-                                _mm512_unpacklo_epi8(right, zero),
-                                _mm512_unpackhi_epi8(right, zero)};
+    const __m512i pixels[4] = {_mm512_unpacklo_epi8(left, zero), _mm512_unpackhi_epi8(left, zero),
+                               _mm512_unpacklo_epi8(right, zero),
+                               _mm512_unpackhi_epi8(right, zero)};
     __m512i sums[4];
     for (int q = 0; q < 4; ++q) {
-      sums[q] = _mm512_dpwssd_epi32(_mm512_set1_epi32(kHighRounding), columns[q], high);
-      sums[q] = _mm512_dpwssd_epi32(_mm512_slli_epi32(sums[q], 8), columns[q], low);
+      sums[q] = _mm512_dpwssd_epi32(_mm512_set1_epi32(kHighRounding), pixels[q], high);
+      sums[q] = _mm512_dpwssd_epi32(_mm512_slli_epi32(sums[q], 8), pixels[q], low);
     }
-    store_columns(sums, out + x);
-  }
+    return to_bytes(sums);
+  });
 }
 
 // ---- vertical, any number of taps ---------------------------------------------------------------
@@ -354,31 +403,31 @@ void plan_vertically(const AxisWeights& weights, void* plan) {
 
 // Up to 4 * kQuads rows, few enough for all their digits to stay in registers.
 template <int kQuads>
-void vertical_pass(const int32_t* plan, size_t stride, const uint8_t* const* rows, size_t begin,
-                   size_t end, uint8_t* out) {
+void vertical_pass(const int32_t* plan, size_t stride, const uint8_t* const* rows,
+                   const Columns& columns, uint8_t* out, size_t out_stride) {
   __m512i digits[kQuads][kDigits];
   for (int g = 0; g < kQuads; ++g) {
     for (int d = 0; d < kDigits; ++d, plan += stride) digits[g][d] = _mm512_set1_epi32(*plan);
   }
-  for (size_t x = begin; x < end; x += 64) {
-    __m512i columns[kQuads][4], sums[4];
-    for (int g = 0; g < kQuads; ++g) interleave_rows(rows + 4 * g, x, columns[g]);
+  resize_columns(columns, out, out_stride, [&](size_t x) {
+    __m512i pixels[kQuads][4], sums[4];
+    for (int g = 0; g < kQuads; ++g) interleave_rows(rows + 4 * g, x, pixels[g]);
     for (int q = 0; q < 4; ++q) {
       sums[q] = _mm512_set1_epi32(kRounding);
       for (int d = 0; d < kDigits; ++d) {
         if (d > 0) sums[q] = _mm512_slli_epi32(sums[q], 8);
         for (int g = 0; g < kQuads; ++g) {
-          sums[q] = _mm512_dpbusd_epi32(sums[q], columns[g][q], digits[g][d]);
+          sums[q] = _mm512_dpbusd_epi32(sums[q], pixels[g][q], digits[g][d]);
         }
       }
     }
-    store_columns(sums, out + x);
-  }
+    return to_bytes(sums);
+  });
 }
 
 void vertical_pass_of_many(const int32_t* plan, size_t stride, const uint8_t* const* rows,
-                           int num_taps, size_t begin, size_t end, uint8_t* out) {
-  for (size_t x = begin; x < end; x += 64) {
+                           int num_taps, const Columns& columns, uint8_t* out, size_t out_stride) {
+  resize_columns(columns, out, out_stride, [&](size_t x) {
     __m512i sums[kDigits][4];
     for (int q = 0; q < 4; ++q) {
       sums[0][q] = _mm512_set1_epi32(kRounding);
@@ -386,12 +435,12 @@ void vertical_pass_of_many(const int32_t* plan, size_t stride, const uint8_t* co
     }
     const int32_t* digits = plan;
     for (int k = 0; k < num_taps; k += AxisWeights::kTapGroup) {
-      __m512i columns[4];
-      interleave_rows(rows + k, x, columns);
+      __m512i pixels[4];
+      interleave_rows(rows + k, x, pixels);
       for (int d = 0; d < kDigits; ++d, digits += stride) {
         const __m512i digit = _mm512_set1_epi32(*digits);
         for (int q = 0; q < 4; ++q) {
-          sums[d][q] = _mm512_dpbusd_epi32(sums[d][q], columns[q], digit);
+          sums[d][q] = _mm512_dpbusd_epi32(sums[d][q], pixels[q], digit);
         }
       }
     }
@@ -399,20 +448,22 @@ void vertical_pass_of_many(const int32_t* plan, size_t stride, const uint8_t* co
       sums[1][q] = _mm512_add_epi32(_mm512_slli_epi32(sums[0][q], 8), sums[1][q]);
       sums[0][q] = _mm512_add_epi32(_mm512_slli_epi32(sums[1][q], 8), sums[2][q]);
     }
-    store_columns(sums[0], out + x);
-  }
+    return to_bytes(sums[0]);
+  });
 }
 
 void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t* const* rows,
-              size_t begin, size_t end, uint8_t* out) {
+              const Columns& columns, uint8_t* out, size_t out_stride) {
   const int num_taps = weights.num_taps[i];
   const int32_t* digits = static_cast<const int32_t*>(plan) + i;
   if (weights.max_taps <= 2) {
-    return vertical_pass_of_two(digits, weights.stride, rows, begin, end, out);
+    return vertical_pass_of_two(digits, weights.stride, rows, columns, out, out_stride);
   }
-  if (num_taps <= 4) return vertical_pass<1>(digits, weights.stride, rows, begin, end, out);
-  if (num_taps <= 8) return vertical_pass<2>(digits, weights.stride, rows, begin, end, out);
-  vertical_pass_of_many(digits, weights.stride, rows, num_taps, begin, end, out);
+  if (num_taps <= 4)
+    return vertical_pass<1>(digits, weights.stride, rows, columns, out, out_stride);
+  if (num_taps <= 8)
+    return vertical_pass<2>(digits, weights.stride, rows, columns, out, out_stride);
+  vertical_pass_of_many(digits, weights.stride, rows, num_taps, columns, out, out_stride);
 }
 
 }  // namespace

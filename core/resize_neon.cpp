@@ -58,40 +58,44 @@ inline uint8x8_t to_bytes(int32x4_t low, int32x4_t high) {
 }
 
 template <int kPlanes>
-void horizontal_pass(const AxisWeights& weights, const uint8_t* in, size_t in_stride, uint8_t* out,
-                     size_t out_stride) {
+void horizontal_pass(const AxisWeights& weights, const uint8_t* in, size_t in_stride, bool flip,
+                     uint8_t* out, size_t out_stride) {
   const auto num_outputs = static_cast<size_t>(weights.num_outputs);
   for (size_t x = 0; x < num_outputs; x += 2 * kWindowOutputs) {
     int32x4_t low[kPlanes], high[kPlanes];
     sum_outputs<kPlanes>(weights, x, in, in_stride, low);
     sum_outputs<kPlanes>(weights, x + kWindowOutputs, in, in_stride, high);
     for (size_t p = 0; p < kPlanes; ++p) {
-      uint8_t* to = out + p * out_stride + x;
-      const uint8x8_t bytes = to_bytes(low[p], high[p]);
-      if (num_outputs - x >= 8) {
-        vst1_u8(to, bytes);
+      uint8_t* const plane = out + p * out_stride;
+      const size_t left = num_outputs - x;
+      uint8x8_t bytes = to_bytes(low[p], high[p]);
+      if (flip) bytes = vrev64_u8(bytes);
+      if (left >= 8) {
+        vst1_u8(plane + (flip ? left - 8 : x), bytes);
       } else {  // the next plane's first outputs are behind
         uint8_t some[8];
         vst1_u8(some, bytes);
-        std::memcpy(to, some, num_outputs - x);
+        std::memcpy(plane + (flip ? 0 : x), some + (flip ? 8 - left : 0), left);
       }
     }
   }
 }
 
 void horizontal(const AxisWeights& weights, const void*, const uint8_t* in, size_t in_stride,
-                int num_planes, uint8_t* out, size_t out_stride) {
+                int num_planes, bool flip, uint8_t* out, size_t out_stride) {
   if (num_planes == 1) {
-    horizontal_pass<1>(weights, in, in_stride, out, out_stride);
+    horizontal_pass<1>(weights, in, in_stride, flip, out, out_stride);
   } else {
-    horizontal_pass<3>(weights, in, in_stride, out, out_stride);
+    horizontal_pass<3>(weights, in, in_stride, flip, out, out_stride);
   }
 }
 
 // A weight, of 24 bits, is high * 2^8 + low: 16-bit factors, eight columns at a time.
-void vertical(const AxisWeights& weights, const void*, int i, const uint8_t* const* rows,
-              size_t begin, size_t end, uint8_t* out) {
-  for (size_t x = begin; x < end; x += 16) {
+void vertical_plane(const AxisWeights& weights, int i, const uint8_t* const* rows, size_t first,
+                    size_t width, uint8_t* out) {
+  for (size_t begin = 0; begin < width; begin += 16) {
+    // The last vector may do again some of what the one before it did.
+    const size_t x = begin + 16 > width ? width - 16 : begin;
     int32x4_t high[4], low[4];
     for (int q = 0; q < 4; ++q) {
       high[q] = vdupq_n_s32(kHalf >> 8);
@@ -99,7 +103,7 @@ void vertical(const AxisWeights& weights, const void*, int i, const uint8_t* con
     }
     const int32_t* weight = weights.weights + i;
     for (int k = 0; k < weights.num_taps[i]; ++k, weight += weights.stride) {
-      const uint8x16_t row = vld1q_u8(rows[k] + x);
+      const uint8x16_t row = vld1q_u8(rows[k] + first + x);
       const int16x8_t left = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(row)));
       const int16x8_t right = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(row)));
       const int16x4_t columns[4] = {vget_low_s16(left), vget_high_s16(left), vget_low_s16(right),
@@ -116,6 +120,14 @@ void vertical(const AxisWeights& weights, const void*, int i, const uint8_t* con
       sums[q] = vshrq_n_s32(vaddq_s32(vshlq_n_s32(high[q], 8), low[q]), kWeightBits);
     }
     vst1q_u8(out + x, vcombine_u8(to_bytes(sums[0], sums[1]), to_bytes(sums[2], sums[3])));
+  }
+}
+
+void vertical(const AxisWeights& weights, const void*, int i, const uint8_t* const* rows,
+              const Columns& columns, uint8_t* out, size_t out_stride) {
+  for (size_t p = 0; p < static_cast<size_t>(columns.num_planes); ++p) {
+    vertical_plane(weights, i, rows, columns.first + p * columns.width, columns.width,
+                   out + p * out_stride);
   }
 }
 

@@ -98,6 +98,28 @@ Plane reference(Plane& image, const imseq_view& view, int out_height, int out_wi
   return out;
 }
 
+// Row y of a plane as the resizer hands it over.
+std::vector<uint8_t> expected_row(Plane& plane, int y, bool flip) {
+  const uint8_t* row = &plane.at(y, 0);
+  std::vector<uint8_t> expected(row, row + plane.width);
+  if (flip) std::reverse(expected.begin(), expected.end());
+  return expected;
+}
+
+// Writes row y where it is to lie, and nothing beside it.
+bool writes_alike(Resizer& resizer, std::vector<Plane>& expected, int y) {
+  const auto width = static_cast<size_t>(expected[0].width);
+  const size_t stride = width + static_cast<size_t>(y) % 70, offset = static_cast<size_t>(y) % 64;
+  std::vector<uint8_t> alike(offset + expected.size() * stride + 64, 77);
+  std::vector<uint8_t> got = alike;
+  for (size_t p = 0; p < expected.size(); ++p) {
+    const std::vector<uint8_t> row = expected_row(expected[p], y, resizer.flips());
+    std::copy(row.begin(), row.end(), alike.begin() + static_cast<ptrdiff_t>(offset + p * stride));
+  }
+  resizer.write_row(y, got.data() + offset, stride);
+  return got == alike;
+}
+
 // True where all planes come out as the reference has them.
 bool resizes_alike(Resizer& resizer, std::vector<Plane>& image, const imseq_view& view,
                    int out_height, int out_width, int filter, int passes) {
@@ -114,13 +136,16 @@ bool resizes_alike(Resizer& resizer, std::vector<Plane>& image, const imseq_view
     for (; num_checked < resizer.num_ready(); ++num_checked) {
       const auto planes = resizer.output_row(num_checked);
       for (size_t p = 0; p < image.size(); ++p) {
-        const uint8_t* row = planes[p];
-        if (!std::equal(row, row + out_width, &expected[p].at(num_checked, 0))) return false;
+        const auto row = expected_row(expected[p], num_checked, resizer.flips());
+        if (!std::equal(row.begin(), row.end(), planes[p])) return false;
       }
+      if (resizer.can_write_rows() && !writes_alike(resizer, expected, num_checked)) return false;
     }
     return true;
   };
   resizer.begin(view, out_height, out_width, num_planes, filter, passes);
+  // Where it doesn't flip, whoever stores the rows does.
+  if (resizer.flips() && (view.flip == 0 || view.width == view.resized_width)) return false;
   const Region source = resizer.source();
   for (int y = source.top; y < source.top + source.height; ++y) {
     const auto planes = resizer.source_planes();
@@ -163,18 +188,23 @@ int num_failures_at(CpuLevel level) {
     view.width = draw(1, width - view.left);
     view.resized_height = i % 5 == 0 ? view.height : draw(1, large ? 240 : 70);
     view.resized_width = i % 7 == 0 ? view.width : draw(1, large ? 240 : 70);
+    view.flip = draw(0, 1);
     const int out_height = draw(1, large ? 224 : 40), out_width = draw(1, large ? 224 : 40);
     view.window_top = draw(-out_height - 2, view.resized_height + 2);
     view.window_left = draw(-out_width - 2, view.resized_width + 2);
+    if (i % 10 == 1) {  // no padding: rows can be written where they are to lie
+      view.window_top = draw(0, std::max(0, view.resized_height - out_height));
+      view.window_left = draw(0, std::max(0, view.resized_width - out_width));
+    }
     const int filter = draw(0, 2), passes = draw(0, 1);
     if (!resizes_alike(resizer, image, view, out_height, out_width, filter, passes)) {
       ++num_failures;
       std::fprintf(stderr,
-                   "%s, case %d: %d x %d of %d x %d to %d x %d, window (%d, %d) %d x %d, filter "
-                   "%d, passes %d: not as the reference\n",
+                   "%s, case %d: %d x %d of %d x %d to %d x %d, window (%d, %d) %d x %d, flip "
+                   "%d, filter %d, passes %d: not as the reference\n",
                    imseq::cpu_level_name(level), i, view.height, view.width, height, width,
                    view.resized_height, view.resized_width, view.window_top, view.window_left,
-                   out_height, out_width, filter, passes);
+                   out_height, out_width, view.flip, filter, passes);
     }
   }
   return num_failures;
