@@ -99,7 +99,7 @@ struct SampleDecoder::State final : LaneWork {
   void run_lanes();
   bool begin_interval(Lane* lane);
   Image* open_next();
-  int32_t open(Image* image);
+  int32_t open(Image* image, Soundness soundness);
   void finish(Image* image);
   void report(imseq_sample* sample, int32_t status);
   void store_rows(Image& image, int* num_stored, void* row);
@@ -124,6 +124,9 @@ struct SampleDecoder::State final : LaneWork {
   imseq_sample* samples = nullptr;
   int num_samples = 0;
   int next_sample = 0;
+  // Samples whose intervals were not where the image says: to be decoded without believing it.
+  std::array<imseq_sample*, IMSEQ_MAX_GROUP> doubtful{};
+  size_t num_doubtful = 0, next_doubtful = 0;
   imseq_times* times = nullptr;
   imseq_error* error = nullptr;
   int32_t first_error = IMSEQ_OK;
@@ -136,6 +139,7 @@ int32_t SampleDecoder::State::decode(const imseq_recipe& new_recipe, imseq_sampl
   samples = new_samples;
   num_samples = new_num_samples;
   next_sample = 0;
+  num_doubtful = next_doubtful = 0;
   times = new_times;
   error = new_error;
   first_error = IMSEQ_OK;
@@ -204,10 +208,13 @@ Image* SampleDecoder::State::open_next() {
   for (const Image& image : images) {
     if (image.sample != nullptr) open_bytes += image.region.num_bytes();
   }
-  while (next_sample < num_samples && open_bytes <= kManyBytes) {
+  while (open_bytes <= kManyBytes) {
+    const bool is_new = next_sample < num_samples;
+    if (!is_new && next_doubtful == num_doubtful) return nullptr;
     Image* const image = unused.back();
-    image->sample = samples + next_sample++;
-    const int32_t status = open(image);
+    image->sample = is_new ? samples + next_sample++ : doubtful[next_doubtful++];
+    const int32_t status =
+        open(image, is_new ? soundness_of(*recipe, image->sample->flags) : Soundness::kMarkers);
     if (status == IMSEQ_OK) {
       unused.pop_back();
       return image;
@@ -219,7 +226,7 @@ Image* SampleDecoder::State::open_next() {
   return nullptr;
 }
 
-int32_t SampleDecoder::State::open(Image* image) try {
+int32_t SampleDecoder::State::open(Image* image, Soundness soundness) try {
   const imseq_sample& sample = *image->sample;
   const auto size = static_cast<size_t>(sample.size);
   {
@@ -239,9 +246,9 @@ int32_t SampleDecoder::State::open(Image* image) try {
   const bool any_open = unused.size() < images.size();  // this one is still among the unused
   // Even where padding is all that is seen the image must be one that Pillow would open.
   const Region& source = image->resizer.source();
-  const bool opened = image->region.open(
-      image->header, sample.bytes, size, is_empty(source) ? Region{0, 0, 1, 1} : source,
-      soundness_of(*recipe, sample.flags), &flat_tables, !any_open, next_id++);
+  const bool opened = image->region.open(image->header, sample.bytes, size,
+                                         is_empty(source) ? Region{0, 0, 1, 1} : source, soundness,
+                                         &flat_tables, !any_open, next_id++);
   return opened ? IMSEQ_OK : IMSEQ_FOREIGN;
 } catch (const std::bad_alloc&) {
   return IMSEQ_ERROR_MEMORY;
@@ -267,7 +274,11 @@ void SampleDecoder::State::finish(Image* image) {
     store_rows(*image, &num_stored, image->sample->row);
     store.end_image();
   }
-  report(image->sample, region.failed() ? IMSEQ_FOREIGN : IMSEQ_OK);
+  if (region.failed() && region.has_stated_sizes()) {
+    doubtful[num_doubtful++] = image->sample;
+  } else {
+    report(image->sample, region.failed() ? IMSEQ_FOREIGN : IMSEQ_OK);
+  }
   region.trim(kKeptBytes);
   image->sample = nullptr;
   unused.push_back(image);

@@ -48,6 +48,8 @@ class RegionDecoder {
     return num_open_ == 0 && (failed_ || next_interval_ == intervals_.size());
   }
   [[nodiscard]] bool failed() const { return failed_; }
+  // Intervals were taken from where the image says they are, which may have been the failure.
+  [[nodiscard]] bool has_stated_sizes() const { return sizes_are_stated_; }
 
   // When done: pixels [left, left + width) of row y of the image, which lies in the region, to
   // planes[0 ...] (one of grey, or red, green, blue); kRowSlack bytes behind them may be written,
