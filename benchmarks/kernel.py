@@ -79,6 +79,12 @@ class Kernel:
             native.row = self._rows[place % BATCH_ROWS].ctypes.data
         return _Group(prepared, first)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Take the crops of another epoch."""
+        for samples, _ in self._groups:
+            for sample in samples:
+                sample.key.epoch = epoch
+
     def run(self, times: _native.Times | None = None) -> None:
         """Decode all samples; `times` is added to."""
         recipe, error = ctypes.byref(self._native_recipe), ctypes.byref(self._error)
