@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(abspath $(CONSTRAINTS))) $(BIN)/pip --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard core/* src/imagenet_seq/*.py src/imagenet_seq/sources/*.py)
 NATIVE_SANITIZE ?= address,undefined
+# A regular expression that chooses among the native tests.
+NATIVE_TESTS ?= .
 comma := ,
 NATIVE_BUILD := build/$(subst $(comma),-,$(NATIVE_SANITIZE))
 
@@ -77,7 +79,7 @@ native-test: $(BIN)/python
 	cmake -S . -B $(NATIVE_BUILD) -G Ninja -DIMAGENET_SEQ_TESTS=ON \
 	    -DIMAGENET_SEQ_SANITIZE=$(NATIVE_SANITIZE) -DCMAKE_BUILD_TYPE=Release
 	cmake --build $(NATIVE_BUILD)
-	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
+	ctest --test-dir $(NATIVE_BUILD) --output-on-failure -R '$(NATIVE_TESTS)'
 
 # All targets run, also when one has found something; findings stay in fuzz-findings.
 fuzz: export PATH := $(abspath $(BIN)):$(PATH)
