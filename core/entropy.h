@@ -66,19 +66,18 @@ inline bool decode_block(BitReader& reader, const HuffmanTables& tables, int com
   // of their own. So three symbols can follow a refill, even if the first of them is of the longest.
   constexpr int kLookupBits = HuffmanTable::kLookupBits;
   static_assert(BitReader::kRefilledBits - HuffmanTable::kMaxSymbolBits >= 2 * kLookupBits);
-  const auto next_symbol = [&bits](const HuffmanEntry* lookup,
-                                   const HuffmanTable& table) __attribute__((always_inline)) {
-    const HuffmanEntry entry = lookup[bits.peek(kLookupBits)];
-    if (entry.is_whole()) [[likely]] {
-      bits.consume(entry.length());
-      const int advance = entry.mask() != 0 ? kEndOfBlock : static_cast<int>(entry.advance());
-      return HuffmanSymbol{entry.length(), advance, entry.value()};
-    }
-    bits.refill();
-    const HuffmanSymbol symbol = table.decode_slowly(bits.bits());
-    bits.consume(symbol.length);
-    return symbol;
-  };
+  const auto next_symbol = [&bits](const HuffmanEntry* lookup, const HuffmanTable& table)
+                               __attribute__((always_inline)) {
+                                 const HuffmanEntry entry = lookup[bits.peek(kLookupBits)];
+                                 if (entry.is_whole()) [[likely]] {
+                                   bits.consume(entry.length());
+                                   return entry.symbol();
+                                 }
+                                 bits.refill();
+                                 const HuffmanSymbol symbol = table.decode_slowly(bits.bits());
+                                 bits.consume(symbol.length);
+                                 return symbol;
+                               };
   const HuffmanTable& dc = tables.dc(component);
   const HuffmanTable& ac = tables.ac(component);
   const HuffmanEntry* const ac_lookup = tables.ac_lookup(component);

@@ -136,10 +136,7 @@ void HuffmanTables::build(const JpegHeader& header) {
 HuffmanSymbol HuffmanTables::decode(int component, bool ac, uint64_t bits) const {
   const HuffmanEntry* const lookup = ac ? ac_lookup(component) : dc_lookup(component);
   const HuffmanEntry entry = lookup[bits >> (64 - HuffmanTable::kLookupBits)];
-  if (entry.is_whole()) {
-    const int advance = entry.mask() != 0 ? kEndOfBlock : static_cast<int>(entry.advance());
-    return {entry.length(), advance, entry.value()};
-  }
+  if (entry.is_whole()) return entry.symbol();
   return (ac ? ac_[ac_index(component)] : dc_[dc_index(component)]).decode_slowly(bits);
 }
 

@@ -41,6 +41,10 @@ class HuffmanEntry {
   [[nodiscard]] constexpr uint32_t advance() const { return bits_ >> 8 & 63; }
   [[nodiscard]] constexpr uint32_t mask() const { return bits_ >> 14 & 63; }
   [[nodiscard]] constexpr int value() const { return static_cast<int32_t>(bits_) >> 20; }
+  // What it stands for, where it is whole.
+  [[nodiscard]] constexpr HuffmanSymbol symbol() const {
+    return {length(), mask() != 0 ? kEndOfBlock : static_cast<int>(advance()), value()};
+  }
 
  private:
   uint32_t bits_ = 0;
@@ -132,7 +136,7 @@ class HuffmanTables {
 // ---- tables that many images share ----------------------------------------------------------------
 
 // One look-up of 12 bits yields several symbols: the first three or four small coefficients, and the
-// end of the block. Tables are large and take a fifth of a millisecond to make, so they serve images
+// end of the block. Tables are large and take about a millisecond to make, so they serve images
 // that share their Huffman tables: packs.
 struct FlatEntry {
   uint8_t length;   // bits taken; 0: advance, first and mask are HuffmanEntry::of_code's arguments

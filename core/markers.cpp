@@ -60,15 +60,14 @@ bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size, in
 bool read_markers(const JpegHeader& header, const uint8_t* bytes, size_t size,
                   int64_t num_intervals, uint32_t* markers) {
   constexpr uint8_t kApp9 = 0xE9;
-  constexpr char kName[] = "imseq";  // and its NUL
-  constexpr size_t kHead = 4 + sizeof(kName);
+  constexpr size_t kHead = 4 + sizeof(kIntervalSizes);
   // It stands right before the scan header.
   if (header.segments.size() < 2) return false;
   const JpegSegment& segment = header.segments[header.segments.size() - 2];
   const auto num_sizes = static_cast<size_t>(header.num_intervals());
   const uint8_t* const from = bytes + segment.offset;
   if (segment.marker != kApp9 || segment.size != kHead + 2 * num_sizes ||
-      std::memcmp(from + 4, kName, sizeof(kName)) != 0) {
+      std::memcmp(from + 4, kIntervalSizes, sizeof(kIntervalSizes)) != 0) {
     return false;
   }
   uint32_t end = 0;  // at most 32763 sizes of 16 bits

@@ -27,6 +27,9 @@ struct MarkerKernels {
 [[nodiscard]] bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size,
                                 int64_t num_intervals, uint32_t* markers);
 
+// How the APP9 segment begins in which packs say how long each restart interval is; with its NUL.
+constexpr char kIntervalSizes[] = "imseq";
+
 // The same from what packs say of their images (docs/format.md, "Sizes of the restart intervals"): that
 // must add up to the file's size, but the markers are not looked at. False where nothing is said, or
 // it does not add up.

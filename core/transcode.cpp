@@ -14,6 +14,7 @@
 #include "huffman.h"
 #include "imagenet_seq.h"
 #include "jpeg.h"
+#include "markers.h"
 #include "progressive.h"
 #include "status.h"
 
@@ -97,9 +98,6 @@ class HeaderWriter {
  private:
   std::vector<uint8_t> bytes_;
 };
-
-// The identifier of the APP9 segment that says how long each restart interval is.
-constexpr char kIntervalSizes[] = "imseq";  // and its NUL
 
 bool is_metadata(uint8_t marker) { return (marker >= kApp0 && marker <= kApp15) || marker == kCom; }
 
