@@ -918,7 +918,7 @@ def test_scratch_outlives_an_interrupt_in_the_middle_of_a_sample(tmp_path: Path)
             raise KeyboardInterrupt
 
     flushed: list[Any] = []
-    buckets = Buckets(tmp_path, "deal", 1 << 20, flushed.append)
+    buckets = Buckets(str(tmp_path), "deal", 1 << 20, {0: 0, 1: 0}, flushed.append)
     with pytest.raises(KeyboardInterrupt):
         buckets.append(0, 1, Interrupting(), 4, 0)
     buckets.append(1, 2, Encoded(memoryview(b"whole"), 1, 1, 0, 0), 5, 0)

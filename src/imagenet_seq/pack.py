@@ -42,6 +42,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from imagenet_seq import __version__, _native
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Index, Names
+from imagenet_seq.io_log import IoLog
 from imagenet_seq.scratch import (
     DEALT,
     Buckets,
@@ -63,8 +64,9 @@ DEFAULT_SHARD_BYTES = 10**9
 DEFAULT_MEMORY_BYTES = 512 << 20
 """Bound on the buffers of the deal; finishing a shard takes that shard's size beside."""
 
-_MIN_BUFFER_BYTES, _MAX_BUFFER_BYTES = 1 << 20, 8 << 20
-"""A scratch file grows by at least this much at a time, so that a hard disk seldom seeks."""
+_MIN_BUFFER_BYTES = 1 << 20
+"""Memory for each scratch file, at least: it grows by about twice that at a time, so that a hard
+disk seldom seeks."""
 
 _SPACE_MARGIN = 0.05
 """The pack's tables and the restart markers make ImageNet's images 4.3 % larger."""
@@ -180,6 +182,7 @@ def pack(
     num_workers: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     progress: bool = True,
+    io_log: str | os.PathLike[str] | None = None,
 ) -> dict[str, Summary]:
     """Pack a folder of class folders, or a root with train/ and val/, into `destination`.
 
@@ -198,6 +201,7 @@ def pack(
         memory_bytes: bound on the buffers for dealing samples to shards.
         progress: whether to show progress on stderr, and before that what smaller copies do to size
             and speed.
+        io_log: file to append all requests to, in order; docs/packing.md describes it.
 
     Returns:
         For each split packed ("" where source is no root) what its pack holds.
@@ -212,15 +216,17 @@ def pack(
     settings = settings or Settings()
     source = os.path.abspath(os.path.expanduser(os.fspath(source)))
     destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
-    options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
     tasks = _tasks(source, destination, splits)
     _refuse_overlap(source, destination, tasks)
     # All are opened before the first is packed for hours.
-    opened = [_open_folder(task.source, options) for task in tasks]
-    return {
-        task.split: _pack_one(index, task.destination, settings, options)
-        for task, index in zip(tasks, opened, strict=True)
-    }
+    opened = [_open_folder(task.source, progress) for task in tasks]
+    with IoLog(None if io_log is None else os.fspath(io_log)) as log:
+        num_workers = num_workers or layout.num_cores()
+        options = _RunOptions(on_error, num_workers, memory_bytes, progress, log)
+        return {
+            task.split: _pack_one(index, task.destination, settings, options)
+            for task, index in zip(tasks, opened, strict=True)
+        }
 
 
 class _Task(NamedTuple):
@@ -277,6 +283,7 @@ class _RunOptions(NamedTuple):
     num_workers: int
     memory_bytes: int
     progress: bool
+    log: IoLog
 
     def bar(self, what: str, total: int, done: int = 0) -> Any:
         return tqdm(
@@ -285,8 +292,8 @@ class _RunOptions(NamedTuple):
         )  # fmt: skip
 
 
-def _open_folder(source: str, options: _RunOptions) -> Index:
-    opened = open_source(source, progress=options.progress)
+def _open_folder(source: str, progress: bool) -> Index:
+    opened = open_source(source, progress=progress)
     if opened.kind != "imagefolder":
         raise ValueError(f"{source}: expected a folder of class folders, found a {opened.kind}")
     return opened.index
@@ -294,8 +301,8 @@ def _open_folder(source: str, options: _RunOptions) -> Index:
 
 def _pack_one(index: Index, destination: str, settings: Settings, options: _RunOptions) -> Summary:
     partial = destination + layout.PARTIAL_SUFFIX
-    files = _stat_all(index, options)
-    plan = _Plan.make(index, files, settings, options.memory_bytes)
+    files = _look_at_files(index, options)
+    plan = _Plan.make(index, files, settings, options)
     if os.path.lexists(destination):
         summary = _finished_before(destination, plan, options.on_error)
         _clear_scrap(partial)
@@ -309,7 +316,7 @@ def _pack_one(index: Index, destination: str, settings: Settings, options: _RunO
         if plan.forecast and plan.settings.shrink and options.progress:
             text = plan.forecast.text(plan.settings.shrink, plan.source_bytes)
             tqdm.write(f"{destination}: {text}", file=sys.stderr)
-        workshop = _Workshop(partial, agreed, options)
+        workshop = _Workshop(partial, agreed, plan.image_bytes, options)
         workshop.deal()
         workshop.finish_shards()
         workshop.finish_pack(destination)
@@ -552,7 +559,7 @@ def _check_space(partial: str, plan: _Plan) -> None:
     tar_bytes = _TAR_BYTES * len(plan.index)
     needed = image_bytes * (1 + _SPACE_MARGIN) + tar_bytes + at_once
     present = sum(
-        os.stat(os.path.join(folder, name)).st_size
+        _allocated_bytes(os.path.join(folder, name))
         for folder, _, names in os.walk(partial)
         for name in names
     )
@@ -563,6 +570,12 @@ def _check_space(partial: str, plan: _Plan) -> None:
             f"{_megabytes(needed)} while it runs, {_megabytes(present)} are there already, and the "
             f"disk has {_megabytes(free)} free: make room for {_megabytes(needed - present - free)}"
         )
+
+
+def _allocated_bytes(path: str) -> int:
+    """Return what a file takes on the disk, with what is reserved behind its end."""
+    stat = os.stat(path)
+    return max(stat.st_size, stat.st_blocks * 512)
 
 
 def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | None:
@@ -577,7 +590,7 @@ def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | N
     def images() -> Iterator[bytes]:
         unreadable: list[Failure] = []
         for sample in samples.tolist():
-            data = _read(plan.path(sample))
+            data = plan.read(sample)
             if not isinstance(data, _Refused):
                 yield data
             elif data.is_read_error:
@@ -590,7 +603,8 @@ def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | N
 
     # The places in the pack are random, so its first samples are as good as any.
     samples = plan.order[:_TABLES_SAMPLES]
-    samples = samples[np.argsort(plan.files.inodes[samples], kind="stable")]
+    samples = plan.files.in_disk_order(samples)
+    options.log.begin_pass("choose tables")
     counts = np.zeros((4, 256), np.uint64)
     with (
         ThreadPoolExecutor(options.num_workers) as threads,
@@ -642,30 +656,44 @@ def _refuse_dying_disk(unreadable: Sequence[Failure], root: str, partial: str) -
 
 
 class _Files(NamedTuple):
-    """What stat says of every sample's file; -1 where it fails (reading says why)."""
+    """What the file system says of every sample's file; -1 where it does not."""
 
     sizes: npt.NDArray[np.int64]
     mtimes_ns: npt.NDArray[np.int64]
     inodes: npt.NDArray[np.int64]
+    addresses: npt.NDArray[np.int64]
+
+    def in_disk_order(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sort samples by where their files lie on the disk, so that its head moves on and on.
+
+        Inodes, which are given out about in the order of a file system's blocks, decide where it
+        does not tell addresses.
+        """
+        return samples[np.lexsort((self.inodes[samples], self.addresses[samples]))]
 
 
-def _stat_all(index: Index, options: _RunOptions) -> _Files:
-    def stat_slice(first: int) -> list[tuple[int, int, int]]:
+def _look_at_files(index: Index, options: _RunOptions) -> _Files:
+    def look(first: int) -> list[tuple[int, int, int, int]]:
         found = []
         for name in index.files[first : first + slice_size]:
+            path = os.path.join(index.root, name)
             try:
-                stat = os.stat(os.path.join(index.root, name))
-                found.append((stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1)))
-            except OSError:
-                found.append((-1, -1, -1))
+                stat = os.stat(path)
+                _, address = _native.look_up(path)
+                inode = stat.st_ino & (2**63 - 1)
+                found.append((stat.st_size, stat.st_mtime_ns, inode, address))
+            except OSError:  # reading says why
+                found.append((-1, -1, -1, -1))
         return found
 
+    # Class folder by class folder: file systems keep the inodes of a folder together and read many
+    # at a time (ext4 512), and an inode holds the addresses of a small file.
     slice_size = 1024
-    table = np.empty((len(index), 3), np.int64)
+    table = np.empty((len(index), 4), np.int64)
     firsts = range(0, len(index), slice_size)
     # Threads overlap the waits for a disk or a network; eight keep a disk's queue full.
     with ThreadPoolExecutor(8) as threads, options.bar("look at files", len(index)) as bar:
-        for first, found in zip(firsts, threads.map(stat_slice, firsts), strict=True):
+        for first, found in zip(firsts, threads.map(look, firsts), strict=True):
             table[first : first + len(found)] = found
             bar.update(len(found))
     return _Files(*(column.copy() for column in table.T))
@@ -678,28 +706,31 @@ class _Plan:
     Attributes:
         index: the source.
         settings: what the pack is to be like.
-        files: size, time and inode of each sample's file.
+        files: size, time and place of each sample's file.
         num_shards: shards of the pack.
         shards_per_bucket: shards that share a scratch file in the first round of dealing.
         order: sample of each place in the pack.
         shard_begin: place where each shard begins, and the number of places.
         shard_of_sample: shard of each sample.
         tables: Huffman tables of the pack; None: not chosen yet, or each image has its own.
+        log: of requests.
     """
 
     index: Index
     settings: Settings
     files: _Files
+    log: IoLog
     num_shards: int
     shards_per_bucket: int
     tables: bytes | None = None
 
     @classmethod
-    def make(cls, index: Index, files: _Files, settings: Settings, memory_bytes: int) -> _Plan:
+    def make(cls, index: Index, files: _Files, settings: Settings, options: _RunOptions) -> _Plan:
         source_bytes = _known_bytes(files)
         num_shards = max(1, min(len(index), -(-source_bytes // settings.shard_bytes)))
-        most_buckets = max(1, memory_bytes // _MIN_BUFFER_BYTES)
-        return cls(index, settings, files, num_shards, -(-num_shards // most_buckets))
+        most_buckets = max(1, options.memory_bytes // _MIN_BUFFER_BYTES)
+        shards_per_bucket = -(-num_shards // most_buckets)
+        return cls(index, settings, files, options.log, num_shards, shards_per_bucket)
 
     @functools.cached_property
     def source_bytes(self) -> int:
@@ -719,7 +750,7 @@ class _Plan:
         num_sampled = min(NUM_SAMPLED, len(self.index))
         pairs = []
         for place in range(num_sampled):
-            data = _read(self.path(place * len(self.index) // num_sampled))
+            data = self.read(place * len(self.index) // num_sampled)
             if isinstance(data, _Refused):
                 continue
             before, after = _encode(data, lossless), _encode(data, self)
@@ -758,9 +789,21 @@ class _Plan:
         first = bucket * self.shards_per_bucket
         return range(first, min(first + self.shards_per_bucket, self.num_shards))
 
-    def path(self, sample: int) -> str:
-        """Return the file of a sample."""
-        return os.path.join(self.index.root, self.index.files[int(self.index.file[sample])])
+    def expected_bytes(self, image_bytes: int) -> dict[int, int]:
+        """Return what each bucket will hold, about, where all images take `image_bytes`."""
+        ratio = image_bytes / max(self.source_bytes, 1)
+        buckets = self.shard_of_sample // self.shards_per_bucket
+        source_bytes = np.bincount(buckets, np.maximum(self.files.sizes, 0), self.num_buckets)
+        return dict(enumerate((source_bytes * ratio).astype(np.int64).tolist()))
+
+    def read(self, sample: int) -> bytes | _Refused:
+        """Return the content of a sample's file."""
+        path = os.path.join(self.index.root, self.index.files[int(self.index.file[sample])])
+        data = _read(path)
+        place = {"address": int(self.files.addresses[sample])}
+        place["inode"] = int(self.files.inodes[sample])
+        self.log.note("read", path, 0, 0 if isinstance(data, _Refused) else len(data), **place)
+        return data
 
     def describe(self) -> dict[str, Any]:
         """Return what a continued packing must agree on."""
@@ -909,20 +952,17 @@ class _ShardRows(NamedTuple):
 class _Workshop:
     """Deals samples to scratch files, then makes shards of them, in a claimed folder."""
 
-    def __init__(self, partial: str, plan: _Plan, options: _RunOptions) -> None:
+    def __init__(self, partial: str, plan: _Plan, image_bytes: int, options: _RunOptions) -> None:
         self._partial = partial
         self._pack_folder = os.path.join(partial, _PACK_FOLDER)
         self._plan = plan
         self._options = options
         self._failures: dict[int, Failure] = {}
         self._unreadable: list[Failure] = []
-        self._journal = Journal(os.path.join(partial, _JOURNAL_FILE))
-        buffer_bytes = options.memory_bytes // plan.num_buckets
+        self._journal = Journal(os.path.join(partial, _JOURNAL_FILE), options.log)
+        expected_bytes = plan.expected_bytes(image_bytes)
         self._buckets = Buckets(
-            partial,
-            "deal",
-            min(max(buffer_bytes, _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES),
-            self._journal.add,
+            partial, "deal", options.memory_bytes, expected_bytes, self._journal.add, options.log
         )
         self._finished = self._keep_finished()
         self._recover()
@@ -998,9 +1038,8 @@ class _Workshop:
         missing[self._journal.rows()["sample"]] = False
         for shard in self._finished:
             missing[self._samples_of(shard)] = False
-        samples = np.flatnonzero(missing)
-        # Inodes are given out about in the order of a file system's blocks.
-        samples = samples[np.argsort(self._plan.files.inodes[samples], kind="stable")]
+        samples = self._plan.files.in_disk_order(np.flatnonzero(missing))
+        self._options.log.begin_pass("deal")
         done = len(missing) - len(samples)
         with (
             ThreadPoolExecutor(self._options.num_workers) as threads,
@@ -1023,7 +1062,7 @@ class _Workshop:
         run: list[tuple[int, bytes | _Refused]] = []
         run_bytes = 0
         for sample in samples.tolist():
-            data = _read(self._plan.path(sample))
+            data = self._plan.read(sample)
             run.append((sample, data))
             run_bytes += 0 if isinstance(data, _Refused) else len(data)
             if len(run) >= _RUN_SAMPLES or run_bytes >= _RUN_BYTES:
@@ -1084,6 +1123,7 @@ class _Workshop:
         """Make every shard that is not there yet, each from one sequential read of its scratch."""
         plan = self._plan
         rows = self._journal.rows()
+        self._options.log.begin_pass("finish")
         done = sum(len(self._samples_of(shard)) for shard in self._finished)
         with self._options.bar("write shards", len(plan.index), done) as bar:
             for bucket in range(plan.num_buckets):
@@ -1105,10 +1145,13 @@ class _Workshop:
         Nothing of this is journalled: a killed run begins again with the group's scratch.
         """
         again: list[npt.NDArray[np.void]] = []
-        split = Buckets(self._partial, "split", _MIN_BUFFER_BYTES, again.append)
+        rows = rows[np.isin(self._plan.shard_of_sample[rows["sample"]], shards)]
+        in_shard = self._plan.shard_of_sample[rows["sample"]]
+        expected_bytes = {s: int(rows["length"][in_shard == s].sum()) for s in shards}
+        memory_bytes, log = self._options.memory_bytes, self._options.log
+        split = Buckets(self._partial, "split", memory_bytes, expected_bytes, again.append, log)
         for shard in shards:
             split.remove(shard)
-        rows = rows[np.isin(self._plan.shard_of_sample[rows["sample"]], shards)]
         for row, data in self._buckets.read(bucket, np.sort(rows, order="offset")):
             sample = int(row["sample"])
             shard = int(self._plan.shard_of_sample[sample])
@@ -1126,9 +1169,10 @@ class _Workshop:
         """Write one shard, and beside it the rows that the index will need."""
         dealt = {int(row["sample"]): row for row in rows}
         path = self._shard_path(shard)
+        expected_bytes = layout.shard_bytes(rows["length"])
         table: list[tuple[Any, ...]] = []
         samples: list[int] = []
-        with ShardFile(path + ".tmp") as file:
+        with ShardFile(path + ".tmp", expected_bytes, self._options.log) as file:
             for sample in self._samples_of(shard).tolist():
                 encoded = self._take_dealt(scratch, dealt.get(sample), sample)
                 if encoded is not None:
@@ -1148,7 +1192,7 @@ class _Workshop:
         content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
         content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
         content += self._source_files(shard).tobytes()
-        write_whole(self._rows_path(shard), content)
+        write_whole(self._rows_path(shard), content, self._options.log)
         sync_folder(self._partial)  # a power failure must not leave a shard without its rows
         os.replace(path + ".tmp", path)
 
@@ -1181,7 +1225,7 @@ class _Workshop:
                 return encoded_from(data, row)
         if sample in self._failures:
             return None
-        encoded = self._encode_again(sample, _read(self._plan.path(sample)))
+        encoded = self._encode_again(sample, self._plan.read(sample))
         self._stop_on_failures()
         return encoded
 
