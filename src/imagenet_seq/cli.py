@@ -133,6 +133,9 @@ def _add_pack(commands: Any) -> None:
         "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
     )
     _add_workers(command)
+    command.add_argument(
+        "--log-io", metavar="FILE", help="append every read and write to FILE, a line of JSON each"
+    )
 
 
 def _add_shrink(command: Any) -> None:
@@ -184,6 +187,7 @@ def _pack(options: argparse.Namespace) -> int:
         on_error=options.on_error,
         splits=options.splits,
         num_workers=options.workers,
+        io_log=options.log_io,
     )
     for summary in summaries.values():
         ratio = summary.pack_bytes / max(summary.source_bytes, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +31,6 @@ _READ_BYTES = 8 << 20
 
 _MAX_BUFFER_BYTES = 16 << 20
 """A longer append saves a hard disk little more, and a kill loses what was not yet written."""
-
-_FLUSHED_SHARE = 8
-"""When memory is full, the fullest of this many buckets are written, in the order they lie on the
-disk: so the head goes to the scratch and back for 1/8 of the buckets at once. With B buckets, k of
-them at a time and the journal, moving costs as (1 + 2 / k)(B + k), least near k = sqrt(2 B): of 140
-buckets 17."""
 
 DEALT = np.dtype(
     [
@@ -123,8 +118,17 @@ class Buckets:
         row = (*image, source_length, source_mtime_ns)
         self._pending.setdefault(bucket, []).append(row)
         if self._buffered_bytes >= self._memory_bytes or len(buffer) >= _MAX_BUFFER_BYTES:
-            fullest = sorted(self._buffers, key=lambda bucket: -len(self._buffers[bucket]))
-            self._flush(fullest[: max(1, len(self._expected_bytes) // _FLUSHED_SHARE)])
+            self._flush(self._fullest())
+
+    def _fullest(self) -> list[int]:
+        """Return the buckets to write when memory is full.
+
+        So many at a time that a disk's head moves least: with B buckets, k at a time, the journal
+        and the way back to the source, it moves k + 2 times for a kth part of 2 / (B + k) of the
+        memory. (k + 2)(B + k) / k is least at k = sqrt(2 B).
+        """
+        fullest = sorted(self._buffers, key=lambda bucket: -len(self._buffers[bucket]))
+        return fullest[: math.isqrt(2 * len(self._expected_bytes))]
 
     def flush(self) -> None:
         """Write what is still in buffers."""
