@@ -194,6 +194,16 @@ def _huffman_tables(image: bytes) -> bytes:
     return tables
 
 
+def _left_out(pack: layout.Pack) -> list[str]:
+    """Return the names of the samples that the pack says it left out."""
+    if pack.about["counts"]["skipped"]:
+        # Where it is damaged, the check of the tables says so.
+        with contextlib.suppress(DataError, OSError):
+            failures = layout.read_failures(pack.folder)
+            return [failure["name"] for failure in failures if not failure["kept"]]
+    return []
+
+
 class _Reference:
     """The source a pack is compared with."""
 
@@ -212,13 +222,7 @@ class _Reference:
 
     def check_names(self, pack: layout.Pack) -> Iterator[str]:
         """Report the source's samples that the pack lacks, beside those it says it left out."""
-        left_out = set()
-        if pack.about["counts"]["skipped"]:
-            # Where it is damaged, the check of the tables says so.
-            with contextlib.suppress(DataError, OSError):
-                failures = layout.read_failures(pack.folder)
-                left_out = {failure["name"] for failure in failures if not failure["kept"]}
-        missing = set(self._sample).difference(pack.names, left_out)
+        missing = set(self._sample).difference(pack.names, _left_out(pack))
         for name in sorted(missing)[:_MAX_PROBLEMS]:
             yield f"{name}: is in {self._index.root} but not in the pack"
 
@@ -294,7 +298,8 @@ class _ShardCheck:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.members = layout.MemberNames(self.pack.names)
+        # Samples that were left out had keys, too, and others must have differed from them.
+        self.members = layout.MemberNames([*self.pack.names, *_left_out(self.pack)])
 
     def run(self, shard: int) -> list[str]:
         """Return the problems of one shard."""
