@@ -117,6 +117,13 @@ def _add_pack(commands: Any) -> None:
     )
     _add_workers(command)
     command.add_argument(
+        "--memory",
+        type=_size,
+        default=512 << 20,
+        metavar="SIZE",
+        help="for dealing samples to shards (default 512MiB); one shard beside",
+    )
+    command.add_argument(
         "--log-io", metavar="FILE", help="append every read and write to FILE, a line of JSON each"
     )
 
@@ -206,7 +213,12 @@ def _pack(options: argparse.Namespace) -> int:
     from imagenet_seq.pack import Settings, pack, reshuffle
 
     given = {key: value for key, value in vars(options).items() if value is not None}
-    common = {"splits": options.splits, "num_workers": options.workers, "io_log": options.log_io}
+    common = {
+        "splits": options.splits,
+        "num_workers": options.workers,
+        "memory_bytes": options.memory,
+        "io_log": options.log_io,
+    }
     if options.reshuffle:
         if refused := [key for key in _FOR_RECODING if key in given]:
             raise ValueError(

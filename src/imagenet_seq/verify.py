@@ -17,6 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import _native
 from imagenet_seq.errors import DataError
+from imagenet_seq.index import Names
 from imagenet_seq.shrink import Shrink, smaller_copy
 from imagenet_seq.sources import Source, open_source
 from imagenet_seq.sources import pack as layout
@@ -299,7 +300,8 @@ class _ShardCheck:
 
     def __post_init__(self) -> None:
         # Samples that were left out had keys, too, and others must have differed from them.
-        self.members = layout.MemberNames([*self.pack.names, *_left_out(self.pack)])
+        left_out = Names.from_strings(_left_out(self.pack))
+        self.members = layout.MemberNames(Names.concatenate([self.pack.names, left_out]))
 
     def run(self, shard: int) -> list[str]:
         """Return the problems of one shard."""
