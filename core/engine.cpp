@@ -297,6 +297,7 @@ struct imseq_engine {
   void cancel();
   void stats(imseq_stats* out);
   void pending(imseq_pending* out);
+  int64_t requests(imseq_request* out, int64_t capacity);
   int32_t take(int64_t timeout_ns, imseq_task* out);
   int32_t finish_row(int64_t ticket, const char* failure, imseq_error* error);
   int32_t finish_block(int64_t ticket, const uint8_t* bytes, int64_t size, const int64_t* offsets,
@@ -343,7 +344,7 @@ struct imseq_engine {
                   Clock::time_point* turn_began);
   int32_t read_file(Run& run, int64_t block, FileReader& reader, int64_t* length,
                     imseq_error* error);
-  void count_request(int32_t file, int64_t offset, int64_t length, bool direct);
+  void count_request(const imseq_request& request);
   void take_buffer(Loaded& loaded, int64_t size_bytes);
   void block_came(Run& run, int64_t block, int64_t size_bytes, int32_t status,
                   const imseq_error& error);
@@ -374,17 +375,18 @@ struct imseq_engine {
   int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
   int64_t mean_block_bytes_ =
       128 * 1024;  // of blocks of unknown length; ImageNet's mean file to begin
-  int32_t last_file_ = -1;
+  int64_t last_file_ = -1;
   int64_t last_end_ = -1;
   BufferPool buffers_;
   KeptBlocks kept_;
   const std::string disk_lock_;
-  struct Request {
-    std::shared_ptr<Run> run;  // nullptr: none
+  struct Reading {
+    std::shared_ptr<Run> run;  // nullptr: nothing
     int64_t block = 0;
     Clock::time_point began;
   };
-  std::vector<Request> requests_;  // of each reader
+  std::vector<Reading> reading_;        // what each reader has in hand
+  std::deque<imseq_request> recorded_;  // where the configuration asks for it
   SampleSet verified_;
   std::deque<Ticket> row_tasks_, block_tasks_;
   std::unordered_map<int64_t, Ticket> taken_;
@@ -408,7 +410,7 @@ imseq_engine::imseq_engine(const imseq_engine_config& config)
       kept_(static_cast<uint8_t*>(config.kept), config.kept_bytes, config.kept_keys,
             config.kept_floor_bytes),
       disk_lock_(config.disk_lock == nullptr ? "" : config.disk_lock),
-      requests_(static_cast<size_t>(config.num_readers)) {
+      reading_(static_cast<size_t>(config.num_readers)) {
   const auto* table = static_cast<const uint8_t*>(config.recipe.table);
   if (table != nullptr) {
     table_.assign(table, table + 3 * 256 * value_bytes(config.recipe));
@@ -569,8 +571,8 @@ void imseq_engine::drop_prepared(std::unique_lock<std::mutex>& lock) {
   if (run == nullptr) return;
   run->cancelled = true;
   thread_left_.wait(lock, [&] {
-    return std::none_of(requests_.begin(), requests_.end(),
-                        [&](const Request& request) { return request.run == run; });
+    return std::none_of(reading_.begin(), reading_.end(),
+                        [&](const Reading& reading) { return reading.run == run; });
   });
   for (const Block& block : run->blocks) {
     if (block.loaded != nullptr) block_bytes_ -= block.loaded->reserved_bytes;
@@ -684,15 +686,24 @@ void imseq_engine::pending(imseq_pending* out) {
   *out = {};
   out->age_ns = -1;
   std::lock_guard lock(mutex_);
-  for (const Request& request : requests_) {
-    const int64_t age_ns = request.run == nullptr ? -1 : nanoseconds_since(request.began);
+  for (const Reading& reading : reading_) {
+    if (reading.run == nullptr || reading.run->block_file[reading.block] < 0) continue;
+    const Run& run = *reading.run;
+    const int64_t age_ns = nanoseconds_since(reading.began);
     if (age_ns <= out->age_ns) continue;
-    const Run& run = *request.run;
     out->age_ns = age_ns;
-    out->offset = run.block_offset[request.block];
-    const std::string path = run.path(run.block_file[request.block]);
+    out->offset = run.block_offset[reading.block];
+    const std::string path = run.path(run.block_file[reading.block]);
     std::snprintf(out->path, sizeof out->path, "%s", path.c_str());
   }
+}
+
+int64_t imseq_engine::requests(imseq_request* out, int64_t capacity) {
+  std::lock_guard lock(mutex_);
+  const int64_t count = std::min(capacity, static_cast<int64_t>(recorded_.size()));
+  std::copy_n(recorded_.begin(), count, out);
+  recorded_.erase(recorded_.begin(), recorded_.begin() + count);
+  return count;
 }
 
 // ---- decoding -----------------------------------------------------------------------------------
@@ -953,7 +964,7 @@ void imseq_engine::read_thread(int number) {
       continue;
     }
     ++num_reading_;
-    requests_[number] = {run, run->block_at(run->next_place), Clock::now()};
+    reading_[number] = {run, run->block_at(run->next_place), Clock::now()};
     if (run->next_place >= run->known_end) {
       run->looks_up = true;
       lock.unlock();
@@ -971,7 +982,7 @@ void imseq_engine::read_thread(int number) {
       }
       lock.lock();
     }
-    requests_[number] = {};
+    reading_[number] = {};
     --num_reading_;
     thread_left_.notify_all();
     reading_changed_.notify_all();
@@ -1083,6 +1094,10 @@ void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader, Disk
   } else {
     take_turn(run, disk, turn_began);
     status = read_file(run, number, reader, &length, &error);
+    if (status == IMSEQ_OK) {
+      count_request({run.plan.epoch, run.block_file[number], run.block_offset[number], length,
+                     reader.was_direct(), disk.held()});
+    }
   }
   block_came(run, number, length, status, error);
 }
@@ -1091,9 +1106,8 @@ void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader, Disk
 int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, int64_t* length,
                                 imseq_error* error) {
   Loaded& loaded = *run.blocks[number].loaded;
-  const int32_t file = run.block_file[number];
   const int64_t offset = run.block_offset[number], key = run.key_of(number);
-  int32_t status = reader.open(run.path(file), error);
+  int32_t status = reader.open(run.path(run.block_file[number]), error);
   if (status != IMSEQ_OK) return status;
   if (*length < 0) *length = std::max<int64_t>(0, reader.file_bytes() - offset);
   const int64_t room = FileReader::room(offset, *length);
@@ -1114,7 +1128,6 @@ int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, in
     status = fail(error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
                   "out of memory for a block of %lld bytes", static_cast<long long>(*length));
   }
-  count_request(file, offset, *length, reader.was_direct());
   if (kept != nullptr) {
     if (status == IMSEQ_OK && loaded.bad.empty()) {
       kept_.publish(key, loaded.bytes, *length);
@@ -1125,16 +1138,17 @@ int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, in
   return status;
 }
 
-void imseq_engine::count_request(int32_t file, int64_t offset, int64_t length, bool direct) {
+void imseq_engine::count_request(const imseq_request& request) {
   std::lock_guard lock(mutex_);
-  if (file != last_file_ || offset != last_end_) {
+  if (request.file != last_file_ || request.offset != last_end_) {
     counters_.read_seeks.fetch_add(1, std::memory_order_relaxed);
   }
-  last_file_ = file;
-  last_end_ = offset + length;
+  last_file_ = request.file;
+  last_end_ = request.offset + request.length;
   counters_.read_requests.fetch_add(1, std::memory_order_relaxed);
-  counters_.read_direct_requests.fetch_add(direct, std::memory_order_relaxed);
-  counters_.read_bytes.fetch_add(length, std::memory_order_relaxed);
+  counters_.read_direct_requests.fetch_add(request.direct, std::memory_order_relaxed);
+  counters_.read_bytes.fetch_add(request.length, std::memory_order_relaxed);
+  if (config_.record_requests != 0) recorded_.push_back(request);
 }
 
 // Throws std::bad_alloc.
@@ -1361,6 +1375,14 @@ int32_t imseq_engine_start(imseq_engine* engine, const imseq_plan* plan, void* c
 
 int32_t imseq_engine_prepare(imseq_engine* engine, const imseq_plan* plan, imseq_error* error) {
   return guarded(engine, error, [&] { return engine->prepare(*plan, error); });
+}
+
+int32_t imseq_engine_requests(imseq_engine* engine, imseq_request* out, int64_t capacity,
+                              int64_t* count, imseq_error* error) {
+  return guarded(engine, error, [&] {
+    *count = engine->requests(out, capacity);
+    return IMSEQ_OK;
+  });
 }
 
 int32_t imseq_engine_pending(imseq_engine* engine, imseq_pending* out, imseq_error* error) {

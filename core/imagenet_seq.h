@@ -260,6 +260,8 @@ typedef struct imseq_engine_config {
   int64_t kept_bytes;
   int64_t kept_keys;        /* keys of blocks are below this */
   int64_t kept_floor_bytes; /* no more blocks are kept while less memory is available */
+  int32_t record_requests;  /* 1: for imseq_engine_requests */
+  int32_t reserved;
   imseq_recipe recipe;        /* its table is copied */
 } imseq_engine_config;
 
@@ -345,6 +347,16 @@ typedef struct imseq_pending {
   char path[512];
 } imseq_pending;
 
+/* A range that was read from a file. */
+typedef struct imseq_request {
+  int64_t epoch;
+  int64_t file; /* number in the plan */
+  int64_t offset;
+  int64_t length;
+  int32_t direct; /* 1: past the page cache */
+  int32_t locked; /* 1: the reader held the disk's lock */
+} imseq_request;
+
 IMSEQ_CHECKED int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** out,
                                           imseq_error* error);
 /* Name the plan that will probably be started next: its blocks are read when those of the present
@@ -369,6 +381,10 @@ IMSEQ_CHECKED int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out,
 /* The oldest request that is not answered: what a stalled disk is asked for. */
 IMSEQ_CHECKED int32_t imseq_engine_pending(imseq_engine* engine, imseq_pending* out,
                                            imseq_error* error);
+/* What was read since the last call, in order: up to capacity requests go to out and are forgotten;
+ * *count: how many. */
+IMSEQ_CHECKED int32_t imseq_engine_requests(imseq_engine* engine, imseq_request* out,
+                                            int64_t capacity, int64_t* count, imseq_error* error);
 /* Cancel, and end the core's threads for good. From then on imseq_engine_start, next, release and
  * take, also a waiting one, return IMSEQ_CANCELLED. May be called twice, and beside other calls. */
 IMSEQ_CHECKED int32_t imseq_engine_close(imseq_engine* engine, imseq_error* error);

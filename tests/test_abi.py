@@ -36,6 +36,7 @@ STRUCTS = {
     "imseq_task": _native.Task,
     "imseq_stats": _native._Stats,
     "imseq_pending": _native.Pending,
+    "imseq_request": _native.Request,
 }
 
 

@@ -176,6 +176,8 @@ class _EngineConfig(Structure):
         ("kept_bytes", c_int64),
         ("kept_keys", c_int64),
         ("kept_floor_bytes", c_int64),
+        ("record_requests", c_int32),
+        ("reserved", c_int32),
         ("recipe", _Recipe),
     ]
 
@@ -281,6 +283,19 @@ class Pending(Structure):
     _fields_ = [("age_ns", c_int64), ("offset", c_int64), ("path", c_char * 512)]
 
 
+class Request(Structure):
+    """A range that was read from a file; fields as ``imseq_request``."""
+
+    _fields_ = [
+        ("epoch", c_int64),
+        ("file", c_int64),
+        ("offset", c_int64),
+        ("length", c_int64),
+        ("direct", c_int32),
+        ("locked", c_int32),
+    ]
+
+
 # name -> (result, arguments); the test compares this table with the header.
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_abi": (c_int32, []),
@@ -344,6 +359,10 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_engine_cancel": (c_int32, [c_void_p, POINTER(_Error)]),
     "imseq_engine_stats": (c_int32, [c_void_p, POINTER(_Stats), POINTER(_Error)]),
     "imseq_engine_pending": (c_int32, [c_void_p, POINTER(Pending), POINTER(_Error)]),
+    "imseq_engine_requests": (
+        c_int32,
+        [c_void_p, POINTER(Request), c_int64, c_void_p, POINTER(_Error)],
+    ),
     "imseq_engine_close": (c_int32, [c_void_p, POINTER(_Error)]),
     "imseq_engine_destroy": (None, [c_void_p]),
     "imseq_engine_take": (c_int32, [c_void_p, c_int64, POINTER(Task), POINTER(_Error)]),
@@ -719,6 +738,7 @@ class Reading:
             lives.
         kept_keys: keys of blocks are below this.
         kept_floor_bytes: no more blocks are kept while the machine has less memory available.
+        record_requests: keep what is read for `Engine.requests`.
     """
 
     num_readers: int = 1
@@ -727,6 +747,7 @@ class Reading:
     kept: Lent | None = None
     kept_keys: int = 0
     kept_floor_bytes: int = 0
+    record_requests: bool = False
 
 
 class Lent(Protocol):
@@ -771,6 +792,7 @@ class Engine:
             kept_bytes=kept.size_bytes if kept else 0,
             kept_keys=reading.kept_keys,
             kept_floor_bytes=reading.kept_floor_bytes,
+            record_requests=int(reading.record_requests),
             recipe=_native_recipe(recipe),
         )
         self.num_slots = num_slots
@@ -841,6 +863,19 @@ class Engine:
         if pending.age_ns < 0:
             return None
         return pending.age_ns / 1e9, os.fsdecode(pending.path), int(pending.offset)
+
+    def requests(self) -> list[Request]:
+        """Return what was read since the last call, where `Reading.record_requests` says so."""
+        found: list[Request] = []
+        part, error = (Request * 1024)(), _Error()
+        count = c_int64(len(part))
+        while count.value == len(part):
+            status = _lib.imseq_engine_requests(
+                self._handle, part, len(part), byref(count), byref(error)
+            )
+            check(status, error)
+            found += [Request.from_buffer_copy(request) for request in part[: count.value]]
+        return found
 
     def take(self, timeout_s: float) -> Task | Literal[False] | None:
         """Return work for Python, None when no more will come, False when the time-out passed."""
