@@ -388,6 +388,8 @@ def measure(files: Sequence[str], seed: int = 0, seconds: float = 1.0) -> Speed 
         None where nothing was measured: less than 100 MB in all, nothing answered in time, or so
         fast that it came from memory.
     """
+    if not files:
+        return None
     probes: list[_Probe] = []
     until = time.monotonic() + seconds
     # A thread, because nothing can interrupt a read from a disk that does not answer.
