@@ -7,6 +7,7 @@ cache, and which memory keeps blocks. Nothing of it touches the order or the pix
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -102,7 +103,7 @@ def arrange(
     index = source.index
     data_bytes = source_bytes(source)
     files = [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
-    where = disk.choose_disk(files[0] if files else index.root, wishes.disk)
+    where = _disk_of([*files[:1], index.root], wishes.disk)
     speed = disk.speed_of(where, files) if data_bytes >= MEASURED_BYTES else None
     if wishes.disk == "auto":
         where = disk.effective(where, speed)
@@ -130,7 +131,7 @@ def arrange(
 
 def _of_foreign(source: Source, wishes: Wishes) -> Reading:
     """Blocks that Python makes are neither read nor kept by the core."""
-    where = disk.choose_disk(source.index.root or os.sep, wishes.disk)
+    where = _disk_of([source.index.root], wishes.disk)
     budget = ram.Budget(page_cache=False, kept_bytes=0, notes=())
     return Reading(where, None, budget, 0, _native.Reading(), window=0, reads_on=False)
 
@@ -162,6 +163,14 @@ def source_bytes(source: Source) -> int:
         except OSError:
             continue  # reading says why
     return sum(sizes) * len(index) // max(1, len(sizes))
+
+
+def _disk_of(paths: Sequence[str], wish: str) -> disk.Disk:
+    """Return the disk of the first path that is there; that others are not is said by reading."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            return disk.choose_disk(path, wish)
+    return disk.Disk("unknown", "no such folder", "")
 
 
 def _spread(size: int) -> Sequence[int]:
