@@ -7,6 +7,7 @@ The only file that imports ctypes. It mirrors ``core/imagenet_seq.h`` line by li
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 from ctypes import (
@@ -983,3 +984,36 @@ _PLAN_DTYPES: dict[str, type] = {
     "paths": np.uint8,
     "path_begin": np.int64,
 }
+
+
+# ---- The C library: what Python's own modules lack; nothing of the native core ----
+
+
+def lock_on_fault(address: int, size_bytes: int) -> int:
+    """Have pages stay in memory from the moment each is first touched (Linux's mlock2).
+
+    Returns:
+        0, or the errno that says why not: ENOMEM or EPERM where RLIMIT_MEMLOCK is too small.
+    """
+    mlock2 = getattr(ctypes.CDLL(None, use_errno=True), "mlock2", None)
+    if mlock2 is None:  # not Linux, or glibc before 2.27
+        return errno.ENOSYS
+    mlock2.argtypes = [c_void_p, c_size_t, c_int32]
+    on_fault = 1  # MLOCK_ONFAULT: mlock alone would fill all pages at once
+    return 0 if mlock2(address, size_bytes, on_fault) == 0 else ctypes.get_errno()
+
+
+def memory_file(name: str, flags: int) -> int:
+    """Return the descriptor of a new memfd; os.memfd_create is missing in Pythons built long ago.
+
+    Raises:
+        OSError: the system has no such call, or refuses it.
+    """
+    memfd_create = getattr(ctypes.CDLL(None, use_errno=True), "memfd_create", None)
+    if memfd_create is None:  # not Linux, or glibc before 2.27
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), "memfd_create")
+    memfd_create.argtypes = [c_char_p, c_uint32]
+    file = int(memfd_create(name.encode(), flags))
+    if file < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "memfd_create")
+    return file
