@@ -723,17 +723,25 @@ def refuse(*_: object) -> int:
     raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
-@pytest.mark.parametrize("missing", ["memory files", "sockets", "Linux"])
+@linux
+@pytest.mark.parametrize(
+    ("module", "name", "replacement", "why"),
+    [
+        (sys, "platform", "darwin", "it takes Linux"),
+        (socket, "socket", refuse, "Operation not permitted"),
+        (_native, "memory_file", refuse, "Operation not permitted"),
+        (ram, "_number", lambda *_: 2, "vm.overcommit_memory is 2"),
+    ],
+)
 def test_a_system_that_forbids_sharing(
-    key: str, monkeypatch: pytest.MonkeyPatch, missing: str
+    key: str,
+    monkeypatch: pytest.MonkeyPatch,
+    module: object,
+    name: str,
+    replacement: object,
+    why: str,
 ) -> None:
-    if missing == "Linux":
-        monkeypatch.setattr(sys, "platform", "darwin")
-    elif missing == "sockets":
-        monkeypatch.setattr(socket, "socket", refuse)
-    else:
-        monkeypatch.setattr(_native, "memory_file", refuse)
-    why = "Linux" if missing == "Linux" or sys.platform != "linux" else "not permitted"
+    monkeypatch.setattr(module, name, replacement)
     assert_private(open_kept(key, 4 * MIB, num_ranks=4), MIB, why)
     before = budget("auto", 146 * GB, limits=machine()).kept_bytes
     alone = open_kept(key, 4 * MIB)
