@@ -403,8 +403,14 @@ def test_ranks_that_start_at_once_all_get_one_memory(key: str) -> None:
 
 @linux
 def test_kill_9_of_the_owner_leaves_the_memory_to_the_others(key: str) -> None:
-    owner = Process(key, "open_it(1 << 20); ctypes.memset(memory.address, 9, 8); wait_for_line()")
-    assert owner.line() == f"open {MIB}"
+    script = """
+        open_it(1 << 20)
+        ctypes.memset(memory.address, 9, 8)
+        print("filled", flush=True)
+        wait_for_line()
+    """
+    owner = Process(key, script)
+    assert (owner.line(), owner.line()) == (f"open {MIB}", "filled")
     memory = open_kept(key, 1)
     assert memory.size_bytes == MIB
     owner.kill()
