@@ -566,6 +566,18 @@ def test_close_is_idempotent_and_garbage_is_closed(key: str) -> None:
 
 
 @linux
+def test_it_is_mapped_until_the_process_ends(key: str) -> None:
+    """Threads of an engine may still write to it when the interpreter calls what ends with it."""
+    script = """
+        import atexit
+        atexit.register(lambda: print(content(3)))
+        open_it(1 << 20)
+        ctypes.memset(memory.address, 65, 3)
+    """
+    assert Process(key, script).end().splitlines() == [f"open {MIB}", "b'AAA'"]
+
+
+@linux
 def test_threads_that_open_and_close_at_once_see_whole_memory(key: str) -> None:
     wrong: list[object] = []
 
@@ -729,12 +741,17 @@ def refuse(*_: object) -> int:
     raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
+class SocketWithoutBind(socket.socket):
+    bind = refuse
+
+
 @linux
 @pytest.mark.parametrize(
     ("module", "name", "replacement", "why"),
     [
         (sys, "platform", "darwin", "it takes Linux"),
         (socket, "socket", refuse, "Operation not permitted"),
+        (socket, "socket", SocketWithoutBind, "Operation not permitted"),
         (_native, "memory_file", refuse, "Operation not permitted"),
         (ram, "_number", lambda *_: 2, "vm.overcommit_memory is 2"),
     ],
