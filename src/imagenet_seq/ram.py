@@ -269,9 +269,9 @@ def _size(size_bytes: int) -> str:
 class KeptMemory:
     """Memory for kept blocks, shared by all processes of this user on this node with one `key`.
 
-    It is zero at first, and pages take room as they are written. Made by `open_kept`. Fork-safe: a
-    child has the same memory, shared, not copied. It keeps it until it closes it or
-    ends, as every process does; the kernel frees it when none has it.
+    Made by `open_kept`. It is zero at first, and pages take room as they are written. A forked
+    child has the same memory, shared, not copied. The kernel frees it when no process has it any
+    more: each has closed it or ended, however it ended.
 
     Attributes:
         size_bytes: its size; 0: there is none, `notes` says why.
@@ -314,14 +314,12 @@ def open_kept(key: str, size_bytes: int, *, num_ranks: int = 1) -> KeptMemory:
 
     Whoever comes first decides the size, and hands it to the others while it lives; should it be
     gone, the next to come makes new memory, and those before it keep theirs. Two jobs with the
-    same key share, which is right where the key says everything that the content
-    depends on. Versions of the package with different native interfaces don't share.
-    Ranks in different network namespaces (containers of their own) don't see each other: each has
-    the whole size, so give them ``ram=`` explicitly.
+    same key share, so the key must say everything that the content depends on. Versions of the
+    package with different native interfaces don't share. Ranks in network namespaces of their own
+    (a container each) don't see each other, and each makes the whole size: give them ``ram=``.
 
-    Where sharing is not possible, the memory is this process's own and has its share of the
-    size. It is locked against swapping where the machine has swap and the limits
-    allow it, page by page as it is filled.
+    Where sharing is not possible, the memory is this process's own and has its part of the size.
+    Where the machine has swap, and the limits allow it, pages are locked as they are filled.
 
     Args:
         key: what the memory holds, as text of any length.
@@ -334,16 +332,20 @@ def open_kept(key: str, size_bytes: int, *, num_ranks: int = 1) -> KeptMemory:
     if size_bytes < 1 or num_ranks < 1:
         raise ValueError(f"expected a positive size and ranks, got {size_bytes} and {num_ranks}")
     try:
-        file, giver = _join_or_make(_socket_name(key), size_bytes)
+        return _open_shared(key, size_bytes)
     except OSError as error:
         return _open_private(size_bytes // num_ranks, num_ranks, error)
+
+
+def _open_shared(key: str, size_bytes: int) -> KeptMemory:
+    file, giver = _join_or_make(_socket_name(key), size_bytes)
     try:
         memory = mmap.mmap(file, os.fstat(file).st_size)
-    except OSError as error:
+    except OSError:
         if giver:
             giver.stop()
         os.close(file)
-        return _open_private(size_bytes // num_ranks, num_ranks, error)
+        raise
     return KeptMemory(memory, file, giver, _prepare(memory))
 
 
