@@ -713,16 +713,18 @@ class Loader:
         return Crew(engine, self._num_threads)
 
     def _block_budget(self) -> int:
-        """Return the bound of block memory; a block shuffle has a pool in use and one filling.
+        """Return the bound of block memory.
 
-        So has a window.
+        A block shuffle has a pool, and half as many blocks read ahead of it; windows are two: one
+        in use and one being read.
         """
         if self._shuffle != "block" or self._source.index.length is None:
             window = min(self._arranged().window, len(self._source.index))
             return max(_READ_AHEAD_BYTES, 2 * window * self._mean_bytes())
         # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
         streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
-        return 2 * streams * self._order().pool_blocks * self._block_bytes
+        pool_blocks = self._order().pool_blocks
+        return streams * (pool_blocks + max(2, pool_blocks // 2)) * self._block_bytes
 
 
     def _mean_bytes(self) -> int:

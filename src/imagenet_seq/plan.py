@@ -7,7 +7,7 @@ position or machine. Three steps:
 1. The samples are put into one sequence: as they are ("none"), in a uniform permutation
    ("uniform"), or as their blocks in random order ("block").
 2. The sequence is cut by sample count into `num_streams` runs of equal size. For "block", a
-   stream's blocks are pooled, and the samples of a pool permuted.
+   stream's blocks are mixed: its samples are drawn from a pool of the last blocks read.
 3. The streams are drawn from in turn: global position g of the epoch is sample g // num_streams of
    stream g % num_streams. Global batches are runs of global positions; position i of a global batch
    goes to rank i % world_size.
@@ -49,7 +49,7 @@ class Order:
 
     Args:
         shuffle: "none", "uniform" (a permutation of all samples) or "block" (blocks in random
-            order, the samples of a pool of blocks permuted).
+            order, the samples drawn from a pool of the last blocks).
         seed: in [0, 2**64).
         block_bytes: bytes of a block, about; a block holds whole samples of one file.
         shuffle_blocks: blocks pooled at once, over all streams.
@@ -481,33 +481,30 @@ def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _permutation(size: int, key: int) -> IntArray:
-    return _permuted_runs(np.array([0, size]), key)
-
-
-def _permuted_runs(begin: IntArray, key: int) -> IntArray:
-    """Return the places 0 to begin[-1], those from begin[i] to begin[i + 1] permuted among them.
-
-    Place i gets output i of the SplitMix64 generator (Steele, Lea and Flood, OOPSLA 2014) seeded
-    with `key`, its low bits replaced by i: sorting these numbers orders the places at random. We
-    don't use numpy.random, whose streams may change between versions.
-    """
-    size = int(begin[-1])
+    """Return the places 0 to size, permuted: sorted by random numbers with the place as low bits."""
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     keys = np.empty(size, np.uint64)
     for part in _slices(size):
         place = np.arange(part.start, part.stop, dtype=np.uint64)
-        mixed = (place + np.uint64(1)) * np.uint64(_GOLDEN)
-        mixed += np.uint64(key)
-        for shift, factor in zip((30, 27), _FACTORS, strict=True):
-            mixed ^= mixed >> np.uint64(shift)
-            mixed *= np.uint64(factor)
-        mixed ^= mixed >> np.uint64(31)
-        mixed &= ~low
-        keys[part] = mixed | place
-    for first, end in zip(begin[:-1].tolist(), begin[1:].tolist(), strict=True):
-        keys[first:end].sort()
+        keys[part] = (_splitmix(place, key) & ~low) | place
+    keys.sort()
     keys &= low
     return keys.astype(_index_dtype(size))
+
+
+def _splitmix(place: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    """Return outputs of the SplitMix64 generator (Steele, Lea and Flood, OOPSLA 2014).
+
+    Output i of the generator seeded with `key` belongs to place i. We don't use numpy.random, whose
+    streams may change between versions.
+    """
+    mixed = (place + np.uint64(1)) * np.uint64(_GOLDEN)
+    mixed += np.uint64(key)
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 # ---- step 2: streams -----------------------------------------------------------------------------
@@ -523,23 +520,42 @@ def _stream(sequence: _Sequence, order: Order, number: int) -> tuple[IntArray, I
     sample += np.arange(len(sample), dtype=dtype)
     entry = np.repeat(np.arange(first, last, dtype=np.int32), count)
     if order.shuffle == "block":
-        pools = begin[_pool_begins(len(count), order.pool_blocks)]
-        permuted = _permuted_runs(pools, _key(sequence.key, _POOLS, number))
-        sample, entry = sample[permuted], entry[permuted]
+        key = _key(sequence.key, _POOLS, number)
+        mixed = _mixed_runs(begin, entry - np.int32(first), order.pool_blocks, key)
+        sample, entry = sample[mixed], entry[mixed]
     if sequence.sample is not None:
         sample = sequence.sample[sample]
     return sample, entry
 
 
-def _pool_begins(num_blocks: int, pool_blocks: int) -> Int64Array:
-    """Cut a stream's blocks into pools of 1, 2, 4, ... and then always pool_blocks.
+def _mixed_runs(begin: IntArray, run: Int32Array, pool_blocks: int, key: int) -> IntArray:
+    """Return the places 0 to begin[-1], runs one after the other, mixed over `pool_blocks` of them.
 
-    The first batch of an epoch then waits for one block and not for a whole pool.
+    While runs are read at times 0, 1, 2, ..., a sample of run i is due at i + u * w, with u uniform
+    in [0, 1) and w = pool_blocks: so at any time samples come from the last pool_blocks runs, each
+    of which is given out evenly, as long as it is held. At the begin of an epoch w = i + 1, so that
+    the first batch waits for two or three blocks and not for many.
+
+    Args:
+        begin: place where each run begins, and the end of the last.
+        run: run of each place.
+        pool_blocks: runs held at once, at most.
+        key: of the random draws.
     """
-    ramp = [1 << i for i in range(pool_blocks.bit_length()) if 1 << i < pool_blocks]
-    begins = np.cumsum([0, *ramp])
-    steady = np.arange(begins[-1] + pool_blocks, num_blocks, pool_blocks)
-    return np.concatenate([begins[begins < num_blocks], steady, [num_blocks]]).astype(np.int64)
+    size, num_runs = int(begin[-1]), len(begin) - 1
+    place_bits = max(size - 1, 0).bit_length()
+    due_bits = 64 - place_bits
+    fraction_bits = min(32, due_bits - (2 * num_runs).bit_length())  # due < 2 * num_runs
+    width = np.minimum(np.arange(1, num_runs + 1), pool_blocks).astype(np.uint64)
+    keys = np.empty(size, np.uint64)
+    for part in _slices(size):
+        place = np.arange(part.start, part.stop, dtype=np.uint64)
+        fraction = _splitmix(place, key) >> np.uint64(64 - fraction_bits)
+        due = (run[part].astype(np.uint64) << np.uint64(fraction_bits)) + fraction * width[run[part]]
+        keys[part] = due << np.uint64(place_bits) | place
+    keys.sort()
+    keys &= np.uint64((1 << place_bits) - 1)
+    return keys.astype(_index_dtype(size))
 
 
 # ---- step 3: ranks -------------------------------------------------------------------------------
@@ -831,7 +847,7 @@ class State:
     shuffle_blocks: int
     num_streams: int
     exact: bool
-    format_version: int = 1
+    format_version: int = 2
 
     @classmethod
     def of(cls, index: Index, order: Order, pillow: str, epoch: int, samples_done: int) -> State:
