@@ -80,6 +80,7 @@ enum class BlockState : uint8_t { waiting, reading, ready, failed };
 // What a block has between being read and its last sample's decoding.
 struct Loaded {
   Buffer buffer;
+  const uint8_t* bytes = nullptr;
   int64_t size_bytes = 0;
   int64_t reserved_bytes = 0;             // what it counts for in the budget
   std::vector<int64_t> offsets, lengths;  // foreign block: its samples
@@ -652,7 +653,7 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
         static_cast<long long>(length), static_cast<long long>(offset),
         static_cast<long long>(loaded.size_bytes));
   }
-  *bytes = loaded.buffer.bytes.get() + offset;
+  *bytes = loaded.bytes + offset;
   *size = length;
   return IMSEQ_OK;
 }
@@ -782,7 +783,7 @@ void imseq_engine::fail_row(Run& run, int64_t position, const imseq_error& error
 // ---- reading ------------------------------------------------------------------------------------
 
 void imseq_engine::read_thread() {
-  FileReader reader;
+  FileReader reader(false);
   int64_t generation = 0;
   while (const std::shared_ptr<Run> run = wait_for_run(&generation)) {
     std::unique_lock lock(mutex_);
@@ -842,9 +843,10 @@ void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
     if (status == IMSEQ_OK) {
       if (length < 0) length = std::max<int64_t>(0, reader.file_bytes() - offset);
       count_request(run.block_file[number], offset, length);
-      take_buffer(loaded, length);
+      take_buffer(loaded, FileReader::room(offset, length));
       Timer timer(&counters_.read_ns);
-      status = reader.read(offset, length, loaded.buffer.bytes.get(), &error);
+      std::vector<BadRange> bad;
+      status = reader.read(offset, length, loaded.buffer.get(), &loaded.bytes, &bad, &error);
     }
   } catch (const std::bad_alloc&) {
     status = fail(&error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
@@ -993,7 +995,8 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
       take_buffer(loaded, size);
       loaded.offsets.assign(offsets, offsets + num_samples);
       loaded.lengths.assign(lengths, lengths + num_samples);
-      if (size > 0) std::memcpy(loaded.buffer.bytes.get(), bytes, static_cast<size_t>(size));
+      loaded.bytes = loaded.buffer.get();
+      if (size > 0) std::memcpy(loaded.buffer.get(), bytes, static_cast<size_t>(size));
       counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
     } catch (const std::bad_alloc&) {
       status = fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0,
