@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-#define IMSEQ_ABI 5
+#define IMSEQ_ABI 6
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
@@ -218,6 +218,18 @@ IMSEQ_CHECKED int32_t imseq_fit_tables(const uint64_t* counts, uint8_t* out, ims
 
 /* CRC-32C (Castagnoli, RFC 3720) of bytes, continuing from crc (0 to begin). */
 IMSEQ_API uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size);
+
+/* ---- files ----------------------------------------------------------------------------------- */
+
+/* A file's size, and the physical byte of its first extent, by which files can be read in the order
+ * they lie on the disk; -1 where the file system does not say. */
+IMSEQ_CHECKED int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
+                                    imseq_error* error);
+/* Have the file system set size_bytes aside for a file open for writing, in one piece if it can,
+ * without changing the file's size. Where it knows no such thing nothing happens. */
+IMSEQ_CHECKED int32_t imseq_preallocate(int32_t fd, int64_t size_bytes, imseq_error* error);
+/* Bytes before the arena in memory for kept blocks whose keys are below num_keys. */
+IMSEQ_API int64_t imseq_kept_table_bytes(int64_t num_keys);
 
 /* ---- the engine ------------------------------------------------------------------------------ */
 
