@@ -282,20 +282,20 @@ void wrong_tables_do_no_harm() {
   const Memory memory(table + kArenaBytes + 16 * kPage);
   CHECK(::mprotect(memory.get() + table + kArenaBytes, 16 * kPage, PROT_NONE) == 0);
   const uint8_t* const arena = memory.get() + table;
+  constexpr int64_t kThere = 0xFFFFFFFF;  // as the first eight bytes of an entry
   const int64_t nasty[] = {0,
                            1,
                            -1,
                            kPage,
-                           2 * kPage,
+                           4097,
+                           kArenaBytes - kPage,
                            kArenaBytes,
                            INT64_MAX,
                            INT64_MIN,
-                           kArenaBytes - kPage,
                            INT64_MAX / kPage * kPage,
-                           4097,
                            int64_t{-1} << 32,
-                           0xFFFFFFFF /* there, at the room's begin */,
-                           1000ll << 32 | 0xFFFFFFFF};
+                           kThere,
+                           int64_t{1000} << 32 | kThere};
   std::mt19937_64 random(1);
   int num_found = 0, num_claimed = 0;
   for (int round = 0; round < 20000; ++round) {
@@ -317,6 +317,7 @@ void wrong_tables_do_no_harm() {
     const int64_t room_bytes = 1 + static_cast<int64_t>(random() % (2 * kArenaBytes));
     if (uint8_t* const room = kept.claim(key, room_bytes)) {
       ++num_claimed;
+      CHECK(reinterpret_cast<uintptr_t>(room) % kPage == 0);
       std::memset(room, 1, static_cast<size_t>(room_bytes));
       kept.publish(key, room, room_bytes);
     }

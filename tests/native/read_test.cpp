@@ -5,6 +5,10 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <linux/magic.h>
+#include <sys/vfs.h>
+#endif
 
 #include <algorithm>
 #include <cerrno>
@@ -227,6 +231,7 @@ void test_what_the_disk_reads_the_second_time_is_good() {
     disk.faults = {{1500000, 1500512, EIO, 1}};
     const Result result = read(reader, 1000, 2000000);
     CHECK(result.status == IMSEQ_OK && result.bad.empty() && is_right(result, 1000));
+    CHECK(disk.requests.size() == (reader.was_direct() ? 2 : 3));  // in large pieces
   }
 }
 
@@ -335,6 +340,11 @@ void test_look_up() {
   CHECK(size_bytes == 12345);
   // Either the file system says where files lie, and then not at the same place, or it does not.
   CHECK((first_address == second_address) == (first_address == -1));
+#if defined(__linux__)
+  struct statfs system;
+  CHECK(::statfs(folder.c_str(), &system) == 0);
+  if (system.f_type == EXT4_SUPER_MAGIC) CHECK(first_address > 0 && second_address > 0);
+#endif
 }
 
 void test_preallocate() {
