@@ -32,6 +32,7 @@
 #include <numeric>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -1056,7 +1057,7 @@ void imseq_engine::take_turn(const Run& run, DiskLock& disk, Clock::time_point* 
 // order of their inodes, so that looking them up is one sweep; the second one reads them.
 void imseq_engine::look_up_window(Run& run, DiskLock& disk) {
   struct Found {
-    int64_t address;
+    FilePlace place;
     int32_t block;
   };
   const int64_t begin = run.known_end, end = run.read_by(run.next_place);
@@ -1064,7 +1065,7 @@ void imseq_engine::look_up_window(Run& run, DiskLock& disk) {
   found.reserve(static_cast<size_t>(end - begin));
   Clock::time_point turn_began;
   for (int64_t block = begin; block < end && !run.cancelled; ++block) {
-    FilePlace place = {0, -1};
+    FilePlace place;
     imseq_error unused;
     if (run.block_length[block] < 0) {  // a file, not a range of a shard
       take_turn(run, disk, &turn_began);
@@ -1073,10 +1074,13 @@ void imseq_engine::look_up_window(Run& run, DiskLock& disk) {
       (void)look_up(run.path(run.block_file[block]), &place, &unused);
       counters_.read_lookups.fetch_add(1, std::memory_order_relaxed);
     }
-    found.push_back({place.address, static_cast<int32_t>(block)});
+    found.push_back({place, static_cast<int32_t>(block)});
   }
   std::stable_sort(found.begin(), found.end(),
-                   [](const Found& a, const Found& b) { return a.address < b.address; });
+                   [](const Found& a, const Found& b) {
+                     return std::tie(a.place.address, a.place.inode) <
+                            std::tie(b.place.address, b.place.inode);
+                   });
   std::lock_guard lock(mutex_);
   for (size_t i = 0; i < found.size(); ++i) run.reading_order[begin + i] = found[i].block;
   run.known_end = end;
@@ -1093,6 +1097,7 @@ void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader, Disk
     loaded.was_kept = true;
   } else {
     take_turn(run, disk, turn_began);
+    if (run.cancelled) return;  // nobody waits for it
     status = read_file(run, number, reader, &length, &error);
     if (status == IMSEQ_OK) {
       count_request({run.plan.epoch, run.block_file[number], run.block_offset[number], length,

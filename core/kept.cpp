@@ -97,7 +97,7 @@ bool KeptBlocks::find(int64_t key, const uint8_t** bytes, int64_t* size_bytes) c
   if (!room_of(*found, &room)) return false;
   const int64_t lead = found->lead_bytes.load(std::memory_order_relaxed);
   const int64_t size = found->size_bytes.load(std::memory_order_relaxed);
-  if (lead > room.size_bytes || size < 0 || size > room.size_bytes - lead) return false;
+  if (size < 0 || size > room.size_bytes - lead) return false;
   *bytes = arena_ + room.offset + lead;
   *size_bytes = size;
   return true;
@@ -160,7 +160,7 @@ bool KeptBlocks::room_of(const Entry& entry, Room* room) const {
   const int64_t size = entry.room_bytes.load(std::memory_order_acquire);
   const int64_t offset = entry.room_offset.load(std::memory_order_relaxed);
   if (size <= 0 || offset < 0 || offset % kPageBytes != 0) return false;
-  if (size > arena_bytes_ || offset > arena_bytes_ - size) return false;
+  if (offset > arena_bytes_ - size) return false;
   *room = {offset, size};
   return true;
 }

@@ -277,6 +277,8 @@ int32_t look_up(const std::string& path, FilePlace* out, imseq_error* error) {
   const int fd = open_file(path, false);
   if (fd < 0) return cannot_open(path, error);
   const int32_t status = regular_file_bytes(fd, path, &out->size_bytes, error);
+  struct stat info;
+  if (status == IMSEQ_OK && ::fstat(fd, &info) == 0) out->inode = info.st_ino;
   out->address = status == IMSEQ_OK ? first_address(fd) : -1;
   ::close(fd);
   return status;

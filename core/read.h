@@ -111,6 +111,9 @@ struct FilePlace {
   // Physical byte of its first extent, of use for sorting only; -1 where the file system does not
   // say, or has not decided yet.
   int64_t address = -1;
+  // Stands in for the address where there is none: inodes are given out about in the order of a
+  // file system's blocks.
+  uint64_t inode = 0;
 };
 [[nodiscard]] int32_t look_up(const std::string& path, FilePlace* out, imseq_error* error);
 

@@ -239,9 +239,9 @@ def test_samples_are_given_out_evenly_while_their_block_is_in_the_pool() -> None
     opened = {block: place for place, block in enumerate(dict.fromkeys(used.tolist()))}
     lag = np.arange(len(used)) / block_samples - [opened[block] for block in used.tolist()]
     steady = lag[5000:-2000] / pool
-    # Places are about times: uniform in [0, 1], a little blurred by what comes between.
-    counts, _ = np.histogram(steady, np.linspace(0, 1, 11))
-    assert abs(counts / len(steady) - 0.1).max() < 0.015
+    # Places are about times, all shifted alike: uniform over a range of 1, a little blurred.
+    counts, _ = np.histogram(steady - np.median(steady), np.linspace(-0.5, 0.5, 11))
+    assert abs(counts[1:-1] / len(steady) - 0.1).max() < 0.015
 
 
 def test_a_block_across_a_cut_is_read_by_both_streams_and_others_by_one() -> None:
@@ -613,7 +613,7 @@ def test_a_state_of_another_place_or_world_size_is_welcome() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "expected format version 1, got 2"),
+        ({"format_version": 1}, "expected format version 2, got 1"),
         ({"seed": "5"}, "seed: expected int, got '5'"),
         ({"exact": 1}, "exact: expected bool, got 1"),
         ({"colour": 3}, "colour: unknown"),
