@@ -441,7 +441,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Let measuring give SLOW; the list has what was asked to be measured."""
     calls: list[Sequence[str]] = []
 
-    def made_up(files: Sequence[str]) -> Speed:
+    def made_up(files: Sequence[str], seed: int) -> Speed:
         calls.append(files)
         return SLOW
 
@@ -468,6 +468,8 @@ def test_memory_and_nothing_are_not_measured(measured: list[Sequence[str]]) -> N
     assert speed_of(Disk("memory", "tmpfs", ""), ["a"]) is None
     assert speed_of(HDD, []) is None
     assert measured == []
+    speed_of(HDD, ["a"])
+    assert speed_of(HDD, []) == SLOW
 
 
 @pytest.mark.parametrize(
@@ -573,12 +575,12 @@ def test_what_is_in_memory_is_not_taken_for_a_disk(
     assert measure([large]) is None
 
 
-def test_little_data_says_nothing(tmp_path: Path) -> None:
-    (tmp_path / "small").write_bytes(bytes(1 << 20))
-    assert measure([str(tmp_path / "small")]) is None
+def test_files_without_two_pages_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(bytes(8191))
+    assert measure([str(tmp_path / "small")] * 9) is None
 
 
-def test_small_files_that_are_many_are_measured(tmp_path: Path) -> None:
+def test_small_files_are_read_from_their_beginning(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(os.urandom(100_000))
     os.sync()
     seen: list[tuple[int, int]] = []
@@ -590,7 +592,7 @@ def test_small_files_that_are_many_are_measured(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(disk_module, "_read_at", noted)
-        measure([str(tmp_path / "small")] * 1001)
+        measure([str(tmp_path / "small")] * 20)
     assert seen == [(0, 4096), (4096, 94_208)] * 8  # whole pages of 100,000 bytes
 
 
