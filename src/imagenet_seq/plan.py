@@ -112,6 +112,8 @@ class EnginePlan:
         paths: bytes of the paths of the files used, one after the other (uint8).
         path_begin: where each path begins, and the end of the last (int64, num_files + 1).
         draw: what stands for the sample in the key of its random draws; None: the sample.
+        block_key: names a block's bytes in all plans of one index and `key_kind`; -1: none.
+        window_begin: first block of each window, and the number of blocks; None: no windows.
     """
 
     seed: int
@@ -130,7 +132,9 @@ class EnginePlan:
     root: str
     paths: npt.NDArray[np.uint8]
     path_begin: Int64Array
+    block_key: IntArray
     draw: Int64Array | None = None
+    window_begin: Int64Array | None = None
 
 
 class Blocks(NamedTuple):
@@ -264,7 +268,7 @@ def rank_plan(
     extents = _extents(index, sample)
     if sequence.blocks is None:
         file = _gather(index.file, sample, np.int32)
-        reads = _reads_in_order(file, extents, order.block_bytes, foreign)
+        reads = _reads_in_order(sample, file, extents, order.block_bytes, foreign)
     else:
         reads = _reads_of_blocks(sequence.blocks, sequence.block, entry, extents, foreign)
     return _engine_plan(
@@ -316,9 +320,42 @@ def explicit_plan(
         raise ValueError(f"batch_begin: expected to rise from 0 to {len(chosen)}, got {begins}")
     chosen = chosen.astype(_index_dtype(len(index)))
     extents = _extents(index, chosen)
-    reads = _reads_in_order(index.file[chosen], extents, block_bytes, foreign)
+    reads = _reads_in_order(chosen, index.file[chosen], extents, block_bytes, foreign)
     made = _engine_plan(index, chosen, extents.length, reads, begins, begins, seed, epoch, foreign)
     return replace(made, draw=_draws(chosen, rank))
+
+
+def in_windows(plan: EnginePlan, window_blocks: int) -> EnginePlan:
+    """Return the plan with its blocks read in windows: what one hard disk wants of a random order.
+
+    The blocks of a window are put into the order of files and offsets; the engine then reads them
+    in the order in which they lie on the disk. What is delivered, and in which order, stays. Windows
+    grow from 256 blocks, so that the first batch does not wait for a whole one.
+
+    Args:
+        plan: a plan of samples that are read one by one.
+        window_blocks: blocks of a window, at most.
+    """
+    num_blocks = len(plan.block_file)
+    ramp = [1 << i for i in range(8, 63) if 1 << i < window_blocks]
+    begins = np.cumsum([0, *ramp])
+    steady = np.arange(begins[-1] + window_blocks, num_blocks, window_blocks)
+    begins = np.concatenate([begins[begins < num_blocks], steady, [num_blocks]]).astype(np.int64)
+    order = np.empty(num_blocks, np.int32)
+    for first, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        keys = plan.block_offset[first:end], plan.block_file[first:end]
+        order[first:end] = first + np.lexsort(keys)
+    place = np.empty(num_blocks, np.int32)
+    place[order] = np.arange(num_blocks, dtype=np.int32)
+    return replace(
+        plan,
+        block=place[plan.block],
+        block_file=plan.block_file[order],
+        block_offset=plan.block_offset[order],
+        block_length=plan.block_length[order],
+        block_key=plan.block_key[order],
+        window_begin=begins,
+    )
 
 
 def _draws(sample: IntArray, rank: int) -> Int64Array | None:
@@ -604,11 +641,12 @@ class _Extents(NamedTuple):
 class _Reads(NamedTuple):
     """What a rank reads, in the order of first use, and where in it each position's sample lies."""
 
-    block: Int32Array  # of each position: the place of its read in the last three columns
+    block: Int32Array  # of each position: the place of its read in the other columns
     offset_in_block: IntArray
     file: IntArray
     offset: IntArray
     length: IntArray
+    key: IntArray
 
 
 def _extents(index: Index, sample: IntArray) -> _Extents:
@@ -633,7 +671,9 @@ def _reads_of_blocks(
     offset_in_block = extents.offset
     if not foreign:
         offset_in_block = offset_in_block - offset.astype(offset_in_block.dtype)[block]
-    return _Reads(block, offset_in_block, blocks.file[number], offset, blocks.length[number])
+    return _Reads(
+        block, offset_in_block, blocks.file[number], offset, blocks.length[number], number
+    )
 
 
 def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
@@ -644,7 +684,9 @@ def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
     return first
 
 
-def _reads_in_order(file: IntArray, extents: _Extents, block_bytes: int, foreign: bool) -> _Reads:
+def _reads_in_order(
+    sample: IntArray, file: IntArray, extents: _Extents, block_bytes: int, foreign: bool
+) -> _Reads:
     """Read every sample alone, but neighbours on disk that follow each other in one go."""
     offset, length = extents
     begins_read = _changes(file)
@@ -652,7 +694,7 @@ def _reads_in_order(file: IntArray, extents: _Extents, block_bytes: int, foreign
         _cut_between_strangers(begins_read, extents)
     if np.all(begins_read) and not foreign:
         alone = np.arange(len(file), dtype=np.int32)
-        return _Reads(alone, np.broadcast_to(np.int32(0), len(file)), file, offset, length)
+        return _Reads(alone, np.broadcast_to(np.int32(0), len(file)), file, offset, length, sample)
     first = np.flatnonzero(begins_read)
     if not foreign:
         run_offset = np.repeat(offset[first], np.diff(np.append(first, len(file))))
@@ -662,10 +704,13 @@ def _reads_in_order(file: IntArray, extents: _Extents, block_bytes: int, foreign
     block -= 1
     if foreign:
         unknown = np.broadcast_to(np.int32(-1), len(first))
-        return _Reads(block, offset, file[first], file[first], unknown)
+        return _Reads(block, offset, file[first], file[first], unknown, unknown)
     last = np.append(first[1:], len(file)) - 1
     read_length = np.where(length[last] < 0, -1, offset[last] + length[last] - offset[first])
-    return _Reads(block, offset - offset[first][block], file[first], offset[first], read_length)
+    key = np.where(last == first, sample[first], -1)  # a run of neighbours is another one next time
+    return _Reads(
+        block, offset - offset[first][block], file[first], offset[first], read_length, key
+    )
 
 
 def _cut_between_strangers(begins_read: npt.NDArray[np.bool_], extents: _Extents) -> None:
@@ -710,6 +755,7 @@ def _engine_plan(
         root=index.root,
         paths=files.blob[first:end],
         path_begin=files.begin - first if first else files.begin,
+        block_key=reads.key,
     )
 
 
