@@ -519,8 +519,9 @@ class Loader:
         return read.forecast_of(
             self._source,
             reading,
-            epoch_samples=plan.epoch_size(len(self.dataset), self._order()),
+            num_samples=plan.epoch_size(len(self.dataset), self._order()),
             block_bytes=self._block_bytes,
+            order={"block": "blocks", "none": "sequence"}.get(self._shuffle, "files"),
         )
 
     @property

@@ -71,6 +71,7 @@ class Reading:
         native: what the engine is told.
         window: samples that are read in the order they lie on the disk; 0: none.
         reads_on: whether the next epoch's first blocks are read before the present one ends.
+        num_ranks: ranks of this node.
         notes: what the user should know.
     """
 
@@ -81,6 +82,7 @@ class Reading:
     native: _native.Reading
     window: int
     reads_on: bool
+    num_ranks: int = 1
     notes: list[str] = field(default_factory=list)
 
 
@@ -126,7 +128,7 @@ def arrange(
         kept_floor_bytes=ram.limits().total_bytes // _KEPT_FLOOR,
     )
     reads_on = not budget.page_cache
-    return Reading(where, speed, budget, data_bytes, native, window, reads_on, notes)
+    return Reading(where, speed, budget, data_bytes, native, window, reads_on, num_ranks, notes)
 
 
 def _of_foreign(source: Source, wishes: Wishes) -> Reading:
@@ -137,17 +139,36 @@ def _of_foreign(source: Source, wishes: Wishes) -> Reading:
 
 
 def forecast_of(
-    source: Source, reading: Reading, *, epoch_samples: int, block_bytes: int
+    source: Source, reading: Reading, *, num_samples: int, block_bytes: int, order: str
 ) -> forecast.Forecast:
     """Return what disk and memory allow.
 
     Args:
         source: the data.
         reading: how it is read.
-        epoch_samples: samples of an epoch, over all ranks.
+        num_samples: samples of an epoch, over all ranks.
         block_bytes: bytes of a block.
+        order: "blocks", "sequence" or "files", as `forecast.Job` has it.
     """
-    raise NotImplementedError
+    data_bytes = reading.data_bytes * num_samples // max(1, len(source.index))
+    kept = reading.native.kept
+    return forecast.forecast(
+        forecast.Job(
+            name=os.path.basename(os.path.abspath(source.index.root)),
+            kind=source.kind,
+            num_samples=num_samples,
+            data_bytes=data_bytes,
+            order="window" if order == "files" and reading.window else order,
+            disk=reading.disk,
+            speed=reading.speed,
+            block_bytes=block_bytes,
+            kept_bytes=min(reading.budget.kept_bytes, data_bytes) if kept else 0,
+            page_cache=reading.budget.page_cache,
+            num_readers=reading.native.num_readers,
+            num_ranks=reading.num_ranks,
+            is_estimate=source.index.length is None,
+        )
+    )
 
 
 def num_readers(where: disk.Disk, in_blocks: bool) -> int:
@@ -223,7 +244,7 @@ def _kept_memory(
         _kept_key(source, units), table + budget.kept_bytes + slack, num_ranks=num_ranks
     )
     notes += memory.notes
-    return memory
+    return memory if memory.size_bytes > table else None
 
 
 def _kept_key(source: Source, units: str) -> str:
