@@ -298,7 +298,7 @@ def _forecast(source: Source, options: argparse.Namespace) -> Forecast:
     index = source.index
     data_bytes = read.source_bytes(source)
     files = read.some_files(index)
-    where = disk.choose_disk(files[0])
+    where = disk.choose_disk(next(filter(os.path.exists, [*files[:1], index.root])))
     is_measured = options.measure and data_bytes >= read.MEASURED_BYTES
     speed = disk.speed_of(where, files if is_measured else [])
     where = disk.effective(where, speed)
