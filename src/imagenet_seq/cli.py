@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -227,20 +228,24 @@ def _add_info(commands: Any) -> None:
         _info,
         "say what a pack or a folder of class folders is; opens no image",
         "  imagenet-seq info /disk/imagenet-pack --split train\n"
-        "  imagenet-seq info /disk/train-pack --json\n",
+        "  imagenet-seq info /disk/train-pack --json\n"
+        "  imagenet-seq info /disk/train-pack --shuffle    # is it as good as a uniform one?\n",
     )
     command.add_argument("path", help="a pack, class folders, or a folder with train/ and val/")
     command.add_argument("--split", choices=SPLITS, help="which split of a folder with both")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_shuffle(command)
 
 
 def _info(options: argparse.Namespace) -> int:
     folders = [os.path.join(options.path, split) for split in SPLITS]
     both = options.split is None and all(map(os.path.isdir, folders))
     splits = SPLITS if both else (options.split,)
-    all_facts = [
-        _facts(open_source(options.path, split, progress=not options.json)) for split in splits
-    ]
+    sources = [open_source(options.path, split, progress=not options.json) for split in splits]
+    all_facts = [_facts(source) for source in sources]
+    if options.shuffle:
+        for source, facts in zip(sources, all_facts, strict=True):
+            facts.update(_shuffle_facts(source, options))
     if options.json:
         facts = dict(zip(SPLITS, all_facts, strict=True)) if both else all_facts[0]
         print(json.dumps(facts, indent=1))
@@ -293,6 +298,34 @@ def _tables_fact(pack: layout.Pack) -> str:
     if described is None:
         return "each image's own"
     return f"chosen for the pack (CRC-32C {described['crc32c']})"
+
+
+def _add_shuffle(command: Any) -> None:
+    group = command.add_argument_group("shuffle quality", "See docs/shuffle.md.")
+    group.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="measure the training shuffle, as the Loader has it by default, against a uniform one",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="samples of one rank in a batch (default 256)",
+    )
+    group.add_argument(
+        "--ranks", type=_positive, default=1, metavar="N", help="world size (default 1)"
+    )
+
+
+def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    from imagenet_seq import shuffle
+    from imagenet_seq.plan import Order
+
+    order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)
+    quality = shuffle.measure(source.index, order, options.batch_size, source.foreign)
+    return {"shuffle": asdict(quality)} if options.json else shuffle.describe(quality)
 
 
 # ---- verify --------------------------------------------------------------------------------------
