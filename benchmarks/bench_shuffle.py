@@ -179,7 +179,7 @@ def measured(row: Row) -> list[str]:
         f"{moved.distance:.2g}",
         str(moved.num_moves),
         p_cell(moved.p),
-        f"{mates.times_uniform:.3g}",
+        f"{mates.meet / mates.meet_uniform:.3g}",
         by_formula,
     ]
 

@@ -118,11 +118,6 @@ class BlockMates:
     meet_formula: float | None
     meet_uniform: float
 
-    @property
-    def times_uniform(self) -> float:
-        """How many times as often as in a uniform shuffle they meet."""
-        return self.meet / self.meet_uniform if self.meet_uniform else math.nan
-
 
 @dataclass(frozen=True)
 class Quality:
@@ -186,7 +181,8 @@ def label_runs(label: IntArray) -> LabelRuns:
     """Compare how often neighbours have one class with a uniform shuffle.
 
     The number of runs is the number of samples less that of such neighbours. Its mean and variance
-    over all permutations: A. M. Mood, Annals of Mathematical Statistics 11 (1940) 367.
+    over all permutations: A. M. Mood, Annals of Mathematical Statistics 11 (1940) 367. `z` is close
+    to normal where about 100 such neighbours or more are expected.
 
     Args:
         label: class of the sample at each place of the epoch, 0 or more.
@@ -233,7 +229,7 @@ def displacement(before: IntArray, after: IntArray, block: IntArray | None = Non
     ranked = np.abs(_ranks(place_after[chosen]) - _ranks(place_before[chosen]))
     distance = _distance_to_uniform(ranked, len(ranked))
     return Displacement(
-        mean=float(moves.mean()) / size if len(moves) else math.nan,
+        mean=float(moves.mean()) / size if len(moves) else 0.0,
         distance=_distance_to_uniform(moves, max(size, len(after))),
         num_moves=len(chosen),
         move_distance=distance,
@@ -303,14 +299,23 @@ def measure(index: Index, order: plan.Order, batch_size: int, foreign: bool = Fa
         order: what decides the order; its `num_streams` is the number of ranks.
         batch_size: samples of one rank in a batch.
         foreign: `Source.foreign`.
+
+    Raises:
+        ValueError: where there are fewer samples than ranks.
     """
     first, second = (plan.epoch_order(index, order, epoch, foreign) for epoch in (0, 1))
+    if not len(first):
+        raise ValueError(
+            f"expected a sample or more for each rank, got {len(index)} samples for "
+            f"{order.num_streams} ranks"
+        )
     begins = plan.batch_begins(len(first), batch_size, order.num_streams)
-    is_labelled = index.label is not None and len(first) and index.label.min() >= 0
-    label = index.label[first] if index.label is not None and is_labelled else None
+    label = None
+    if index.label is not None and index.label.min() >= 0:
+        label = index.label[first]
     block = block_of_samples(index, order, foreign)
     mates = None
-    if block is not None and len(first):
+    if block is not None:
         formula = block_mates_formula(len(first), int(block.max()) + 1, order, batch_size)
         mates = block_mates(first, block, begins, formula)
     return Quality(
@@ -370,9 +375,14 @@ def describe(quality: Quality) -> dict[str, str]:
     )
     if (mates := quality.block_mates) is not None:
         formula = "" if mates.meet_formula is None else f" (formula: {mates.meet_formula:.2%})"
+        often = (
+            ""
+            if not mates.meet_uniform
+            else (f", {mates.meet / mates.meet_uniform:.3g} times as often as if uniform")
+        )
         lines["block_mates"] = (
-            f"two samples of one block meet in a batch with probability {mates.meet:.2%}{formula}, "
-            f"{mates.times_uniform:.3g} times as often as if uniform"
+            f"two samples of one block meet in a batch with probability {mates.meet:.2%}{formula}"
+            f"{often}"
         )
     return lines
 
