@@ -1,4 +1,4 @@
-"""Measure shuffles, ours and others, of a made-up ImageNet: the table of docs/shuffle.md.
+"""Measure shuffles, ours and others, of a made-up ImageNet: the tables of docs/shuffle.md.
 
     python benchmarks/bench_shuffle.py [--samples 1281167]
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,9 +39,10 @@ class Row(NamedTuple):
 def class_sizes(num_samples: int) -> shuffle.IntArray:
     """Sizes as ImageNet's: most classes have 1300 samples, the smallest of 1000 has 732."""
     sizes = np.full(1000, 1300)
-    sizes[:105] = np.linspace(942, 1299, 105)
+    sizes[:105] = np.linspace(942, 1290, 105)
     sizes[0] = 732
-    sizes[1:105] += np.arange(104) < IMAGENET_SAMPLES - sizes.sum()
+    more, rest = divmod(IMAGENET_SAMPLES - int(sizes.sum()), 104)
+    sizes[1:105] += more + (np.arange(104) < rest)
     num_classes = int(np.searchsorted(np.cumsum(sizes), num_samples)) + 1
     sizes = sizes[:num_classes]
     sizes[-1] -= sizes.sum() - num_samples
@@ -90,11 +91,9 @@ def buffered(
     return np.array(shuffled + rng.permutation(buffer).tolist())
 
 
-def rows(num_samples: int) -> list[Row]:
+def rows(packed: Index, by_class: Index) -> list[Row]:
     """All ways that are compared."""
-    packed = made_up_index(num_samples, permuted=True)
-    by_class = made_up_index(num_samples, permuted=False)
-    num_shards = len(by_class.files)
+    num_samples, num_shards = len(by_class), len(by_class.files)
 
     def torch_order(epoch: int) -> shuffle.IntArray:
         sampler = torch.utils.data.RandomSampler(
@@ -144,10 +143,10 @@ COLUMNS = (
     "chi-square / its mean",
     "p",
     "label runs, p",
-    "displacement: distance",
+    "displacement: KS distance",
     "moves",
     "p",
-    "block mates / chance",
+    "block mates / uniform",
     "formula",
 )
 
@@ -189,16 +188,66 @@ def p_cell(p: float) -> str:
     return f"{p:.2f}" if p >= 0.01 else f"{p:.3f}" if p >= shuffle.ALPHA else "**< 0.001**"
 
 
+POOL_COLUMNS = (
+    "blocks pooled",
+    "ranks x batch",
+    "block mates meet",
+    "formula",
+    "/ uniform",
+    "formula",
+)
+POOLS = ((16, 1, 256), (64, 1, 256), (256, 1, 256), (1024, 1, 256), (64, 8, 32), (64, 8, 256))
+"""Blocks pooled over all ranks, ranks, samples of one rank in a batch."""
+
+
+def measured_pool(index: Index, num_blocks: int, num_ranks: int, batch_size: int) -> list[str]:
+    """Measure how block mates meet with pools of this size; the cells of its row."""
+    order = plan.Order("block", shuffle_blocks=num_blocks, num_streams=num_ranks)
+    mates = shuffle.measure(index, order, batch_size).block_mates
+    assert mates is not None
+    assert mates.meet_formula is not None
+    return [
+        str(num_blocks),
+        f"{num_ranks} x {batch_size}",
+        f"{mates.meet:.2%}",
+        f"{mates.meet_formula:.2%}",
+        f"{mates.meet / mates.meet_uniform:.3g}",
+        f"{mates.meet_formula / mates.meet_uniform:.3g}",
+    ]
+
+
+def print_row(cells: Iterable[str]) -> None:
+    """Print one row of a Markdown table."""
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables, and what `imagenet-seq info --shuffle` prints for the pack."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--samples", type=int, default=IMAGENET_SAMPLES, help="of the data set")
     arguments = parser.parse_args()
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    packed = made_up_index(arguments.samples, permuted=True)
+    by_class = made_up_index(arguments.samples, permuted=False)
     start = time.process_time()
-    for row in rows(arguments.samples):
-        print("| " + " | ".join(measured(row)) + " |", flush=True)
-    print(f"\n{time.process_time() - start:.0f} s of one core")
+    quality = shuffle.measure(packed, plan.Order("block"), BATCH_SIZE)
+    seconds = time.process_time() - start
+    print(f"imagenet-seq info --shuffle of the pack ({seconds:.1f} s of one core):\n")
+    for name, text in shuffle.describe(quality).items():
+        print(f"{name.replace('_', ' ') + ':':20} {text}")
+    print()
+    print_row(COLUMNS)
+    print("|---" * len(COLUMNS) + "|")
+    for row in rows(packed, by_class):
+        print_row(measured(row))
+    print()
+    print_row(POOL_COLUMNS)
+    print("|---" * len(POOL_COLUMNS) + "|")
+    for pool in POOLS:
+        print_row(measured_pool(packed, *pool))
+    apart = shuffle.displacement(
+        *(plan.epoch_order(packed, plan.Order("block"), e) for e in EPOCHS)
+    )
+    print(f"\ndisplacement in the pack, were all samples to move independently: p: {p_cell(apart.p)}")
 
 
 if __name__ == "__main__":
