@@ -1,6 +1,6 @@
 """Measure shuffles, ours and others, of a made-up ImageNet: the tables of docs/shuffle.md.
 
-    python benchmarks/bench_shuffle.py [--samples 1281167]
+    python benchmarks/bench_shuffle.py [--samples 1281167] [--seeds 40]
 
 The data set has 1000 classes of 732 to 1300 samples (fewer samples: fewer classes), JPEGs of 110 KB
 in the mean (log-normal) and shards of 1 GB. "pack" has the order that `imagenet-seq pack` gives
@@ -216,6 +216,18 @@ def measured_pool(index: Index, num_blocks: int, num_ranks: int, batch_size: int
     ]
 
 
+def p_of_seeds(index: Index, seeds: range) -> list[float]:
+    """Return all p of the pack's shuffle, with one rank and several, and of the uniform one."""
+    found = []
+    for how, num_ranks in (("block", 1), ("block", NUM_RANKS), ("uniform", 1)):
+        for seed in seeds:
+            order = plan.Order(how, seed, num_streams=num_ranks)
+            quality = shuffle.measure(index, order, BATCH_SIZE // num_ranks)
+            tests = (quality.class_counts, quality.label_runs, quality.displacement)
+            found += [test.p for test in tests if test is not None]
+    return found
+
+
 def print_row(cells: Iterable[str]) -> None:
     """Print one row of a Markdown table."""
     print("| " + " | ".join(cells) + " |", flush=True)
@@ -225,6 +237,7 @@ def main() -> None:
     """Print the tables, and what `imagenet-seq info --shuffle` prints for the pack."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--samples", type=int, default=IMAGENET_SAMPLES, help="of the data set")
+    parser.add_argument("--seeds", type=int, default=0, help="count small p over so many seeds")
     arguments = parser.parse_args()
     packed = made_up_index(arguments.samples, permuted=True)
     by_class = made_up_index(arguments.samples, permuted=False)
@@ -244,10 +257,15 @@ def main() -> None:
     print("|---" * len(POOL_COLUMNS) + "|")
     for pool in POOLS:
         print_row(measured_pool(packed, *pool))
+    print()
+    if arguments.seeds:
+        found = np.array(p_of_seeds(packed, range(1, arguments.seeds + 1)))
+        below = f"{(found < 0.05).sum()} below 0.05, {(found < shuffle.ALPHA).sum()} below 0.001"
+        print(f"{len(found)} p of {arguments.seeds} seeds of ours: {below}")
     apart = shuffle.displacement(
         *(plan.epoch_order(packed, plan.Order("block"), e) for e in EPOCHS)
     )
-    print(f"\ndisplacement in the pack, were all samples to move independently: p: {p_cell(apart.p)}")
+    print(f"displacement in the pack, were all samples to move independently: p: {p_cell(apart.p)}")
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def displacement(before: IntArray, after: IntArray, block: IntArray | None = Non
     move together, so there are only as many independent moves as blocks: the test ranks one sample
     of each block in both epochs and tests these ranks.
 
-    Takes 0.4 s, and 0.2 s more for 1.28 million samples.
+    Takes 0.2 s the first time, for these, and 0.2 s for 1.28 million samples.
 
     Args:
         before: samples of an epoch in its order.
@@ -292,7 +292,7 @@ def block_mates_formula(
 def measure(index: Index, order: plan.Order, batch_size: int, foreign: bool = False) -> Quality:
     """Measure the loader's own shuffle of a dataset: epoch 0, and how epoch 1 moves it.
 
-    Takes 1.5 s for 1.28 million samples.
+    Takes 0.6 s for 1.28 million samples, 6 to 11 s and 0.9 GB for 14 million.
 
     Args:
         index: the dataset.
@@ -374,16 +374,12 @@ def describe(quality: Quality) -> dict[str, str]:
         f"{moved.num_moves} {unit}; mean {moved.mean:.3f} of an epoch, 0.333 if uniform)"
     )
     if (mates := quality.block_mates) is not None:
-        formula = "" if mates.meet_formula is None else f" (formula: {mates.meet_formula:.2%})"
-        often = (
-            ""
-            if not mates.meet_uniform
-            else (f", {mates.meet / mates.meet_uniform:.3g} times as often as if uniform")
-        )
-        lines["block_mates"] = (
-            f"two samples of one block meet in a batch with probability {mates.meet:.2%}{formula}"
-            f"{often}"
-        )
+        text = f"two samples of one block meet in a batch with probability {mates.meet:.2%}"
+        if mates.meet_formula is not None:
+            text += f" (formula: {mates.meet_formula:.2%})"
+        if mates.meet_uniform:
+            text += f", {mates.meet / mates.meet_uniform:.3g} times as often as if uniform"
+        lines["block_mates"] = text
     return lines
 
 
@@ -411,7 +407,7 @@ def _occupied_cells(
         cell = np.repeat(np.arange(last - first, dtype=np.int64) * num_groups, sizes)
         cell += group[batch_begin[first] : batch_begin[last]]
         cell.sort()
-        begin = np.flatnonzero(np.concatenate([cell[:1] == cell[:1], cell[1:] != cell[:-1]]))
+        begin = np.flatnonzero(np.diff(cell, prepend=-1))
         batch, of_group = np.divmod(cell[begin], num_groups)
         yield first + batch, of_group, np.diff(np.append(begin, len(cell)))
         first = last
