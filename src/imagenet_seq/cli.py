@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -229,11 +230,15 @@ def _add_info(commands: Any) -> None:
         "say what a pack or a folder of class folders is, and how fast its disk allows training",
         "  imagenet-seq info /disk/imagenet-pack --split train\n"
         "  imagenet-seq info /disk/imagenet-pack --split train --ram 64GB --ranks 8\n"
-        "  imagenet-seq info /disk/train-pack --json\n",
+        "  imagenet-seq info /disk/train-pack --json\n"
+        "  imagenet-seq info /disk/train-pack --shuffle    # is it as good as a uniform one?\n",
     )
     command.add_argument("path", help="a pack, class folders, or a folder with train/ and val/")
     command.add_argument("--split", choices=SPLITS, help="which split of a folder with both")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument(
+        "--ranks", type=_positive, default=1, metavar="N", help="that train (default 1)"
+    )
     group = command.add_argument_group(
         "forecast",
         "No image is decoded. The speed of a disk is measured once in 30 days, where the data is\n"
@@ -246,11 +251,9 @@ def _add_info(commands: Any) -> None:
         help="memory for training, as the Loader's ram: 48GB, 30%%, 0 or auto (default)",
     )
     group.add_argument(
-        "--ranks", type=_positive, default=1, metavar="N", help="on this machine (default 1)"
-    )
-    group.add_argument(
         "--no-measure", dest="measure", action="store_false", help="don't measure the disk"
     )
+    _add_shuffle(command)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -260,6 +263,9 @@ def _info(options: argparse.Namespace) -> int:
     sources = [open_source(options.path, split, progress=not options.json) for split in splits]
     all_facts = [_facts(source) for source in sources]
     forecasts = [_forecast(source, options) for source in sources]
+    if options.shuffle:
+        for source, facts in zip(sources, all_facts, strict=True):
+            facts.update(_shuffle_facts(source, options))
     if options.json:
         for facts, expected in zip(all_facts, forecasts, strict=True):
             facts["forecast"] = expected.to_dict()
@@ -347,6 +353,31 @@ def _tables_fact(pack: layout.Pack) -> str:
     if described is None:
         return "each image's own"
     return f"chosen for the pack (CRC-32C {described['crc32c']})"
+
+
+def _add_shuffle(command: Any) -> None:
+    group = command.add_argument_group("shuffle quality", "See docs/shuffle.md.")
+    group.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="measure the training shuffle, as the Loader has it by default, against a uniform one",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="samples of one rank in a batch (default 256)",
+    )
+
+
+def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    from imagenet_seq import shuffle
+    from imagenet_seq.plan import Order
+
+    order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)
+    quality = shuffle.measure(source.index, order, options.batch_size, source.foreign)
+    return {"shuffle": asdict(quality)} if options.json else shuffle.describe(quality)
 
 
 # ---- verify --------------------------------------------------------------------------------------

@@ -523,7 +523,7 @@ def _stream(sequence: _Sequence, order: Order, number: int) -> tuple[IntArray, I
     sample += np.arange(len(sample), dtype=dtype)
     entry = np.repeat(np.arange(first, last, dtype=np.int32), count)
     if order.shuffle == "block":
-        pools = begin[_pool_begins(len(count), order.pool_blocks)]
+        pools = begin[pool_begins(len(count), order.pool_blocks)]
         permuted = _permuted_runs(pools, _key(sequence.key, _POOLS, number))
         sample, entry = sample[permuted], entry[permuted]
     if sequence.sample is not None:
@@ -531,10 +531,13 @@ def _stream(sequence: _Sequence, order: Order, number: int) -> tuple[IntArray, I
     return sample, entry
 
 
-def _pool_begins(num_blocks: int, pool_blocks: int) -> Int64Array:
+def pool_begins(num_blocks: int, pool_blocks: int) -> Int64Array:
     """Cut a stream's blocks into pools of 1, 2, 4, ... and then always pool_blocks.
 
     The first batch of an epoch then waits for one block and not for a whole pool.
+
+    Returns:
+        int64 array: first block of each pool, and the end of the last.
     """
     ramp = [1 << i for i in range(pool_blocks.bit_length()) if 1 << i < pool_blocks]
     begins = np.cumsum([0, *ramp])
