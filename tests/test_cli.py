@@ -118,8 +118,9 @@ def test_info_forecasts_training(
     text = capsys.readouterr().out
     assert "training, as far as the disk allows it:" in text
     assert "(hard disk, 100 MB/s, 10.0 ms)" in text
-    (packed / "train" / "shard-000000.tar").unlink()  # 'verify' is there to say so
-    assert forecast(pack)["disk"]["kind"] == "hdd"
+    (tmp_path / "linked" / "class").mkdir(parents=True)
+    (tmp_path / "linked" / "class" / "0.jpg").symlink_to(tmp_path / "none")
+    assert forecast(str(tmp_path / "linked"))["disk"]["kind"] == "hdd"
     assert cli.main(["info", pack, "--ram", "much"]) == 1
     assert "expected 'auto', a size such as '48GB'" in capsys.readouterr().err
 
