@@ -16,6 +16,7 @@ import os
 import random
 import re
 import stat
+import statistics
 import tempfile
 import threading
 import time
@@ -72,7 +73,7 @@ class Speed:
 
     Args:
         sequential_mb_s: rate of large reads, MB = 10**6 bytes.
-        positioning_ms: mean time of a 4 KB read at a random place of the data.
+        positioning_ms: median time of a 4 KB read at a random place of the data.
         measured_at: day of the measurement, ISO 8601.
     """
 
@@ -348,9 +349,6 @@ _PAGE_BYTES = 4096
 _LARGEST_RUN_BYTES = 16 << 20
 _FIRST_RUN_BYTES = 1 << 20
 _LARGE_FILE_BYTES = 64 << 20
-_LEAST_BYTES = 100_000_000
-"""Less data than this may lie in the disk's own memory, and says nothing about its head."""
-
 _NUM_FILES = 8
 _NUM_PLACES = 16
 
@@ -376,16 +374,17 @@ def measure(files: Sequence[str], seed: int = 0, seconds: float = 1.0) -> Speed 
 
     At each place 4 KB are read, which takes the head there, and then up to 16 MB right behind them:
     the first is the positioning time, the second the sequential rate without it. Small files are
-    read up to their end, which measures the rate less well.
+    read up to their end, which measures the rate less well. Data of less than about 100 MB, or what
+    has just been read, says nothing: the disk's own memory may hold it.
 
     Args:
-        files: what to read; of many, 8 are used.
+        files: what to read, from all over the data; of many, 8 are used.
         seed: of the choice of files and places.
         seconds: when to stop. A read that has begun then is waited for as long again; if the disk
             does not answer, it is left to a thread of its own, and this function returns.
 
     Returns:
-        None where nothing was measured: less than 100 MB in all, nothing answered in time, or so
+        None where nothing was measured: no file of at least 8 KB, nothing answered in time, or so
         fast that it came from memory.
     """
     if not files:
@@ -401,8 +400,11 @@ def measure(files: Sequence[str], seed: int = 0, seconds: float = 1.0) -> Speed 
     done = list(probes)
     if not done:
         return None
-    rate = sum(probe.run_bytes for probe in done) / max(sum(p.run_s for p in done), 1e-9) / 1e6
-    positioning = sum(probe.positioning_s for probe in done) / len(done) * 1e3
+    # Medians: what another program, or the scheduler, did to some of the reads is not the disk's.
+    largest = max(probe.run_bytes for probe in done)
+    runs = [probe for probe in done if 2 * probe.run_bytes >= largest]
+    rate = statistics.median(run.run_bytes / max(run.run_s, 1e-9) for run in runs) / 1e6
+    positioning = statistics.median(probe.positioning_s for probe in done) * 1e3
     if rate > _MEMORY_MB_S or positioning < _MEMORY_MS:
         return None
     return Speed(round(rate, 1), round(positioning, 3), date.today().isoformat())
@@ -414,8 +416,6 @@ def _probe(files: Sequence[str], seed: int, until: float, probes: list[_Probe]) 
         buffer = memoryview(stack.enter_context(mmap.mmap(-1, _LARGEST_RUN_BYTES)))
         stack.callback(buffer.release)
         opened = _open_some(files, rng, until, stack)
-        if len(files) * sum(size for _, size in opened) < len(opened) * _LEAST_BYTES:
-            return
         run_bytes = _FIRST_RUN_BYTES
         for file, offset, rest in _places(opened, rng, buffer[:_PAGE_BYTES]):
             if time.monotonic() >= until:
@@ -499,23 +499,26 @@ def speed_of(disk: Disk, files: Sequence[str], *, remeasure: bool = False) -> Sp
 
     Args:
         disk: what the files lie on.
-        files: what to read to measure it.
+        files: what to read to measure it (see `measure`); none: don't measure.
         remeasure: whether to measure although a speed is kept.
 
     Returns:
         None where it is memory, or could not be measured.
     """
-    if not disk.device or not files:
+    if not disk.device:
         return None
     key = _key(disk)
     if not remeasure and (kept := _kept_speeds().get(key)):
         return kept
+    if not files:
+        return None
     with _turn(_lock_file(disk.device)) as is_mine:
         if not is_mine:
             return None
         if not remeasure and (kept := _kept_speeds().get(key)):
             return kept
-        speed = measure(files)
+        # Other places each time: those read last may still be in the disk's own memory.
+        speed = measure(files, seed=random.randrange(2**32))
         if speed is not None:
             _keep_speed(key, speed)
         return speed

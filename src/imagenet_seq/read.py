@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from imagenet_seq import _native, disk, forecast, ram
 
 if TYPE_CHECKING:
+    from imagenet_seq.index import Index
     from imagenet_seq.sources import Source
 
 MB = 1 << 20
@@ -104,7 +105,7 @@ def arrange(
         return _of_foreign(source, wishes)
     index = source.index
     data_bytes = source_bytes(source)
-    files = [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
+    files = some_files(index)
     where = _disk_of([*files[:1], index.root], wishes.disk)
     speed = disk.speed_of(where, files) if data_bytes >= MEASURED_BYTES else None
     if wishes.disk == "auto":
@@ -118,9 +119,8 @@ def arrange(
         window = max(256, WINDOW_SAMPLES // num_ranks)
     if wishes.window is not None and not in_blocks:
         window = wishes.window
-    num_readers = 1 if where.has_one_head else _BLOCK_READERS if in_blocks else _FILE_READERS
     native = _native.Reading(
-        num_readers=wishes.num_readers or num_readers,
+        num_readers=wishes.num_readers or num_readers(where, in_blocks),
         direct=direct,
         disk_lock=disk.lock_path(where),
         kept=kept,
@@ -169,6 +169,18 @@ def forecast_of(
             is_estimate=source.index.length is None,
         )
     )
+
+
+def num_readers(where: disk.Disk, in_blocks: bool) -> int:
+    """Return how many threads read from a disk, where the user does not say."""
+    if where.has_one_head:
+        return 1
+    return _BLOCK_READERS if in_blocks else _FILE_READERS
+
+
+def some_files(index: Index) -> list[str]:
+    """Return paths of some files from all over an index, to try and to measure."""
+    return [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
 
 
 def source_bytes(source: Source) -> int:
