@@ -218,6 +218,15 @@ def test_p_values_of_uniform_shuffles_are_uniform(
     assert far_from_uniform(shuffle.displacement(*pair).p for pair in pairs) < 1.95
 
 
+def test_distances_drawn_of_one_size_serve_for_others() -> None:
+    # No public name: p of large data would be off by 0.02, which p-values alone hardly show.
+    medians = [
+        np.median(shuffle._size_free(shuffle._distances_drawn(size), size))
+        for size in (200, 500, 2000)
+    ]
+    assert np.ptp(medians) < 0.015
+
+
 @pytest.mark.parametrize(("kind", "num_streams"), [("uniform", 1), ("block", 1), ("block", 8)])
 def test_our_shuffle_is_indistinguishable_from_uniform(kind: str, num_streams: int) -> None:
     label = np.random.default_rng(0).permutation(class_sorted(12_000, 40))
