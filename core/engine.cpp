@@ -158,9 +158,9 @@ struct Run {
   int64_t wanted_end = 0;              // decoders wait for a block before this place
   int64_t known_end = 0;               // places before this one have a final order
   bool looks_up = false;               // a reader finds out the order of the next window
-  int64_t foreign_pending = 0;  // foreign blocks asked for and not yet there
-  int64_t delivered = 0;        // batches returned by next
-  int64_t released = 0;         // slots lent again
+  int64_t foreign_pending = 0;         // foreign blocks asked for and not yet there
+  int64_t delivered = 0;               // batches returned by next
+  int64_t released = 0;                // slots lent again
 
   Run(int64_t num_blocks, int64_t num_batches)
       : plan(),
@@ -357,20 +357,20 @@ struct imseq_engine {
   Counters counters_;
 
   std::mutex mutex_;
-  std::condition_variable run_changed_;     // threads without a run wait here
-  std::condition_variable slot_opened_;     // decoders
-  std::condition_variable block_changed_;   // decoders
+  std::condition_variable run_changed_;      // threads without a run wait here
+  std::condition_variable slot_opened_;      // decoders
+  std::condition_variable block_changed_;    // decoders
   std::condition_variable reading_changed_;  // readers
-  std::condition_variable batch_done_;      // next
-  std::condition_variable task_added_;      // take
-  std::condition_variable thread_left_;     // cancel
+  std::condition_variable batch_done_;       // next
+  std::condition_variable task_added_;       // take
+  std::condition_variable thread_left_;      // cancel
 
   std::shared_ptr<Run> run_;
   std::shared_ptr<Run> prepared_;
   int64_t generation_ = 0;
-  int64_t threads_in_run_ = 0;    // decoders
-  int64_t num_reading_ = 0;       // readers with a block or a window in hand
-  bool ended_ = false;  // the last plan was delivered whole
+  int64_t threads_in_run_ = 0;  // decoders
+  int64_t num_reading_ = 0;     // readers with a block or a window in hand
+  bool ended_ = false;          // the last plan was delivered whole
   bool closed_ = false;
   std::once_flag closing_;
   int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
@@ -1076,11 +1076,9 @@ void imseq_engine::look_up_window(Run& run, DiskLock& disk) {
     }
     found.push_back({place, static_cast<int32_t>(block)});
   }
-  std::stable_sort(found.begin(), found.end(),
-                   [](const Found& a, const Found& b) {
-                     return std::tie(a.place.address, a.place.inode) <
-                            std::tie(b.place.address, b.place.inode);
-                   });
+  std::stable_sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
+    return std::tie(a.place.address, a.place.inode) < std::tie(b.place.address, b.place.inode);
+  });
   std::lock_guard lock(mutex_);
   for (size_t i = 0; i < found.size(); ++i) run.reading_order[begin + i] = found[i].block;
   run.known_end = end;

@@ -249,8 +249,8 @@ typedef struct imseq_engine_config {
   int32_t num_slots;        /* batches in memory at once, >= 1 */
   int32_t rows;             /* IMSEQ_ROWS_... */
   int32_t verify_checksums; /* 1: CRC-32C of a sample that has one is checked till it was right */
-  int32_t direct; /* 1: read past the page cache (O_DIRECT); where that fails, through it */
-  int64_t row_bytes;          /* bytes of a row of a batch */
+  int32_t direct;    /* 1: read past the page cache (O_DIRECT); where that fails, through it */
+  int64_t row_bytes; /* bytes of a row of a batch */
   int64_t block_budget_bytes; /* blocks are read ahead of decoding up to this; what the plan needs
                                  at once is always allowed */
   const char* disk_lock; /* files that keep readers of one disk apart (core/disk_lock.h), copied;
@@ -262,7 +262,7 @@ typedef struct imseq_engine_config {
   int64_t kept_floor_bytes; /* no more blocks are kept while less memory is available */
   int32_t record_requests;  /* 1: for imseq_engine_requests */
   int32_t reserved;
-  imseq_recipe recipe;        /* its table is copied */
+  imseq_recipe recipe; /* its table is copied */
 } imseq_engine_config;
 
 /* One epoch's work of one rank. All arrays are copied. Position: place in the order of delivery. */
@@ -283,14 +283,16 @@ typedef struct imseq_plan {
   const int32_t* block_file; /* [num_blocks] file, or -1: foreign block; in the order of reading */
   const int64_t* block_offset; /* [num_blocks] bytes; foreign block: its number in the source */
   const int64_t* block_length; /* [num_blocks] bytes; -1: up to the end of the file */
-  const int64_t* block_key; /* [num_blocks] or NULL: names a block's bytes in all plans of an engine,
-                               for keeping them in memory; -1: not kept */
-  const int64_t* window_begin; /* [num_windows + 1] first block of each window: its files are looked
-                                  up first and then read in the order they lie on the disk */
-  int64_t num_windows;         /* 0: blocks are read in the order of the plan */
-  const char* root;            /* folder that paths are relative to */
-  const char* paths;           /* paths of the files used, one after the other, not terminated */
-  const int64_t* path_begin;   /* [num_files + 1] */
+  /* [num_blocks] or NULL: names a block's bytes in all plans of an engine, for keeping them in
+     memory; -1: not kept */
+  const int64_t* block_key;
+  /* [num_windows + 1] first block of each window: its files are looked up first and then read in
+     the order they lie on the disk */
+  const int64_t* window_begin;
+  int64_t num_windows;       /* 0: blocks are read in the order of the plan */
+  const char* root;          /* folder that paths are relative to */
+  const char* paths;         /* paths of the files used, one after the other, not terminated */
+  const int64_t* path_begin; /* [num_files + 1] */
 } imseq_plan;
 
 typedef struct imseq_batch {
@@ -322,13 +324,13 @@ typedef struct imseq_task {
 /* Counters since imseq_engine_create; times are sums over threads. */
 typedef struct imseq_stats {
   int64_t read_bytes, read_requests, read_seeks;
-  int64_t read_ns;        /* inside read calls */
-  int64_t read_wait_ns;   /* readers with nothing they may read: decoding is behind */
+  int64_t read_ns;              /* inside read calls */
+  int64_t read_wait_ns;         /* readers with nothing they may read: decoding is behind */
   int64_t read_lock_wait_ns;    /* readers that waited for their turn at the disk */
   int64_t read_direct_requests; /* of read_requests: past the page cache */
   int64_t read_lookups;         /* files looked up before a window was read */
   int64_t read_kept_bytes;      /* of blocks that were in memory already; not in read_bytes */
-  int64_t decode_samples; /* rows the core decoded */
+  int64_t decode_samples;       /* rows the core decoded */
   int64_t decode_ns;
   int64_t decode_wait_read_ns;  /* decoders that waited for a block */
   int64_t decode_wait_batch_ns; /* decoders that waited for a free batch: training is behind */

@@ -754,8 +754,11 @@ class Reading:
 class Lent(Protocol):
     """Memory that somebody else owns."""
 
-    address: int
     size_bytes: int
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
 
 
 class Engine:

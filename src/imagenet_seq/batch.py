@@ -463,8 +463,8 @@ def _stall(crew: Crew) -> str:
         return ""
     seconds, path, offset = pending
     return (
-        f"the disk has not answered for {seconds:.0f} s: {path}, offset {offset}. A disk that wakes "
-        "up or repairs a sector may take half a minute; see 'dmesg' if it lasts"
+        f"the disk has not answered for {seconds:.0f} s: {path}, offset {offset}. A disk that "
+        "wakes up or repairs a sector may take half a minute; see 'dmesg' if it lasts"
     )
 
 

@@ -489,11 +489,11 @@ class Loader:
         """Return counters of the current or last epoch's engine.
 
         ``read_``: bytes, requests, seeks (requests that do not begin where the last one ended),
-        requests past the page cache, bytes that were kept in memory and not read. ``decode_``: samples. ``batch_``: batches given to the
-        script. ``foreign_``: rows and blocks that Python made. ``block_``: bytes of blocks in
-        memory, now and at most, and their bound. ``kept_``: bytes and blocks that stay in memory,
-        of all ranks of the node. ``*_s``: seconds a stage worked or waited for another, summed over
-        threads.
+        requests past the page cache, bytes that were kept in memory and not read. ``decode_``:
+        samples. ``batch_``: batches given to the script. ``foreign_``: rows and blocks that Python
+        made. ``block_``: bytes of blocks in memory, now and at most, and their bound. ``kept_``:
+        bytes and blocks that stay in memory, of all ranks of the node. ``*_s``: seconds a stage
+        worked or waited for another, summed over threads.
         """
         for iterator in list(self._iterators):
             self._stats = iterator.stats() or self._stats
@@ -725,7 +725,6 @@ class Loader:
         streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
         pool_blocks = self._order().pool_blocks
         return streams * (pool_blocks + max(2, pool_blocks // 2)) * self._block_bytes
-
 
     def _mean_bytes(self) -> int:
         num_samples = max(1, len(self._source.index))

@@ -329,8 +329,8 @@ def in_windows(plan: EnginePlan, window_blocks: int) -> EnginePlan:
     """Return the plan with its blocks read in windows: what one hard disk wants of a random order.
 
     The blocks of a window are put into the order of files and offsets; the engine then reads them
-    in the order in which they lie on the disk. What is delivered, and in which order, stays. Windows
-    grow from 256 blocks, so that the first batch does not wait for a whole one.
+    in the order in which they lie on the disk. What is delivered, and in which order, stays.
+    Windows grow from 256 blocks, so that the first batch does not wait for a whole one.
 
     Args:
         plan: a plan of samples that are read one by one.
@@ -481,7 +481,7 @@ def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _permutation(size: int, key: int) -> IntArray:
-    """Return the places 0 to size, permuted: sorted by random numbers with the place as low bits."""
+    """Return the places 0 to size, sorted by random numbers that have the place as low bits."""
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     keys = np.empty(size, np.uint64)
     for part in _slices(size):
@@ -551,7 +551,8 @@ def _mixed_runs(begin: IntArray, run: Int32Array, pool_blocks: int, key: int) ->
     for part in _slices(size):
         place = np.arange(part.start, part.stop, dtype=np.uint64)
         fraction = _splitmix(place, key) >> np.uint64(64 - fraction_bits)
-        due = (run[part].astype(np.uint64) << np.uint64(fraction_bits)) + fraction * width[run[part]]
+        due = run[part].astype(np.uint64) << np.uint64(fraction_bits)
+        due += fraction * width[run[part]]
         keys[part] = due << np.uint64(place_bits) | place
     keys.sort()
     keys &= np.uint64((1 << place_bits) - 1)

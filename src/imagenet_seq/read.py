@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagenet_seq import _native, disk, forecast, ram
+from imagenet_seq.disk import Disk, Speed
 
 if TYPE_CHECKING:
     from imagenet_seq.index import Index
@@ -75,8 +76,8 @@ class Reading:
         notes: what the user should know.
     """
 
-    disk: disk.Disk
-    speed: disk.Speed | None
+    disk: Disk
+    speed: Speed | None
     budget: ram.Budget
     data_bytes: int
     native: _native.Reading
@@ -198,7 +199,7 @@ def source_bytes(source: Source) -> int:
     return sum(sizes) * len(index) // max(1, len(sizes))
 
 
-def _disk_of(paths: Sequence[str], wish: str) -> disk.Disk:
+def _disk_of(paths: Sequence[str], wish: str) -> Disk:
     """Return the disk of the first path that is there; that others are not is said by reading."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):

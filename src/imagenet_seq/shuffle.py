@@ -300,7 +300,8 @@ def _given_out_beside(num_blocks: int, pool_blocks: int) -> FloatArray:
     np.add.at(change, begin, 1 / width)
     np.add.at(change, begin + width, -1 / width)
     given_out = np.concatenate([[0.0], np.cumsum(np.cumsum(change))])  # before each time
-    return given_out[begin + width] - given_out[begin]
+    beside: FloatArray = given_out[begin + width] - given_out[begin]
+    return beside
 
 
 def measure(index: Index, order: plan.Order, batch_size: int, foreign: bool = False) -> Quality:
