@@ -174,7 +174,8 @@ class Folder:
             desc="look at files", total=len(index), unit="img", disable=not self._progress,
             dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
         )  # fmt: skip
-        # Threads overlap the waits for a disk or a network; eight keep a disk's queue full.
+        # Threads overlap the waits for a disk or a network. One head is not the worse for it: the
+        # number of tables of inodes that it goes to is the same, and its queue can be sorted.
         with ThreadPoolExecutor(8) as threads, bar:
             for first, found in zip(firsts, threads.map(look, firsts), strict=True):
                 table[first : first + len(found)] = found

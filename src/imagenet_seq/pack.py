@@ -756,8 +756,8 @@ class _Plan:
         return range(first, min(first + self.shards_per_bucket, self.num_shards))
 
     def expected_bytes(self, image_bytes: int) -> dict[int, int]:
-        """Return what each bucket will hold, about, where all images take `image_bytes`."""
-        ratio = image_bytes / max(self.source_bytes, 1)
+        """Return what each bucket will hold, at most, where all images take `image_bytes`."""
+        ratio = image_bytes * (1 + _SPACE_MARGIN) / max(self.source_bytes, 1)
         buckets = self.shard_of_sample // self.shards_per_bucket
         sizes = np.maximum(self.origin.stamps.sizes, 0)
         source_bytes = np.bincount(buckets, sizes, self.num_buckets)

@@ -69,7 +69,8 @@ class Buckets:
         folder: where the files lie.
         prefix: of the files' names.
         memory_bytes: bound on all buffers together.
-        expected_bytes: what each bucket will hold, about; that much is reserved on the disk.
+        expected_bytes: what each bucket will hold, at most, as far as is known; that much is
+            reserved on the disk.
         on_flush: called with the rows of buffers after these have been written.
         log: of requests.
     """
