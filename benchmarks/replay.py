@@ -9,13 +9,13 @@ its addresses takes 1 + 12.5 sqrt(x) + 2.5 x ms (so that track to track, average
 where the last one ended, or up to 1 MiB behind it, moves over what lies between instead.
 Assumptions:
 
-* The order of the log is the order at the disk, for writes too: packing sends every append to the
-  disk at once, and each is far longer than what a kernel gathers or a drive can sort.
+* The order of the log is the order at the disk, for writes too: where source and pack share a head,
+  packing reads on only when what it appended is on the disk.
 * The source's files lie one behind the other from the disk's edge on, in order of their address, or
   of their inode where it is not known. Behind them lie scratch and shards: a file with reserved
   room in one piece, others in pieces as they were written. No place is used twice. With
   --two-disks, they lie at the edge of another disk, and a pass takes as long as its slower disk.
-* Inodes and directories cost nothing: packing looks at files before, in their own order.
+* Inodes, directories and the file system's journal cost nothing.
 
 The bound is the time of all bytes at the sequential rate, and of moving from each source file to
 the next in the order of addresses. A small run stands for a large one with --stretch: seeks are as

@@ -28,6 +28,7 @@ from jpeg_writer import Jpeg
 from PIL import Image
 
 from imagenet_seq import _native
+from imagenet_seq.disk import Disk
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Names
 from imagenet_seq.io_log import IoLog
@@ -552,7 +553,7 @@ def test_appends_are_long_and_memory_is_bounded(tmp_path: Path) -> None:
         buffered[0] -= int(rows["length"].sum())
 
     expected = dict.fromkeys(range(num_buckets), 400_000)
-    buckets = Buckets(str(tmp_path), "deal", memory_bytes, expected, on_flush, log)
+    buckets = Buckets(str(tmp_path), "deal", memory_bytes, expected, on_flush, log=log)
     rng = np.random.default_rng(9)
     image = Encoded(memoryview(bytes(image_bytes)), 1, 1, 0, 0)
     for sample in range(20_000):
@@ -620,6 +621,35 @@ def test_room_that_is_reserved_already_is_not_asked_for_again(
     usage = shutil.disk_usage(unfinished.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     continue_packing(noisy_source, unfinished)
+
+
+@pytest.mark.parametrize("kind", ["hdd", "ssd", "two hdd"])
+def test_one_head_writes_before_it_reads_on(
+    noisy_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def choose_disk(path: str) -> Disk:
+        device = "8:16" if kind == "two hdd" and "pack" in os.path.basename(path) else "8:0"
+        return Disk(kind.split()[-1], "made up", device)
+
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noting_fsync(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr("imagenet_seq.pack.choose_disk", choose_disk)
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    log, options = tmp_path / "log", {"settings": FOUR_SHARDS, "memory_bytes": 4 << 20}
+    make_pack(noisy_source, tmp_path / "pack", io_log=log, **options)
+    appended = [
+        os.path.basename(r["file"])
+        for r in requests(log)
+        if (r["pass"], r["op"]) == ("deal", "write") and "deal-" in r["file"]
+    ]
+    assert len(appended) >= 4
+    waited = [name for name in synced if name.startswith("deal-")]
+    assert sorted(waited) == (sorted(appended) if kind == "hdd" else [])
 
 
 # ---- Huffman tables ------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import __version__, _native
+from imagenet_seq.disk import choose_disk
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Index, Names
 from imagenet_seq.io_log import NO_LOG, IoLog
@@ -52,7 +53,7 @@ from imagenet_seq.scratch import (
     Journal,
     ShardFile,
     encoded_from,
-    sync_folder,
+    sync,
     write_whole,
 )
 from imagenet_seq.shrink import NUM_SAMPLED, Forecast, Pair, smaller_copy
@@ -525,7 +526,7 @@ def _agree_on_plan(partial: str, plan: _Plan, options: _RunOptions) -> _Plan:
             "huffman_tables": layout.describe_tables(plan.tables),
         }
         write_whole(path, json.dumps({**now, **chosen}, indent=1).encode())
-        sync_folder(partial)
+        sync(partial)
         return plan
     differences = _differences(before, now)
     if differences:
@@ -790,6 +791,9 @@ def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
 _RUN_SAMPLES, _RUN_BYTES = 16, 4 << 20
 """A worker gets this many samples at once: enough to hide what handing over costs."""
 
+_RUNS_AHEAD = 32
+"""So many more runs, 60 MB, give the workers something to do while a disk is busy writing."""
+
 _MAX_REPORTED = 20
 _MAX_FAILURES = 1000
 """With on_error="fail": more than this is a broken disk or a wrong folder, not a few bad files."""
@@ -804,6 +808,12 @@ def _listed(failures: Sequence[Failure]) -> str:
     if len(by_name) > _MAX_REPORTED:
         lines.append(f"  and {len(by_name) - _MAX_REPORTED} more")
     return "\n".join(lines)
+
+
+def _share_a_head(source: str, destination: str) -> bool:
+    """Tell whether what is read and what is written lie on the same hard disk."""
+    read, written = choose_disk(source), choose_disk(destination)
+    return read.has_one_head and read.device == written.device
 
 
 class _ShardRows(NamedTuple):
@@ -830,7 +840,13 @@ class _Workshop:
         self._journal = Journal(os.path.join(partial, _JOURNAL_FILE), options.log)
         expected_bytes = plan.expected_bytes(image_bytes)
         self._buckets = Buckets(
-            partial, "deal", options.memory_bytes, expected_bytes, self._journal.add, options.log
+            partial,
+            "deal",
+            options.memory_bytes,
+            expected_bytes,
+            self._journal.add,
+            waits=_share_a_head(plan.index.root, partial),
+            log=options.log,
         )
         self._finished = self._keep_finished()
         self._recover()
@@ -845,7 +861,7 @@ class _Workshop:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._shard_path(shard))
         # Otherwise a power failure could bring an old shard back beside its new rows.
-        sync_folder(self._pack_folder)
+        sync(self._pack_folder)
         return finished
 
     def _is_finished(self, shard: int) -> bool:
@@ -917,7 +933,7 @@ class _Workshop:
         ):
             try:
                 runs = self._read_runs(samples)  # in this thread, in this order
-                ahead = 2 * self._options.num_workers
+                ahead = 2 * self._options.num_workers + _RUNS_AHEAD
                 for run in _map_ahead(threads, self._encode_run, runs, ahead):
                     for sample, length, encoded in run:
                         self._deal_one(sample, length, encoded)
@@ -1030,7 +1046,10 @@ class _Workshop:
         in_shard = self._plan.shard_of_sample[rows["sample"]]
         expected_bytes = {s: int(rows["length"][in_shard == s].sum()) for s in shards}
         memory_bytes, log = self._options.memory_bytes, self._options.log
-        split = Buckets(self._partial, "split", memory_bytes, expected_bytes, again.append, log)
+        split = Buckets(
+            self._partial, "split", memory_bytes, expected_bytes, again.append,
+            waits=_share_a_head(self._partial, self._partial), log=log,
+        )  # fmt: skip
         for shard in shards:
             split.remove(shard)
         for row, data in self._buckets.read(bucket, np.sort(rows, order="offset")):
@@ -1074,7 +1093,7 @@ class _Workshop:
         content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
         content += self._source_files(shard).tobytes()
         write_whole(self._rows_path(shard), content, self._options.log)
-        sync_folder(self._partial)  # a power failure must not leave a shard without its rows
+        sync(self._partial)  # a power failure must not leave a shard without its rows
         os.replace(path + ".tmp", path)
 
     def _write_sample(
@@ -1191,9 +1210,9 @@ class _Workshop:
         about = self._about(rows, names, abouts, failures, files)
         text = json.dumps(about, indent=1, ensure_ascii=True)
         write_whole(os.path.join(self._pack_folder, layout.PACK_FILE), text.encode())
-        sync_folder(self._pack_folder)
+        sync(self._pack_folder)
         os.rename(self._pack_folder, destination)
-        sync_folder(os.path.dirname(destination))
+        sync(os.path.dirname(destination))
         _delete_scrap(self._partial)
 
     def _about(

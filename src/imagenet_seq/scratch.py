@@ -72,6 +72,9 @@ class Buckets:
         expected_bytes: what each bucket will hold, at most, as far as is known; that much is
             reserved on the disk.
         on_flush: called with the rows of buffers after these have been written.
+        waits: whether to go on only when what was written is on the disk. A disk with one head is
+            otherwise sent from the write to the source and back for every MB: a kernel lets waiting
+            reads pass, of which there is never more than one.
         log: of requests.
     """
 
@@ -82,6 +85,7 @@ class Buckets:
         memory_bytes: int,
         expected_bytes: Mapping[int, int],
         on_flush: Callable[[npt.NDArray[np.void]], None],
+        waits: bool = False,
         log: IoLog = NO_LOG,
     ) -> None:
         self._folder = folder
@@ -89,6 +93,7 @@ class Buckets:
         self._memory_bytes = memory_bytes
         self._expected_bytes = expected_bytes
         self._on_flush = on_flush
+        self._waits = waits
         self._log = log
         self._buffers: dict[int, bytearray] = {}
         self._buffered_bytes = 0
@@ -145,6 +150,10 @@ class Buckets:
                 self._buffered_bytes -= len(buffer)
                 self._write(bucket, buffer)
                 rows += mine
+            if self._waits:
+                # When all are under way: the file system then commits its journal once for all.
+                for bucket in buckets:
+                    sync(self.path(bucket))
         finally:  # a bucket that could not be written must not cost those that were
             if rows:
                 self._on_flush(np.array(rows, DEALT))
@@ -335,9 +344,9 @@ def write_whole(path: str, content: bytes, log: IoLog = NO_LOG) -> None:
     os.replace(path + ".tmp", path)
 
 
-def sync_folder(folder: str) -> None:
-    """Make renames in a folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str) -> None:
+    """Wait until a file, or the names in a folder, will last through a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
