@@ -226,7 +226,10 @@ def main() -> int:
     parser.add_argument("--stretch", type=float, default=1, help="one byte is so many in seeks")
     parser.add_argument("--two-disks", action="store_true", help="the pack lies on another disk")
     args = parser.parse_args()
-    report(replay(read_log(args.log), args.stretch, args.two_disks))
+    try:
+        report(replay(read_log(args.log), args.stretch, args.two_disks))
+    except OSError as error:
+        parser.error(str(error))
     return 0
 
 
