@@ -489,12 +489,12 @@ class Loader:
         """Return counters of the current or last epoch's engine.
 
         ``read_``: bytes, requests, seeks (requests that do not begin where the last one ended),
-        requests past the page cache, bytes of all these that were found in it, and kept bytes, which
-        were not read at all. ``decode_``:
-        samples. ``batch_``: batches given to the script. ``foreign_``: rows and blocks that Python
-        made. ``block_``: bytes of blocks in memory, now and at most, and their bound. ``kept_``:
-        bytes and blocks that stay in memory, of all ranks of the node. ``*_s``: seconds a stage
-        worked or waited for another, summed over threads.
+        requests past the page cache, bytes of all these that were found in it; and kept bytes,
+        which were in memory and not read at all. ``decode_``: samples. ``batch_``: batches given to
+        the script. ``foreign_``: rows and blocks that Python made. ``block_``: bytes of blocks in
+        memory, now and at most, and their bound. ``kept_``: bytes and blocks that stay in memory,
+        of all ranks of the node. ``*_s``: seconds a stage worked or waited for another, summed over
+        threads.
         """
         for iterator in list(self._iterators):
             self._stats = iterator.stats() or self._stats
