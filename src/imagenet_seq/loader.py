@@ -142,8 +142,8 @@ class Loader:
             "auto", "48GB", "30%", a number of bytes, or 0. "auto": data that fits in half of what
             is available is read through the page cache; of larger data that much is kept. What is
             kept is read once; each epoch reads exactly the rest. Never changes the order.
-        disk: "auto", "hdd" (one request at a time, taken in turns by all processes) or "ssd"
-            (several requests at a time). Also from the environment variable IMAGENET_SEQ_DISK.
+        disk: "auto", "hdd" (one process at a time, in turns) or "ssd" (several requests at a
+            time). Also from the environment variable IMAGENET_SEQ_DISK.
         num_readers: threads that read; None: what suits the disk.
         direct: read past the page cache (O_DIRECT). None: where data is read in blocks and does not
             stay in the page cache.
