@@ -97,6 +97,10 @@ struct Loaded {
   std::unique_ptr<imseq_error> error;     // failed
 };
 
+// What a block that is in memory takes beside its bytes. It counts, as a reader may run through very
+// many blocks that are kept.
+constexpr int64_t kBlockOverhead = sizeof(Loaded) + 32;
+
 // A set of samples, a bit for each. Decoders look and add at the same time.
 class SampleSet {
  public:
@@ -842,6 +846,7 @@ int32_t imseq_engine::verify(const Run& run, int64_t position, const uint8_t* by
     return IMSEQ_OK;
   }
   const int64_t block = run.block[position];
+  if (run.blocks[block].loaded->buffer.get() == nullptr) kept_.discard(run.key_of(block));
   const bool foreign = run.block_file[block] < 0;
   const int64_t offset = run.block_offset[block] + run.offset[position];
   return fail(error, IMSEQ_ERROR_DATA, sample, foreign ? -1 : offset, 0,
@@ -1023,8 +1028,9 @@ void imseq_engine::wait_to_read(std::unique_lock<std::mutex>& lock) {
 int64_t imseq_engine::cost(const Run& run, int64_t block) const {
   const uint8_t* bytes;
   int64_t size;
-  if (kept_.find(run.key_of(block), &bytes, &size)) return 0;
-  return run.block_length[block] >= 0 ? run.block_length[block] : mean_block_bytes_;
+  if (kept_.find(run.key_of(block), &bytes, &size)) return kBlockOverhead;
+  if (run.block_length[block] < 0) return mean_block_bytes_;
+  return FileReader::room(run.block_offset[block], run.block_length[block]) + kBlockOverhead;
 }
 
 // The next block of the reading order is now the caller's to read.
@@ -1187,12 +1193,14 @@ void imseq_engine::block_came(Run& run, int64_t number, int64_t size_bytes, int3
   if (status == IMSEQ_OK) {
     loaded.size_bytes = size_bytes;
     if (!run.cancelled) {
-      const int64_t in_use = loaded.was_kept ? 0 : size_bytes;
+      const int64_t memory =
+          loaded.buffer.get() == nullptr ? size_bytes : loaded.buffer.capacity_bytes;
+      const int64_t in_use = (loaded.was_kept ? 0 : memory) + kBlockOverhead;
+      if (run.block_length[number] < 0) mean_block_bytes_ += (in_use - mean_block_bytes_) / 16;
       block_bytes_ += in_use - loaded.reserved_bytes;
       block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
       loaded.reserved_bytes = in_use;
     }
-    if (run.block_length[number] < 0) mean_block_bytes_ += (size_bytes - mean_block_bytes_) / 16;
   } else {
     loaded.error = std::make_unique<imseq_error>(error);
   }

@@ -378,8 +378,9 @@ IMSEQ_CHECKED int32_t imseq_engine_next(imseq_engine* engine, int64_t timeout_ns
 /* Lend memory for the slot's next batch. Slots are released in the order of their batches. */
 IMSEQ_CHECKED int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, void* rows,
                                            imseq_error* error);
-/* End the plan now. Returns when no thread of the core touches lent rows any more; rows and blocks
- * that Python holds are forgotten, and finishing them later is answered with IMSEQ_CANCELLED. */
+/* End the plan now, and a prepared one; not beside imseq_engine_prepare. Returns when no thread of
+ * the core touches lent rows any more; rows and blocks that Python holds are forgotten, and
+ * finishing them later is answered with IMSEQ_CANCELLED. */
 IMSEQ_CHECKED int32_t imseq_engine_cancel(imseq_engine* engine, imseq_error* error);
 IMSEQ_CHECKED int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out,
                                          imseq_error* error);

@@ -17,7 +17,8 @@ namespace imseq {
 namespace {
 
 constexpr int32_t kEmpty = 0;
-constexpr int32_t kThere = -1;  // every other state is the process that fills the entry
+constexpr int32_t kThere = -1;
+constexpr int32_t kBad = -2;  // every other state is the process that fills the entry
 constexpr int64_t kMaxKeys = int64_t{1} << 40;
 constexpr int64_t kMemoryCheckNs = 20'000'000;
 
@@ -133,6 +134,15 @@ void KeptBlocks::publish(int64_t key, const uint8_t* bytes, int64_t size_bytes) 
   int32_t state = ::getpid();
   if (filled->state.compare_exchange_strong(state, kThere, std::memory_order_release)) {
     header().num_blocks.fetch_add(1, std::memory_order_relaxed);
+  }
+}
+
+void KeptBlocks::discard(int64_t key) {
+  Entry* const bad = entry(key);
+  int32_t state = kThere;
+  if (bad != nullptr &&
+      bad->state.compare_exchange_strong(state, kBad, std::memory_order_relaxed)) {
+    header().num_blocks.fetch_sub(1, std::memory_order_relaxed);
   }
 }
 

@@ -29,6 +29,9 @@ class KeptBlocks {
   void publish(int64_t key, const uint8_t* bytes, int64_t size_bytes);
   // Reading failed. Who claims the key next gets the same room.
   void give_up(int64_t key);
+  // What is there is damaged: it will not be found again, and not kept again either, as others may
+  // still read it.
+  void discard(int64_t key);
 
   int64_t used_bytes() const;
   int64_t capacity_bytes() const { return arena_bytes_; }

@@ -23,7 +23,7 @@ namespace imseq {
 
 namespace {
 
-constexpr int64_t kGrain = 64 * 1024;  // capacities are rounded up to this, so that files fit again
+constexpr int64_t kGrain = 16 * 1024;  // capacities are rounded up to this, so that files fit again
 constexpr size_t kHugePageBytes = size_t{2} << 20;
 constexpr int64_t kDirectRequest = int64_t{1} << 30;  // Linux cuts one read() just below 2 GB
 // Larger ones gain nothing in the page cache: the kernel cuts them at about this size.
@@ -116,7 +116,7 @@ Buffer BufferPool::get(int64_t size_bytes) {
     if (best == free_.size() || free_[i].capacity_bytes < free_[best].capacity_bytes) best = i;
   }
   // A buffer much larger than needed is left for a block that needs it.
-  if (best < free_.size() && free_[best].capacity_bytes <= 4 * (size_bytes + kGrain)) {
+  if (best < free_.size() && free_[best].capacity_bytes <= 2 * (size_bytes + kGrain)) {
     Buffer buffer = std::move(free_[best]);
     free_[best] = std::move(free_.back());
     free_.pop_back();

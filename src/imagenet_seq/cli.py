@@ -295,7 +295,7 @@ def _add_info(commands: Any) -> None:
     group = command.add_argument_group(
         "forecast",
         "No image is decoded. The speed of a disk is measured once in 30 days, where the data is\n"
-        "100 MB or more: parts of some files are read for a second.",
+        "2 GB or more: parts of some files are read for a second.",
     )
     group.add_argument(
         "--ram",

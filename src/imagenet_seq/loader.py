@@ -35,6 +35,7 @@ _ADOPTED_SAMPLERS = {  # samplers whose order is ours, and where they keep what 
     "torch.utils.data.sampler.RandomSampler": "data_source",
 }
 _READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
+_FILE_OVERHEAD_BYTES = 16 * 1024  # memory that a file takes beyond its bytes, about
 _LONG_PLAN = 100_000  # samples whose plan takes long enough to be made ahead
 _MEAN_FILE_BYTES = 128 * 1024  # of files whose size is not known; ImageNet's are 110 KB
 
@@ -309,6 +310,7 @@ class Loader:
         self._reading: read.Reading | None = None
         self._ahead: _Ahead | None = None
         self._forecast = forecast
+        self._announced = False
         self._pace = read.Pace()
         self._stats: dict[str, int] = {}
         self._iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
@@ -390,7 +392,8 @@ class Loader:
             progress = _Progress(before.epoch, before.samples_done)
         else:
             progress = _Progress(before.epoch + 1)
-        self._arranged()
+        if not self._announced:
+            self._announce()
         ahead, self._ahead = self._ahead, None
         fits = ahead is not None and ahead.fits(progress)
         work = self._work(progress, ahead.plan if ahead is not None and fits else None)
@@ -545,10 +548,14 @@ class Loader:
         return self._num_slots + 2  # the script's, and one on its way to it
 
     def close(self) -> None:
-        """End the threads of every epoch in progress. Later iteration starts new ones."""
+        """End the threads of every epoch in progress, and give memory for kept blocks back.
+
+        Later iteration starts new ones.
+        """
         for iterator in list(self._iterators):
             iterator.close()
         self._close_idle_crew()
+        self._reading = None  # the memory goes with the last engine that uses it
 
     def _close_idle_crew(self) -> None:
         self._ahead = None  # it is in that crew's engine, or made for another order
@@ -588,25 +595,28 @@ class Loader:
         rule = self._pipeline.recipe.passes.name
         return plan.State.of(self._source.index, self._order(), rule, epoch, samples_done)
 
+    def _announce(self) -> None:
+        """Tell the user how the source is read and what the disk allows, once."""
+        reading, self._announced = self._arranged(), True
+        if reading.notes:
+            _note("; ".join(reading.notes))
+        if self._forecast and reading.data_bytes >= read.FORECAST_BYTES:
+            _say(self.forecast().line())
+
     def _arranged(self) -> read.Reading:
-        """Decide how the source is read, and say so once."""
+        """Decide how the source is read."""
         if self._reading is None:
             index = self._source.index
             by_sample = self._explicit_order is not None or not plan.reads_blocks(
                 index, self._order()
             )
-            num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(self._world_size)))
             self._reading = read.arrange(
                 self._source,
                 self._wishes,
                 in_blocks=not by_sample and index.length is not None,
                 units="samples" if by_sample else f"blocks of {self._block_bytes}",
-                num_ranks=min(num_ranks, self._world_size),
+                num_ranks=_node_ranks(self._world_size),
             )
-            if self._reading.notes:
-                _note("; ".join(self._reading.notes))
-            if self._forecast and self._reading.data_bytes >= read.MEASURED_BYTES:
-                _say(self.forecast().line())
         return self._reading
 
     def _plan(self, progress: _Progress) -> plan.EnginePlan:
@@ -723,7 +733,7 @@ class Loader:
         """
         if self._shuffle != "block" or self._source.index.length is None:
             window = min(self._arranged().window, len(self._source.index))
-            return max(_READ_AHEAD_BYTES, 2 * window * self._mean_bytes())
+            return max(_READ_AHEAD_BYTES, 2 * window * (self._mean_bytes() + _FILE_OVERHEAD_BYTES))
         # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
         streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
         pool_blocks = self._order().pool_blocks
@@ -947,6 +957,14 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if not 0 <= rank < world_size:
         raise ValueError(f"expected 0 <= rank < world_size, got rank {rank} of {world_size}")
     return rank, world_size
+
+
+def _node_ranks(world_size: int) -> int:
+    """Return the number of ranks on this node, as far as the launcher says."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name, "").isdecimal():
+            return max(1, min(int(os.environ[name]), world_size))
+    return world_size
 
 
 def _shuffle_kind(shuffle: bool | str, source: Source) -> str:

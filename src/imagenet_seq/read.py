@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 MB = 1 << 20
 
-MEASURED_BYTES = 100 * 10**6
-"""A disk is measured for data of this size; what is smaller is read before anybody would know."""
+FORECAST_BYTES = 100 * 10**6
+"""Of less there is nothing to forecast: it is read before anybody would know."""
+
+MEASURED_BYTES = 2 * 10**9
+"""A disk is measured on data of this size: less may lie in the drive's own memory."""
 
 WINDOW_SAMPLES = 4096
 """Of all ranks of a node: 450 MB of ImageNet, twice. Of 1.28 million files in random order, a hard
@@ -109,13 +112,19 @@ def arrange(
     data_bytes = source_bytes(source)
     files = some_files(index)
     where = _disk_of([*files[:1], index.root], wishes.disk)
-    speed = disk.speed_of(where, files) if data_bytes >= MEASURED_BYTES else None
+    speed = disk.speed_of(where, files if data_bytes >= MEASURED_BYTES else [])
     if wishes.disk == "auto":
         where = disk.effective(where, speed)
     budget = ram.budget(wishes.ram, data_bytes)
     notes = list(budget.notes)
     direct = _is_direct(wishes, budget, files, in_blocks, notes)
     kept = _kept_memory(source, budget, units, num_ranks, notes)
+    lock = disk.lock_path(where)
+    if where.has_one_head and not lock:
+        notes.append(
+            "there is no folder for locks, so the processes that read from this hard disk don't "
+            "take turns: set IMAGENET_SEQ_LOCKS to a folder that all of them can write to"
+        )
     window = 0
     if not in_blocks and where.has_one_head:
         window = max(256, WINDOW_SAMPLES // num_ranks)
@@ -124,7 +133,7 @@ def arrange(
     native = _native.Reading(
         num_readers=wishes.num_readers or num_readers(where, in_blocks),
         direct=direct,
-        disk_lock=disk.lock_path(where),
+        disk_lock=lock,
         kept=kept,
         kept_keys=len(index) if kept else 0,
         kept_floor_bytes=ram.limits().total_bytes // _KEPT_FLOOR,
@@ -257,10 +266,13 @@ def _kept_key(source: Source, units: str) -> str:
 
     Of a pack, jobs of one user may: its file times tell it apart, and every process checks the
     checksums itself. A folder's files may change and nothing would tell, so only the ranks of one
-    job do.
+    job do (or what one shell or notebook starts). Processes that can't see each other's numbers
+    don't: they could not tell who has died.
     """
     root = os.path.realpath(source.index.root)
     stat = os.stat(root)
+    with contextlib.suppress(OSError):
+        units += f" {os.stat('/proc/self/ns/pid').st_ino}"
     job = "" if source.kind == "pack" else _job()
     place = f"{root} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns}"
     return f"{place} {source.index.id} {units} {job}"

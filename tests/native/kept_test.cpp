@@ -327,6 +327,25 @@ void wrong_tables_do_no_harm() {
 
 }  // namespace
 
+void what_is_damaged_is_not_found_and_not_kept_again() {
+  const Memory memory(KeptBlocks::table_bytes(10) + 100 * kPage);
+  KeptBlocks kept = memory.view(10);
+  uint8_t* room = kept.claim(3, kPage);
+  CHECK(room != nullptr);
+  kept.publish(3, room, 100);
+  CHECK(kept.num_blocks() == 1);
+  kept.discard(3);
+  const uint8_t* bytes;
+  int64_t size;
+  CHECK(!kept.find(3, &bytes, &size));
+  CHECK(kept.claim(3, kPage) == nullptr);
+  CHECK(kept.num_blocks() == 0);
+  kept.discard(3);
+  kept.discard(5);  // not there
+  CHECK(kept.num_blocks() == 0);
+  CHECK(kept.claim(5, kPage) != nullptr);
+}
+
 int main() {
   processes_share_blocks();
   the_block_of_a_process_that_died_is_taken_over();
@@ -338,6 +357,7 @@ int main() {
   threads_share_blocks();
   little_memory_left_ends_keeping();
   wrong_tables_do_no_harm();
+  what_is_damaged_is_not_found_and_not_kept_again();
   std::printf(failures == 0 ? "kept: ok\n" : "kept: %d failures\n", failures.load());
   return failures == 0 ? 0 : 1;
 }
