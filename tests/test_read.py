@@ -1,0 +1,419 @@
+"""The read stage: the exact requests an engine issues, reading on, windows, kept blocks, bad disks.
+
+Every sample's bytes are compared with what was written to its file, so a block that is read from the
+wrong place, into the wrong memory, or given back too early fails here, whatever the requests were.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imagenet_seq import _native, disk, ram
+from imagenet_seq.errors import LoaderClosedError, SampleError
+from imagenet_seq.index import Index, Names
+from imagenet_seq.plan import EnginePlan, Order, explicit_plan, in_windows, rank_plan
+from imagenet_seq.transforms import Geometry, Recipe, Rows
+
+BLOCK_BYTES = 20_000
+BATCH_SIZE = 16
+HEADER_BYTES = 512  # between samples, as in a tar
+DEADLINE_S = 30  # far above what anything here takes; a hang fails instead of stopping the suite
+AMPLE_BYTES = 1 << 24
+ANY_RECIPE = Recipe(Geometry.FIXED_CROP, 1, 1)  # no pixels are made
+
+Request = tuple[int, int, int, int]  # epoch, file, offset, length
+
+
+class Data:
+    """Samples of random bytes in files of a folder, and their index."""
+
+    def __init__(self, folder: Path, num_samples: int, num_files: int, *, as_pack: bool) -> None:
+        rng = np.random.default_rng(num_samples)
+        self.bytes = [rng.bytes(int(size)) for size in rng.integers(1, 3000, num_samples)]
+        number = np.arange(num_samples)
+        file = number * num_files // num_samples
+        files = [f"file-{i}" for i in range(num_files)]
+        length = np.array(list(map(len, self.bytes)))
+        offset = np.zeros(num_samples, np.int64)
+        for i, name in enumerate(files):
+            with open(folder / name, "wb") as out:
+                for sample in number[file == i]:
+                    out.write(b"h" * HEADER_BYTES * as_pack)
+                    offset[sample] = out.tell()
+                    out.write(self.bytes[sample])
+                out.flush()
+                os.fsync(out.fileno())  # a file gets its place on the disk when it is written there
+        self.index = Index(
+            file=file,
+            offset=offset,
+            name=Names.from_strings(f"sample_{i}" for i in number),
+            root=str(folder),
+            files=Names.from_strings(files),
+            length=length if as_pack else None,
+            checksum=np.array(list(map(_native.crc32c, self.bytes))) if as_pack else None,
+        )
+
+    def path(self, file: int) -> str:
+        return os.path.join(self.index.root, self.index.files[file])
+
+    def plan(self, epoch: int = 0, shuffle: str = "block", **options: object) -> EnginePlan:
+        order = Order(
+            shuffle=shuffle,
+            seed=3,
+            block_bytes=BLOCK_BYTES,
+            shuffle_blocks=4,
+            num_streams=int(options.get("world_size", 1)),  # type: ignore[call-overload]
+        )
+        return rank_plan(self.index, order, epoch, batch_size=BATCH_SIZE, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return Data(tmp_path_factory.mktemp("pack"), 300, 4, as_pack=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return Data(tmp_path_factory.mktemp("folder"), 90, 90, as_pack=False)
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> str:
+    return str(tmp_path / "disk.lock")
+
+
+class Rig:
+    """An engine, and a thread that takes every sample's bytes as it does for Python transforms."""
+
+    def __init__(self, data: Data, *, budget_bytes: int = AMPLE_BYTES, **reading: object) -> None:
+        self._bytes = data.bytes
+        self._rows = np.zeros((2, BATCH_SIZE), np.uint8)
+        self.engine = _native.Engine(
+            ANY_RECIPE,
+            num_decoders=2,
+            num_slots=len(self._rows),
+            rows=Rows.FROM_BYTES,
+            row_bytes=1,
+            block_budget_bytes=budget_bytes,
+            verify_checksums=True,
+            reading=_native.Reading(record_requests=True, **reading),  # type: ignore[arg-type]
+        )
+        self.right: set[int] = set()  # positions of the plan whose bytes were right
+        self.requested: list[_native.Request] = []
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while (task := self.engine.take(1.0)) is not None:
+            if task:
+                if task.encoded() == self._bytes[task.sample]:
+                    self.right.add(task.position)
+                self.engine.finish_row(task.ticket)
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+
+    def prepare(self, plan: EnginePlan) -> None:
+        self.engine.prepare(plan, BATCH_SIZE)
+
+    def start(self, plan: EnginePlan | None) -> None:
+        self.right.clear()
+        self.engine.start(plan, [row.ctypes.data for row in self._rows], BATCH_SIZE)
+
+    def batch(self) -> bool:
+        """Take a batch, all of whose bytes must have been right; False at the end."""
+        batch = self.engine.next(DEADLINE_S, lambda sample: f"name of {sample}")
+        assert batch is not False
+        if batch is None:
+            return False
+        assert self.right.issuperset(range(batch.begin, batch.end))
+        self.engine.release(batch.slot, self._rows[batch.slot].ctypes.data)
+        return True
+
+    def finish(self) -> int:
+        """Take the remaining batches and return how many there were."""
+        num_batches = 0
+        while self.batch():
+            num_batches += 1
+        return num_batches
+
+    def epoch(self, plan: EnginePlan) -> list[Request]:
+        """Deliver a plan whole; return what was read since the last look."""
+        self.start(plan)
+        assert self.finish() == len(plan.batch_begin) - 1
+        return self.requests()
+
+    def requests(self) -> list[Request]:
+        """What was read since the last look; `requested` has all of it."""
+        found = self.engine.requests()
+        self.requested += found
+        return [(r.epoch, r.file, r.offset, r.length) for r in found]
+
+    def wait_for_requests(self, count: int) -> list[Request]:
+        """Wait until so many requests were made since the last look, and a little for any more."""
+        found = self.requests()
+        until = time.monotonic() + DEADLINE_S
+        while len(found) < count and time.monotonic() < until:
+            time.sleep(0.002)
+            found += self.requests()
+        time.sleep(0.05)
+        return found + self.requests()
+
+    def stat(self, name: str) -> int:
+        return self.engine.stats()[name]
+
+
+def blocks_of(plan: EnginePlan, data: Data | None = None) -> list[Request]:
+    """The requests that read a plan's blocks, one for each, in the plan's order."""
+    lengths = plan.block_length
+    if data is not None:  # files of unknown length
+        lengths = np.array([len(data.bytes[_sample_of(plan, b)]) for b in range(len(lengths))])
+    columns = plan.block_file, plan.block_offset, lengths
+    return [(plan.epoch, *map(int, block)) for block in zip(*columns, strict=True)]
+
+
+def _sample_of(plan: EnginePlan, block: int) -> int:
+    return int(plan.sample[np.flatnonzero(plan.block == block)[0]])
+
+
+@contextmanager
+def held(path: str) -> Iterator[None]:
+    """Another program has the disk."""
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---- requests ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffle", ["block", "none"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_block_is_one_request_in_the_plans_order(pack: Data, shuffle: str, direct: bool) -> None:
+    plan = pack.plan(shuffle=shuffle)
+    works = direct and disk.reads_direct(pack.path(0))
+    with Rig(pack, direct=direct) as rig:
+        requests = rig.epoch(plan)
+        assert requests == blocks_of(plan)
+        assert len(requests) > 20
+        assert {r.direct for r in rig.requested} == {works}
+        assert {r.locked for r in rig.requested} == {0}
+        assert rig.stat("read_direct_requests") == works * len(requests)
+        assert rig.stat("read_requests") == len(requests)
+        assert rig.stat("read_bytes") == sum(length for *_, length in requests)
+        follows = [a[1] == b[1] and a[2] + a[3] == b[2] for a, b in zip(requests, requests[1:])]
+        assert rig.stat("read_seeks") == len(requests) - sum(follows)
+        assert rig.stat("block_bytes") == 0
+
+
+def test_blocks_are_read_in_order_with_the_least_memory(pack: Data) -> None:
+    plan = pack.plan()
+    with Rig(pack, budget_bytes=0) as rig:
+        assert rig.epoch(plan) == blocks_of(plan)
+        assert 0 < rig.stat("block_bytes_peak") <= bytes_of_open_batches(plan)
+
+
+def bytes_of_open_batches(plan: EnginePlan) -> int:
+    """The most bytes of blocks that two batches, one behind the other, lie in."""
+    begins = [*plan.batch_begin, plan.batch_begin[-1]]
+    needed = []
+    for begin, end in zip(begins[:-2], begins[2:], strict=True):
+        seen = set(plan.block[:end]) & set(plan.block[begin:])
+        needed.append(sum(int(plan.block_length[block]) for block in seen))
+    return max(needed)
+
+
+def test_several_readers_read_every_block_once(pack: Data) -> None:
+    plan = pack.plan()
+    with Rig(pack, num_readers=4) as rig:
+        assert sorted(rig.epoch(plan)) == sorted(blocks_of(plan))
+
+
+def test_samples_read_one_by_one(pack: Data) -> None:
+    for plan in (pack.plan(shuffle="uniform"), explicit(pack, [5, 6, 7, 200, 5, 299])):
+        with Rig(pack) as rig:
+            assert rig.epoch(plan) == blocks_of(plan)
+
+
+def explicit(data: Data, samples: list[int]) -> EnginePlan:
+    plan = explicit_plan(data.index, samples, [0, len(samples)], seed=3, epoch=0)
+    assert plan.block_length[0] > len(data.bytes[5]) + len(data.bytes[6])  # 5, 6 and 7 are one
+    return plan
+
+
+def test_readers_of_one_disk_take_turns(pack: Data, lock: str) -> None:
+    plan = pack.plan()
+    with Rig(pack, disk_lock=lock) as rig:
+        with held(lock):
+            rig.start(plan)
+            assert rig.wait_for_requests(0) == []
+            pending = rig.engine.pending()
+            assert pending is not None
+            assert pending[1:] == (pack.path(plan.block_file[0]), plan.block_offset[0])
+            assert 0.04 < pending[0] < DEADLINE_S
+        assert rig.finish() == len(plan.batch_begin) - 1
+        assert rig.requests() == blocks_of(plan)
+        assert {r.locked for r in rig.requested} == {1}
+        assert rig.stat("read_lock_wait_ns") > 0.04 * 1e9
+        assert rig.engine.pending() is None
+        with held(lock):  # who has nothing to read does not keep the disk
+            pass
+
+
+def test_two_engines_in_turns(pack: Data, lock: str) -> None:
+    plans = [pack.plan(rank=rank, world_size=2) for rank in (0, 1)]
+    with Rig(pack, disk_lock=lock) as first, Rig(pack, disk_lock=lock) as second:
+        for rig, plan in zip((first, second), plans, strict=True):
+            rig.start(plan)
+        for rig, plan in zip((first, second), plans, strict=True):
+            assert rig.finish() == len(plan.batch_begin) - 1
+            assert rig.requests() == blocks_of(plan)
+            assert {r.locked for r in rig.requested} == {1}
+
+
+# ---- reading on into the next epoch --------------------------------------------------------------
+
+
+def test_the_next_plan_is_read_before_it_starts(pack: Data) -> None:
+    plans = [pack.plan(epoch) for epoch in range(3)]
+    with Rig(pack) as rig:
+        rig.start(plans[0])
+        for ahead in plans[1:]:
+            rig.prepare(ahead)
+            rig.batch()
+            both = blocks_of(plans[0]) * (ahead.epoch == 1) + blocks_of(ahead)
+            assert rig.wait_for_requests(len(both)) == both
+            assert rig.stat("block_bytes") >= sum(ahead.block_length)
+            rig.finish()
+            rig.start(None)
+        assert rig.finish() == len(plans[2].batch_begin) - 1
+        assert rig.requests() == []  # nothing is read twice
+        assert rig.stat("block_bytes") == 0
+
+
+def test_reading_on_stays_within_the_budget(pack: Data) -> None:
+    budget_bytes = 7 * BLOCK_BYTES  # more than two batches need at once
+    plans = [pack.plan(epoch, "none") for epoch in range(4)]
+    with Rig(pack, budget_bytes=budget_bytes) as rig:
+        rig.start(plans[0])
+        for ahead in plans[1:]:
+            rig.prepare(ahead)
+            rig.finish()
+            # Of all that was planned only what fits is there before the start.
+            early = [r for r in rig.wait_for_requests(1) if r[0] == ahead.epoch]
+            assert early == blocks_of(ahead)[: len(early)]
+            sizes = np.cumsum([length for *_, length in blocks_of(ahead)])
+            assert len(early) == np.searchsorted(sizes, budget_bytes, "right")
+            rig.start(None)
+        rig.finish()
+        rig.requests()
+        made = [(r.epoch, r.file, r.offset, r.length) for r in rig.requested]
+        assert made == [block for plan in plans for block in blocks_of(plan)]
+        assert rig.stat("block_bytes") == 0
+        assert rig.stat("block_bytes_peak") <= budget_bytes
+
+
+def test_another_plan_drops_the_prepared_one(pack: Data) -> None:
+    with Rig(pack) as rig:
+        rig.epoch(pack.plan(0))
+        rig.prepare(pack.plan(1))
+        assert rig.wait_for_requests(1) == blocks_of(pack.plan(1))
+        assert rig.epoch(pack.plan(7)) == blocks_of(pack.plan(7))
+        assert rig.stat("block_bytes") == 0
+        with pytest.raises(ValueError, match="no plan was prepared"):
+            rig.start(None)
+
+
+def test_a_prepared_plan_replaces_another(pack: Data) -> None:
+    with Rig(pack) as rig:
+        rig.prepare(pack.plan(1))  # before any plan was started
+        assert rig.wait_for_requests(1) == blocks_of(pack.plan(1))
+        for epoch in (2, 3):
+            rig.prepare(pack.plan(epoch))
+            assert rig.wait_for_requests(1) == blocks_of(pack.plan(epoch))
+        assert rig.stat("block_bytes") == sum(pack.plan(3).block_length)
+        rig.start(None)
+        assert rig.finish() == len(pack.plan(3).batch_begin) - 1
+        assert rig.requests() == []
+        assert rig.stat("block_bytes") == 0
+
+
+def test_a_plan_dropped_while_it_is_read(pack: Data, lock: str) -> None:
+    """Whatever a reader is doing just then."""
+    with Rig(pack, disk_lock=lock) as rig:
+        for epoch in range(40):
+            rig.prepare(pack.plan(epoch + 100))
+            time.sleep(0.0003 * (epoch % 5))
+            rig.start(pack.plan(epoch))
+            if epoch % 2:
+                rig.prepare(pack.plan(epoch + 200))
+            rig.finish()
+        rig.prepare(pack.plan(1, world_size=2))  # of another size
+        rig.start(None)
+        rig.finish()
+        assert rig.stat("block_bytes") == 0
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.0005, 0.003])
+def test_close_while_reading_on(pack: Data, pause_s: float) -> None:
+    for _ in range(5):
+        with Rig(pack, num_readers=2) as rig:
+            rig.epoch(pack.plan(0))
+            rig.prepare(pack.plan(1))
+            time.sleep(pause_s)
+            rig.engine.close()
+            assert rig.stat("block_bytes") == 0
+            rig.prepare(pack.plan(2))  # too late, and no error
+            with pytest.raises(LoaderClosedError):
+                rig.batch()
+
+
+def test_closing_does_not_wait_for_a_turn(pack: Data, lock: str) -> None:
+    with held(lock), Rig(pack, disk_lock=lock) as rig:
+        rig.prepare(pack.plan(1))
+        rig.start(pack.plan(0))
+        assert rig.wait_for_requests(0) == []
+        began = time.monotonic()
+        rig.engine.close()
+        assert time.monotonic() - began < 2  # patience with other readers is 5 s
+        assert rig.requests() == []
+
+
+def test_foreign_blocks_are_not_made_ahead(pack: Data) -> None:
+    index = replace(pack.index, offset=np.arange(300) - pack.index.file * 75, checksum=None)
+    order = Order(shuffle="none")
+    plan = rank_plan(index, order, 1, batch_size=BATCH_SIZE, foreign=True)
+    rows = np.zeros(BATCH_SIZE, np.uint8)
+    engine = _native.Engine(
+        ANY_RECIPE,
+        num_decoders=1,
+        num_slots=1,
+        rows=Rows.FROM_BYTES,
+        row_bytes=1,
+        block_budget_bytes=AMPLE_BYTES,
+        verify_checksums=True,
+    )
+    engine.prepare(plan, BATCH_SIZE)
+    assert engine.take(0.05) is False
+    engine.start(None, [rows.ctypes.data], BATCH_SIZE)
+    task = engine.take(DEADLINE_S)
+    assert task
+    assert (task.kind, task.sample) == (_native.TASK_BLOCK, 0)
+    engine.close()
