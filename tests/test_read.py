@@ -1,7 +1,7 @@
-"""The read stage: the exact requests an engine issues, reading on, windows, kept blocks, bad disks.
+"""The read stage: an engine's exact requests, reading on, windows, kept blocks, bad disks.
 
-Every sample's bytes are compared with what was written to its file, so a block that is read from the
-wrong place, into the wrong memory, or given back too early fails here, whatever the requests were.
+Every sample's bytes are compared with what was written to its file, so a block that is read from
+the wrong place, into the wrong memory, or given back too early fails whatever was requested.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +219,7 @@ def test_a_block_is_one_request_in_the_plans_order(pack: Data, shuffle: str, dir
         assert rig.stat("read_direct_requests") == works * len(requests)
         assert rig.stat("read_requests") == len(requests)
         assert rig.stat("read_bytes") == sum(length for *_, length in requests)
-        follows = [a[1] == b[1] and a[2] + a[3] == b[2] for a, b in zip(requests, requests[1:])]
+        follows = [a[1] == b[1] and a[2] + a[3] == b[2] for a, b in pairwise(requests)]
         assert rig.stat("read_seeks") == len(requests) - sum(follows)
         assert rig.stat("block_bytes") == 0
 
@@ -417,3 +418,295 @@ def test_foreign_blocks_are_not_made_ahead(pack: Data) -> None:
     assert task
     assert (task.kind, task.sample) == (_native.TASK_BLOCK, 0)
     engine.close()
+
+
+# ---- windows -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_samples=st.integers(0, 1500),
+    window=st.integers(1, 3000),
+    num_files=st.sampled_from([0, 1, 3]),
+    batch_size=st.integers(1, 700),
+)
+def test_windows_change_the_order_of_reading_only(
+    num_samples: int, window: int, num_files: int, batch_size: int
+) -> None:
+    number = np.arange(num_samples)
+    names = Names.from_strings(map(str, range(num_samples)))
+    index = Index(
+        file=number % num_files if num_files else number,
+        offset=number * 10 if num_files else number * 0,
+        length=np.full(num_samples, 10) if num_files else None,
+        name=names,
+        root="",
+        files=names,
+    )
+    plan = rank_plan(index, Order(), 5, batch_size=batch_size)
+    made = in_windows(plan, window)
+    begins = made.window_begin
+    assert begins is not None
+    assert (begins[0], begins[-1]) == (0, num_samples)
+    sizes = np.diff(begins).tolist()
+    assert sizes[:-1] == [min(256 << i, window) for i in range(len(sizes[:-1]))]
+    assert all(size <= min(256 << i, window) for i, size in enumerate(sizes))
+    columns = ("block_file", "block_offset", "block_length", "block_key")
+    for begin, end in pairwise(begins):
+        before, after = (
+            list(zip(*(getattr(p, name)[begin:end].tolist() for name in columns), strict=True))
+            for p in (plan, made)
+        )
+        assert after == sorted(before)  # by file and offset
+    for name in columns:  # what is delivered stays
+        assert np.array_equal(getattr(made, name)[made.block], getattr(plan, name)[plan.block])
+    for name in ("sample", "offset", "length", "batch_begin", "samples_done", "path_begin"):
+        assert np.array_equal(getattr(made, name), getattr(plan, name))
+
+
+def as_they_lie(data: Data, plan: EnginePlan) -> list[Request]:
+    """What is to be read of files in windows: each window in the order of addresses, or inodes."""
+    requests = blocks_of(plan, data)
+    begins = plan.window_begin
+    assert begins is not None
+
+    def place(request: Request) -> tuple[int, int]:
+        path = data.path(int(plan.sample[plan.block == requests.index(request)][0]))
+        return _native.look_up(path)[1], os.stat(path).st_ino
+
+    return [r for begin, end in pairwise(begins) for r in sorted(requests[begin:end], key=place)]
+
+
+def test_files_of_a_window_are_looked_up_and_then_read_as_they_lie(folder: Data, lock: str) -> None:
+    plan = in_windows(folder.plan(shuffle="uniform"), 25)
+    expected = as_they_lie(folder, plan)
+    assert expected != blocks_of(plan, folder)
+    with Rig(folder, disk_lock=lock) as rig:
+        assert rig.epoch(plan) == expected
+        assert rig.stat("read_lookups") == 90
+        assert {(r.locked, r.direct) for r in rig.requested} == {(1, 0)}
+        assert rig.stat("block_bytes") == 0
+        plans = [in_windows(folder.plan(epoch, "uniform"), 25) for epoch in (1, 2)]
+        rig.start(plans[0])
+        rig.prepare(plans[1])  # is looked up and read ahead as well
+        rig.batch()
+        both = as_they_lie(folder, plans[0]) + as_they_lie(folder, plans[1])
+        assert rig.wait_for_requests(len(both)) == both
+        rig.finish()
+        rig.start(None)
+        assert rig.finish() == 6
+        assert rig.requests() == []
+
+
+def test_several_readers_of_windows(folder: Data) -> None:
+    plan = in_windows(folder.plan(shuffle="uniform"), 25)
+    with Rig(folder, num_readers=3) as rig:
+        assert sorted(rig.epoch(plan)) == sorted(blocks_of(plan, folder))
+
+
+def test_ranges_of_files_in_windows_need_no_look_up(pack: Data) -> None:
+    plan = in_windows(pack.plan(shuffle="uniform"), 60)
+    with Rig(pack) as rig:
+        assert rig.epoch(plan) == blocks_of(plan)
+        assert rig.stat("read_lookups") == 0
+
+
+@pytest.mark.parametrize("num_windows", [0, 2])
+def test_windows_need_no_more_memory_than_two(folder: Data, num_windows: int) -> None:
+    plan = in_windows(folder.plan(shuffle="uniform"), 30)
+    lengths = [length for *_, length in blocks_of(plan, folder)]
+    windows = [sum(lengths[begin : begin + 30]) for begin in (0, 30, 60)]
+    most = max(windows[0] + windows[1], windows[1] + windows[2])
+    with Rig(folder, budget_bytes=num_windows * max(windows)) as rig:
+        rig.epoch(plan)
+        # A file's size is not known before it is opened: 128 KB are reserved for the first.
+        assert rig.stat("block_bytes_peak") <= max(most, num_windows * max(windows)) + (128 << 10)
+
+
+def test_a_missing_file_of_a_window_fails_its_own_sample_only(tmp_path: Path, lock: str) -> None:
+    data = Data(tmp_path, 60, 60, as_pack=False)
+    plan = in_windows(data.plan(shuffle="uniform"), 30)
+    position = 40
+    gone = int(plan.sample[position])
+    os.unlink(data.path(gone))
+    with Rig(data, disk_lock=lock) as rig:
+        rig.start(plan)
+        assert [rig.batch(), rig.batch()] == [True, True]
+        with pytest.raises(FileNotFoundError, match=rf"name of {gone}.*{data.path(gone)}"):
+            rig.batch()
+        rest = set(range(48)) - {position}
+        until = time.monotonic() + DEADLINE_S
+        while not rig.right >= rest and time.monotonic() < until:
+            time.sleep(0.002)
+        assert rest <= rig.right
+        assert position not in rig.right
+
+
+def test_closing_while_files_are_looked_up(folder: Data, lock: str) -> None:
+    with held(lock), Rig(folder, disk_lock=lock) as rig:
+        rig.start(in_windows(folder.plan(shuffle="uniform"), 25))
+        assert rig.wait_for_requests(0) == []
+        pending = rig.engine.pending()
+        assert pending is not None
+        assert os.path.dirname(pending[1]) == folder.index.root
+        began = time.monotonic()
+        rig.engine.close()
+        assert time.monotonic() - began < 2
+        assert rig.stat("read_lookups") <= 1
+
+
+# ---- kept blocks ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def kept_memory(data: Data, arena_bytes: int, name: str) -> Iterator[dict[str, object]]:
+    """What `Reading` needs to keep blocks."""
+    keys = len(data.index)
+    size = _native.kept_table_bytes(keys) + arena_bytes
+    memory = ram.open_kept(f"{os.getpid()} {name}", size)
+    assert memory.size_bytes >= size
+    try:
+        yield {"kept": memory, "kept_keys": keys}
+    finally:
+        memory.close()
+
+
+def kept_keys(plan: EnginePlan, arena_bytes: int) -> set[int]:
+    """First come, first kept, in whole pages, as long as there is room."""
+    kept, used = set(), 0
+    for key, offset, length in zip(
+        plan.block_key.tolist(), plan.block_offset.tolist(), plan.block_length.tolist(), strict=True
+    ):
+        pages = -(-(offset + length) // 4096) - offset // 4096
+        if key not in kept and used + pages * 4096 <= arena_bytes:
+            kept.add(key)
+            used += pages * 4096
+    return kept
+
+
+@pytest.mark.parametrize("shuffle", ["block", "uniform"])
+def test_of_half_the_set_each_epoch_reads_exactly_the_rest(pack: Data, shuffle: str) -> None:
+    plans = [pack.plan(epoch, shuffle) for epoch in range(3)]
+    arena_bytes = sum(plans[0].block_length) // 2 // 4096 * 4096
+    kept = kept_keys(plans[0], arena_bytes)
+    assert 5 < len(kept) < len(plans[0].block_key) - 5
+    with kept_memory(pack, arena_bytes, f"half {shuffle}") as memory, Rig(pack, **memory) as rig:
+        assert rig.epoch(plans[0]) == blocks_of(plans[0])
+        assert rig.stat("read_kept_bytes") == 0
+        assert rig.stat("kept_blocks") == len(kept)
+        for epoch in (1, 2):
+            plan, is_kept = plans[epoch], np.isin(plans[epoch].block_key, list(kept))
+            expected = [b for b, k in zip(blocks_of(plan), is_kept, strict=True) if not k]
+            assert rig.epoch(plan) == expected
+            assert rig.stat("read_kept_bytes") == epoch * sum(plan.block_length[is_kept])
+            assert rig.stat("block_bytes") == 0
+
+
+def test_files_of_unknown_length_are_kept(folder: Data) -> None:
+    plans = [in_windows(folder.plan(epoch, "uniform"), 25) for epoch in (0, 1)]
+    with kept_memory(folder, 90 * 4096, "folder") as memory, Rig(folder, **memory) as rig:
+        assert rig.epoch(plans[0]) == as_they_lie(folder, plans[0])
+        assert rig.epoch(plans[1]) == []
+        assert rig.stat("read_kept_bytes") == sum(map(len, folder.bytes))
+
+
+def test_reading_on_takes_what_is_kept(pack: Data) -> None:
+    arena_bytes = sum(pack.plan().block_length) // 2 // 4096 * 4096
+    kept = kept_keys(pack.plan(), arena_bytes)
+    with kept_memory(pack, arena_bytes, "ahead") as memory, Rig(pack, **memory) as rig:
+        rig.epoch(pack.plan())
+        plan = pack.plan(1)
+        rig.prepare(plan)
+        is_kept = np.isin(plan.block_key, list(kept))
+        rest = [b for b, k in zip(blocks_of(plan), is_kept, strict=True) if not k]
+        assert rig.wait_for_requests(len(rest)) == rest
+        assert rig.stat("block_bytes") == sum(plan.block_length[~is_kept])
+        rig.start(None)
+        assert rig.finish() == len(plan.batch_begin) - 1
+        rig.prepare(pack.plan(2))
+        rig.wait_for_requests(1)
+        assert rig.epoch(pack.plan(3)) != []  # another plan; what was kept stays so
+        assert rig.stat("block_bytes") == 0
+        assert rig.stat("kept_blocks") == len(kept)
+
+
+def test_two_ranks_read_each_block_once(pack: Data) -> None:
+    plans = [[pack.plan(e, rank=r, world_size=2) for r in (0, 1)] for e in range(3)]
+    room = 2 * sum(pack.plan().block_length)
+    with (
+        kept_memory(pack, room // 4096 * 4096, "ranks") as memory,
+        Rig(pack, **memory) as first,
+        Rig(pack, **memory) as second,
+    ):
+        read: list[list[Request]] = []
+        for epoch in range(3):
+            for rig, plan in zip((first, second), plans[epoch], strict=True):
+                rig.start(plan)
+            for rig, plan in zip((first, second), plans[epoch], strict=True):
+                assert rig.finish() == len(plan.batch_begin) - 1
+            read.append(first.requests() + second.requests())
+        blocks = blocks_of(plans[0][0]) + blocks_of(plans[0][1])
+        # One block may lie across the cut between the streams: both read it where both want it.
+        assert set(read[0]) == set(blocks)
+        assert len(read[0]) <= len(set(blocks)) + 1
+        assert read[1:] == [[], []]
+        first.engine.close()  # what it kept stays
+        second.start(plans[0][0])
+        assert second.finish() == len(plans[0][0].batch_begin) - 1
+        assert second.requests() == []
+
+
+def test_no_engine_believes_a_damaged_kept_block(tmp_path: Path) -> None:
+    data = Data(tmp_path, 100, 1, as_pack=True)
+    plan = data.plan(shuffle="none")
+    offset = int(data.index.offset[70])
+    with open(data.path(0), "r+b") as file:
+        file.seek(offset)
+        file.write(bytes([data.bytes[70][0] ^ 1]))
+    with kept_memory(data, 1 << 20, "damaged") as memory:
+        for _ in range(2):  # the first reads and keeps the block, the second finds it
+            with Rig(data, **memory) as rig:
+                rig.start(plan)
+                with pytest.raises(SampleError, match="CRC-32C") as raised:
+                    rig.finish()
+                assert raised.value.sample == 70
+                assert 70 not in rig.right
+
+
+# ---- a disk that changes, or does not answer -----------------------------------------------------
+
+
+def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    data = Data(tmp_path, 100, 2, as_pack=True)
+    plan = data.plan(shuffle="none")
+    with Rig(data) as rig:
+        rig.epoch(plan)
+        size = os.path.getsize(data.path(1))
+        os.truncate(data.path(1), size - 1)
+        rig.start(plan)
+        with pytest.raises(SampleError, match=rf"name of.*{data.path(1)}.*{size - 1}") as raised:
+            rig.finish()
+        assert int(data.index.file[raised.value.sample]) == 1
+        assert str(plan.block_offset[-1]) in str(raised.value)
+
+
+@pytest.mark.parametrize("num_readers", [1, 3])
+def test_a_file_replaced_between_epochs(tmp_path: Path, num_readers: int) -> None:
+    data = Data(tmp_path, 100, 1, as_pack=True)
+    with Rig(data, num_readers=num_readers) as rig:
+        rig.epoch(data.plan(0))
+        (tmp_path / "new").write_bytes(b"x" * 100)
+        os.replace(tmp_path / "new", data.path(0))
+        rig.start(data.plan(1))
+        with pytest.raises(SampleError, match=data.path(0)):
+            rig.finish()
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    data = Data(tmp_path, 40, 40, as_pack=False)
+    os.unlink(data.path(39))
+    os.mkfifo(data.path(39))  # opening it would wait for ever
+    with Rig(data) as rig:
+        rig.start(data.plan(shuffle="none"))
+        with pytest.raises((OSError, SampleError), match=data.path(39)):
+            rig.finish()
