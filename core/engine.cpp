@@ -81,7 +81,7 @@ constexpr int64_t kTurnNs = 80'000'000;
 struct Counters {
   std::atomic<int64_t> read_bytes{0}, read_requests{0}, read_seeks{0}, read_ns{0}, read_wait_ns{0};
   std::atomic<int64_t> read_lock_wait_ns{0}, read_direct_requests{0}, read_lookups{0};
-  std::atomic<int64_t> read_kept_bytes{0};
+  std::atomic<int64_t> read_cached_bytes{0}, read_kept_bytes{0};
   std::atomic<int64_t> decode_samples{0}, decode_ns{0}, decode_wait_read_ns{0};
   std::atomic<int64_t> decode_wait_batch_ns{0}, foreign_rows{0}, foreign_blocks{0};
   std::atomic<int64_t> batch_count{0}, batch_wait_ns{0};
@@ -343,7 +343,10 @@ struct imseq_engine {
   void look_up_window(Run& run, DiskLock& disk);
   void read_block(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
                   Clock::time_point* turn_began);
-  int32_t read_file(Run& run, int64_t block, FileReader& reader, int64_t* length,
+  int32_t read_file(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
+                    Clock::time_point* turn_began, int64_t* length, imseq_error* error);
+  int32_t read_into(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
+                    Clock::time_point* turn_began, int64_t length, uint8_t* memory,
                     imseq_error* error);
   void count_request(const imseq_request& request);
   void take_buffer(Loaded& loaded, int64_t size_bytes);
@@ -666,6 +669,7 @@ void imseq_engine::stats(imseq_stats* out) {
   out->read_lock_wait_ns = value(counters_.read_lock_wait_ns);
   out->read_direct_requests = value(counters_.read_direct_requests);
   out->read_lookups = value(counters_.read_lookups);
+  out->read_cached_bytes = value(counters_.read_cached_bytes);
   out->read_kept_bytes = value(counters_.read_kept_bytes);
   out->decode_samples = value(counters_.decode_samples);
   out->decode_ns = value(counters_.decode_ns);
@@ -1094,19 +1098,15 @@ void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader, Disk
     counters_.read_kept_bytes.fetch_add(length, std::memory_order_relaxed);
     loaded.was_kept = true;
   } else {
-    take_turn(run, disk, turn_began);
-    if (run.cancelled) return;  // nobody waits for it
-    status = read_file(run, number, reader, &length, &error);
-    if (status == IMSEQ_OK) {
-      count_request({run.plan.epoch, run.block_file[number], run.block_offset[number], length,
-                     reader.was_direct(), disk.held()});
-    }
+    status = read_file(run, number, reader, disk, turn_began, &length, &error);
+    if (status == IMSEQ_CANCELLED) return;  // nobody waits for it
   }
   block_came(run, number, length, status, error);
 }
 
 // Reads a block from its file, into kept memory where there is room.
-int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, int64_t* length,
+int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, DiskLock& disk,
+                                Clock::time_point* turn_began, int64_t* length,
                                 imseq_error* error) {
   Loaded& loaded = *run.blocks[number].loaded;
   const int64_t offset = run.block_offset[number], key = run.key_of(number);
@@ -1114,14 +1114,11 @@ int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, in
   if (status != IMSEQ_OK) return status;
   if (*length < 0) *length = std::max<int64_t>(0, reader.file_bytes() - offset);
   const int64_t room = FileReader::room(offset, *length);
-  uint8_t* kept = kept_.claim(key, room);
+  uint8_t* const kept = kept_.claim(key, room);
   try {
     if (kept == nullptr) take_buffer(loaded, room);
-    {
-      Timer timer(&counters_.read_ns);
-      uint8_t* memory = kept != nullptr ? kept : loaded.buffer.get();
-      status = reader.read(offset, *length, memory, &loaded.bytes, &loaded.bad, error);
-    }
+    uint8_t* memory = kept != nullptr ? kept : loaded.buffer.get();
+    status = read_into(run, number, reader, disk, turn_began, *length, memory, error);
     if (kept != nullptr && status == IMSEQ_OK && !loaded.bad.empty()) {  // nothing to keep
       take_buffer(loaded, room);
       std::memcpy(loaded.buffer.get(), loaded.bytes, static_cast<size_t>(*length));
@@ -1141,6 +1138,29 @@ int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, in
   return status;
 }
 
+// Reads a range of the open file; what the page cache has needs no turn at the disk.
+int32_t imseq_engine::read_into(Run& run, int64_t number, FileReader& reader, DiskLock& disk,
+                                Clock::time_point* turn_began, int64_t length, uint8_t* memory,
+                                imseq_error* error) {
+  Loaded& loaded = *run.blocks[number].loaded;
+  const int64_t offset = run.block_offset[number];
+  bool cached;
+  {
+    Timer timer(&counters_.read_ns);
+    cached = reader.read_cached(offset, length, memory, &loaded.bytes);
+  }
+  if (!cached) {
+    take_turn(run, disk, turn_began);
+    if (run.cancelled) return IMSEQ_CANCELLED;
+    Timer timer(&counters_.read_ns);
+    const int32_t status = reader.read(offset, length, memory, &loaded.bytes, &loaded.bad, error);
+    if (status != IMSEQ_OK) return status;
+  }
+  count_request({run.plan.epoch, run.block_file[number], offset, length, reader.was_direct(),
+                 disk.held(), cached, 0});
+  return IMSEQ_OK;
+}
+
 void imseq_engine::count_request(const imseq_request& request) {
   std::lock_guard lock(mutex_);
   if (request.file != last_file_ || request.offset != last_end_) {
@@ -1151,6 +1171,9 @@ void imseq_engine::count_request(const imseq_request& request) {
   counters_.read_requests.fetch_add(1, std::memory_order_relaxed);
   counters_.read_direct_requests.fetch_add(request.direct, std::memory_order_relaxed);
   counters_.read_bytes.fetch_add(request.length, std::memory_order_relaxed);
+  if (request.cached != 0) {
+    counters_.read_cached_bytes.fetch_add(request.length, std::memory_order_relaxed);
+  }
   if (config_.record_requests != 0) recorded_.push_back(request);
 }
 

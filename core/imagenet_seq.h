@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-#define IMSEQ_ABI 6
+#define IMSEQ_ABI 7
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
@@ -329,6 +329,7 @@ typedef struct imseq_stats {
   int64_t read_lock_wait_ns;    /* readers that waited for their turn at the disk */
   int64_t read_direct_requests; /* of read_requests: past the page cache */
   int64_t read_lookups;         /* files looked up before a window was read */
+  int64_t read_cached_bytes;    /* of read_bytes: found in the page cache */
   int64_t read_kept_bytes;      /* of blocks that were in memory already; not in read_bytes */
   int64_t decode_samples;       /* rows the core decoded */
   int64_t decode_ns;
@@ -357,6 +358,8 @@ typedef struct imseq_request {
   int64_t length;
   int32_t direct; /* 1: past the page cache */
   int32_t locked; /* 1: the reader held the disk's lock */
+  int32_t cached; /* 1: it was in the page cache, the disk was not asked */
+  int32_t reserved;
 } imseq_request;
 
 IMSEQ_CHECKED int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** out,

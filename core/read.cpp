@@ -4,6 +4,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <linux/fiemap.h>
@@ -207,6 +208,28 @@ int32_t FileReader::read(int64_t offset, int64_t length, uint8_t* memory, const 
     bad->push_back({std::max(page.begin, offset), std::min(page.end, end), page.os_errno});
   }
   return IMSEQ_OK;
+}
+
+bool FileReader::read_cached([[maybe_unused]] int64_t offset, [[maybe_unused]] int64_t length,
+                             [[maybe_unused]] uint8_t* memory,
+                             [[maybe_unused]] const uint8_t** bytes) {
+#if defined(RWF_NOWAIT)
+  const int64_t begin = round_down(offset, kPageBytes), end = offset + length;
+  if (direct_ || !can_ask_cache_) return false;
+  *bytes = memory + (offset - begin);
+  for (int64_t from = begin; from < end;) {
+    iovec range = {memory + (from - begin), static_cast<size_t>(end - from)};
+    const ssize_t got = ::preadv2(fd_, &range, 1, static_cast<off_t>(from), RWF_NOWAIT);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno != EAGAIN) can_ask_cache_ = false;  // not on this file system
+    if (got <= 0) return false;
+    from += got;
+  }
+  was_direct_ = false;
+  return true;
+#else
+  return false;
+#endif
 }
 
 // Reads from begin, which is a page's, to end and to the end of its page. Returns what the system

@@ -83,6 +83,12 @@ class FileReader {
   // added to *bad, their bytes are zero, and the status is IMSEQ_OK.
   [[nodiscard]] int32_t read(int64_t offset, int64_t length, uint8_t* memory, const uint8_t** bytes,
                              std::vector<BadRange>* bad, imseq_error* error);
+  // The same for what is in the page cache already, without going to the disk. False: some of it is
+  // not, or this system can't tell.
+  [[nodiscard]] bool read_cached(int64_t offset, int64_t length, uint8_t* memory,
+                                 const uint8_t** bytes);
+  // Whether requests go past the page cache, as far as is known.
+  [[nodiscard]] bool is_direct() const { return direct_; }
   // Whether the last request went past the page cache.
   [[nodiscard]] bool was_direct() const { return was_direct_; }
 
@@ -100,6 +106,7 @@ class FileReader {
   bool direct_;
   bool was_direct_ = false;
   bool advised_ = false;
+  bool can_ask_cache_ = true;
   std::string path_;
   int fd_ = -1;
   int64_t file_bytes_ = 0;

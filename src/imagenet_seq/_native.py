@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
     from imagenet_seq.transforms import Recipe
 
-ABI = 6
+ABI = 7
 
 OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
@@ -260,6 +260,7 @@ class _Stats(Structure):
             "read_lock_wait_ns",
             "read_direct_requests",
             "read_lookups",
+            "read_cached_bytes",
             "read_kept_bytes",
             "decode_samples",
             "decode_ns",
@@ -294,6 +295,8 @@ class Request(Structure):
         ("length", c_int64),
         ("direct", c_int32),
         ("locked", c_int32),
+        ("cached", c_int32),
+        ("reserved", c_int32),
     ]
 
 

@@ -295,7 +295,8 @@ class Pace:
             return f"{100 * more(name) / elapsed_s / num_threads:.0f} %"
 
         can = f" of {reading.speed.sequential_mb_s:.0f}" if reading.speed else ""
-        read, kept = more("read_bytes"), more("read_kept_bytes")
+        read = more("read_bytes") - more("read_cached_bytes")
+        kept = more("read_kept_bytes") + more("read_cached_bytes")
         from_memory = f", {100 * kept / (read + kept):.0f} % from memory" if kept else ""
         filled = stats.get("block_bytes", 0) / max(1, stats.get("block_budget_bytes", 0))
         return (
