@@ -44,7 +44,7 @@ bool is_bad_sector(int os_errno) {
 }
 
 int open_file(const std::string& path, bool direct) {
-  int flags = O_RDONLY | O_CLOEXEC;
+  int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;  // a FIFO there must not hold us up
 #if defined(O_DIRECT)
   if (direct) flags |= O_DIRECT;
 #endif
