@@ -81,9 +81,9 @@ class Data:
             seed=3,
             block_bytes=BLOCK_BYTES,
             shuffle_blocks=4,
-            num_streams=int(options.get("world_size", 1)),  # type: ignore[call-overload]
+            num_streams=int(options.get("world_size", 1)),
         )
-        return rank_plan(self.index, order, epoch, batch_size=BATCH_SIZE, **options)  # type: ignore[arg-type]
+        return rank_plan(self.index, order, epoch, batch_size=BATCH_SIZE, **options)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ class Rig:
             row_bytes=1,
             block_budget_bytes=budget_bytes,
             verify_checksums=True,
-            reading=_native.Reading(record_requests=True, **reading),  # type: ignore[arg-type]
+            reading=_native.Reading(record_requests=True, **reading),
         )
         self.right: set[int] = set()  # positions of the plan whose bytes were right
         self.requested: list[_native.Request] = []
