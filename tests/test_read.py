@@ -6,11 +6,15 @@ the wrong place, into the wrong memory, or given back too early fails whatever w
 
 from __future__ import annotations
 
+import _thread
 import fcntl
+import gc
 import os
+import re
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -18,13 +22,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision import transforms as v1
+from torchvision.transforms import v2
 
-from imagenet_seq import _native, disk, ram
+from imagenet_seq import _native, batch, disk, ram, read
 from imagenet_seq.errors import LoaderClosedError, SampleError
 from imagenet_seq.index import Index, Names
+from imagenet_seq.loader import Loader, LoaderNote
+from imagenet_seq.pack import pack as make_pack
 from imagenet_seq.plan import EnginePlan, Order, explicit_plan, in_windows, rank_plan
+from imagenet_seq.sources import open_source
 from imagenet_seq.transforms import Geometry, Recipe, Rows
 
 BLOCK_BYTES = 20_000
@@ -740,3 +750,383 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         rig.start(data.plan(shuffle="none"))
         with pytest.raises((OSError, SampleError), match=data.path(39)):
             rig.finish()
+
+
+# ---- through a Loader ----------------------------------------------------------------------------
+
+SMALL = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+FLOAT = v1.Compose([v1.RandomResizedCrop(16), v1.ToTensor()])
+IN_BLOCKS = {"shuffle": True, "block_bytes": BLOCK_BYTES, "shuffle_blocks": 4}
+
+
+@pytest.fixture(scope="module")
+def photos_folder(make_folder: Callable[..., Path]) -> Path:
+    return make_folder(120, num_classes=5) / "train"
+
+
+@pytest.fixture(scope="module")
+def photos_pack(photos_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos") / "pack"
+    make_pack(photos_folder, folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def own_pack(photos_pack: Path, tmp_path: Path) -> Path:
+    """A pack that no other test's loader keeps in memory."""
+    return Path(shutil.copytree(photos_pack, tmp_path / "pack"))
+
+
+@pytest.fixture(autouse=True)
+def own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for another program that reads this machine's disk."""
+    monkeypatch.setenv("IMAGENET_SEQ_LOCKS", str(tmp_path / "locks"))
+
+
+class Recorder:
+    """Every request of all engines that loaders make."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engines: list[_native.Engine] = []
+        recorder = self
+
+        class Recording(_native.Engine):
+            def __init__(self, recipe: Recipe, **arguments: object) -> None:
+                reading = replace(arguments.pop("reading"), record_requests=True)
+                super().__init__(recipe, reading=reading, **arguments)
+                recorder.engines.append(self)
+
+        monkeypatch.setattr(_native, "Engine", Recording)
+
+    def requests(self) -> list[_native.Request]:
+        return [request for engine in self.engines for request in engine.requests()]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    recorder = Recorder(monkeypatch)
+    yield recorder
+    recorder.engines.clear()
+    gc.collect()  # whoever has kept memory gives it back
+
+
+def loader_of(dataset: Path, transform: object = SMALL, **arguments: object) -> Loader:
+    defaults = {"batch_size": BATCH_SIZE, "num_workers": 2, "forecast": False}
+    return Loader(dataset, "train", transform, **{**defaults, **arguments})
+
+
+def epoch_of(loader: Loader) -> torch.Tensor:
+    return torch.cat([images.flatten(1) for images, _ in loader])
+
+
+def expected_epochs(dataset: Path, num_epochs: int, **arguments: object) -> list[torch.Tensor]:
+    """What plain reading delivers: a loader of its own for every epoch."""
+    epochs = []
+    for epoch in range(num_epochs):
+        loader = loader_of(dataset, ram="auto", **arguments)
+        loader.set_epoch(epoch)
+        epochs.append(epoch_of(loader))
+        loader.close()
+    return epochs
+
+
+def test_a_loader_reads_on_and_reads_nothing_twice(photos_pack: Path, recorder: Recorder) -> None:
+    threads = num_threads()
+    loader = loader_of(photos_pack, **IN_BLOCKS, ram=0, disk="hdd")
+    epochs = [epoch_of(loader) for _ in range(3)]
+    index = open_source(photos_pack).index
+    order = Order("block", 0, BLOCK_BYTES, 4)
+    planned = [
+        block
+        for epoch in range(4)
+        for block in blocks_of(rank_plan(index, order, epoch, batch_size=BATCH_SIZE))
+    ]
+    requests: list[_native.Request] = []
+    until = time.monotonic() + DEADLINE_S
+    while not any(r.epoch == 3 for r in requests) and time.monotonic() < until:
+        requests += recorder.requests()
+    made = [(r.epoch, r.file, r.offset, r.length) for r in requests]
+    assert made == planned[: len(made)]
+    assert made[-1][0] == 3  # the epoch that nobody asked for yet
+    assert len(recorder.engines) == 1
+    direct = disk.reads_direct(os.path.join(index.root, index.files[0]))
+    assert {r.direct for r in requests} == {direct}
+    assert all(r.locked or r.cached for r in requests)
+    stats = loader.stats()
+    largest = max(length for *_, length in made)
+    assert 0 < stats["block_bytes_peak"] <= stats["block_budget_bytes"] + largest
+    assert stats["block_budget_bytes"] <= loader.memory_bytes
+    loader.close()
+    while num_threads() > threads and time.monotonic() < until:
+        time.sleep(0.005)
+    assert num_threads() <= threads
+    for got, expected in zip(epochs, expected_epochs(photos_pack, 3, **IN_BLOCKS), strict=True):
+        assert torch.equal(got, expected)
+
+
+def num_threads() -> int:
+    folder = "/proc/self/task"
+    return len(os.listdir(folder)) if os.path.isdir(folder) else threading.active_count()
+
+
+@pytest.mark.parametrize("arguments", [IN_BLOCKS, {"shuffle": "uniform", "window": 50}])
+def test_whatever_was_read_ahead_the_epoch_asked_for_comes(
+    photos_pack: Path, arguments: dict
+) -> None:
+    expected = expected_epochs(photos_pack, 6, **arguments)
+    loader = loader_of(photos_pack, **arguments, ram=0, disk="hdd")
+    assert torch.equal(epoch_of(loader), expected[0])
+    loader.set_epoch(4)  # not 1, which has been read ahead
+    assert torch.equal(epoch_of(loader), expected[4])
+    assert torch.equal(epoch_of(loader), expected[5])
+    loader.set_epoch(0)
+    iterator = iter(loader)
+    first = [next(iterator)[0].flatten(1) for _ in range(3)]
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    del iterator
+    assert torch.equal(torch.cat([*first, epoch_of(loader)]), expected[0])
+    for _ in loader:  # epoch 1, which is given up
+        break
+    assert torch.equal(epoch_of(loader), expected[2])
+    loader.close()
+    assert torch.equal(epoch_of(loader), expected[3])
+    assert loader.stats()["block_bytes_peak"] <= loader.memory_bytes
+    loader.close()
+
+
+def test_a_folder_on_a_hard_disk_is_read_in_windows(
+    photos_folder: Path, recorder: Recorder
+) -> None:
+    loader = loader_of(photos_folder, shuffle=True, ram=0, disk="hdd", window=50)
+    epochs = [epoch_of(loader) for _ in range(2)]
+    requests = [r for r in recorder.requests() if r.epoch == 0]
+    index = open_source(photos_folder).index
+    plan = rank_plan(index, Order("uniform"), 0, batch_size=BATCH_SIZE)
+    begins = in_windows(plan, 50).window_begin
+    assert begins is not None
+
+    def path(file: int) -> str:
+        name = plan.paths[plan.path_begin[file] : plan.path_begin[file + 1]].tobytes()
+        return os.path.join(plan.root, os.fsdecode(name))
+
+    def place(file: int) -> tuple[int, int]:
+        return _native.look_up(path(file))[1], os.stat(path(file)).st_ino
+
+    windows = [plan.block_file[begin:end].tolist() for begin, end in pairwise(begins)]
+    expected = [file for window in windows for file in sorted(window, key=place)]
+    assert [r.file for r in requests] == expected
+    assert {(r.direct, r.offset) for r in requests} == {(0, 0)}
+    assert [r.length for r in requests] == [os.path.getsize(path(r.file)) for r in requests]
+    stats = loader.stats()
+    assert stats["read_lookups"] >= 240
+    loader.close()
+    for got, want in zip(epochs, expected_epochs(photos_folder, 2, shuffle=True), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("transform", [SMALL, FLOAT], ids=["uint8", "float32"])
+def test_a_loader_keeps_half_of_the_set(
+    own_pack: Path, recorder: Recorder, transform: object
+) -> None:
+    arguments = {"transform": transform, **IN_BLOCKS}
+    expected = expected_epochs(own_pack, 3, **arguments)
+    index = open_source(own_pack).index
+    plans = [rank_plan(index, Order("block", 0, BLOCK_BYTES, 4), e, batch_size=16) for e in (0, 1)]
+    budget_bytes = int(sum(plans[0].block_length)) // 2
+    kept = kept_keys(plans[0], budget_bytes // 4096 * 4096)
+    recorder.requests()
+    recorder.engines.clear()
+    gc.collect()
+    loader = loader_of(own_pack, **arguments, ram=budget_bytes, disk="ssd", num_readers=1)
+    for epoch in range(3):
+        assert torch.equal(epoch_of(loader), expected[epoch])
+    made = [(r.epoch, r.file, r.offset, r.length) for r in recorder.requests()]
+    is_kept = np.isin(plans[1].block_key, list(kept))
+    rest = [b for b, k in zip(blocks_of(plans[1]), is_kept, strict=True) if not k]
+    assert [r for r in made if r[0] == 0] == blocks_of(plans[0])
+    assert [r for r in made if r[0] == 1] == rest
+    assert loader.stats()["kept_blocks"] == len(kept)
+    loader.close()
+
+
+def test_what_is_kept_whole_is_read_once(own_pack: Path, recorder: Recorder) -> None:
+    loader = loader_of(own_pack, **IN_BLOCKS, ram="64MB")
+    first = epoch_of(loader)
+    assert recorder.requests() != []
+    second = epoch_of(loader)
+    assert recorder.requests() == []
+    assert first.shape == second.shape
+    stats = loader.stats()
+    assert stats["read_kept_bytes"] >= stats["read_bytes"] == stats["kept_bytes"] - waste(stats)
+    loader.close()
+    assert epoch_of(loader).shape == first.shape  # a new engine finds what the former one kept
+    assert recorder.requests() == []
+    loader.close()
+
+
+def waste(stats: dict[str, float]) -> float:
+    """Blocks are kept in whole pages."""
+    lost = stats["kept_bytes"] - stats["read_bytes"]
+    assert 0 <= lost <= 2 * 4096 * stats["kept_blocks"]
+    return lost
+
+
+def test_an_order_of_a_sampler_is_kept_by_sample(own_pack: Path, recorder: Recorder) -> None:
+    order = list(range(118, -1, -2))  # backwards: no two of them are read together
+    loader = loader_of(own_pack, sampler=order, ram="64MB")
+    first = epoch_of(loader)
+    assert len(recorder.requests()) == len(order)
+    order[:] = order[30:] + order[:30]
+    assert epoch_of(loader).shape == first.shape
+    assert recorder.requests() == []
+    loader.close()
+
+
+def test_ranks_share_what_is_kept(own_pack: Path, recorder: Recorder) -> None:
+    ranks = [
+        loader_of(own_pack, **IN_BLOCKS, ram="64MB", rank=rank, world_size=2, seed=1)
+        for rank in (0, 1)
+    ]
+    expected = [
+        expected_epochs(own_pack, 2, **IN_BLOCKS, rank=rank, world_size=2, seed=1)
+        for rank in (0, 1)
+    ]
+    recorder.requests()
+    for rank, loader in enumerate(ranks):
+        assert torch.equal(epoch_of(loader), expected[rank][0])
+    requests = [(r.file, r.offset, r.length) for r in recorder.requests()]
+    assert len(requests) == len(set(requests))  # each block once in sum
+    ranks[0].close()
+    assert torch.equal(epoch_of(ranks[1]), expected[1][1])
+    assert torch.equal(epoch_of(ranks[0]), expected[0][1])
+    assert recorder.requests() == []
+    ranks[0].close()
+    ranks[1].close()
+
+
+def test_small_data_is_left_to_the_page_cache(own_pack: Path, recorder: Recorder) -> None:
+    loader = loader_of(own_pack, **IN_BLOCKS)
+    epoch_of(loader)
+    assert {r.direct for r in recorder.requests()} == {0}
+    epoch_of(loader)
+    again = recorder.requests()
+    assert {r.epoch for r in again} == {1}
+    if not all(r.cached for r in again):
+        pytest.skip("this file system can't say what is in the page cache")
+    assert loader.stats()["kept_blocks"] == 0
+    loader.close()
+
+
+# ---- a disk that does not answer -----------------------------------------------------------------
+
+
+@pytest.fixture
+def stalled(
+    photos_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Loader, Callable[[float], None]]]:
+    """A loader whose turn at the disk does not come, and a function that lets it come later."""
+    shard = str(next(photos_pack.glob("*.tar")))
+    if not disk.reads_direct(shard):
+        pytest.skip("what the page cache has needs no turn, and here all of it is there")
+    monkeypatch.setattr(batch, "_STALL_S", 0.2)
+    path = disk.lock_path(disk.choose_disk(shard, "hdd"))
+    loader = loader_of(photos_pack, **IN_BLOCKS, ram=0, disk="hdd", timeout=1.0)
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def answer_in(seconds: float) -> None:
+            threading.Timer(seconds, fcntl.flock, (file.fileno(), fcntl.LOCK_UN)).start()
+
+        yield loader, answer_in
+        fcntl.flock(file, fcntl.LOCK_UN)
+        loader.close()
+
+
+def test_a_stalled_disk_is_named_and_waited_for(
+    photos_pack: Path, stalled: tuple[Loader, Callable[[float], None]]
+) -> None:
+    loader, answer_in = stalled
+    answer_in(0.6)
+    with pytest.warns(LoaderNote, match=rf"not answered for .*{photos_pack}.*offset \d") as notes:
+        assert len(epoch_of(loader)) == 120
+    assert len(notes) == 1
+
+
+def test_a_time_out_names_what_the_disk_was_asked_for(
+    photos_pack: Path, stalled: tuple[Loader, Callable[[float], None]]
+) -> None:
+    loader, _ = stalled
+    with (
+        pytest.warns(LoaderNote, match="not answered"),
+        pytest.raises(RuntimeError, match=rf"timeout=1 s; .*{photos_pack}.*offset \d"),
+    ):
+        next(iter(loader))
+
+
+def test_ctrl_c_while_the_disk_does_not_answer(
+    stalled: tuple[Loader, Callable[[float], None]],
+) -> None:
+    loader, _ = stalled
+    threading.Timer(0.15, _thread.interrupt_main).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(loader))
+    loader.close()
+    assert time.monotonic() - began < 2  # a disk's turn is waited for up to 5 s
+
+
+# ---- what the user is told -----------------------------------------------------------------------
+
+
+def test_the_forecast_is_one_line_before_the_first_batch(
+    photos_pack: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {**IN_BLOCKS, "ram": 0, "disk": "hdd"}
+    speed = disk.Speed(180.0, 12.5, "2026-01-01")
+    monkeypatch.setattr(disk, "speed_of", lambda *_: speed)
+    epoch_of(loader_of(photos_pack, **arguments, forecast=True))
+    assert capfd.readouterr().err == ""  # so little is read before anybody would know
+    monkeypatch.setattr(read, "MEASURED_BYTES", 1)
+    loader = loader_of(photos_pack, **arguments, forecast=True)
+    assert capfd.readouterr().err == ""
+    iterator = iter(loader)
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"imagenet-seq: pack on .*180 MB/s.*\n", said), said
+    assert said == loader.forecast().line() + "\n"
+    assert sum(1 for _ in iterator) == 8
+    epoch_of(loader)
+    epoch_of(loader_of(photos_pack, **arguments, forecast=False))
+    monkeypatch.setenv("LOCAL_RANK", "1")  # once a node
+    epoch_of(loader_of(photos_pack, **arguments, forecast=True))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_progress_line_says_what_happened_since_the_last(own_pack: Path) -> None:
+    loader = loader_of(own_pack, **IN_BLOCKS, ram="64MB")
+    pattern = (
+        r"read (\d+) MB/s(?:, (\d+) % from memory)?, blocks (\d+) % full; waiting: training for "
+        r"data \d+ %, decoding for the disk \d+ % and for training \d+ %, reading for decoding "
+        r"\d+ % and for its turn \d+ %"
+    )
+    assert re.fullmatch(pattern, loader.progress_line())  # before the first batch
+    epoch_of(loader)
+    loader.progress_line()
+    epoch_of(loader)
+    said = re.fullmatch(pattern, loader.progress_line())
+    assert said
+    assert said[1] == "0"
+    loader.close()
+
+
+def test_counters_have_names_that_say_their_stage(photos_pack: Path) -> None:
+    loader = loader_of(photos_pack, **IN_BLOCKS, ram=0)
+    epoch_of(loader)
+    stats = loader.stats()
+    stages = {"read", "decode", "foreign", "batch", "block", "kept"}
+    assert {name.split("_")[0] for name in stats} == stages
+    assert not [name for name in stats if name.endswith("_ns")]
+    assert stats["read_requests"] >= stats["read_seeks"] >= 1
+    assert stats["read_s"] > 0
+    assert stats["batch_count"] == 8
+    loader.close()
