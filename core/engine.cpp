@@ -97,6 +97,10 @@ struct Loaded {
   std::unique_ptr<imseq_error> error;     // failed
 };
 
+// What a block whose bytes are kept adds to the memory in use: of a folder's million files that would
+// be hundreds of megabytes, were they all taken ahead.
+constexpr int64_t kBytesOfKeptBlock = sizeof(Loaded);
+
 // A set of samples, a bit for each. Decoders look and add at the same time.
 class SampleSet {
  public:
@@ -333,6 +337,7 @@ struct imseq_engine {
   std::shared_ptr<Run> run_to_read() const;
   bool may_read(const Run& run) const;
   int64_t cost(const Run& run, int64_t block) const;
+  bool is_kept(const Run& run, int64_t block) const;
   int64_t begin_block(Run& run);
   void wait_to_read(std::unique_lock<std::mutex>& lock);
   bool begin_request(const Run& run);
@@ -1021,10 +1026,14 @@ void imseq_engine::wait_to_read(std::unique_lock<std::mutex>& lock) {
 
 // What a block adds to the memory in use; exact where its length is known.
 int64_t imseq_engine::cost(const Run& run, int64_t block) const {
+  if (is_kept(run, block)) return kBytesOfKeptBlock;
+  return run.block_length[block] >= 0 ? run.block_length[block] : mean_block_bytes_;
+}
+
+bool imseq_engine::is_kept(const Run& run, int64_t block) const {
   const uint8_t* bytes;
   int64_t size;
-  if (kept_.find(run.key_of(block), &bytes, &size)) return 0;
-  return run.block_length[block] >= 0 ? run.block_length[block] : mean_block_bytes_;
+  return kept_.find(run.key_of(block), &bytes, &size);
 }
 
 // The next block of the reading order is now the caller's to read.
@@ -1059,7 +1068,7 @@ void imseq_engine::look_up_window(Run& run) {
   for (int64_t block = begin; block < end && !run.cancelled; ++block) {
     FilePlace place;
     imseq_error unused;
-    if (run.block_length[block] < 0) {  // a file, not a range of a shard
+    if (run.block_length[block] < 0 && !is_kept(run, block)) {  // a file, not a range of a shard
       (void)begin_request(run);
       {
         Timer timer(&counters_.read_ns);
@@ -1187,7 +1196,7 @@ void imseq_engine::block_came(Run& run, int64_t number, int64_t size_bytes, int3
   if (status == IMSEQ_OK) {
     loaded.size_bytes = size_bytes;
     if (!run.cancelled) {
-      const int64_t in_use = loaded.was_kept ? 0 : size_bytes;
+      const int64_t in_use = loaded.was_kept ? kBytesOfKeptBlock : size_bytes;
       block_bytes_ += in_use - loaded.reserved_bytes;
       block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
       loaded.reserved_bytes = in_use;

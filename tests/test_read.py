@@ -669,6 +669,7 @@ def test_files_of_unknown_length_are_kept(folder: Data) -> None:
         assert rig.epoch(plans[0]) == as_they_lie(folder, plans[0])
         assert rig.epoch(plans[1]) == []
         assert rig.stat("read_kept_bytes") == sum(map(len, folder.bytes))
+        assert rig.stat("read_lookups") == 90  # where a kept file lies is no matter
 
 
 def test_reading_on_takes_what_is_kept(pack: Data) -> None:
@@ -681,7 +682,8 @@ def test_reading_on_takes_what_is_kept(pack: Data) -> None:
         is_kept = np.isin(plan.block_key, list(kept))
         rest = [b for b, k in zip(blocks_of(plan), is_kept, strict=True) if not k]
         assert rig.wait_for_requests(len(rest)) == rest
-        assert rig.stat("block_bytes") == sum(plan.block_length[~is_kept])
+        of_kept = rig.stat("block_bytes") - sum(plan.block_length[~is_kept])
+        assert 0 < of_kept <= 512 * len(kept)  # what the engine notes of each
         rig.start(None)
         assert rig.finish() == len(plan.batch_begin) - 1
         rig.prepare(pack.plan(2))
@@ -689,6 +691,22 @@ def test_reading_on_takes_what_is_kept(pack: Data) -> None:
         assert rig.epoch(pack.plan(3)) != []  # another plan; what was kept stays so
         assert rig.stat("block_bytes") == 0
         assert rig.stat("kept_blocks") == len(kept)
+
+
+def test_kept_blocks_are_not_all_taken_ahead(folder: Data) -> None:
+    """Of a million kept files the engine's notes alone would take hundreds of megabytes."""
+    plans = [folder.plan(epoch, "uniform") for epoch in (0, 1)]
+    with kept_memory(folder, 90 * 4096, "notes") as memory:
+        with Rig(folder, **memory) as rig:
+            rig.epoch(plans[0])
+        with Rig(folder, budget_bytes=1000, **memory) as rig:
+            rig.prepare(plans[1])
+            assert rig.wait_for_requests(0) == []
+            assert 0 < rig.stat("read_kept_bytes") < sum(map(len, folder.bytes)) / 2
+            rig.start(None)
+            assert rig.finish() == len(plans[1].batch_begin) - 1
+            assert rig.stat("read_kept_bytes") == sum(map(len, folder.bytes))
+            assert rig.stat("block_bytes") == 0
 
 
 def test_two_ranks_read_each_block_once(pack: Data) -> None:
@@ -853,7 +871,7 @@ def expected_epochs(dataset: Path, num_epochs: int, **arguments: object) -> list
 
 def test_a_loader_reads_on_and_reads_nothing_twice(photos_pack: Path, recorder: Recorder) -> None:
     threads = num_threads()
-    loader = loader_of(photos_pack, **IN_BLOCKS, ram=0, disk="hdd")
+    loader = loader_of(photos_pack, **IN_BLOCKS, ram=0, disk="hdd", num_readers=1)
     epochs = [epoch_of(loader) for _ in range(3)]
     index = open_source(photos_pack).index
     order = Order("block", 0, BLOCK_BYTES, 4)
@@ -919,7 +937,8 @@ def test_whatever_was_read_ahead_the_epoch_asked_for_comes(
 def test_a_folder_on_a_hard_disk_is_read_in_windows(
     photos_folder: Path, recorder: Recorder
 ) -> None:
-    loader = loader_of(photos_folder, shuffle=True, ram=0, disk="hdd", window=50)
+    reading = {"ram": 0, "disk": "hdd", "window": 50, "num_readers": 1}
+    loader = loader_of(photos_folder, shuffle=True, **reading)
     epochs = [epoch_of(loader) for _ in range(2)]
     requests = [r for r in recorder.requests() if r.epoch == 0]
     index = open_source(photos_folder).index
@@ -972,7 +991,7 @@ def test_a_loader_keeps_half_of_the_set(
 
 
 def test_what_is_kept_whole_is_read_once(own_pack: Path, recorder: Recorder) -> None:
-    loader = loader_of(own_pack, **IN_BLOCKS, ram="64MB")
+    loader = loader_of(own_pack, **IN_BLOCKS, ram="64MB", num_readers=1)
     first = epoch_of(loader)
     assert recorder.requests() != []
     second = epoch_of(loader)
@@ -995,7 +1014,7 @@ def waste(stats: dict[str, float]) -> float:
 
 def test_an_order_of_a_sampler_is_kept_by_sample(own_pack: Path, recorder: Recorder) -> None:
     order = list(range(118, -1, -2))  # backwards: no two of them are read together
-    loader = loader_of(own_pack, sampler=order, ram="64MB")
+    loader = loader_of(own_pack, sampler=order, ram="64MB", num_readers=1)
     first = epoch_of(loader)
     assert len(recorder.requests()) == len(order)
     order[:] = order[30:] + order[:30]
@@ -1007,7 +1026,7 @@ def test_an_order_of_a_sampler_is_kept_by_sample(own_pack: Path, recorder: Recor
 @pytest.mark.skipif(sys.platform != "linux", reason="processes share kept memory on Linux only")
 def test_ranks_share_what_is_kept(own_pack: Path, recorder: Recorder) -> None:
     ranks = [
-        loader_of(own_pack, **IN_BLOCKS, ram="64MB", rank=rank, world_size=2, seed=1)
+        loader_of(own_pack, **IN_BLOCKS, ram="64MB", num_readers=1, rank=rank, world_size=2, seed=1)
         for rank in (0, 1)
     ]
     expected = [
@@ -1122,7 +1141,7 @@ def test_the_forecast_is_one_line_before_the_first_batch(
 
 
 def test_a_progress_line_says_what_happened_since_the_last(own_pack: Path) -> None:
-    loader = loader_of(own_pack, **IN_BLOCKS, ram="64MB")
+    loader = loader_of(own_pack, **IN_BLOCKS, ram="64MB", num_readers=1)
     pattern = (
         r"read (\d+) MB/s(?:, (\d+) % from memory)?, blocks (\d+) % full; waiting: training for "
         r"data \d+ %, decoding for the disk \d+ % and for training \d+ %, reading for decoding "
