@@ -112,6 +112,9 @@ class SampleSet {
   bool has(int64_t sample) const {
     return (__atomic_load_n(&words_[sample / 64], __ATOMIC_RELAXED) & bit(sample)) != 0;
   }
+  void clear() {
+    for (uint64_t& word : words_) __atomic_store_n(&word, uint64_t{0}, __ATOMIC_RELAXED);
+  }
   void add(int64_t sample) {
     __atomic_fetch_or(&words_[sample / 64], bit(sample), __ATOMIC_RELAXED);
   }
@@ -308,6 +311,13 @@ struct imseq_engine {
   const pid_t owner = getpid();
 
  private:
+  // What a reader has in hand.
+  struct Reading {
+    std::shared_ptr<Run> run;  // nullptr: nothing
+    int64_t block = 0;
+    Clock::time_point began;
+  };
+
   void start_threads();
   void decode_thread();
   std::shared_ptr<Run> wait_for_run(int64_t* generation);
@@ -337,15 +347,17 @@ struct imseq_engine {
   std::shared_ptr<Run> run_to_read() const;
   bool may_read(const Run& run) const;
   int64_t cost(const Run& run, int64_t block) const;
+  bool is_kept(const Run& run, int64_t block) const;
   int64_t begin_block(Run& run);
   void wait_to_read(std::unique_lock<std::mutex>& lock);
   bool begin_request(const Run& run);
-  void look_up_window(Run& run);
+  void look_up_window(Run& run, Reading& reading);
   void read_block(Run& run, int64_t block, FileReader& reader);
   int32_t read_file(Run& run, int64_t block, FileReader& reader, int64_t* length,
                     imseq_error* error);
   int32_t read_into(Run& run, int64_t block, FileReader& reader, int64_t length, uint8_t* memory,
                     imseq_error* error);
+  void notice_change(const std::string& path, uint64_t version);
   void count_request(const imseq_request& request);
   void take_buffer(Loaded& loaded, int64_t size_bytes);
   void block_came(Run& run, int64_t block, int64_t size_bytes, int32_t status,
@@ -382,14 +394,10 @@ struct imseq_engine {
   BufferPool buffers_;
   KeptBlocks kept_;
   DiskTurns disk_;
-  struct Reading {
-    std::shared_ptr<Run> run;  // nullptr: nothing
-    int64_t block = 0;
-    Clock::time_point began;
-  };
-  std::vector<Reading> reading_;        // what each reader has in hand
+  std::vector<Reading> reading_;        // of each reader
   std::deque<imseq_request> recorded_;  // where the configuration asks for it
   SampleSet verified_;
+  std::unordered_map<std::string, uint64_t> versions_;  // of files with checksums, as last read
   std::deque<Ticket> row_tasks_, block_tasks_;
   std::unordered_map<int64_t, Ticket> taken_;
   int64_t next_ticket_ = 0;
@@ -970,7 +978,7 @@ void imseq_engine::read_thread(int number) {
     if (run->next_place >= run->known_end) {
       run->looks_up = true;
       lock.unlock();
-      look_up_window(*run);
+      look_up_window(*run, reading_[number]);
       lock.lock();
       run->looks_up = false;
     } else {
@@ -1026,11 +1034,15 @@ void imseq_engine::wait_to_read(std::unique_lock<std::mutex>& lock) {
 
 // What a block adds to the memory in use; exact where its length is known.
 int64_t imseq_engine::cost(const Run& run, int64_t block) const {
-  const uint8_t* bytes;
-  int64_t size;
-  if (kept_.find(run.key_of(block), &bytes, &size)) return kBlockOverhead;
+  if (is_kept(run, block)) return kBlockOverhead;
   if (run.block_length[block] < 0) return mean_block_bytes_;
   return FileReader::room(run.block_offset[block], run.block_length[block]) + kBlockOverhead;
+}
+
+bool imseq_engine::is_kept(const Run& run, int64_t block) const {
+  const uint8_t* bytes;
+  int64_t size;
+  return kept_.find(run.key_of(block), &bytes, &size);
 }
 
 // The next block of the reading order is now the caller's to read.
@@ -1054,7 +1066,7 @@ bool imseq_engine::begin_request(const Run& run) {
 
 // Finds out in which order the files of the next window lie on the disk. The plan names them in the
 // order of their inodes, so that looking them up is one sweep; the second one reads them.
-void imseq_engine::look_up_window(Run& run) {
+void imseq_engine::look_up_window(Run& run, Reading& reading) {
   struct Found {
     FilePlace place;
     int32_t block;
@@ -1065,7 +1077,12 @@ void imseq_engine::look_up_window(Run& run) {
   for (int64_t block = begin; block < end && !run.cancelled; ++block) {
     FilePlace place;
     imseq_error unused;
-    if (run.block_length[block] < 0) {  // a file, not a range of a shard
+    if (run.block_length[block] < 0 && !is_kept(run, block)) {  // a file, not a range of a shard
+      {
+        std::lock_guard lock(mutex_);
+        reading.block = block;
+        reading.began = Clock::now();
+      }
       (void)begin_request(run);
       {
         Timer timer(&counters_.read_ns);
@@ -1105,8 +1122,10 @@ int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, in
                                 imseq_error* error) {
   Loaded& loaded = *run.blocks[number].loaded;
   const int64_t offset = run.block_offset[number], key = run.key_of(number);
-  int32_t status = reader.open(run.path(run.block_file[number]), error);
+  const std::string path = run.path(run.block_file[number]);
+  int32_t status = reader.open(path, error);
   if (status != IMSEQ_OK) return status;
+  if (verifies(run)) notice_change(path, reader.file_version());
   if (*length < 0) *length = std::max<int64_t>(0, reader.file_bytes() - offset);
   const int64_t room = FileReader::room(offset, *length);
   uint8_t* const kept = kept_.claim(key, room);
@@ -1158,6 +1177,14 @@ int32_t imseq_engine::read_into(Run& run, int64_t number, FileReader& reader, in
   return IMSEQ_OK;
 }
 
+// A file that was written or replaced since it was last read: what was found right in it proves
+// nothing any more.
+void imseq_engine::notice_change(const std::string& path, uint64_t version) {
+  std::lock_guard lock(mutex_);
+  const auto [found, is_new] = versions_.try_emplace(path, version);
+  if (!is_new && std::exchange(found->second, version) != version) verified_.clear();
+}
+
 void imseq_engine::count_request(const imseq_request& request) {
   std::lock_guard lock(mutex_);
   if (request.file != last_file_ || request.offset != last_end_) {
@@ -1196,7 +1223,9 @@ void imseq_engine::block_came(Run& run, int64_t number, int64_t size_bytes, int3
       const int64_t memory =
           loaded.buffer.get() == nullptr ? size_bytes : loaded.buffer.capacity_bytes;
       const int64_t in_use = (loaded.was_kept ? 0 : memory) + kBlockOverhead;
-      if (run.block_length[number] < 0) mean_block_bytes_ += (in_use - mean_block_bytes_) / 16;
+      if (run.block_length[number] < 0 && !loaded.was_kept) {
+        mean_block_bytes_ += (in_use - mean_block_bytes_) / 16;
+      }
       block_bytes_ += in_use - loaded.reserved_bytes;
       block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
       loaded.reserved_bytes = in_use;

@@ -44,7 +44,7 @@ bool is_bad_sector(int os_errno) {
 }
 
 int open_file(const std::string& path, bool direct) {
-  int flags = O_RDONLY | O_CLOEXEC;
+  int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;  // a FIFO there must not hold us up
 #if defined(O_DIRECT)
   if (direct) flags |= O_DIRECT;
 #endif
@@ -62,17 +62,31 @@ int32_t cannot_open(const std::string& path, imseq_error* error) {
   return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot open %s", path.c_str());
 }
 
-int32_t regular_file_bytes(int fd, const std::string& path, int64_t* size_bytes,
-                           imseq_error* error) {
-  struct stat info;
-  if (::fstat(fd, &info) != 0) {
+int32_t stat_regular_file(int fd, const std::string& path, struct stat* out, imseq_error* error) {
+  if (::fstat(fd, out) != 0) {
     return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot stat %s", path.c_str());
   }
-  if (!S_ISREG(info.st_mode)) {
+  if (!S_ISREG(out->st_mode)) {
     return fail(error, IMSEQ_ERROR_DATA, -1, -1, 0, "%s is not a regular file", path.c_str());
   }
-  *size_bytes = info.st_size;
   return IMSEQ_OK;
+}
+
+uint64_t version_of(const struct stat& info) {
+#if defined(__APPLE__)
+  const auto& changed = info.st_mtimespec;
+#else
+  const auto& changed = info.st_mtim;
+#endif
+  uint64_t version = 0;
+  for (const int64_t word :
+       {static_cast<int64_t>(info.st_dev), static_cast<int64_t>(info.st_ino),
+        static_cast<int64_t>(info.st_size), static_cast<int64_t>(changed.tv_sec),
+        static_cast<int64_t>(changed.tv_nsec)}) {
+    version = (version ^ static_cast<uint64_t>(word)) * 0x9E3779B97F4A7C15;
+    version ^= version >> 29;
+  }
+  return version;
 }
 
 #if defined(__linux__)
@@ -152,7 +166,13 @@ int32_t FileReader::open(const std::string& path, imseq_error* error) {
     path_ = path;
     advised_ = false;
   }
-  return regular_file_bytes(fd_, path_, &file_bytes_, error);
+  struct stat info;
+  if (const int32_t status = stat_regular_file(fd_, path_, &info, error); status != IMSEQ_OK) {
+    return status;
+  }
+  file_bytes_ = info.st_size;
+  file_version_ = version_of(info);
+  return IMSEQ_OK;
 }
 
 // Not by opening the file again: by now its name may be another's.
@@ -300,10 +320,9 @@ int32_t FileReader::refused(int os_errno, int64_t begin, int64_t end, int64_t re
 int32_t look_up(const std::string& path, FilePlace* out, imseq_error* error) {
   const int fd = open_file(path, false);
   if (fd < 0) return cannot_open(path, error);
-  const int32_t status = regular_file_bytes(fd, path, &out->size_bytes, error);
   struct stat info;
-  if (status == IMSEQ_OK && ::fstat(fd, &info) == 0) out->inode = info.st_ino;
-  out->address = status == IMSEQ_OK ? first_address(fd) : -1;
+  const int32_t status = stat_regular_file(fd, path, &info, error);
+  if (status == IMSEQ_OK) *out = {info.st_size, first_address(fd), info.st_ino};
   ::close(fd);
   return status;
 }

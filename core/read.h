@@ -74,6 +74,8 @@ class FileReader {
   // Opens path (unless it is open) and finds out its size.
   [[nodiscard]] int32_t open(const std::string& path, imseq_error* error);
   [[nodiscard]] int64_t file_bytes() const { return file_bytes_; }
+  // A number that is another one when the file was written to, or is another file.
+  [[nodiscard]] uint64_t file_version() const { return file_version_; }
 
   // Bytes of memory that read() needs for a range: the pages it lies in.
   static int64_t room(int64_t offset, int64_t length);
@@ -110,6 +112,7 @@ class FileReader {
   std::string path_;
   int fd_ = -1;
   int64_t file_bytes_ = 0;
+  uint64_t file_version_ = 0;
 };
 
 // Where a file lies.

@@ -313,6 +313,15 @@ def test_datasets_that_would_be_changed_are_refused(root: Path) -> None:
         ({"rank": 2, "world_size": 2}, ValueError, "rank"),
         ({"rank": 0}, ValueError, "together"),
         ({"prefetch_factor": 0}, ValueError, "prefetch_factor"),
+        ({"ram": "48 PB"}, ValueError, "ram: expected 'auto'.* got '48 PB'"),
+        ({"ram": 48}, ValueError, "ram: .* 48 bytes"),
+        ({"ram": "130%"}, ValueError, "ram"),
+        ({"ram": [1]}, TypeError, "ram"),
+        ({"disk": "floppy"}, ValueError, "disk: expected one of auto, hdd, ssd, got 'floppy'"),
+        ({"num_readers": 0}, ValueError, "num_readers of 1 or more, got 0"),
+        ({"num_readers": True}, TypeError, "num_readers"),
+        ({"window": -1}, ValueError, "window of 0 or more, got -1"),
+        ({"window": 0.5}, TypeError, "window"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(

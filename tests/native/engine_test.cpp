@@ -3,8 +3,13 @@
 // with what lies in the files, or decoded, several samples at once.
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -30,6 +35,45 @@ std::atomic<int> failures{0};
       ++failures;                                                               \
     }                                                                           \
   } while (0)
+
+#if defined(__linux__)
+
+// Bytes of a file that the disk cannot read; the engine's own calls find this disk below them.
+struct {
+  std::atomic<uint64_t> inode{0};  // 0: the disk is sound
+  std::atomic<int64_t> begin{0}, end{0};
+} bad_sector;
+
+bool is_on_bad_sector(int file, size_t size, off_t offset) {
+  struct stat info;
+  if (bad_sector.inode == 0 || ::fstat(file, &info) != 0 || info.st_ino != bad_sector.inode) {
+    return false;
+  }
+  return offset < bad_sector.end && offset + static_cast<int64_t>(size) > bad_sector.begin;
+}
+
+}  // namespace
+
+extern "C" ssize_t pread(int file, void* bytes, size_t size, off_t offset) {
+  if (is_on_bad_sector(file, size, offset)) {
+    errno = EIO;
+    return -1;
+  }
+  return ::syscall(SYS_pread64, file, bytes, size, offset);
+}
+
+// With RWF_NOWAIT: what the page cache has. While the disk is bad it has nothing.
+extern "C" ssize_t preadv2(int file, const iovec* ranges, int count, off_t offset, int flags) {
+  if (bad_sector.inode != 0) {
+    errno = EAGAIN;
+    return -1;
+  }
+  return ::syscall(SYS_preadv2, file, ranges, count, offset, 0, flags);
+}
+
+namespace {
+
+#endif
 
 constexpr int kSidePx = 8;
 constexpr int64_t kSampleBytes = 154;
@@ -99,6 +143,7 @@ class Dataset {
 // interleaved.
 struct Plan {
   std::vector<int64_t> batch_begin, sample, offset, length, block_offset, block_length, path_begin;
+  std::vector<int64_t> block_key, window_begin;
   std::vector<int32_t> block, block_file;
   std::vector<uint32_t> checksum;
   std::vector<uint8_t> flags;
@@ -113,6 +158,7 @@ struct Plan {
       block_file.push_back(foreign ? -1 : static_cast<int32_t>(file));
       block_offset.push_back(foreign ? file : 0);
       block_length.push_back(foreign ? -1 : data.per_file() * kSampleBytes);
+      block_key.push_back(foreign ? -1 : file);
     }
     for (int64_t pair = 0; pair < data.num_files(); pair += 2) {
       for (int64_t i = 0; i < data.per_file(); ++i) {
@@ -146,6 +192,16 @@ struct Plan {
     native.root = data.root().c_str();
     native.paths = paths.data();
     native.path_begin = path_begin.data();
+    native.block_key = block_key.data();
+  }
+
+  // Files of unknown length, read in windows of three.
+  void use_windows() {
+    std::fill(block_length.begin(), block_length.end(), -1);
+    for (int64_t begin = 0; begin < native.num_blocks; begin += 3) window_begin.push_back(begin);
+    window_begin.push_back(native.num_blocks);
+    native.window_begin = window_begin.data();
+    native.num_windows = static_cast<int64_t>(window_begin.size()) - 1;
   }
 };
 
@@ -153,11 +209,10 @@ struct Plan {
 class Harness {
  public:
   Harness(const Dataset& data, int decoders, int slots, int64_t batch_size, int64_t budget,
-          int32_t rows = IMSEQ_ROWS_FROM_BYTES)
+          int32_t rows = IMSEQ_ROWS_FROM_BYTES, imseq_engine_config config = {})
       : data_(data), rows_(rows), memory_(slots, std::vector<uint8_t>(batch_size * kRowBytes)) {
-    imseq_engine_config config = {};
     config.num_decoders = decoders;
-    config.num_readers = 2;
+    if (config.num_readers == 0) config.num_readers = 2;
     config.num_slots = slots;
     config.rows = rows;
     config.verify_checksums = 1;
@@ -176,13 +231,25 @@ class Harness {
     imseq_engine_destroy(engine);
   }
 
-  int32_t start(const Plan& plan) {
-    std::vector<void*> rows;
-    for (auto& slot : memory_) {
-      std::fill(slot.begin(), slot.end(), uint8_t{0xEE});
-      rows.push_back(slot.data());
-    }
-    return imseq_engine_start(engine, &plan.native, rows.data(), &error);
+  int32_t start(const Plan& plan) { return start(&plan.native); }
+  int32_t start_prepared() { return start(nullptr); }
+
+  int32_t prepare(const Plan& plan) { return imseq_engine_prepare(engine, &plan.native, &error); }
+
+  void deliver(const Plan& plan) {
+    for (int64_t b = 0; b < plan.native.num_batches; ++b) CHECK(step(plan, b) == IMSEQ_OK);
+    CHECK(step(plan, -1) == IMSEQ_END);
+  }
+
+  // The blocks that were read since the last call; of a Dataset each is a file.
+  std::vector<int64_t> files_read() {
+    std::vector<imseq_request> requests(10000);
+    int64_t count = 0;
+    CHECK(imseq_engine_requests(engine, requests.data(), static_cast<int64_t>(requests.size()),
+                                &count, &error) == IMSEQ_OK);
+    std::vector<int64_t> files;
+    for (int64_t i = 0; i < count; ++i) files.push_back(requests[i].file);
+    return files;
   }
 
   // Takes one batch, compares it with the plan, lends its memory again.
@@ -225,7 +292,17 @@ class Harness {
   std::atomic<bool> hold_block_0{false};
 
  private:
+  int32_t start(const imseq_plan* plan) {
+    std::vector<void*> rows;
+    for (auto& slot : memory_) {
+      std::fill(slot.begin(), slot.end(), uint8_t{0xEE});
+      rows.push_back(slot.data());
+    }
+    return imseq_engine_start(engine, plan, rows.data(), &error);
+  }
+
   std::vector<uint8_t> expected_row(int64_t sample) const {
+    if (rows_ == IMSEQ_ROWS_READ) return std::vector<uint8_t>(kRowBytes, 0xEE);  // not touched
     if (rows_ == IMSEQ_ROWS_FROM_BYTES) return sample_bytes(sample);
     return std::vector<uint8_t>(kRowBytes, colour_of(sample));
   }
@@ -496,6 +573,190 @@ void a_file_cut_short_while_it_is_read() {
   CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
 }
 
+// The next plan is read while the present one is delivered; then it begins, or another one does, or
+// nothing. What others ask meanwhile is answered.
+void prepared_plans_start_or_are_dropped() {
+  const Dataset data(8, 40);
+  Plan first(data, 16), second(data, 10), third(data, 16);
+  third.use_windows();
+  const Plan* const plans[] = {&first, &second, &third};
+  for (const int64_t budget : {int64_t{0}, 3 * data.per_file() * kSampleBytes, int64_t{1} << 20}) {
+    imseq_engine_config config = {};
+    config.num_readers = 4;
+    config.record_requests = 1;
+    Harness harness(data, 4, 3, 16, budget, IMSEQ_ROWS_DECODED, config);
+    std::atomic<bool> done{false};
+    std::thread observer([&] {
+      while (!done) {
+        imseq_pending pending = {};
+        CHECK(imseq_engine_pending(harness.engine, &pending, nullptr) == IMSEQ_OK);
+        CHECK(harness.stats().block_bytes >= 0);
+        usleep(200);
+      }
+    });
+    for (int round = 0; round < 60; ++round) {
+      const Plan& present = *plans[round % 3];
+      const Plan& ahead = *plans[round / 3 % 3];
+      const Plan& other = *plans[round / 9 % 3];
+      CHECK(harness.start(present) == IMSEQ_OK);
+      if (round % 5 != 0) CHECK(harness.prepare(ahead) == IMSEQ_OK);
+      if (round % 5 == 1) CHECK(harness.prepare(other) == IMSEQ_OK);
+      for (int i = 0; i < round * 5; ++i) std::this_thread::yield();
+      if (round % 5 == 2) {  // in the middle
+        CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
+        CHECK(harness.start_prepared() == IMSEQ_ERROR_ARGUMENT);
+        usleep(1000);  // rows that the threads hold are written to until they are finished
+      } else {
+        harness.deliver(present);
+        if (round % 5 == 1 || round % 5 == 3) {
+          CHECK(harness.start_prepared() == IMSEQ_OK);
+          harness.deliver(round % 5 == 1 ? other : ahead);
+        }
+      }
+    }
+    CHECK(harness.start(first) == IMSEQ_OK);  // drops what the last round prepared
+    harness.deliver(first);
+    CHECK(harness.stats().block_bytes == 0);
+    done = true;
+    observer.join();
+  }
+}
+
+void nothing_is_read_twice() {
+  const Dataset data(9, 20);
+  const Plan plan(data, 16);
+  const int64_t num_ahead = 4;  // blocks that there is room for
+  imseq_engine_config config = {};
+  config.num_readers = 1;
+  config.record_requests = 1;
+  CHECK(data.per_file() * kSampleBytes <= 4096);  // in memory 16 KB, and a little for the engine
+  Harness harness(data, 3, 2, 16, num_ahead * ((16 << 10) + 512), IMSEQ_ROWS_READ, config);
+  std::vector<int64_t> files;
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  for (int64_t epoch = 0; epoch < 5; ++epoch) {
+    CHECK(harness.prepare(plan) == IMSEQ_OK);
+    harness.deliver(plan);
+    const int64_t expected = data.num_files() * (epoch + 1) + num_ahead;
+    for (int i = 0; i < 5000 && static_cast<int64_t>(files.size()) < expected; ++i) {
+      const std::vector<int64_t> more = harness.files_read();
+      files.insert(files.end(), more.begin(), more.end());
+      usleep(1000);
+    }
+    CHECK(static_cast<int64_t>(files.size()) == expected);
+    CHECK(harness.start_prepared() == IMSEQ_OK);
+  }
+  for (size_t i = 0; i < files.size(); ++i) {
+    CHECK(files[i] == static_cast<int64_t>(i) % data.num_files());
+  }
+}
+
+// Only what reading takes: rows are left as they are.
+void rows_may_be_only_read() {
+  const Dataset data(5, 40);
+  Plan plan(data, 16);
+  Harness harness(data, 2, 2, 16, 1 << 20, IMSEQ_ROWS_READ);
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  harness.deliver(plan);
+  const imseq_stats stats = harness.stats();
+  CHECK(stats.decode_samples == 0 && stats.foreign_rows == 0);
+  CHECK(stats.read_bytes == data.size() * kSampleBytes);
+  Harness other(data, 2, 2, 16, 1 << 20, IMSEQ_ROWS_READ);
+  plan.checksum[20] ^= 1;  // checksums are compared as ever
+  CHECK(other.start(plan) == IMSEQ_OK);
+  CHECK(other.step(plan, 0) == IMSEQ_OK);
+  CHECK(other.step(plan, 1) == IMSEQ_ERROR_DATA);
+  CHECK(other.error.sample == plan.sample[20]);
+}
+
+// Zeroed memory for kept blocks, as a memfd would be.
+class KeptMemory {
+ public:
+  KeptMemory(int64_t num_keys, int64_t arena_bytes)
+      : num_keys_(num_keys), size_bytes_(imseq_kept_table_bytes(num_keys) + arena_bytes) {
+    CHECK(::posix_memalign(&memory_, 4096, static_cast<size_t>(size_bytes_)) == 0);
+    std::memset(memory_, 0, static_cast<size_t>(size_bytes_));
+  }
+  ~KeptMemory() { std::free(memory_); }
+  KeptMemory(const KeptMemory&) = delete;
+  KeptMemory& operator=(const KeptMemory&) = delete;
+
+  imseq_engine_config config() const {
+    imseq_engine_config config = {};
+    config.kept = memory_;
+    config.kept_bytes = size_bytes_;
+    config.kept_keys = num_keys_;
+    return config;
+  }
+
+ private:
+  int64_t num_keys_, size_bytes_;
+  void* memory_ = nullptr;
+};
+
+void engines_share_kept_blocks() {
+  const Dataset data(12, 60);
+  const Plan plan(data, 16);
+  const int64_t room_bytes = (data.per_file() * kSampleBytes + 4095) / 4096 * 4096;
+  for (const int64_t num_kept : {12, 5}) {
+    const KeptMemory memory(data.num_files(), num_kept * room_bytes);
+    std::atomic<int64_t> read_bytes{0};
+    const auto run = [&] {
+      Harness harness(data, 2, 3, 16, 1 << 16, IMSEQ_ROWS_DECODED, memory.config());
+      for (int epoch = 0; epoch < 4; ++epoch) {
+        CHECK((epoch == 3 ? harness.start_prepared() : harness.start(plan)) == IMSEQ_OK);
+        if (epoch == 2) CHECK(harness.prepare(plan) == IMSEQ_OK);
+        harness.deliver(plan);
+      }
+      const imseq_stats stats = harness.stats();
+      CHECK(stats.kept_blocks == num_kept);
+      CHECK(stats.block_bytes == 0);
+      CHECK(stats.read_bytes + stats.read_kept_bytes == 4 * data.size() * kSampleBytes);
+      read_bytes += stats.read_bytes;
+    };
+    std::thread first(run), second(run);
+    first.join();
+    second.join();
+    // Who wants a block that another one is reading reads it, too, and so once more at most.
+    const int64_t block_bytes = data.per_file() * kSampleBytes;
+    const int64_t num_read = read_bytes / block_bytes - 8 * (12 - num_kept);
+    CHECK(num_read >= num_kept && num_read <= 2 * num_kept);
+  }
+}
+
+#if defined(__linux__)
+void a_bad_sector_fails_the_samples_on_it() {
+  const Dataset data(2, 200);
+  const Plan plan(data, 20);
+  const KeptMemory memory(data.num_files(), 1 << 20);
+  Harness harness(data, 2, 3, 20, 1 << 20, IMSEQ_ROWS_DECODED, memory.config());
+  struct stat info;
+  CHECK(::stat(data.path(1).c_str(), &info) == 0);
+  bad_sector.begin = 2 * 4096 + 10;
+  bad_sector.end = bad_sector.begin + 1;
+  bad_sector.inode = info.st_ino;
+  // The page is lost, and with it the sample that reaches into it.
+  const int64_t first_lost = data.per_file() + 2 * 4096 / kSampleBytes;
+  const auto found = std::find(plan.sample.begin(), plan.sample.end(), first_lost);
+  const int64_t failing = (found - plan.sample.begin()) / 20;
+  for (int round = 0; round < 2; ++round) {
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    for (int64_t b = 0; b < failing; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
+    CHECK(harness.step(plan, failing) == IMSEQ_ERROR_READ);
+    CHECK(harness.error.sample == first_lost);
+    CHECK(harness.error.offset == 2 * 4096);
+    CHECK(harness.error.os_errno == EIO);
+    CHECK(std::strstr(harness.error.message, data.path(1).c_str()) != nullptr);
+    CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
+    CHECK(harness.stats().kept_blocks == 1);  // what has holes is not kept
+    usleep(1000);
+  }
+  bad_sector.inode = 0;  // repaired
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  harness.deliver(plan);
+  CHECK(harness.stats().kept_blocks == 2);
+}
+#endif
+
 void cancelled_engines_start_again() {
   const Dataset data(6, 50);
   const Plan plan(data, 10);
@@ -629,6 +890,13 @@ int main() {
   cancel_in_the_middle_of_groups();
   checksums_are_compared_until_they_were_right();
   a_file_cut_short_while_it_is_read();
+  prepared_plans_start_or_are_dropped();
+  nothing_is_read_twice();
+  rows_may_be_only_read();
+  engines_share_kept_blocks();
+#if defined(__linux__)
+  a_bad_sector_fails_the_samples_on_it();
+#endif
   cancelled_engines_start_again();
   closed_engines_refuse_and_do_not_hang();
   time_out_and_slow_consumer();
