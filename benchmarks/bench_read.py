@@ -1,0 +1,651 @@
+"""Measure reading from a hard disk: ours beside the disk's sequential rate, and beside two peers.
+
+    python benchmarks/bench_read.py DIR [--ranks 1 4 8] [--limit 4GB] [--json OUT]
+    python benchmarks/bench_read.py DIR --spindle PROGRAM [--spindle-options="--ncq=32"]
+    python benchmarks/bench_read.py --spindle PROGRAM [--cases bytes decoded ...] [--json OUT]
+
+The first reads a pack or an ImageFolder on the disk it lies on: as bytes and decoded, with no
+memory kept and with half of the set kept, each from cold caches, by as many ranks as asked for. The
+sequential rate is measured just before, on the same disk, with O_DIRECT, on the largest file of DIR
+or on --sequential FILE. Caches: as root all of the system's, otherwise DIR's own clean pages.
+
+The second does the same with DIR (in memory: in tmpfs) as the backing of spindle, a FUSE model of
+one disk. The third makes its data in tmpfs and measures every case of docs/hard-disk.md:
+
+    bytes       140 GB like a pack, in sparse files with a made-up index, stopped after --limit
+    decoded     --images photos packed, with seeks stretched to those of 140 GB
+    epochs      the same, as bytes, over several epochs: what a new epoch costs
+    ram         the same, with half of the set kept in memory, and with no argument
+    folder      --images photos in an ImageFolder, and 1.28 million names of them: ours, torchvision
+    webdataset  WebDataset on the shards of `decoded`
+
+Every run begins with cold caches, in fresh processes that begin together; times begin when the disk
+is first asked. A run of the model in which it answered late more than a few times is void, and
+repeated once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import disks
+import photos
+import results
+from disks import Counters, Disk, RealDisk, Spindle
+from reading import MEAN_BYTES, Batch, Reading, Task, write_made_up
+
+IMAGENET_BYTES = 140 * 10**9
+IMAGENET_IMAGES = 1_281_167
+IMAGENET_CLASSES = 1000
+GLOBAL_BATCH = 256
+START_S = 2.0  # of an epoch, in which gaps between batches are looked for
+WINDOW_BATCHES = 16  # of 256, that ours reads ahead in the order of the disk from a folder
+PEER_WORKERS = 4
+SEQUENTIAL_FILE = "sequential"  # beside the data, behind it in the model's order of names
+
+
+class Case(NamedTuple):
+    """One run to make."""
+
+    name: str
+    task: Task
+    num_ranks: int = 1
+    readahead_kb: int | None = None
+    skip_batches: int = 0  # before the steady state, from which seconds per 256 images are taken
+
+
+# ---- one run -------------------------------------------------------------------------------------
+
+
+class Rank:
+    """A process of reading.py."""
+
+    def __init__(self, task: Task) -> None:
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("reading.py")),
+            json.dumps(task._replace(loader_arguments=dict(task.loader_arguments))),
+        ]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def wait_until_ready(self) -> None:
+        self._line()
+
+    def begin(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("begin\n")
+        self._process.stdin.flush()
+
+    def reading(self) -> Reading:
+        begin, batches, stats, digests = json.loads(self._line())
+        self._process.wait()
+        return Reading(begin, [Batch(*batch) for batch in batches], stats, digests)
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a process that reads ended with status {self._process.wait()}")
+        return line
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def run_ranks(disk: Disk, tasks: Sequence[Task]) -> tuple[list[Reading], list[Counters]]:
+    """Run the tasks at once; return what they saw and what the disk did meanwhile."""
+    with contextlib.ExitStack() as stack:
+        ranks = [Rank(task) for task in tasks]
+        for rank in ranks:
+            stack.callback(rank.close)
+        for rank in ranks:
+            rank.wait_until_ready()
+        disk.reset()
+        with disks.Watch(disk) as watch:
+            for rank in ranks:
+                rank.begin()
+            readings = [rank.reading() for rank in ranks]
+    return readings, watch.seen
+
+
+def tasks_of(case: Case, folder: Path) -> list[Task]:
+    """Return a task for each rank; together they make batches of 256."""
+    cores = len(results.available_cores())
+    workers = max(1, cores // case.num_ranks) if is_ours(case) else PEER_WORKERS
+    return [
+        case.task._replace(
+            folder=str(folder / case.task.folder),
+            rank=rank,
+            world_size=case.num_ranks,
+            batch_size=GLOBAL_BATCH // case.num_ranks,
+            most_images=case.task.most_images // case.num_ranks,
+            num_workers=workers,
+        )
+        for rank in range(case.num_ranks)
+    ]
+
+
+def is_ours(case: Case) -> bool:
+    return case.task.reader == "imagenet_seq"
+
+
+def measure(disk: Disk, case: Case) -> dict[str, Any]:
+    """Make a run from cold caches; one that the model spoiled is made once more."""
+    for _ in range(2):
+        with disk.cold(case.readahead_kb) as folder:
+            readings, seen = run_ranks(disk, tasks_of(case, folder))
+        row = describe(case, readings, seen)
+        show(row)
+        if not row["void"]:
+            break
+    return row
+
+
+# ---- what a run shows ----------------------------------------------------------------------------
+
+
+def describe(case: Case, readings: Sequence[Reading], seen: Sequence[Counters]) -> dict[str, Any]:
+    """Return what the results keep of a run."""
+    begin = first_request(seen) or min(reading.begin for reading in readings)
+    end = min(reading.batches[-1].seconds for reading in readings)
+    rates = [sample_rate(reading, begin) for reading in readings]
+    return {
+        "case": case.name,
+        "reader": case.task.reader,
+        "decoded": case.task.decoded,
+        "ranks": case.num_ranks,
+        "readahead_kb": case.readahead_kb,
+        "block_mb": case.task.block_bytes >> 20,
+        "ram": case.task.loader_arguments.get("ram"),
+        "seconds": end - begin,
+        "images": sum(batch.images for reading in readings for batch in reading.batches),
+        "disk_mb_per_s": disk_rate(seen, begin, end),
+        "sample_mb_per_s": sum(rates),
+        "slowest": min(rates) / statistics.mean(rates) if min(rates) else None,
+        "seconds_per_256": seconds_per_256(case, readings, begin),
+        "first_batch_s": max(r.batches[0].seconds - r.begin for r in readings),
+        "start_gap_s": max(start_gap(reading) for reading in readings),
+        "change_gap_s": max(change_gap(reading) for reading in readings),
+        "epoch_disk_bytes": epoch_bytes(readings, seen),
+        "seeks": seen[-1].seeks if seen else None,
+        "stats": [reading.stats for reading in readings],
+        "digests": [reading.digests for reading in readings],
+        "late": seen[-1].late if seen else 0,
+        "void": bool(seen) and seen[-1].late > disks.MOST_LATE,
+    }
+
+
+def first_request(seen: Sequence[Counters]) -> float | None:
+    """Return when the disk was last seen idle before its first request."""
+    for before, after in itertools.pairwise(seen):
+        if after.requests > seen[0].requests:
+            return before.seconds
+    return None
+
+
+def disk_rate(seen: Sequence[Counters], begin: float, end: float) -> float | None:
+    """Return the MB/s that the disk read between two times."""
+    inside = [counters for counters in seen if begin <= counters.seconds <= end]
+    if len(inside) < 2:
+        return None
+    seconds = inside[-1].seconds - inside[0].seconds
+    return (inside[-1].read_bytes - inside[0].read_bytes) / seconds / 1e6
+
+
+def sample_rate(reading: Reading, begin: float) -> float:
+    """Return the MB/s of encoded images that a rank was given."""
+    given = sum(batch.sample_bytes for batch in reading.batches)
+    return given / (reading.batches[-1].seconds - begin) / 1e6
+
+
+def seconds_per_256(case: Case, readings: Sequence[Reading], begin: float) -> float:
+    """Return the time that 256 images of all ranks together take in the steady state."""
+    skip = case.skip_batches
+    rate = 0.0
+    for reading in readings:
+        if len(reading.batches) <= skip:
+            raise SystemExit(f"{case.name}: {len(reading.batches)} batches, expected over {skip}")
+        since = reading.batches[skip - 1].seconds if skip else begin
+        images = sum(batch.images for batch in reading.batches[skip:])
+        rate += images / (reading.batches[-1].seconds - since)
+    return GLOBAL_BATCH / rate
+
+
+def epochs_of(reading: Reading) -> list[list[Batch]]:
+    return [list(group) for _, group in itertools.groupby(reading.batches, lambda b: b.epoch)]
+
+
+def start_gap(reading: Reading) -> float:
+    """Return the longest wait for a batch that begins in the first seconds of an epoch."""
+    longest, before = 0.0, reading.begin
+    for batches in epochs_of(reading):
+        until = before + START_S
+        for batch in batches:
+            if before <= until:
+                longest = max(longest, batch.seconds - before)
+            before = batch.seconds
+    return longest
+
+
+def change_gap(reading: Reading) -> float:
+    """Return the longest wait between an epoch's last batch and the next one's first."""
+    return max(
+        (
+            after[0].seconds - before[-1].seconds
+            for before, after in itertools.pairwise(epochs_of(reading))
+        ),
+        default=0.0,
+    )
+
+
+def epoch_bytes(readings: Sequence[Reading], seen: Sequence[Counters]) -> list[int]:
+    """Return what the disk read from one end of an epoch, over all ranks, to the next."""
+    if not seen:
+        return []
+    ends = [
+        max(epoch[-1].seconds for epoch in epochs)
+        for epochs in zip(*map(epochs_of, readings), strict=True)
+    ]
+    at_end = [
+        max((c for c in seen if c.seconds <= end), key=lambda c: c.seconds, default=seen[0])
+        for end in ends
+    ]
+    counts = [seen[0].read_bytes, *(counters.read_bytes for counters in at_end)]
+    return [after - before for before, after in itertools.pairwise(counts)]
+
+
+HEAD = (
+    f"{'case':30} {'ranks':>5} {'ra KB':>5} {'MB':>3} {'ram':>6}  {'disk MB/s':>9} "
+    f"{'images MB/s':>11} {'slowest':>7} {'s/256':>6} {'first':>6} {'start':>6} {'change':>6} "
+    f"{'late':>4}"
+)
+
+
+def show(row: dict[str, Any]) -> None:
+    def number(name: str, form: str) -> str:
+        return format(row[name], form) if row[name] else "-"
+
+    print(
+        f"{row['case']:30} {row['ranks']:5} {number('readahead_kb', 'd'):>5} {row['block_mb']:3} "
+        f"{row['ram'] if row['ram'] is not None else '-':>6}  {number('disk_mb_per_s', '.1f'):>9} "
+        f"{number('sample_mb_per_s', '.1f'):>11} {number('slowest', '.0%'):>7} "
+        f"{row['seconds_per_256']:6.3f} {row['first_batch_s']:6.2f} {row['start_gap_s']:6.2f} "
+        f"{number('change_gap_s', '.2f'):>6} {row['late']:4}{'  VOID' if row['void'] else ''}",
+        flush=True,
+    )
+
+
+# ---- the cases -----------------------------------------------------------------------------------
+
+
+def arguments(**given: Any) -> dict[str, Any]:
+    """Return the Loader's arguments on spindle: it is FUSE, so what disk it is has to be said."""
+    return {}
+
+
+def bytes_cases(limit_images: int) -> list[Case]:
+    """Bytes only of 140 GB."""
+    task = Task(
+        "imagenet_seq",
+        "data",
+        made_up_bytes=IMAGENET_BYTES,
+        decoded=False,
+        most_images=limit_images,
+        loader_arguments=arguments(ram=0),
+    )
+    larger = task._replace(block_bytes=32 << 20)
+    return [
+        Case("bytes", task, readahead_kb=128),
+        Case("bytes", task, readahead_kb=4096),
+        Case("bytes", larger, readahead_kb=128),
+        *(Case("bytes", task, num_ranks, readahead_kb=128) for num_ranks in (4, 8)),
+    ]
+
+
+def pack_task(decoded: bool, num_epochs: int, **given: Any) -> Task:
+    return Task(
+        "imagenet_seq",
+        "data",
+        decoded=decoded,
+        num_epochs=num_epochs,
+        loader_arguments=arguments(**given),
+    )
+
+
+def decoded_cases() -> list[Case]:
+    return [Case("decoded", pack_task(True, 1, ram=0), readahead_kb=128)]
+
+
+def epoch_cases() -> list[Case]:
+    task = pack_task(False, 3, ram=0)
+    return [Case("epochs", task, num_ranks, readahead_kb=128) for num_ranks in (1, 4, 8)]
+
+
+def ram_cases(half_of_set: str) -> list[Case]:
+    whole = pack_task(True, 3, ram=0)._replace(digest=True)
+    half = pack_task(True, 3, ram=half_of_set)._replace(digest=True)
+    return [
+        Case("nothing kept", whole, readahead_kb=128),
+        Case("half kept", half, readahead_kb=128),
+        Case("no argument", pack_task(True, 2), readahead_kb=128),
+    ]
+
+
+def folder_cases(name: str, num_images: int) -> list[Case]:
+    """Ours over two windows behind the first one; torchvision over as many rounds of its workers as
+    reach a steady state, since it takes minutes.
+    """
+    task = Task("imagenet_seq", "data", loader_arguments=arguments())
+    ours = task._replace(most_images=min(num_images, 3 * WINDOW_BATCHES * GLOBAL_BATCH))
+    rounds = 6 * PEER_WORKERS
+    peer = Task("torchvision", "data", most_images=rounds * GLOBAL_BATCH)
+    return [
+        Case(name, ours, readahead_kb=128, skip_batches=WINDOW_BATCHES),
+        Case(name, peer, readahead_kb=128, skip_batches=2 * PEER_WORKERS),
+    ]
+
+
+def webdataset_cases() -> list[Case]:
+    return [
+        Case(
+            "shards",
+            Task("webdataset", "data", decoded=decoded),
+            readahead_kb=readahead_kb,
+            skip_batches=2 * PEER_WORKERS,
+        )
+        for decoded in (False, True)
+        for readahead_kb in (128, 4096)
+    ]
+
+
+def kept_bytes(size: int) -> str:
+    """Return `ram=` for so many bytes."""
+    return f"{size / 1e9:.3f}GB"
+
+
+def cases_of_folder(folder: Path, args: argparse.Namespace) -> list[Case]:
+    """The cases of a data set of the user's: as bytes and decoded, without and with memory."""
+    half = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) // 2
+    common = {"disk": "hdd"} if args.spindle else {}
+    return [
+        Case(
+            "decoded" if decoded else "bytes",
+            Task(
+                "imagenet_seq",
+                ".",
+                decoded=decoded,
+                num_epochs=2 if ram else 1,
+                most_images=0 if ram else args.limit // MEAN_BYTES,
+                loader_arguments={**common, "ram": ram},
+            ),
+            num_ranks,
+        )
+        for decoded, ram, num_ranks in itertools.product(
+            (False, True), (0, kept_bytes(half)), args.ranks
+        )
+    ]
+
+
+# ---- what spindle shows --------------------------------------------------------------------------
+
+
+class Scene(NamedTuple):
+    """A data set in memory, the options that make it lie as ImageNet would, and its runs."""
+
+    backing: Path
+    options: list[str]
+    cases: list[Case]
+
+
+def make_scenes(chosen: Sequence[str], root: Path, args: argparse.Namespace) -> Iterator[Scene]:
+    """Make the data of the chosen cases, one set at a time."""
+    if "bytes" in chosen:
+        write_made_up(root / "made-up/data", IMAGENET_BYTES)
+        yield Scene(root / "made-up", [], bytes_cases(args.limit // MEAN_BYTES))
+    of_pack = {"decoded", "epochs", "ram", "webdataset"} & set(chosen)
+    if of_pack or "folder" in chosen:
+        originals = copy_photos(args.photos, root / "photos")
+    if of_pack:
+        link_names(originals, args.images, num_classes=10, folder=root / "packed")
+        photos.make_pack(root / "packed", root / "pack/data", ["--tables", "image"])
+        yield pack_scene(root / "pack", of_pack)
+    if "folder" in chosen:
+        few = f"{args.images:,} files"
+        link_names(originals, args.images, num_classes=100, folder=root / "few/data")
+        stretch = stretch_of(args.images * MEAN_BYTES)
+        yield Scene(root / "few", [stretch], folder_cases(few, args.images))
+        many = f"{args.names:,} files"
+        link_names(originals, args.names, IMAGENET_CLASSES, root / "many/data")
+        stretch = stretch_of(args.names * MEAN_BYTES)
+        yield Scene(root / "many", [stretch], folder_cases(many, args.names))
+
+
+def pack_scene(backing: Path, chosen: Iterable[str]) -> Scene:
+    size = sum(path.stat().st_size for path in (backing / "data").glob("*.tar"))
+    cases = {
+        "decoded": decoded_cases(),
+        "epochs": epoch_cases(),
+        "ram": ram_cases(kept_bytes(size // 2)),
+        "webdataset": webdataset_cases(),
+    }
+    return Scene(
+        backing,
+        [stretch_of(size)],
+        [case for name in cases if name in chosen for case in cases[name]],
+    )
+
+
+def stretch_of(size: int) -> str:
+    """Return the option with which `size` bytes are as far apart as ImageNet's."""
+    return f"--stretch={max(1.0, IMAGENET_BYTES / size):.3f}"
+
+
+def copy_photos(source: Path, folder: Path) -> list[Path]:
+    """Copy photos, so that names in the same file system can be linked to them."""
+    folder.mkdir()
+    return [
+        Path(shutil.copyfile(photo, folder / photo.name)) for photo in photos.find_photos(source)
+    ]
+
+
+def link_names(originals: Sequence[Path], num_names: int, num_classes: int, folder: Path) -> None:
+    """Make an ImageFolder of hard links: to the model each name is a file of its own."""
+    for label in range(num_classes):
+        (folder / f"n{label:08d}").mkdir(parents=True)
+    for number in range(num_names):
+        name = f"n{number % num_classes:08d}/{number:07d}.JPEG"
+        os.link(originals[number % len(originals)], folder / name)
+
+
+def measure_spindle(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float]]:
+    """Make the chosen cases' data and measure them."""
+    rows, rates = [], []
+    with tempfile.TemporaryDirectory(prefix="bench-read-", dir=args.memory) as temporary:
+        root = Path(temporary)
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")  # indexes of earlier runs
+        for scene in make_scenes(args.cases, root, args):
+            with open(scene.backing / SEQUENTIAL_FILE, "wb") as file:
+                file.truncate(disks.SEQUENTIAL_BYTES)
+            options = [*scene.options, *args.spindle_options.split()]
+            disk = Spindle(args.spindle, scene.backing, root / "mountpoint", options)
+            rates.append(show_rate(disk, SEQUENTIAL_FILE))
+            rows += [measure(disk, case) for case in scene.cases]
+    return rows, rates
+
+
+def show_rate(disk: Disk, file: str) -> float:
+    with disk.cold() as folder:
+        rate = disks.sequential_rate(folder / file)
+    print(f"{json.dumps(disk.describe())}: {rate:.1f} MB/s from one end of a file to the other")
+    return rate
+
+
+def measure_folder(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float]]:
+    """Measure a data set of the user's."""
+    disk: Disk = RealDisk(args.folder)
+    with contextlib.ExitStack() as stack:
+        if args.spindle:
+            mountpoint = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-read-"))
+            disk = Spindle(
+                args.spindle, args.folder, Path(mountpoint), args.spindle_options.split()
+            )
+        files = (path for path in args.folder.rglob("*") if path.is_file())
+        largest = max(files, key=lambda path: path.stat().st_size)
+        rate = show_rate(disk, args.sequential or str(largest.relative_to(args.folder)))
+        return [measure(disk, case) for case in cases_of_folder(args.folder, args)], [rate]
+
+
+# ---- targets -------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """What has to be reached, and what was."""
+
+    measure: str
+    wanted: str
+    value: float
+    met: bool
+
+
+def at_least(measure: str, value: float, bound: float) -> Target:
+    return Target(measure, f">= {bound:g}", value, value >= bound)
+
+
+def at_most(measure: str, value: float, bound: float) -> Target:
+    return Target(measure, f"<= {bound:g}", value, value <= bound)
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
+    """Compare the model's rows with what the project promises; void ones are left out."""
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["void"]:
+            by_case.setdefault(row["case"], []).append(row)
+    found = [target for row in by_case.get("bytes", []) for target in bytes_targets(row)]
+    for row in by_case.get("epochs", []):
+        where = f"{row['ranks']} ranks"
+        found.append(at_most(f"s between two epochs, {where}", row["change_gap_s"], 1.0))
+    for row in by_case.get("decoded", []):
+        found.append(at_most("s for 256 images decoded", row["seconds_per_256"], 0.18))
+    found += ram_targets(by_case)
+    for ours, peer in (case for case in by_case.values() if case[0]["case"].endswith(" files")):
+        ratio = peer["seconds_per_256"] / ours["seconds_per_256"]
+        found.append(at_least(f"ours to torchvision, {ours['case']}", ratio, 1.8))
+    return found
+
+
+def bytes_targets(row: dict[str, Any]) -> list[Target]:
+    block = f"{row['block_mb']} MB blocks, readahead {row['readahead_kb']} KB"
+    if row["block_mb"] > 16:
+        return [at_least(f"disk MB/s, {block}", row["disk_mb_per_s"], 165)]
+    if row["ranks"] == 1:
+        return [
+            at_least(f"disk MB/s, {block}", row["disk_mb_per_s"], 160),
+            at_least(f"JPEG MB/s, {block}", row["sample_mb_per_s"], 157),
+        ]
+    ranks = f"{row['ranks']} ranks"
+    return [
+        at_least(f"disk MB/s, {ranks}", row["disk_mb_per_s"], 155),
+        at_least(f"slowest to mean, {ranks}", row["slowest"], 0.9),
+        at_most(f"longest gap at the start, s, {ranks}", row["start_gap_s"], 1.0),
+    ]
+
+
+def ram_targets(by_case: dict[str, list[dict[str, Any]]]) -> list[Target]:
+    found = []
+    nothing, half = (by_case.get(name) for name in ("nothing kept", "half kept"))
+    if nothing and half:
+        for epoch in (1, 2):
+            part = half[0]["epoch_disk_bytes"][epoch] / nothing[0]["epoch_disk_bytes"][epoch]
+            found.append(
+                at_most(f"half kept: epoch {epoch + 1}, off half by", abs(part - 0.5), 0.02)
+            )
+        differ = half[0]["digests"] != nothing[0]["digests"]
+        found.append(at_most("half kept: other order or pixels", float(differ), 0))
+    for row in by_case.get("no argument", []):
+        found.append(at_most("no argument: bytes in epoch 2", row["epoch_disk_bytes"][1], 0))
+    return found
+
+
+def show_targets(found: Sequence[Target]) -> None:
+    print(f"\n{'target':60} {'wanted':>8} {'measured':>10}")
+    for target in found:
+        print(
+            f"{target.measure:60} {target.wanted:>8} {target.value:10.3f}  "
+            f"{'met' if target.met else 'MISSED'}"
+        )
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+CASES = ("bytes", "decoded", "epochs", "ram", "folder", "webdataset")
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def byte_size(text: str) -> int:
+    matched = re.fullmatch(r"([0-9.]+) *([KMGT]?B?)", text)
+    if matched is None or matched[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"expected a size such as 4GB, got {text!r}")
+    return int(float(matched[1]) * UNITS[matched[2]])
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("folder", metavar="DIR", nargs="?", type=Path, help="a pack or an ImageFolder")
+    add("--ranks", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="default: 1 4 8")
+    add("--limit", type=byte_size, default="4GB", metavar="SIZE", help="of a run (default: 4GB)")
+    add("--sequential", metavar="FILE", help="in DIR, to measure the disk's sequential rate on")
+    add("--spindle", type=Path, metavar="PROGRAM", help="the disk model's program")
+    add("--spindle-options", default="", metavar="OPTIONS", help="of the model, such as --ncq=32")
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), help="of the model")
+    add("--photos", type=Path, default=photos.TRAIN, metavar="DIR", help=photos.WHERE)
+    add("--images", type=int, default=10_000, metavar="N", help="of a pack (default: 10000)")
+    add("--names", type=int, default=IMAGENET_IMAGES, metavar="N", help="of the large folder")
+    add("--memory", default="/dev/shm", metavar="DIR", help="a tmpfs (default: /dev/shm)")
+    results.add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.folder is None and args.spindle is None:
+        parser.error("expected DIR to read, or --spindle PROGRAM, or both")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    origin = results.begin(args)
+    print(HEAD)
+    if args.folder is None:
+        rows, rates = measure_spindle(args)
+    else:
+        rows, rates = measure_folder(args)
+    found = targets(rows) if args.folder is None else []
+    if found:
+        show_targets(found)
+    measured = {
+        "sequential_mb_per_s": rates,
+        "limit_bytes": args.limit,
+        "rows": rows,
+        "targets": [target._asdict() for target in found],
+    }
+    results.write(args, origin, measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""One process that reads, ours or a peer, and notes when each batch came; see bench_read.py.
+
+    python benchmarks/reading.py TASK
+
+TASK is JSON of the fields of `Task`. When all is made that comes before the first batch, the
+process writes a line and waits for one, so that all ranks begin together; then it iterates and
+writes what it saw as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from imagenet_seq import Loader, _native, plan
+from imagenet_seq.index import Index, Names
+from imagenet_seq.sources import Source, open_source
+from imagenet_seq.sources.pack import shard_file
+from imagenet_seq.transforms import Key, Pipeline, Rows
+
+SHARD_BYTES = 10**9
+HEADER_BYTES = 512  # of a tar's member; its data are filled up to a multiple of this
+MEAN_BYTES, DEVIATION = 109_600, 0.55  # of ImageNet's photos; of the logarithm of their sizes
+
+
+class Task(NamedTuple):
+    """What one process reads."""
+
+    reader: str  # a key of READERS
+    folder: str
+    made_up_bytes: int = 0  # the folder holds shards of zeros: use a made-up index
+    decoded: bool = True  # ours: False gives the bytes alone
+    rank: int = 0
+    world_size: int = 1
+    batch_size: int = 256
+    num_workers: int = 2
+    num_epochs: int = 1
+    most_images: int = 0  # of this rank and an epoch; 0: whole epochs
+    block_bytes: int = 16 << 20
+    loader_arguments: Mapping[str, Any] = MappingProxyType({})
+    digest: bool = False  # of all batches, to compare runs
+
+
+class Batch(NamedTuple):
+    """A batch as the script got it."""
+
+    epoch: int
+    seconds: float  # of time.monotonic()
+    images: int
+    sample_bytes: int  # of its encoded images; 0: unknown
+
+
+class Reading(NamedTuple):
+    """What one process saw."""
+
+    begin: float  # when it was told to begin
+    batches: list[Batch]
+    stats: dict[str, float]  # the Loader's counters
+    digests: list[int]  # CRC-32C of every epoch's batches, in their order
+
+
+# ---- a made-up pack ------------------------------------------------------------------------------
+
+
+def made_up_source(root: Path, total_bytes: int) -> Source:
+    """Return a source like a pack of `total_bytes` in shards of 1 GB, whose files hold zeros.
+
+    Sizes are lognormal around ImageNet's mean; each sample lies between tar headers as in a pack.
+    """
+    num_shards = max(1, round(total_bytes / SHARD_BYTES))
+    generator = np.random.default_rng(0)
+    between = 2 * HEADER_BYTES + HEADER_BYTES  # its own header, and the member of its label
+    count = round(total_bytes / num_shards / (MEAN_BYTES + between + HEADER_BYTES / 2))
+    sizes = generator.lognormal(0, DEVIATION, (num_shards, count)) * MEAN_BYTES
+    length = (sizes / np.exp(DEVIATION**2 / 2)).astype(np.int64) + 1
+    taken = between + -(-length // HEADER_BYTES) * HEADER_BYTES
+    offset = np.cumsum(taken, axis=1) - taken + HEADER_BYTES
+    number = num_shards * count
+    digits = len(str(number))
+    names = np.char.zfill(np.arange(number).astype(f"S{digits}"), digits)
+    index = Index(
+        file=np.repeat(np.arange(num_shards, dtype=np.int32), count),
+        offset=offset.ravel(),
+        length=length.ravel(),
+        label=generator.integers(0, 1000, number).astype(np.int32),
+        name=Names(names.view(np.uint8), np.arange(number + 1, dtype=np.int64) * digits),
+        root=str(root),
+        files=Names.from_strings(shard_file(shard) for shard in range(num_shards)),
+        classes=tuple(f"{label:03d}" for label in range(1000)),
+        known_id="made-up",
+    )
+    return Source("made-up pack", index, permuted=True)
+
+
+def write_made_up(folder: Path, total_bytes: int) -> None:
+    """Make the shards of `made_up_source`: sparse files, which take no space and read as zeros."""
+    folder.mkdir(parents=True)
+    index = made_up_source(folder, total_bytes).index
+    assert index.length is not None
+    ends = np.zeros(len(index.files), np.int64)
+    np.maximum.at(ends, index.file, index.offset + index.length)
+    for name, end in zip(index.files, ends.tolist(), strict=True):
+        with open(folder / name, "wb") as file:
+            file.truncate(end)
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+class BytesOnly(Pipeline):
+    """Makes nothing of a sample: what is measured is reading."""
+
+    def from_bytes(self, data: bytes, key: Key) -> Any:
+        return len(data)
+
+
+def only_bytes(pipeline: Pipeline) -> Pipeline:
+    fields = {field.name: getattr(pipeline, field.name) for field in dataclasses.fields(Pipeline)}
+    return BytesOnly(**{**fields, "rows": Rows.FROM_BYTES, "out_shape": None})
+
+
+def make_loader(task: Task) -> Loader:
+    folder = Path(task.folder)
+    made_up = task.made_up_bytes > 0
+    loader = Loader(
+        made_up_source(folder, task.made_up_bytes) if made_up else open_source(folder),
+        "train",
+        batch_size=task.batch_size,
+        num_workers=task.num_workers,
+        rank=task.rank,
+        world_size=task.world_size,
+        block_bytes=task.block_bytes,
+        verify_checksums=not made_up,
+        **task.loader_arguments,
+    )
+    if not task.decoded:
+        loader._pipeline = only_bytes(loader._pipeline)
+    return loader
+
+
+def planned_batches(task: Task, index: Index, order: plan.Order, epoch: int) -> list[int]:
+    """Return the bytes of an epoch's images, batch by batch, up to where the task ends it.
+
+    It ends behind whole pools of blocks: what was read is then what was given to the script.
+    """
+    made = plan.rank_plan(
+        index,
+        order,
+        epoch,
+        batch_size=task.batch_size,
+        rank=task.rank,
+        world_size=task.world_size,
+    )
+    begin = made.batch_begin
+    num_batches = len(begin) - 1
+    if task.most_images:
+        num_batches = min(num_batches, last_whole_batch(made, task.most_images))
+    if index.length is None:
+        return [0] * num_batches
+    lengths = index.length[made.sample]
+    return [int(lengths[begin[i] : begin[i + 1]].sum()) for i in range(num_batches)]
+
+
+def last_whole_batch(made: plan.EnginePlan, most_images: int) -> int:
+    """Return how many batches it takes to use up the most whole blocks with `most_images`."""
+    before = np.maximum.accumulate(made.block)[:-1]
+    behind = np.minimum.accumulate(made.block[::-1])[::-1][1:]
+    whole = np.flatnonzero(before < behind) + 1  # positions that no block reaches across
+    used_up = whole[whole <= most_images]
+    end = int(used_up[-1]) if len(used_up) else most_images
+    return int(np.searchsorted(made.batch_begin, end))
+
+
+def ours(task: Task) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Reading]]:
+    loader = make_loader(task)
+    index = loader.dataset._source.index
+    planned = [
+        planned_batches(task, index, loader._order(), epoch) for epoch in range(task.num_epochs)
+    ]
+    digests: list[int] = []
+
+    def read() -> Iterator[Batch]:
+        for epoch in range(task.num_epochs):
+            digest = 0
+            for number, (images, _) in enumerate(loader):
+                yield Batch(epoch, time.monotonic(), len(images), planned[epoch][number])
+                if task.digest:
+                    digest = _native.crc32c(images.numpy(), digest)
+                if task.most_images and number + 1 == len(planned[epoch]):
+                    break
+            digests.append(digest)
+
+    return read, lambda: Reading(0, [], loader.stats(), digests)
+
+
+# ---- peers ---------------------------------------------------------------------------------------
+
+
+def standard_transform() -> Any:
+    from peers.measuring import CROP, MEAN, STD
+    from peers.torchvision import import_torchvision
+
+    transforms = import_torchvision().transforms
+    members = [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip()]
+    return transforms.Compose([*members, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+def torchvision_folder(task: Task) -> Any:
+    """ImageFolder of torchvision in torch's DataLoader."""
+    transform = standard_transform()
+    from torchvision.datasets import ImageFolder
+
+    return torch.utils.data.DataLoader(
+        ImageFolder(task.folder, transform),
+        batch_size=task.batch_size,
+        shuffle=True,
+        num_workers=task.num_workers,
+    )
+
+
+def webdataset_shards(task: Task) -> Any:
+    """WebDataset on the shards of a pack, shuffled as its documentation shows."""
+    import webdataset
+
+    shards = sorted(str(path) for path in Path(task.folder).glob("*.tar"))
+    dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(1000)
+    if task.decoded:
+        dataset = dataset.decode("pil").to_tuple("jpg", "cls")
+        dataset = dataset.map_tuple(standard_transform(), int)
+    else:
+        dataset = dataset.to_tuple("jpg", "cls").map_tuple(len, int)
+    batched = dataset.batched(task.batch_size)
+    return webdataset.WebLoader(batched, batch_size=None, num_workers=task.num_workers)
+
+
+def peer(make: Callable[[Task], Any]) -> Any:
+    def prepare(task: Task) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Reading]]:
+        loader = make(task)
+
+        def read() -> Iterator[Batch]:
+            for epoch in range(task.num_epochs):
+                num_images = 0
+                for images, _ in loader:
+                    yield Batch(epoch, time.monotonic(), len(images), 0)
+                    num_images += len(images)
+                    if task.most_images and num_images >= task.most_images:
+                        break
+
+        return read, lambda: Reading(0, [], {}, [])
+
+    return prepare
+
+
+READERS = {
+    "imagenet_seq": ours,
+    "torchvision": peer(torchvision_folder),
+    "webdataset": peer(webdataset_shards),
+}
+
+
+def main() -> int:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    task = Task(*json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    read, finish = READERS[task.reader](task)
+    print("ready", file=out, flush=True)
+    sys.stdin.readline()
+    begin = time.monotonic()
+    batches = list(read())
+    print(json.dumps(finish()._replace(begin=begin, batches=batches)), file=out, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
