@@ -7,14 +7,15 @@
 The first reads a pack or an ImageFolder on the disk it lies on: as bytes and decoded, with no
 memory kept and with half of the set kept, each from cold caches, by as many ranks as asked for. The
 sequential rate is measured just before, on the same disk, with O_DIRECT, on the largest file of DIR
-or on --sequential FILE. Caches: as root all of the system's, otherwise DIR's own clean pages.
+or on --sequential FILE. Cold: the pages of DIR's files are dropped; with --drop-caches, as root,
+all that the system keeps in memory, also names and inodes.
 
 The second does the same with DIR (in memory: in tmpfs) as the backing of spindle, a FUSE model of
 one disk. The third makes its data in tmpfs and measures every case of docs/hard-disk.md:
 
     bytes       140 GB like a pack, in sparse files with a made-up index, stopped after --limit
     decoded     --images photos packed, with seeks stretched to those of 140 GB
-    epochs      the same, as bytes, over several epochs: what a new epoch costs
+    training    the same, as bytes, over three epochs, by a script that takes 256 images in 0.19 s
     ram         the same, with half of the set kept in memory, and with no argument
     folder      --images photos in an ImageFolder, and 1.28 million names of them: ours, torchvision
     webdataset  WebDataset on the shards of `decoded`
@@ -51,7 +52,8 @@ IMAGENET_BYTES = 140 * 10**9
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_CLASSES = 1000
 GLOBAL_BATCH = 256
-START_S = 2.0  # of an epoch, in which gaps between batches are looked for
+START_S = 2.0  # of an epoch, in which long waits for a batch are looked for
+TRAINING_S = 0.19  # for 256 images: a network that is trained a little slower than the disk reads
 WINDOW_BATCHES = 16  # of 256, that ours reads ahead in the order of the disk from a folder
 PEER_WORKERS = 4
 SEQUENTIAL_FILE = "sequential"  # beside the data, behind it in the model's order of names
@@ -175,13 +177,13 @@ def describe(case: Case, readings: Sequence[Reading], seen: Sequence[Counters]) 
         "ram": case.task.loader_arguments.get("ram"),
         "seconds": end - begin,
         "images": sum(batch.images for reading in readings for batch in reading.batches),
-        "disk_mb_per_s": disk_rate(seen, begin, end),
+        **disk_rates(seen, begin, end),
         "sample_mb_per_s": sum(rates),
         "slowest": min(rates) / statistics.mean(rates) if min(rates) else None,
         "seconds_per_256": seconds_per_256(case, readings, begin),
         "first_batch_s": max(r.batches[0].seconds - r.begin for r in readings),
-        "start_gap_s": max(start_gap(reading) for reading in readings),
-        "change_gap_s": max(change_gap(reading) for reading in readings),
+        "start_wait_s": max(start_wait(reading) for reading in readings),
+        "change_wait_s": max(change_wait(reading) for reading in readings),
         "epoch_disk_bytes": epoch_bytes(readings, seen),
         "seeks": seen[-1].seeks if seen else None,
         "stats": [reading.stats for reading in readings],
@@ -199,13 +201,16 @@ def first_request(seen: Sequence[Counters]) -> float | None:
     return None
 
 
-def disk_rate(seen: Sequence[Counters], begin: float, end: float) -> float | None:
-    """Return the MB/s that the disk read between two times."""
+def disk_rates(seen: Sequence[Counters], begin: float, end: float) -> dict[str, float | None]:
+    """Return the MB/s that the disk read between two times, and the share of it that it was busy."""
     inside = [counters for counters in seen if begin <= counters.seconds <= end]
     if len(inside) < 2:
-        return None
+        return {"disk_mb_per_s": None, "busy": None}
     seconds = inside[-1].seconds - inside[0].seconds
-    return (inside[-1].read_bytes - inside[0].read_bytes) / seconds / 1e6
+    return {
+        "disk_mb_per_s": (inside[-1].read_bytes - inside[0].read_bytes) / seconds / 1e6,
+        "busy": (inside[-1].busy_s - inside[0].busy_s) / seconds,
+    }
 
 
 def sample_rate(reading: Reading, begin: float) -> float:
@@ -231,27 +236,19 @@ def epochs_of(reading: Reading) -> list[list[Batch]]:
     return [list(group) for _, group in itertools.groupby(reading.batches, lambda b: b.epoch)]
 
 
-def start_gap(reading: Reading) -> float:
-    """Return the longest wait for a batch that begins in the first seconds of an epoch."""
-    longest, before = 0.0, reading.begin
+def start_wait(reading: Reading) -> float:
+    """Return the longest wait for a batch that was asked for in the first seconds of an epoch."""
+    longest, begin = 0.0, reading.begin
     for batches in epochs_of(reading):
-        until = before + START_S
-        for batch in batches:
-            if before <= until:
-                longest = max(longest, batch.seconds - before)
-            before = batch.seconds
+        early = [b.waited_s for b in batches if b.seconds - b.waited_s <= begin + START_S]
+        longest = max(longest, *early)
+        begin = batches[-1].seconds
     return longest
 
 
-def change_gap(reading: Reading) -> float:
-    """Return the longest wait between an epoch's last batch and the next one's first."""
-    return max(
-        (
-            after[0].seconds - before[-1].seconds
-            for before, after in itertools.pairwise(epochs_of(reading))
-        ),
-        default=0.0,
-    )
+def change_wait(reading: Reading) -> float:
+    """Return the longest wait for the first batch of an epoch that follows another."""
+    return max((batches[0].waited_s for batches in epochs_of(reading)[1:]), default=0.0)
 
 
 def epoch_bytes(readings: Sequence[Reading], seen: Sequence[Counters]) -> list[int]:
@@ -271,9 +268,9 @@ def epoch_bytes(readings: Sequence[Reading], seen: Sequence[Counters]) -> list[i
 
 
 HEAD = (
-    f"{'case':30} {'ranks':>5} {'ra KB':>5} {'MB':>3} {'ram':>6}  {'disk MB/s':>9} "
-    f"{'images MB/s':>11} {'slowest':>7} {'s/256':>6} {'first':>6} {'start':>6} {'change':>6} "
-    f"{'late':>4}"
+    f"{'case':16} {'reader':19} {'ranks':>5} {'ra KB':>5} {'MB':>3} {'ram':>7} {'disk MB/s':>9} "
+    f"{'busy':>5} {'images MB/s':>11} {'slowest':>7} {'s/256':>6} {'first':>6} {'start':>6} "
+    f"{'change':>6} {'late':>4}"
 )
 
 
@@ -281,12 +278,15 @@ def show(row: dict[str, Any]) -> None:
     def number(name: str, form: str) -> str:
         return format(row[name], form) if row[name] else "-"
 
+    reader = row["reader"] + ("" if row["decoded"] else ", bytes")
+    ram = "-" if row["ram"] is None else row["ram"]
     print(
-        f"{row['case']:30} {row['ranks']:5} {number('readahead_kb', 'd'):>5} {row['block_mb']:3} "
-        f"{row['ram'] if row['ram'] is not None else '-':>6}  {number('disk_mb_per_s', '.1f'):>9} "
-        f"{number('sample_mb_per_s', '.1f'):>11} {number('slowest', '.0%'):>7} "
-        f"{row['seconds_per_256']:6.3f} {row['first_batch_s']:6.2f} {row['start_gap_s']:6.2f} "
-        f"{number('change_gap_s', '.2f'):>6} {row['late']:4}{'  VOID' if row['void'] else ''}",
+        f"{row['case']:16} {reader:19} {row['ranks']:5} {number('readahead_kb', 'd'):>5} "
+        f"{row['block_mb']:3} {ram:>7} {number('disk_mb_per_s', '.1f'):>9} "
+        f"{number('busy', '.0%'):>5} {number('sample_mb_per_s', '.1f'):>11} "
+        f"{number('slowest', '.0%'):>7} {row['seconds_per_256']:6.3f} {row['first_batch_s']:6.2f} "
+        f"{row['start_wait_s']:6.2f} {number('change_wait_s', '.2f'):>6} {row['late']:4}"
+        f"{'  VOID' if row['void'] else ''}",
         flush=True,
     )
 
@@ -296,7 +296,7 @@ def show(row: dict[str, Any]) -> None:
 
 def arguments(**given: Any) -> dict[str, Any]:
     """Return the Loader's arguments on spindle: it is FUSE, so what disk it is has to be said."""
-    return {}
+    return {"disk": "hdd", **given}
 
 
 def bytes_cases(limit_images: int) -> list[Case]:
@@ -332,9 +332,9 @@ def decoded_cases() -> list[Case]:
     return [Case("decoded", pack_task(True, 1, ram=0), readahead_kb=128)]
 
 
-def epoch_cases() -> list[Case]:
-    task = pack_task(False, 3, ram=0)
-    return [Case("epochs", task, num_ranks, readahead_kb=128) for num_ranks in (1, 4, 8)]
+def training_cases() -> list[Case]:
+    task = pack_task(False, 3, ram=0)._replace(pace_s=TRAINING_S)
+    return [Case("training", task, num_ranks, readahead_kb=128) for num_ranks in (1, 4, 8)]
 
 
 def ram_cases(half_of_set: str) -> list[Case]:
@@ -367,7 +367,6 @@ def webdataset_cases() -> list[Case]:
             "shards",
             Task("webdataset", "data", decoded=decoded),
             readahead_kb=readahead_kb,
-            skip_batches=2 * PEER_WORKERS,
         )
         for decoded in (False, True)
         for readahead_kb in (128, 4096)
@@ -382,7 +381,7 @@ def kept_bytes(size: int) -> str:
 def cases_of_folder(folder: Path, args: argparse.Namespace) -> list[Case]:
     """The cases of a data set of the user's: as bytes and decoded, without and with memory."""
     half = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) // 2
-    common = {"disk": "hdd"} if args.spindle else {}
+    common = arguments() if args.spindle else {}
     return [
         Case(
             "decoded" if decoded else "bytes",
@@ -418,12 +417,12 @@ def make_scenes(chosen: Sequence[str], root: Path, args: argparse.Namespace) -> 
     if "bytes" in chosen:
         write_made_up(root / "made-up/data", IMAGENET_BYTES)
         yield Scene(root / "made-up", [], bytes_cases(args.limit // MEAN_BYTES))
-    of_pack = {"decoded", "epochs", "ram", "webdataset"} & set(chosen)
+    of_pack = {"decoded", "training", "ram", "webdataset"} & set(chosen)
     if of_pack or "folder" in chosen:
         originals = copy_photos(args.photos, root / "photos")
     if of_pack:
         link_names(originals, args.images, num_classes=10, folder=root / "packed")
-        photos.make_pack(root / "packed", root / "pack/data", ["--tables", "image"])
+        photos.make_pack(root / "packed", root / "pack/data", pack_options(args.images))
         yield pack_scene(root / "pack", of_pack)
     if "folder" in chosen:
         few = f"{args.images:,} files"
@@ -440,7 +439,7 @@ def pack_scene(backing: Path, chosen: Iterable[str]) -> Scene:
     size = sum(path.stat().st_size for path in (backing / "data").glob("*.tar"))
     cases = {
         "decoded": decoded_cases(),
-        "epochs": epoch_cases(),
+        "training": training_cases(),
         "ram": ram_cases(kept_bytes(size // 2)),
         "webdataset": webdataset_cases(),
     }
@@ -449,6 +448,12 @@ def pack_scene(backing: Path, chosen: Iterable[str]) -> Scene:
         [stretch_of(size)],
         [case for name in cases if name in chosen for case in cases[name]],
     )
+
+
+def pack_options(num_images: int) -> list[str]:
+    """Few bytes, since the disk is the limit; and shards enough for the peers' workers."""
+    shard_bytes = num_images * MEAN_BYTES // (3 * PEER_WORKERS)
+    return ["--tables", "image", "--shard-size", f"{shard_bytes}B"]
 
 
 def stretch_of(size: int) -> str:
@@ -498,7 +503,7 @@ def show_rate(disk: Disk, file: str) -> float:
 
 def measure_folder(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float]]:
     """Measure a data set of the user's."""
-    disk: Disk = RealDisk(args.folder)
+    disk: Disk = RealDisk(args.folder, args.drop_caches)
     with contextlib.ExitStack() as stack:
         if args.spindle:
             mountpoint = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-read-"))
@@ -538,9 +543,9 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
         if not row["void"]:
             by_case.setdefault(row["case"], []).append(row)
     found = [target for row in by_case.get("bytes", []) for target in bytes_targets(row)]
-    for row in by_case.get("epochs", []):
-        where = f"{row['ranks']} ranks"
-        found.append(at_most(f"s between two epochs, {where}", row["change_gap_s"], 1.0))
+    for row in by_case.get("training", []):
+        where = f"{row['ranks']} ranks" if row["ranks"] > 1 else "1 process"
+        found.append(at_most(f"longest wait as epochs begin, s, {where}", longest_wait(row), 1.0))
     for row in by_case.get("decoded", []):
         found.append(at_most("s for 256 images decoded", row["seconds_per_256"], 0.18))
     found += ram_targets(by_case)
@@ -548,6 +553,10 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
         ratio = peer["seconds_per_256"] / ours["seconds_per_256"]
         found.append(at_least(f"ours to torchvision, {ours['case']}", ratio, 1.8))
     return found
+
+
+def longest_wait(row: dict[str, Any]) -> float:
+    return max(row["start_wait_s"], row["change_wait_s"])
 
 
 def bytes_targets(row: dict[str, Any]) -> list[Target]:
@@ -563,7 +572,6 @@ def bytes_targets(row: dict[str, Any]) -> list[Target]:
     return [
         at_least(f"disk MB/s, {ranks}", row["disk_mb_per_s"], 155),
         at_least(f"slowest to mean, {ranks}", row["slowest"], 0.9),
-        at_most(f"longest gap at the start, s, {ranks}", row["start_gap_s"], 1.0),
     ]
 
 
@@ -594,7 +602,7 @@ def show_targets(found: Sequence[Target]) -> None:
 
 # ---- main ----------------------------------------------------------------------------------------
 
-CASES = ("bytes", "decoded", "epochs", "ram", "folder", "webdataset")
+CASES = ("bytes", "decoded", "training", "ram", "folder", "webdataset")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -612,6 +620,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ranks", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="default: 1 4 8")
     add("--limit", type=byte_size, default="4GB", metavar="SIZE", help="of a run (default: 4GB)")
     add("--sequential", metavar="FILE", help="in DIR, to measure the disk's sequential rate on")
+    add("--drop-caches", action="store_true", help="empty the system's caches before each run")
     add("--spindle", type=Path, metavar="PROGRAM", help="the disk model's program")
     add("--spindle-options", default="", metavar="OPTIONS", help="of the model, such as --ncq=32")
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="of the model")

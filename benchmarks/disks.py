@@ -106,8 +106,13 @@ class Spindle:
 class RealDisk:
     """The disk that a folder lies on."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, drop_all: bool) -> None:
+        """Args:
+        folder: what is read.
+        drop_all: empty all of the system's caches, which only root can and which slows everybody
+            down, but also forgets names and inodes; otherwise the pages of the folder's files.
+        """
+        self._folder, self._drop_all = folder, drop_all
         device = os.stat(folder).st_dev
         self._block_device = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
 
@@ -116,15 +121,13 @@ class RealDisk:
 
     @contextlib.contextmanager
     def cold(self, readahead_kb: int | None = None) -> Iterator[Path]:
-        """Drop the folder's pages from memory: all files' as root, otherwise one file after the
-        other, which spares what is being written or mapped.
-        """
+        """Drop the folder's pages from memory; those that are mapped or being written stay."""
         if readahead_kb is not None:
             raise SystemExit(
                 "readahead is set for spindle alone; for a disk: blockdev --setra, before this"
             )
-        if os.geteuid() == 0:
-            os.sync()
+        os.sync()
+        if self._drop_all:
             Path("/proc/sys/vm/drop_caches").write_text("3")
         else:
             for path in self._folder.rglob("*"):
@@ -186,15 +189,16 @@ class Watch:
 
 
 def sequential_rate(path: Path) -> float:
-    """Return the MB/s at which up to 1 GB of a file are read with O_DIRECT, one read at a time."""
+    """Return the MB/s at which up to 1 GB of a file are read in blocks, past the page cache."""
     size = min(path.stat().st_size, SEQUENTIAL_BYTES) // READ_BYTES * READ_BYTES
     if size < LEAST_SEQUENTIAL_BYTES:
         raise SystemExit(
             f"{path}: {path.stat().st_size} bytes are too few to measure the disk; name a file of "
             f"{LEAST_SEQUENTIAL_BYTES >> 20} MB or more on the same disk with --sequential"
         )
+    drop_pages(path)
     buffer = mmap.mmap(-1, READ_BYTES)  # page-aligned, as O_DIRECT needs it
-    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    file = open_direct(path)
     try:
         os.preadv(file, [buffer], 0)  # the seek to the file
         begin = time.monotonic()
@@ -205,3 +209,11 @@ def sequential_rate(path: Path) -> float:
     finally:
         os.close(file)
         buffer.close()
+
+
+def open_direct(path: Path) -> int:
+    """Open a file with O_DIRECT, or without where its file system has no such thing."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return os.open(path, os.O_RDONLY)

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +27,6 @@ from imagenet_seq import Loader, _native, plan
 from imagenet_seq.index import Index, Names
 from imagenet_seq.sources import Source, open_source
 from imagenet_seq.sources.pack import shard_file
-from imagenet_seq.transforms import Key, Pipeline, Rows
 
 SHARD_BYTES = 10**9
 HEADER_BYTES = 512  # of a tar's member; its data are filled up to a multiple of this
@@ -48,6 +48,7 @@ class Task(NamedTuple):
     most_images: int = 0  # of this rank and an epoch; 0: whole epochs
     block_bytes: int = 16 << 20
     loader_arguments: Mapping[str, Any] = MappingProxyType({})
+    pace_s: float = 0.0  # the script takes no batch sooner after the one before: it trains
     digest: bool = False  # of all batches, to compare runs
 
 
@@ -55,9 +56,10 @@ class Batch(NamedTuple):
     """A batch as the script got it."""
 
     epoch: int
-    seconds: float  # of time.monotonic()
     images: int
     sample_bytes: int  # of its encoded images; 0: unknown
+    seconds: float = 0.0  # of time.monotonic()
+    waited_s: float = 0.0
 
 
 class Reading(NamedTuple):
@@ -117,16 +119,11 @@ def write_made_up(folder: Path, total_bytes: int) -> None:
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-class BytesOnly(Pipeline):
-    """Makes nothing of a sample: what is measured is reading."""
+class BytesOnly(_native.Engine):
+    """Reads samples and makes nothing of them."""
 
-    def from_bytes(self, data: bytes, key: Key) -> Any:
-        return len(data)
-
-
-def only_bytes(pipeline: Pipeline) -> Pipeline:
-    fields = {field.name: getattr(pipeline, field.name) for field in dataclasses.fields(Pipeline)}
-    return BytesOnly(**{**fields, "rows": Rows.FROM_BYTES, "out_shape": None})
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{**settings, "rows": _native.ROWS_READ})
 
 
 def make_loader(task: Task) -> Loader:
@@ -144,7 +141,9 @@ def make_loader(task: Task) -> Loader:
         **task.loader_arguments,
     )
     if not task.decoded:
-        loader._pipeline = only_bytes(loader._pipeline)
+        _native.Engine = BytesOnly  # type: ignore[misc]
+        loader._pipeline = dataclasses.replace(loader._pipeline, out_shape=None)  # of no bytes
+    loader.forecast()  # measures the disk, once
     return loader
 
 
@@ -172,13 +171,13 @@ def planned_batches(task: Task, index: Index, order: plan.Order, epoch: int) -> 
 
 
 def last_whole_batch(made: plan.EnginePlan, most_images: int) -> int:
-    """Return how many batches it takes to use up the most whole blocks with `most_images`."""
+    """Return how many batches use up the most whole blocks without going over `most_images`."""
     before = np.maximum.accumulate(made.block)[:-1]
     behind = np.minimum.accumulate(made.block[::-1])[::-1][1:]
     whole = np.flatnonzero(before < behind) + 1  # positions that no block reaches across
     used_up = whole[whole <= most_images]
     end = int(used_up[-1]) if len(used_up) else most_images
-    return int(np.searchsorted(made.batch_begin, end))
+    return int(np.searchsorted(made.batch_begin, end, "right")) - 1
 
 
 def ours(task: Task) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Reading]]:
@@ -193,7 +192,7 @@ def ours(task: Task) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Readin
         for epoch in range(task.num_epochs):
             digest = 0
             for number, (images, _) in enumerate(loader):
-                yield Batch(epoch, time.monotonic(), len(images), planned[epoch][number])
+                yield Batch(epoch, len(images), planned[epoch][number])
                 if task.digest:
                     digest = _native.crc32c(images.numpy(), digest)
                 if task.most_images and number + 1 == len(planned[epoch]):
@@ -251,7 +250,7 @@ def peer(make: Callable[[Task], Any]) -> Any:
             for epoch in range(task.num_epochs):
                 num_images = 0
                 for images, _ in loader:
-                    yield Batch(epoch, time.monotonic(), len(images), 0)
+                    yield Batch(epoch, len(images), 0)
                     num_images += len(images)
                     if task.most_images and num_images >= task.most_images:
                         break
@@ -268,16 +267,27 @@ READERS = {
 }
 
 
+def timed(batches: Iterator[Batch], pace_s: float) -> Iterator[Batch]:
+    """Note when each batch came, and how long the script waited for it."""
+    asked = time.monotonic()
+    for batch in batches:
+        came = time.monotonic()
+        yield batch._replace(seconds=came, waited_s=came - asked)
+        time.sleep(max(0.0, came + pace_s - time.monotonic()))
+        asked = time.monotonic()
+
+
 def main() -> int:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
     task = Task(*json.loads(sys.argv[1]))
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     torch.set_num_threads(1)
     read, finish = READERS[task.reader](task)
     print("ready", file=out, flush=True)
     sys.stdin.readline()
     begin = time.monotonic()
-    batches = list(read())
+    batches = list(timed(read(), task.pace_s))
     print(json.dumps(finish()._replace(begin=begin, batches=batches)), file=out, flush=True)
     return 0
 
