@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 READ_BYTES = 16 << 20
 SEQUENTIAL_BYTES = 1 << 30
 LEAST_SEQUENTIAL_BYTES = 256 << 20
-MOST_LATE = 5  # replies of the model that came over 1 ms late, beyond which a run is void
+MOST_LATE, MOST_LATE_SHARE = 5, 0.001  # of the model's replies, beyond both of which a run is void
 
 
 class Counters(NamedTuple):
@@ -31,7 +31,7 @@ class Counters(NamedTuple):
     requests: int  # metadata included
     seeks: int | None  # None: a real disk does not say
     busy_s: float
-    late: int = 0  # replies that the model gave too late
+    late: int = 0  # replies that the model gave over 1 ms too late
 
 
 class Disk(Protocol):
@@ -158,6 +158,11 @@ def drop_pages(path: Path) -> None:
 
 
 # ---- measuring -----------------------------------------------------------------------------------
+
+
+def is_void(counters: Counters) -> bool:
+    """Tell whether the machine was too slow for the model: such a run says nothing of the disk."""
+    return counters.late > max(MOST_LATE, MOST_LATE_SHARE * counters.requests)
 
 
 class Watch:

@@ -178,21 +178,16 @@ def read_section(result: Row) -> str:
     """Reading from a hard disk: ours, memory that is kept, the peers, and what was promised."""
     rows = [row for row in result["rows"] if not row["void"]]
     rate = max(result["sequential_mb_per_s"])
-    return "\n\n".join(
-        part
-        for part in (
-            f"**Packs.** One file from end to end: {rate:.0f} MB/s.",
-            packs_table(rows, rate),
-            "**Memory.** GB that the disk reads in each epoch of three:",
-            memory_table(rows),
-            "**Beside others.** Seconds for 256 images:",
-            peers_table(rows),
-            "**What was promised:**",
-            targets_table(result["targets"]),
-            origin_line("read", result),
-        )
-        if part
-    )
+    parts = {
+        f"**Packs.** The disk reads one file from end to end at {rate:.0f} MB/s:": packs_table(
+            rows, rate
+        ),
+        "**Memory.** GB that the disk reads in each epoch:": memory_table(rows),
+        "**Beside others.** Seconds for 256 images:": peers_table(rows),
+        "**What was wanted:**": targets_table(result["targets"]),
+    }
+    shown = [f"{title}\n\n{made}" for title, made in parts.items() if made.count("\n") > 1]
+    return "\n\n".join([*shown, origin_line("read", result)])
 
 
 def packs_table(rows: Sequence[Row], rate: float) -> str:
@@ -211,7 +206,7 @@ def packs_table(rows: Sequence[Row], rate: float) -> str:
         for row in rows
         if row["case"] in names
     ]
-    return table(head, lines) if lines else ""
+    return table(head, lines)
 
 
 def memory_table(rows: Sequence[Row]) -> str:
