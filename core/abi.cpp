@@ -1,4 +1,7 @@
 // The C functions that need no engine and no transcoder.
+#include <fcntl.h>
+
+#include <cerrno>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -10,6 +13,8 @@
 #include "decode.h"
 #include "imagenet_seq.h"
 #include "jpeg.h"
+#include "kept.h"
+#include "read.h"
 #include "status.h"
 
 namespace imseq {
@@ -57,6 +62,18 @@ int32_t out_of_memory(imseq_error* error, const char* function) {
 SampleDecoder& decoder_of_thread() {
   static thread_local const auto decoder = std::make_unique<SampleDecoder>();
   return *decoder;
+}
+
+// 0, or what the system refuses with. Systems and file systems that can't do it are not asked for
+// more: it makes reading faster, nothing depends on it.
+int set_aside([[maybe_unused]] int fd, [[maybe_unused]] int64_t size_bytes) {
+#if defined(__linux__)
+  while (::fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size_bytes) != 0) {
+    if (errno == EOPNOTSUPP || errno == ENOSYS) return 0;
+    if (errno != EINTR) return errno;
+  }
+#endif
+  return 0;
 }
 
 }  // namespace
@@ -160,4 +177,34 @@ int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key, const uint
 
 uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size) {
   return imseq::crc32c(crc, bytes, size);
+}
+
+int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
+                      imseq_error* error) try {
+  if (path == nullptr || size_bytes == nullptr || address == nullptr) {
+    return imseq::is_null(error, "imseq_look_up");
+  }
+  imseq::FilePlace place;
+  const int32_t status = imseq::look_up(path, &place, error);
+  *size_bytes = place.size_bytes;
+  *address = place.address;
+  return status;
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_look_up");
+}
+
+int32_t imseq_preallocate(int32_t fd, int64_t size_bytes, imseq_error* error) {
+  if (size_bytes < 0) {
+    return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                       "size_bytes: expected 0 or more, got %lld",
+                       static_cast<long long>(size_bytes));
+  }
+  const int os_errno = size_bytes == 0 ? 0 : imseq::set_aside(fd, size_bytes);
+  if (os_errno == 0) return IMSEQ_OK;
+  return imseq::fail(error, IMSEQ_ERROR_READ, -1, -1, os_errno, "cannot set aside %lld bytes",
+                     static_cast<long long>(size_bytes));
+}
+
+int64_t imseq_kept_table_bytes(int64_t num_keys) {
+  return imseq::KeptBlocks::table_bytes(num_keys);
 }

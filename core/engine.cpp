@@ -1,13 +1,14 @@
 // The engine: threads that read blocks, decode samples and fill batches in plan order.
 //
-// One plan (a Run) is executed at a time. Readers take blocks in plan order as long as the block
-// budget lasts. A decoder takes the next position whose batch has memory (its slot is open), and
-// those behind it that are ready too, waits for the first one's block, and decodes the group. What
-// needs Python goes into the task queue. The consumer gets batch after batch.
+// One plan (a Run) is executed at a time. Readers take blocks in reading order as long as the block
+// budget lasts, and then those of the prepared plan. A decoder takes the next position whose batch
+// has memory (its slot is open), and those behind it that are ready too, waits for the first one's
+// block, and decodes the group. What needs Python goes into the task queue. The consumer gets batch
+// after batch.
 //
-// No deadlock by construction: blocks are read in order of first use, a block that a decoder waits
-// for is read whatever the budget says, and positions are taken in order, so the first unfinished
-// position can always go on.
+// No deadlock by construction: blocks are read in order of first use (by windows, where there are
+// any), a block that a decoder waits for is read whatever the budget says, with all before it, and
+// positions are taken in order, so the first unfinished position can always go on.
 //
 // Locking: one mutex guards everything that is not atomic. A group whose blocks are there and whose
 // slots are open takes no lock: locks are for blocks, batches and foreign rows.
@@ -21,14 +22,17 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -36,7 +40,9 @@
 #include "augment.h"
 #include "crc32c.h"
 #include "decode.h"
+#include "disk_lock.h"
 #include "imagenet_seq.h"
+#include "kept.h"
 #include "read.h"
 #include "status.h"
 
@@ -68,8 +74,14 @@ constexpr int64_t kGroupOfClean = 4;
 constexpr int64_t kGroupOfOthers = 8;
 static_assert(std::max(kGroupOfClean, kGroupOfOthers) <= IMSEQ_MAX_GROUP);
 
+// How long a reader keeps the disk while others may want it: a block of 16 MB, or the files of a
+// window that a hard disk reads in this time.
+constexpr int64_t kTurnNs = 80'000'000;
+
 struct Counters {
   std::atomic<int64_t> read_bytes{0}, read_requests{0}, read_seeks{0}, read_ns{0}, read_wait_ns{0};
+  std::atomic<int64_t> read_lock_wait_ns{0}, read_direct_requests{0}, read_lookups{0};
+  std::atomic<int64_t> read_cached_bytes{0}, read_kept_bytes{0};
   std::atomic<int64_t> decode_samples{0}, decode_ns{0}, decode_wait_read_ns{0};
   std::atomic<int64_t> decode_wait_batch_ns{0}, foreign_rows{0}, foreign_blocks{0};
   std::atomic<int64_t> batch_count{0}, batch_wait_ns{0};
@@ -79,10 +91,13 @@ enum class BlockState : uint8_t { waiting, reading, ready, failed };
 
 // What a block has between being read and its last sample's decoding.
 struct Loaded {
-  Buffer buffer;
+  Buffer buffer;                   // of this block alone; empty where its bytes are kept memory
+  const uint8_t* bytes = nullptr;  // in the buffer or in kept memory
   int64_t size_bytes = 0;
   int64_t reserved_bytes = 0;             // what it counts for in the budget
+  bool was_kept = false;                  // nothing was read: it is in kept memory since before
   std::vector<int64_t> offsets, lengths;  // foreign block: its samples
+  std::vector<BadRange> bad;              // what the disk could not read
   std::unique_ptr<imseq_error> error;     // failed
 };
 
@@ -124,7 +139,7 @@ struct Batch {
 struct Run {
   imseq_plan plan;
   std::vector<int64_t> batch_begin, sample, draw, offset, length, block_offset, block_length,
-      path_begin;
+      block_key, window_begin, path_begin;
   std::vector<int32_t> block, block_file;
   std::vector<uint32_t> checksum;
   std::vector<uint8_t> flags;
@@ -138,11 +153,14 @@ struct Run {
   std::atomic<bool> cancelled{false};
 
   // Guarded by the engine's mutex.
-  int64_t next_block = 0;
-  int64_t wanted_block = -1;    // a decoder waits for this block
-  int64_t foreign_pending = 0;  // foreign blocks asked for and not yet there
-  int64_t delivered = 0;        // batches returned by next
-  int64_t released = 0;         // slots lent again
+  std::vector<int32_t> reading_order;  // windows: block of each place; empty: the plan's order
+  int64_t next_place = 0;              // in the reading order
+  int64_t wanted_end = 0;              // decoders wait for a block before this place
+  int64_t known_end = 0;               // places before this one have a final order
+  bool looks_up = false;               // a reader finds out the order of the next window
+  int64_t foreign_pending = 0;         // foreign blocks asked for and not yet there
+  int64_t delivered = 0;               // batches returned by next
+  int64_t released = 0;                // slots lent again
 
   Run(int64_t num_blocks, int64_t num_batches)
       : plan(),
@@ -156,6 +174,22 @@ struct Run {
 
   // Positions below this one have memory for their rows.
   int64_t open_end() const { return batch_begin[open_batches.load(std::memory_order_acquire)]; }
+
+  bool has_windows() const { return !window_begin.empty(); }
+
+  bool is_read() const { return next_place >= plan.num_blocks; }
+
+  int64_t block_at(int64_t place) const {
+    return reading_order.empty() ? place : reading_order[place];
+  }
+
+  int64_t key_of(int64_t number) const { return block_key.empty() ? -1 : block_key[number]; }
+
+  // The place by which a block has been read for sure.
+  int64_t read_by(int64_t number) const {
+    if (!has_windows()) return number + 1;
+    return *std::upper_bound(window_begin.begin(), window_begin.end(), number);
+  }
 
   bool block_is_there(int64_t number) const {
     const BlockState state = blocks[number].state.load(std::memory_order_acquire);
@@ -227,6 +261,14 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
     if (plan.block_offset[i] < 0 || plan.block_length[i] < -1) {
       return wrong("block_offset or block_length is negative");
     }
+    if (plan.num_windows > 0 && plan.block_file[i] < 0) return wrong("a window has foreign blocks");
+  }
+  if (plan.num_windows < 0 || (plan.num_windows > 0 && plan.window_begin == nullptr)) {
+    return wrong("num_windows is negative, or window_begin is NULL");
+  }
+  if (plan.num_windows > 0 && (!rises_from_zero(plan.window_begin, plan.num_windows) ||
+                               plan.window_begin[plan.num_windows] != plan.num_blocks)) {
+    return wrong("window_begin must rise from 0 to num_blocks");
   }
   if (!rises_from_zero(plan.batch_begin, plan.num_batches) ||
       plan.batch_begin[plan.num_batches] != plan.num_positions) {
@@ -249,11 +291,14 @@ struct imseq_engine {
   explicit imseq_engine(const imseq_engine_config& config);
   void close();
 
-  int32_t start(const imseq_plan& plan, void* const* rows, imseq_error* error);
+  int32_t prepare(const imseq_plan& plan, imseq_error* error);
+  int32_t start(const imseq_plan* plan, void* const* rows, imseq_error* error);
   int32_t next(int64_t timeout_ns, imseq_batch* out, imseq_error* error);
   int32_t release(int32_t slot, void* rows, imseq_error* error);
   void cancel();
   void stats(imseq_stats* out);
+  void pending(imseq_pending* out);
+  int64_t requests(imseq_request* out, int64_t capacity);
   int32_t take(int64_t timeout_ns, imseq_task* out);
   int32_t finish_row(int64_t ticket, const char* failure, imseq_error* error);
   int32_t finish_block(int64_t ticket, const uint8_t* bytes, int64_t size, const int64_t* offsets,
@@ -265,9 +310,9 @@ struct imseq_engine {
  private:
   void start_threads();
   void decode_thread();
-  void read_thread();
   std::shared_ptr<Run> wait_for_run(int64_t* generation);
   void leave_run();
+  void drop_prepared(std::unique_lock<std::mutex>& lock);
 
   bool take_group(Run& run, Group* group);
   int64_t group_end(const Run& run, int64_t begin, int64_t open_end) const;
@@ -276,7 +321,7 @@ struct imseq_engine {
   void decode_group(const std::shared_ptr<Run>& run, const Group& group, SampleDecoder& decoder);
   int32_t locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
                  imseq_error* error) const;
-  int32_t prepare(const Run& run, int64_t position, imseq_sample* out, imseq_error* error);
+  int32_t describe(const Run& run, int64_t position, imseq_sample* out, imseq_error* error);
   bool verifies(const Run& run) const;
   int32_t verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
                  imseq_error* error);
@@ -288,10 +333,22 @@ struct imseq_engine {
   void done_with_row(Run& run, int64_t position);
   void fail_row(Run& run, int64_t position, const imseq_error& error);
 
-  int64_t estimate(const Run& run, int64_t block) const;
+  void read_thread(int number);
+  std::shared_ptr<Run> run_to_read() const;
   bool may_read(const Run& run) const;
-  void read_block(Run& run, int64_t block, FileReader& reader);
-  void count_request(int32_t file, int64_t offset, int64_t length);
+  int64_t cost(const Run& run, int64_t block) const;
+  int64_t begin_block(Run& run);
+  void wait_to_read(std::unique_lock<std::mutex>& lock);
+  void take_turn(const Run& run, DiskLock& disk, Clock::time_point* turn_began);
+  void look_up_window(Run& run, DiskLock& disk);
+  void read_block(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
+                  Clock::time_point* turn_began);
+  int32_t read_file(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
+                    Clock::time_point* turn_began, int64_t* length, imseq_error* error);
+  int32_t read_into(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
+                    Clock::time_point* turn_began, int64_t length, uint8_t* memory,
+                    imseq_error* error);
+  void count_request(const imseq_request& request);
   void take_buffer(Loaded& loaded, int64_t size_bytes);
   void block_came(Run& run, int64_t block, int64_t size_bytes, int32_t status,
                   const imseq_error& error);
@@ -303,26 +360,37 @@ struct imseq_engine {
   Counters counters_;
 
   std::mutex mutex_;
-  std::condition_variable run_changed_;     // threads without a run wait here
-  std::condition_variable slot_opened_;     // decoders
-  std::condition_variable block_changed_;   // decoders
-  std::condition_variable budget_changed_;  // readers
-  std::condition_variable batch_done_;      // next
-  std::condition_variable task_added_;      // take
-  std::condition_variable thread_left_;     // cancel
+  std::condition_variable run_changed_;      // threads without a run wait here
+  std::condition_variable slot_opened_;      // decoders
+  std::condition_variable block_changed_;    // decoders
+  std::condition_variable reading_changed_;  // readers
+  std::condition_variable batch_done_;       // next
+  std::condition_variable task_added_;       // take
+  std::condition_variable thread_left_;      // cancel
 
   std::shared_ptr<Run> run_;
+  std::shared_ptr<Run> prepared_;
   int64_t generation_ = 0;
-  int64_t threads_in_run_ = 0;
-  bool ended_ = false;  // the last plan was delivered whole
+  int64_t threads_in_run_ = 0;  // decoders
+  int64_t num_reading_ = 0;     // readers with a block or a window in hand
+  bool ended_ = false;          // the last plan was delivered whole
   bool closed_ = false;
   std::once_flag closing_;
   int64_t block_bytes_ = 0, block_bytes_peak_ = 0;
   int64_t mean_block_bytes_ =
       128 * 1024;  // of blocks of unknown length; ImageNet's mean file to begin
-  int32_t last_file_ = -1;
+  int64_t last_file_ = -1;
   int64_t last_end_ = -1;
   BufferPool buffers_;
+  KeptBlocks kept_;
+  const std::string disk_lock_;
+  struct Reading {
+    std::shared_ptr<Run> run;  // nullptr: nothing
+    int64_t block = 0;
+    Clock::time_point began;
+  };
+  std::vector<Reading> reading_;        // what each reader has in hand
+  std::deque<imseq_request> recorded_;  // where the configuration asks for it
   SampleSet verified_;
   std::deque<Ticket> row_tasks_, block_tasks_;
   std::unordered_map<int64_t, Ticket> taken_;
@@ -341,7 +409,12 @@ int64_t value_bytes(const imseq_recipe& recipe) {
 }  // namespace
 
 imseq_engine::imseq_engine(const imseq_engine_config& config)
-    : config_(config), recipe_(config.recipe) {
+    : config_(config),
+      recipe_(config.recipe),
+      kept_(static_cast<uint8_t*>(config.kept), config.kept_bytes, config.kept_keys,
+            config.kept_floor_bytes),
+      disk_lock_(config.disk_lock == nullptr ? "" : config.disk_lock),
+      reading_(static_cast<size_t>(config.num_readers)) {
   const auto* table = static_cast<const uint8_t*>(config.recipe.table);
   if (table != nullptr) {
     table_.assign(table, table + 3 * 256 * value_bytes(config.recipe));
@@ -356,7 +429,9 @@ void imseq_engine::start_threads() {
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   try {
-    for (int i = 0; i < config_.num_readers; ++i) threads_.emplace_back([this] { read_thread(); });
+    for (int i = 0; i < config_.num_readers; ++i) {
+      threads_.emplace_back([this, i] { read_thread(i); });
+    }
     for (int i = 0; i < config_.num_decoders; ++i) {
       threads_.emplace_back([this] { decode_thread(); });
     }
@@ -374,6 +449,7 @@ void imseq_engine::close() {
       std::lock_guard lock(mutex_);
       closed_ = true;
       run_changed_.notify_all();
+      reading_changed_.notify_all();
       task_added_.notify_all();
     }
     cancel();
@@ -399,8 +475,11 @@ void imseq_engine::leave_run() {
   thread_left_.notify_all();
 }
 
-int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_error* error) {
-  if (const int32_t status = check_plan(plan, error); status != IMSEQ_OK) return status;
+namespace {
+
+// nullptr: the plan is wrong, or its counts and batches don't fit each other; error says how.
+std::shared_ptr<Run> make_run(const imseq_plan& plan, imseq_error* error) {
+  if (check_plan(plan, error) != IMSEQ_OK) return nullptr;
   auto run = std::make_shared<Run>(plan.num_blocks, plan.num_batches);
   run->plan = plan;
   run->batch_begin = copied(plan.batch_begin, plan.num_batches + 1);
@@ -414,37 +493,70 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   run->block_file = copied(plan.block_file, plan.num_blocks);
   run->block_offset = copied(plan.block_offset, plan.num_blocks);
   run->block_length = copied(plan.block_length, plan.num_blocks);
+  run->block_key = copied(plan.block_key, plan.num_blocks);
   run->path_begin = copied(plan.path_begin, plan.num_files + 1);
   run->root = plan.root;
   if (run->path_begin.back() > 0) {
     run->paths.assign(plan.paths, static_cast<size_t>(run->path_begin.back()));
+  }
+  if (plan.num_windows > 0) {
+    run->window_begin = copied(plan.window_begin, plan.num_windows + 1);
+    run->reading_order.resize(static_cast<size_t>(plan.num_blocks));
+    std::iota(run->reading_order.begin(), run->reading_order.end(), 0);
+  } else {
+    run->known_end = plan.num_blocks;
   }
   for (int64_t i = 0; i < plan.num_positions; ++i) {
     run->blocks[run->block[i]].remaining.fetch_add(1, std::memory_order_relaxed);
   }
   for (const Block& block : run->blocks) {
     if (block.remaining.load(std::memory_order_relaxed) == 0) {
-      return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: a block holds no position");
+      (void)fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: a block holds no position");
+      return nullptr;
     }
   }
   for (int64_t i = 0; i < plan.num_batches; ++i) {
     const int64_t num_rows = run->batch_begin[i + 1] - run->batch_begin[i];
     if (num_rows > plan.slot_rows) {
-      return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                  "plan: batch %lld has %lld rows, its memory %lld", static_cast<long long>(i),
-                  static_cast<long long>(num_rows), static_cast<long long>(plan.slot_rows));
+      (void)fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                 "plan: batch %lld has %lld rows, its memory %lld", static_cast<long long>(i),
+                 static_cast<long long>(num_rows), static_cast<long long>(plan.slot_rows));
+      return nullptr;
     }
     run->batches[i].remaining = num_rows;
   }
-  run->slot_rows.assign(rows, rows + config_.num_slots);
-  run->open_batches = std::min<int64_t>(config_.num_slots, plan.num_batches);
+  return run;
+}
 
-  std::lock_guard lock(mutex_);
+}  // namespace
+
+int32_t imseq_engine::prepare(const imseq_plan& plan, imseq_error* error) {
+  std::shared_ptr<Run> run = make_run(plan, error);
+  if (run == nullptr) return IMSEQ_ERROR_ARGUMENT;
+  std::unique_lock lock(mutex_);
+  while (prepared_ != nullptr) drop_prepared(lock);
+  if (closed_) return IMSEQ_CANCELLED;
+  prepared_ = std::move(run);
+  reading_changed_.notify_all();
+  return IMSEQ_OK;
+}
+
+int32_t imseq_engine::start(const imseq_plan* plan, void* const* rows, imseq_error* error) {
+  std::shared_ptr<Run> run;
+  if (plan != nullptr && (run = make_run(*plan, error)) == nullptr) return IMSEQ_ERROR_ARGUMENT;
+  std::unique_lock lock(mutex_);
+  if (run != nullptr) drop_prepared(lock);
   if (closed_) return IMSEQ_CANCELLED;
   if (run_ != nullptr && run_->delivered < run_->plan.num_batches) {
     return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
                 "start: the former plan has not ended; cancel it first");
   }
+  if (run == nullptr) run = std::exchange(prepared_, nullptr);
+  if (run == nullptr) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "start: no plan was prepared");
+  }
+  run->slot_rows.assign(rows, rows + config_.num_slots);
+  run->open_batches = std::min<int64_t>(config_.num_slots, run->plan.num_batches);
   if (verifies(*run)) {  // the former plan has ended: no thread looks into the set
     verified_.grow(*std::max_element(run->sample.begin(), run->sample.end()) + 1);
   }
@@ -453,24 +565,41 @@ int32_t imseq_engine::start(const imseq_plan& plan, void* const* rows, imseq_err
   last_file_ = -1;
   ++generation_;
   run_changed_.notify_all();
+  reading_changed_.notify_all();
   return IMSEQ_OK;
+}
+
+// Forgets the prepared plan and what was read of it.
+void imseq_engine::drop_prepared(std::unique_lock<std::mutex>& lock) {
+  const std::shared_ptr<Run> run = std::exchange(prepared_, nullptr);
+  if (run == nullptr) return;
+  run->cancelled = true;
+  thread_left_.wait(lock, [&] {
+    return std::none_of(reading_.begin(), reading_.end(),
+                        [&](const Reading& reading) { return reading.run == run; });
+  });
+  for (const Block& block : run->blocks) {
+    if (block.loaded != nullptr) block_bytes_ -= block.loaded->reserved_bytes;
+  }
+  reading_changed_.notify_all();
 }
 
 void imseq_engine::cancel() {
   std::unique_lock lock(mutex_);
   ended_ = false;
-  if (run_ == nullptr) return;
-  const std::shared_ptr<Run> run = std::move(run_);
-  run_ = nullptr;
-  run->cancelled = true;
+  const std::shared_ptr<Run> run = std::exchange(run_, nullptr);
+  const std::shared_ptr<Run> prepared = std::exchange(prepared_, nullptr);
+  for (const auto& cancelled : {run, prepared}) {
+    if (cancelled != nullptr) cancelled->cancelled = true;
+  }
   // Tasks nobody took are dropped; those taken keep their run, and so their bytes, alive.
   row_tasks_.clear();
   block_tasks_.clear();
   slot_opened_.notify_all();
   block_changed_.notify_all();
-  budget_changed_.notify_all();
+  reading_changed_.notify_all();
   batch_done_.notify_all();
-  thread_left_.wait(lock, [&] { return threads_in_run_ == 0; });
+  thread_left_.wait(lock, [&] { return threads_in_run_ == 0 && num_reading_ == 0; });
   block_bytes_ = 0;
 }
 
@@ -537,6 +666,11 @@ void imseq_engine::stats(imseq_stats* out) {
   out->read_seeks = value(counters_.read_seeks);
   out->read_ns = value(counters_.read_ns);
   out->read_wait_ns = value(counters_.read_wait_ns);
+  out->read_lock_wait_ns = value(counters_.read_lock_wait_ns);
+  out->read_direct_requests = value(counters_.read_direct_requests);
+  out->read_lookups = value(counters_.read_lookups);
+  out->read_cached_bytes = value(counters_.read_cached_bytes);
+  out->read_kept_bytes = value(counters_.read_kept_bytes);
   out->decode_samples = value(counters_.decode_samples);
   out->decode_ns = value(counters_.decode_ns);
   out->decode_wait_read_ns = value(counters_.decode_wait_read_ns);
@@ -545,9 +679,36 @@ void imseq_engine::stats(imseq_stats* out) {
   out->foreign_blocks = value(counters_.foreign_blocks);
   out->batch_count = value(counters_.batch_count);
   out->batch_wait_ns = value(counters_.batch_wait_ns);
+  out->kept_bytes = kept_.used_bytes();
+  out->kept_blocks = kept_.num_blocks();
+  out->block_budget_bytes = config_.block_budget_bytes;
   std::lock_guard lock(mutex_);
   out->block_bytes = block_bytes_;
   out->block_bytes_peak = block_bytes_peak_;
+}
+
+void imseq_engine::pending(imseq_pending* out) {
+  *out = {};
+  out->age_ns = -1;
+  std::lock_guard lock(mutex_);
+  for (const Reading& reading : reading_) {
+    if (reading.run == nullptr || reading.run->block_file[reading.block] < 0) continue;
+    const Run& run = *reading.run;
+    const int64_t age_ns = nanoseconds_since(reading.began);
+    if (age_ns <= out->age_ns) continue;
+    out->age_ns = age_ns;
+    out->offset = run.block_offset[reading.block];
+    const std::string path = run.path(run.block_file[reading.block]);
+    std::snprintf(out->path, sizeof out->path, "%s", path.c_str());
+  }
+}
+
+int64_t imseq_engine::requests(imseq_request* out, int64_t capacity) {
+  std::lock_guard lock(mutex_);
+  const int64_t count = std::min(capacity, static_cast<int64_t>(recorded_.size()));
+  std::copy_n(recorded_.begin(), count, out);
+  recorded_.erase(recorded_.begin(), recorded_.begin() + count);
+  return count;
 }
 
 // ---- decoding -----------------------------------------------------------------------------------
@@ -611,9 +772,9 @@ bool imseq_engine::wait_for_block(Run& run, int64_t number) {
   if (!there()) {
     Timer timer(&counters_.decode_wait_read_ns);
     std::unique_lock lock(mutex_);
-    if (number > run.wanted_block) {
-      run.wanted_block = number;
-      budget_changed_.notify_all();
+    if (const int64_t end = run.read_by(number); end > run.wanted_end) {
+      run.wanted_end = end;
+      reading_changed_.notify_all();
     }
     block_changed_.wait(lock, there);
   }
@@ -630,6 +791,7 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
     return error->code;
   }
   const Loaded& loaded = *block.loaded;
+  const int64_t begin = run.block_offset[run.block[position]];  // of the block in its file
   int64_t offset = run.offset[position], length = run.length[position];
   if (run.block_file[run.block[position]] < 0) {
     const int64_t num_samples = static_cast<int64_t>(loaded.offsets.size());
@@ -652,7 +814,15 @@ int32_t imseq_engine::locate(const Run& run, int64_t position, const uint8_t** b
         static_cast<long long>(length), static_cast<long long>(offset),
         static_cast<long long>(loaded.size_bytes));
   }
-  *bytes = loaded.buffer.bytes.get() + offset;
+  for (const BadRange& bad : loaded.bad) {
+    if (bad.begin >= begin + offset + length || bad.end <= begin + offset) continue;
+    return fail(error, IMSEQ_ERROR_READ, sample, bad.begin, bad.os_errno,
+                "the disk cannot read bytes %lld to %lld of %s, which belong to this sample; copy "
+                "what is readable to another disk",
+                static_cast<long long>(bad.begin), static_cast<long long>(bad.end),
+                run.path(run.block_file[run.block[position]]).c_str());
+  }
+  *bytes = loaded.bytes + offset;
   *size = length;
   return IMSEQ_OK;
 }
@@ -677,15 +847,20 @@ int32_t imseq_engine::verify(const Run& run, int64_t position, const uint8_t* by
     verified_.add(sample);
     return IMSEQ_OK;
   }
-  return fail(error, IMSEQ_ERROR_DATA, sample, run.offset[position], 0,
-              "CRC-32C is %08x, expected %08x (%lld bytes): the data changed on disk; run "
-              "'imagenet-seq verify'",
-              got, run.checksum[position], static_cast<long long>(size));
+  const int64_t block = run.block[position];
+  const bool foreign = run.block_file[block] < 0;
+  const int64_t offset = run.block_offset[block] + run.offset[position];
+  return fail(error, IMSEQ_ERROR_DATA, sample, foreign ? -1 : offset, 0,
+              "CRC-32C is %08x, expected %08x (%lld bytes at offset %lld of %s): the data changed "
+              "on disk; run 'imagenet-seq verify'",
+              got, run.checksum[position], static_cast<long long>(size),
+              static_cast<long long>(foreign ? 0 : offset),
+              foreign ? "a block" : run.path(run.block_file[block]).c_str());
 }
 
 // What the decoder needs to know of a position. IMSEQ_FOREIGN: Python makes its row from the bytes.
-int32_t imseq_engine::prepare(const Run& run, int64_t position, imseq_sample* out,
-                              imseq_error* error) {
+int32_t imseq_engine::describe(const Run& run, int64_t position, imseq_sample* out,
+                               imseq_error* error) {
   int32_t status = locate(run, position, &out->bytes, &out->size, error);
   if (status == IMSEQ_OK) status = verify(run, position, out->bytes, out->size, error);
   if (status != IMSEQ_OK) return status;
@@ -702,8 +877,8 @@ void imseq_engine::decode_group(const std::shared_ptr<Run>& run, const Group& gr
   int num_samples = 0;
   imseq_error error;
   for (int64_t position = group.begin; position < group.end; ++position) {
-    const int32_t status = prepare(*run, position, &samples[num_samples], &error);
-    if (status == IMSEQ_OK) {
+    const int32_t status = describe(*run, position, &samples[num_samples], &error);
+    if (status == IMSEQ_OK && config_.rows != IMSEQ_ROWS_READ) {
       positions[num_samples++] = position;
     } else {
       done_with_position(run, position, status, error);
@@ -755,7 +930,7 @@ void imseq_engine::done_with_block(Run& run, int64_t position) {
   std::lock_guard lock(mutex_);
   if (!run.cancelled) block_bytes_ -= loaded->reserved_bytes;
   buffers_.give(std::move(loaded->buffer), config_.block_budget_bytes - block_bytes_);
-  budget_changed_.notify_all();
+  reading_changed_.notify_all();
 }
 
 void imseq_engine::done_with_row(Run& run, int64_t position) {
@@ -781,87 +956,225 @@ void imseq_engine::fail_row(Run& run, int64_t position, const imseq_error& error
 
 // ---- reading ------------------------------------------------------------------------------------
 
-void imseq_engine::read_thread() {
-  FileReader reader;
-  int64_t generation = 0;
-  while (const std::shared_ptr<Run> run = wait_for_run(&generation)) {
-    std::unique_lock lock(mutex_);
-    while (!run->cancelled && run->next_block < run->plan.num_blocks) {
-      if (!may_read(*run)) {
-        Timer timer(&counters_.read_wait_ns);
-        budget_changed_.wait(lock, [&] {
-          return run->cancelled || run->next_block >= run->plan.num_blocks || may_read(*run);
-        });
-        continue;
-      }
-      const int64_t number = run->next_block++;
-      Block& block = run->blocks[number];
-      block.loaded = std::make_unique<Loaded>();
-      block.loaded->reserved_bytes = estimate(*run, number);
-      block_bytes_ += block.loaded->reserved_bytes;
-      block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
-      block.state = BlockState::reading;
-      if (run->block_file[number] < 0) ++run->foreign_pending;
+void imseq_engine::read_thread(int number) {
+  FileReader reader(config_.direct != 0);
+  DiskLock disk(disk_lock_);
+  Clock::time_point turn_began;
+  std::unique_lock lock(mutex_);
+  while (!closed_) {
+    const std::shared_ptr<Run> run = run_to_read();
+    if (run == nullptr || !may_read(*run)) {
+      disk.release();
+      wait_to_read(lock);
+      continue;
+    }
+    ++num_reading_;
+    reading_[number] = {run, run->block_at(run->next_place), Clock::now()};
+    if (run->next_place >= run->known_end) {
+      run->looks_up = true;
       lock.unlock();
-      if (run->block_file[number] < 0) {
-        push_task(run, IMSEQ_TASK_BLOCK, number, false);
+      look_up_window(*run, disk);
+      lock.lock();
+      run->looks_up = false;
+    } else {
+      const int64_t block = begin_block(*run);
+      const bool foreign = run->block_file[block] < 0;
+      lock.unlock();
+      if (foreign) {
+        push_task(run, IMSEQ_TASK_BLOCK, block, false);
       } else {
-        read_block(*run, number, reader);
+        read_block(*run, block, reader, disk, &turn_began);
       }
       lock.lock();
     }
-    lock.unlock();
-    leave_run();
+    reading_[number] = {};
+    --num_reading_;
+    thread_left_.notify_all();
+    reading_changed_.notify_all();
   }
 }
 
-// What a block is expected to hold; exact where its length is known.
-int64_t imseq_engine::estimate(const Run& run, int64_t block) const {
-  return run.block_length[block] >= 0 ? run.block_length[block] : mean_block_bytes_;
+// The plan whose blocks are to be read now: the next one's when all of the present one have been.
+// Foreign blocks are made for the present plan only.
+std::shared_ptr<Run> imseq_engine::run_to_read() const {
+  if (run_ != nullptr && !run_->is_read()) return run_;
+  if (prepared_ == nullptr || prepared_->is_read()) return nullptr;
+  const int64_t block = prepared_->block_at(prepared_->next_place);
+  return prepared_->block_file[block] < 0 ? nullptr : prepared_;
 }
 
 bool imseq_engine::may_read(const Run& run) const {
-  if (run.next_block >= run.plan.num_blocks) return false;
-  if (run.next_block <= run.wanted_block) return true;
+  if (run.looks_up) return false;
+  if (run.next_place < run.wanted_end) return true;
+  const int64_t block = run.block_at(run.next_place);
   // How large a foreign block will be is not known before it comes, so only as many are asked for
   // as there are threads to make them.
-  if (run.block_file[run.next_block] < 0 && run.foreign_pending >= config_.num_decoders) {
-    return false;
-  }
-  return block_bytes_ + estimate(run, run.next_block) <= config_.block_budget_bytes;
+  if (run.block_file[block] < 0 && run.foreign_pending >= config_.num_decoders) return false;
+  return block_bytes_ + cost(run, block) <= config_.block_budget_bytes;
 }
 
-void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
-  imseq_error error = {};
-  Loaded& loaded = *run.blocks[number].loaded;  // this thread's until it is ready
-  const int64_t offset = run.block_offset[number];
-  int64_t length = run.block_length[number];
-  int32_t status;
-  try {
-    status = reader.open(run.path(run.block_file[number]), &error);
-    if (status == IMSEQ_OK) {
-      if (length < 0) length = std::max<int64_t>(0, reader.file_bytes() - offset);
-      count_request(run.block_file[number], offset, length);
-      take_buffer(loaded, length);
+void imseq_engine::wait_to_read(std::unique_lock<std::mutex>& lock) {
+  const auto ready = [&] {
+    if (closed_) return true;
+    const std::shared_ptr<Run> run = run_to_read();
+    return run != nullptr && may_read(*run);
+  };
+  if (run_to_read() == nullptr) {  // nothing is left to read: nobody waits for anybody
+    reading_changed_.wait(lock, [&] { return closed_ || run_to_read() != nullptr; });
+    return;
+  }
+  Timer timer(&counters_.read_wait_ns);
+  reading_changed_.wait(lock, ready);
+}
+
+// What a block adds to the memory in use; exact where its length is known.
+int64_t imseq_engine::cost(const Run& run, int64_t block) const {
+  const uint8_t* bytes;
+  int64_t size;
+  if (kept_.find(run.key_of(block), &bytes, &size)) return 0;
+  return run.block_length[block] >= 0 ? run.block_length[block] : mean_block_bytes_;
+}
+
+// The next block of the reading order is now the caller's to read.
+int64_t imseq_engine::begin_block(Run& run) {
+  const int64_t number = run.block_at(run.next_place++);
+  Block& block = run.blocks[number];
+  block.loaded = std::make_unique<Loaded>();
+  block.loaded->reserved_bytes = cost(run, number);
+  block_bytes_ += block.loaded->reserved_bytes;
+  block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+  block.state = BlockState::reading;
+  if (run.block_file[number] < 0) ++run.foreign_pending;
+  return number;
+}
+
+// Has the disk for a request; a turn that has lasted goes to others first.
+void imseq_engine::take_turn(const Run& run, DiskLock& disk, Clock::time_point* turn_began) {
+  if (disk.held() && nanoseconds_since(*turn_began) < kTurnNs) return;
+  disk.release();
+  Timer timer(&counters_.read_lock_wait_ns);
+  (void)disk.acquire(&run.cancelled);
+  *turn_began = Clock::now();
+}
+
+// Finds out in which order the files of the next window lie on the disk. The plan names them in the
+// order of their inodes, so that looking them up is one sweep; the second one reads them.
+void imseq_engine::look_up_window(Run& run, DiskLock& disk) {
+  struct Found {
+    FilePlace place;
+    int32_t block;
+  };
+  const int64_t begin = run.known_end, end = run.read_by(run.next_place);
+  std::vector<Found> found;
+  found.reserve(static_cast<size_t>(end - begin));
+  Clock::time_point turn_began;
+  for (int64_t block = begin; block < end && !run.cancelled; ++block) {
+    FilePlace place;
+    imseq_error unused;
+    if (run.block_length[block] < 0) {  // a file, not a range of a shard
+      take_turn(run, disk, &turn_began);
       Timer timer(&counters_.read_ns);
-      status = reader.read(offset, length, loaded.buffer.bytes.get(), &error);
+      // What can't be looked up is reported when it is read.
+      (void)look_up(run.path(run.block_file[block]), &place, &unused);
+      counters_.read_lookups.fetch_add(1, std::memory_order_relaxed);
     }
-  } catch (const std::bad_alloc&) {
-    status = fail(&error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
-                  "out of memory for a block of %lld bytes", static_cast<long long>(length));
+    found.push_back({place, static_cast<int32_t>(block)});
+  }
+  std::stable_sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
+    return std::tie(a.place.address, a.place.inode) < std::tie(b.place.address, b.place.inode);
+  });
+  std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < found.size(); ++i) run.reading_order[begin + i] = found[i].block;
+  run.known_end = end;
+}
+
+void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader, DiskLock& disk,
+                              Clock::time_point* turn_began) {
+  Loaded& loaded = *run.blocks[number].loaded;  // this thread's until it is ready
+  imseq_error error = {};
+  int64_t length = run.block_length[number];
+  int32_t status = IMSEQ_OK;
+  if (kept_.find(run.key_of(number), &loaded.bytes, &length)) {
+    counters_.read_kept_bytes.fetch_add(length, std::memory_order_relaxed);
+    loaded.was_kept = true;
+  } else {
+    status = read_file(run, number, reader, disk, turn_began, &length, &error);
+    if (status == IMSEQ_CANCELLED) return;  // nobody waits for it
   }
   block_came(run, number, length, status, error);
 }
 
-void imseq_engine::count_request(int32_t file, int64_t offset, int64_t length) {
+// Reads a block from its file, into kept memory where there is room.
+int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, DiskLock& disk,
+                                Clock::time_point* turn_began, int64_t* length,
+                                imseq_error* error) {
+  Loaded& loaded = *run.blocks[number].loaded;
+  const int64_t offset = run.block_offset[number], key = run.key_of(number);
+  int32_t status = reader.open(run.path(run.block_file[number]), error);
+  if (status != IMSEQ_OK) return status;
+  if (*length < 0) *length = std::max<int64_t>(0, reader.file_bytes() - offset);
+  const int64_t room = FileReader::room(offset, *length);
+  uint8_t* const kept = kept_.claim(key, room);
+  try {
+    if (kept == nullptr) take_buffer(loaded, room);
+    uint8_t* memory = kept != nullptr ? kept : loaded.buffer.get();
+    status = read_into(run, number, reader, disk, turn_began, *length, memory, error);
+    if (kept != nullptr && status == IMSEQ_OK && !loaded.bad.empty()) {  // nothing to keep
+      take_buffer(loaded, room);
+      std::memcpy(loaded.buffer.get(), loaded.bytes, static_cast<size_t>(*length));
+      loaded.bytes = loaded.buffer.get();
+    }
+  } catch (const std::bad_alloc&) {
+    status = fail(error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
+                  "out of memory for a block of %lld bytes", static_cast<long long>(*length));
+  }
+  if (kept != nullptr) {
+    if (status == IMSEQ_OK && loaded.bad.empty()) {
+      kept_.publish(key, loaded.bytes, *length);
+    } else {
+      kept_.give_up(key);
+    }
+  }
+  return status;
+}
+
+// Reads a range of the open file; what the page cache has needs no turn at the disk.
+int32_t imseq_engine::read_into(Run& run, int64_t number, FileReader& reader, DiskLock& disk,
+                                Clock::time_point* turn_began, int64_t length, uint8_t* memory,
+                                imseq_error* error) {
+  Loaded& loaded = *run.blocks[number].loaded;
+  const int64_t offset = run.block_offset[number];
+  bool cached;
+  {
+    Timer timer(&counters_.read_ns);
+    cached = reader.read_cached(offset, length, memory, &loaded.bytes);
+  }
+  if (!cached) {
+    take_turn(run, disk, turn_began);
+    if (run.cancelled) return IMSEQ_CANCELLED;
+    Timer timer(&counters_.read_ns);
+    const int32_t status = reader.read(offset, length, memory, &loaded.bytes, &loaded.bad, error);
+    if (status != IMSEQ_OK) return status;
+  }
+  count_request({run.plan.epoch, run.block_file[number], offset, length, reader.was_direct(),
+                 disk.held(), cached, 0});
+  return IMSEQ_OK;
+}
+
+void imseq_engine::count_request(const imseq_request& request) {
   std::lock_guard lock(mutex_);
-  if (file != last_file_ || offset != last_end_) {
+  if (request.file != last_file_ || request.offset != last_end_) {
     counters_.read_seeks.fetch_add(1, std::memory_order_relaxed);
   }
-  last_file_ = file;
-  last_end_ = offset + length;
+  last_file_ = request.file;
+  last_end_ = request.offset + request.length;
   counters_.read_requests.fetch_add(1, std::memory_order_relaxed);
-  counters_.read_bytes.fetch_add(length, std::memory_order_relaxed);
+  counters_.read_direct_requests.fetch_add(request.direct, std::memory_order_relaxed);
+  counters_.read_bytes.fetch_add(request.length, std::memory_order_relaxed);
+  if (request.cached != 0) {
+    counters_.read_cached_bytes.fetch_add(request.length, std::memory_order_relaxed);
+  }
+  if (config_.record_requests != 0) recorded_.push_back(request);
 }
 
 // Throws std::bad_alloc.
@@ -876,18 +1189,19 @@ void imseq_engine::block_came(Run& run, int64_t number, int64_t size_bytes, int3
   std::lock_guard lock(mutex_);
   if (run.block_file[number] < 0) {
     --run.foreign_pending;
-    budget_changed_.notify_all();
+    reading_changed_.notify_all();
   }
   Block& block = run.blocks[number];
   Loaded& loaded = *block.loaded;
   if (status == IMSEQ_OK) {
     loaded.size_bytes = size_bytes;
     if (!run.cancelled) {
-      block_bytes_ += size_bytes - loaded.reserved_bytes;
+      const int64_t in_use = loaded.was_kept ? 0 : size_bytes;
+      block_bytes_ += in_use - loaded.reserved_bytes;
       block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+      loaded.reserved_bytes = in_use;
     }
     if (run.block_length[number] < 0) mean_block_bytes_ += (size_bytes - mean_block_bytes_) / 16;
-    loaded.reserved_bytes = size_bytes;
   } else {
     loaded.error = std::make_unique<imseq_error>(error);
   }
@@ -993,7 +1307,8 @@ int32_t imseq_engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t
       take_buffer(loaded, size);
       loaded.offsets.assign(offsets, offsets + num_samples);
       loaded.lengths.assign(lengths, lengths + num_samples);
-      if (size > 0) std::memcpy(loaded.buffer.bytes.get(), bytes, static_cast<size_t>(size));
+      if (size > 0) std::memcpy(loaded.buffer.get(), bytes, static_cast<size_t>(size));
+      loaded.bytes = loaded.buffer.get();
       counters_.foreign_blocks.fetch_add(1, std::memory_order_relaxed);
     } catch (const std::bad_alloc&) {
       status = fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0,
@@ -1026,10 +1341,14 @@ int32_t check_config(const imseq_engine_config& config, imseq_error* error) {
   if (config.block_budget_bytes < 0) {
     return wrong("block_budget_bytes must not be negative", config.block_budget_bytes);
   }
-  if (config.rows < IMSEQ_ROWS_DECODED || config.rows > IMSEQ_ROWS_FROM_BYTES) {
-    return wrong("rows must be 0 to 2", config.rows);
+  if (config.kept_bytes < 0 || config.kept_keys < 0 || config.kept_floor_bytes < 0 ||
+      (config.kept != nullptr && config.kept_bytes < imseq_kept_table_bytes(config.kept_keys))) {
+    return wrong("kept_bytes must hold the table of kept_keys", config.kept_bytes);
   }
-  if (config.rows == IMSEQ_ROWS_FROM_BYTES) return IMSEQ_OK;
+  if (config.rows < IMSEQ_ROWS_DECODED || config.rows > IMSEQ_ROWS_READ) {
+    return wrong("rows must be 0 to 3", config.rows);
+  }
+  if (config.rows == IMSEQ_ROWS_FROM_BYTES || config.rows == IMSEQ_ROWS_READ) return IMSEQ_OK;
   if (const int32_t status = check_recipe(config.recipe, error); status != IMSEQ_OK) return status;
   const int64_t need =
       3 * value_bytes(config.recipe) * config.recipe.out_height * config.recipe.out_width;
@@ -1077,7 +1396,26 @@ int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** ou
 
 int32_t imseq_engine_start(imseq_engine* engine, const imseq_plan* plan, void* const* rows,
                            imseq_error* error) {
-  return guarded(engine, error, [&] { return engine->start(*plan, rows, error); });
+  return guarded(engine, error, [&] { return engine->start(plan, rows, error); });
+}
+
+int32_t imseq_engine_prepare(imseq_engine* engine, const imseq_plan* plan, imseq_error* error) {
+  return guarded(engine, error, [&] { return engine->prepare(*plan, error); });
+}
+
+int32_t imseq_engine_requests(imseq_engine* engine, imseq_request* out, int64_t capacity,
+                              int64_t* count, imseq_error* error) {
+  return guarded(engine, error, [&] {
+    *count = engine->requests(out, capacity);
+    return IMSEQ_OK;
+  });
+}
+
+int32_t imseq_engine_pending(imseq_engine* engine, imseq_pending* out, imseq_error* error) {
+  return guarded(engine, error, [&] {
+    engine->pending(out);
+    return IMSEQ_OK;
+  });
 }
 
 int32_t imseq_engine_next(imseq_engine* engine, int64_t timeout_ns, imseq_batch* out,

@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-#define IMSEQ_ABI 5
+#define IMSEQ_ABI 7
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
@@ -219,6 +219,18 @@ IMSEQ_CHECKED int32_t imseq_fit_tables(const uint64_t* counts, uint8_t* out, ims
 /* CRC-32C (Castagnoli, RFC 3720) of bytes, continuing from crc (0 to begin). */
 IMSEQ_API uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size);
 
+/* ---- files and memory ------------------------------------------------------------------------ */
+
+/* Where a file lies on its disk: its size, and the physical address of its first byte (FIEMAP; -1
+ * where the file system does not say). */
+IMSEQ_CHECKED int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
+                                    imseq_error* error);
+/* Reserve room on the disk for an open file's first bytes, if possible in one piece, without
+ * changing its size. Does nothing where the file system can't. */
+IMSEQ_CHECKED int32_t imseq_preallocate(int32_t fd, int64_t size_bytes, imseq_error* error);
+/* What of the memory lent for kept blocks their table takes. */
+IMSEQ_API int64_t imseq_kept_table_bytes(int64_t num_keys);
+
 /* ---- the engine ------------------------------------------------------------------------------ */
 
 typedef struct imseq_engine imseq_engine;
@@ -227,7 +239,8 @@ enum {
   IMSEQ_ROWS_DECODED =
       0, /* the core fills rows by the recipe; what it can't decode becomes a foreign row */
   IMSEQ_ROWS_FINISHED_BY_PYTHON = 1, /* the same, and then every row is handed out for the rest */
-  IMSEQ_ROWS_FROM_BYTES = 2 /* every row is handed out with its bytes, nothing is decoded */
+  IMSEQ_ROWS_FROM_BYTES = 2, /* every row is handed out with its bytes, nothing is decoded */
+  IMSEQ_ROWS_READ = 3 /* bytes are read, and checked where asked for; nothing is made of them */
 };
 
 typedef struct imseq_engine_config {
@@ -236,11 +249,20 @@ typedef struct imseq_engine_config {
   int32_t num_slots;        /* batches in memory at once, >= 1 */
   int32_t rows;             /* IMSEQ_ROWS_... */
   int32_t verify_checksums; /* 1: CRC-32C of a sample that has one is checked till it was right */
-  int32_t reserved;
-  int64_t row_bytes;          /* bytes of a row of a batch */
+  int32_t direct;    /* 1: read past the page cache (O_DIRECT); where that fails, through it */
+  int64_t row_bytes; /* bytes of a row of a batch */
   int64_t block_budget_bytes; /* blocks are read ahead of decoding up to this; what the plan needs
                                  at once is always allowed */
-  imseq_recipe recipe;        /* its table is copied */
+  const char* disk_lock; /* files that keep readers of one disk apart (core/disk_lock.h), copied;
+                            NULL: readers don't take turns */
+  void* kept;            /* memory for blocks that stay (core/kept.h), page-aligned, zero when new,
+                            lent until imseq_engine_close has returned; NULL: none */
+  int64_t kept_bytes;
+  int64_t kept_keys;        /* keys of blocks are below this */
+  int64_t kept_floor_bytes; /* no more blocks are kept while less memory is available */
+  int32_t record_requests;  /* 1: for imseq_engine_requests */
+  int32_t reserved;
+  imseq_recipe recipe; /* its table is copied */
 } imseq_engine_config;
 
 /* One epoch's work of one rank. All arrays are copied. Position: place in the order of delivery. */
@@ -261,9 +283,16 @@ typedef struct imseq_plan {
   const int32_t* block_file; /* [num_blocks] file, or -1: foreign block; in the order of reading */
   const int64_t* block_offset; /* [num_blocks] bytes; foreign block: its number in the source */
   const int64_t* block_length; /* [num_blocks] bytes; -1: up to the end of the file */
-  const char* root;            /* folder that paths are relative to */
-  const char* paths;           /* paths of the files used, one after the other, not terminated */
-  const int64_t* path_begin;   /* [num_files + 1] */
+  /* [num_blocks] or NULL: names a block's bytes in all plans of an engine, for keeping them in
+     memory; -1: not kept */
+  const int64_t* block_key;
+  /* [num_windows + 1] first block of each window: its files are looked up first and then read in
+     the order they lie on the disk */
+  const int64_t* window_begin;
+  int64_t num_windows;       /* 0: blocks are read in the order of the plan */
+  const char* root;          /* folder that paths are relative to */
+  const char* paths;         /* paths of the files used, one after the other, not terminated */
+  const int64_t* path_begin; /* [num_files + 1] */
 } imseq_plan;
 
 typedef struct imseq_batch {
@@ -295,9 +324,14 @@ typedef struct imseq_task {
 /* Counters since imseq_engine_create; times are sums over threads. */
 typedef struct imseq_stats {
   int64_t read_bytes, read_requests, read_seeks;
-  int64_t read_ns;        /* inside read calls */
-  int64_t read_wait_ns;   /* readers with nothing they may read: decoding is behind */
-  int64_t decode_samples; /* rows the core decoded */
+  int64_t read_ns;              /* inside read calls */
+  int64_t read_wait_ns;         /* readers with nothing they may read: decoding is behind */
+  int64_t read_lock_wait_ns;    /* readers that waited for their turn at the disk */
+  int64_t read_direct_requests; /* of read_requests: past the page cache */
+  int64_t read_lookups;         /* files looked up before a window was read */
+  int64_t read_cached_bytes;    /* of read_bytes: found in the page cache */
+  int64_t read_kept_bytes;      /* of blocks that were in memory already; not in read_bytes */
+  int64_t decode_samples;       /* rows the core decoded */
   int64_t decode_ns;
   int64_t decode_wait_read_ns;  /* decoders that waited for a block */
   int64_t decode_wait_batch_ns; /* decoders that waited for a free batch: training is behind */
@@ -305,12 +339,37 @@ typedef struct imseq_stats {
   int64_t batch_count;
   int64_t batch_wait_ns; /* imseq_engine_next with no batch ready: training waits for data */
   int64_t block_bytes, block_bytes_peak; /* memory in blocks now and at most */
+  int64_t kept_bytes, kept_blocks;       /* kept in memory, by all that share it */
+  int64_t block_budget_bytes;            /* what block_bytes may come to */
 } imseq_stats;
+
+/* A request that the operating system has not answered. */
+typedef struct imseq_pending {
+  int64_t age_ns; /* -1: there is none */
+  int64_t offset; /* bytes in the file */
+  char path[512];
+} imseq_pending;
+
+/* A range that was read from a file. */
+typedef struct imseq_request {
+  int64_t epoch;
+  int64_t file; /* number in the plan */
+  int64_t offset;
+  int64_t length;
+  int32_t direct; /* 1: past the page cache */
+  int32_t locked; /* 1: the reader held the disk's lock */
+  int32_t cached; /* 1: it was in the page cache, the disk was not asked */
+  int32_t reserved;
+} imseq_request;
 
 IMSEQ_CHECKED int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** out,
                                           imseq_error* error);
+/* Name the plan that will probably be started next: its blocks are read when those of the present
+ * plan have been, as far as the budget goes. Replaces one that was named before. */
+IMSEQ_CHECKED int32_t imseq_engine_prepare(imseq_engine* engine, const imseq_plan* plan,
+                                           imseq_error* error);
 /* Begin a plan; rows[num_slots] lends memory for as many batches. The former plan must have ended.
- */
+ * plan NULL: the prepared one; otherwise a prepared one is dropped. */
 IMSEQ_CHECKED int32_t imseq_engine_start(imseq_engine* engine, const imseq_plan* plan,
                                          void* const* rows, imseq_error* error);
 /* The next batch in plan order. From its return on, the slot's memory is the caller's again. */
@@ -324,6 +383,13 @@ IMSEQ_CHECKED int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, v
 IMSEQ_CHECKED int32_t imseq_engine_cancel(imseq_engine* engine, imseq_error* error);
 IMSEQ_CHECKED int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out,
                                          imseq_error* error);
+/* The oldest request that is not answered: what a stalled disk is asked for. */
+IMSEQ_CHECKED int32_t imseq_engine_pending(imseq_engine* engine, imseq_pending* out,
+                                           imseq_error* error);
+/* What was read since the last call, in order: up to capacity requests go to out and are forgotten;
+ * *count: how many. */
+IMSEQ_CHECKED int32_t imseq_engine_requests(imseq_engine* engine, imseq_request* out,
+                                            int64_t capacity, int64_t* count, imseq_error* error);
 /* Cancel, and end the core's threads for good. From then on imseq_engine_start, next, release and
  * take, also a waiting one, return IMSEQ_CANCELLED. May be called twice, and beside other calls. */
 IMSEQ_CHECKED int32_t imseq_engine_close(imseq_engine* engine, imseq_error* error);

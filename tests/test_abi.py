@@ -35,6 +35,8 @@ STRUCTS = {
     "imseq_batch": _native.Batch,
     "imseq_task": _native.Task,
     "imseq_stats": _native._Stats,
+    "imseq_pending": _native.Pending,
+    "imseq_request": _native.Request,
 }
 
 

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from imagenet_seq import _native, cli
+from imagenet_seq import _native, cli, disk, read
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +72,57 @@ def test_info_says_whose_huffman_tables_images_have(
 def test_info_of_a_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", str(root / "train"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert facts.pop("forecast")["num_samples"] == 12
     assert facts == {
         "path": str(root / "train"),
         "kind": "imagefolder",
         "samples": 12,
         "classes": 3,
     }
+
+
+def test_info_forecasts_training(
+    root: Path,
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IMAGENET_SEQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("IMAGENET_SEQ_DISK", "hdd")
+    measured = disk.Speed(100.0, 10.0, date.today().isoformat())
+    monkeypatch.setattr(disk, "measure", lambda files, seed: measured)
+
+    def forecast(*arguments: str) -> dict[str, Any]:
+        assert cli.main(["info", *arguments, "--json"]) == 0
+        made: dict[str, Any] = json.loads(capsys.readouterr().out)["forecast"]
+        return made
+
+    pack = str(packed / "train")
+    made = forecast(pack, "--ram", "0", "--ranks", "2")
+    assert (made["order"], made["num_ranks"], made["kept_bytes"]) == ("blocks", 2, 0)
+    assert made["speed"] is None  # so little data says nothing about a disk
+    monkeypatch.setattr(read, "MEASURED_BYTES", 0)
+    assert forecast(pack, "--no-measure")["speed"] is None
+    assert forecast(pack)["speed"] == asdict(measured)
+    assert forecast(pack, "--no-measure")["speed"] == asdict(measured)  # it was kept
+    assert forecast(pack)["page_cache"] is True
+
+    made = forecast(str(root / "train"), "--ram", "4096")
+    files = [path.stat().st_size for path in (root / "train").rglob("*.*")]
+    assert (made["order"], made["is_estimate"]) == ("window", True)
+    assert (made["data_bytes"], made["kept_bytes"]) == (sum(files), 4096)
+    assert made["later_epochs"]["bytes_from_disk"] == sum(files) - 4096
+
+    assert cli.main(["info", str(root), "--split", "train"]) == 0
+    text = capsys.readouterr().out
+    assert "training, as far as the disk allows it:" in text
+    assert "(hard disk, 100 MB/s, 10.0 ms)" in text
+    (tmp_path / "linked" / "class").mkdir(parents=True)
+    (tmp_path / "linked" / "class" / "0.jpg").symlink_to(tmp_path / "none")
+    assert forecast(str(tmp_path / "linked"))["disk"]["kind"] == "hdd"
+    assert cli.main(["info", pack, "--ram", "much"]) == 1
+    assert "expected 'auto', a size such as '48GB'" in capsys.readouterr().err
 
 
 def test_verify_exits_with_1_and_names_the_sample(

@@ -7,6 +7,7 @@ The only file that imports ctypes. It mirrors ``core/imagenet_seq.h`` line by li
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 from ctypes import (
@@ -23,8 +24,9 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from imagenet_seq.plan import EnginePlan
     from imagenet_seq.transforms import Recipe
 
-ABI = 5
+ABI = 7
 
 OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
@@ -53,6 +55,7 @@ MAX_GROUP = 8
 STRIP_METADATA = 1
 TABLES_BYTES = 416
 TASK_ROW, TASK_BLOCK = 1, 2
+ROWS_READ = 3
 
 
 class _Error(Structure):
@@ -166,9 +169,16 @@ class _EngineConfig(Structure):
         ("num_slots", c_int32),
         ("rows", c_int32),
         ("verify_checksums", c_int32),
-        ("reserved", c_int32),
+        ("direct", c_int32),
         ("row_bytes", c_int64),
         ("block_budget_bytes", c_int64),
+        ("disk_lock", c_char_p),
+        ("kept", c_void_p),
+        ("kept_bytes", c_int64),
+        ("kept_keys", c_int64),
+        ("kept_floor_bytes", c_int64),
+        ("record_requests", c_int32),
+        ("reserved", c_int32),
         ("recipe", _Recipe),
     ]
 
@@ -193,6 +203,9 @@ class _Plan(Structure):
         ("block_file", c_void_p),
         ("block_offset", c_void_p),
         ("block_length", c_void_p),
+        ("block_key", c_void_p),
+        ("window_begin", c_void_p),
+        ("num_windows", c_int64),
         ("root", c_char_p),
         ("paths", c_void_p),
         ("path_begin", c_void_p),
@@ -244,6 +257,11 @@ class _Stats(Structure):
             "read_seeks",
             "read_ns",
             "read_wait_ns",
+            "read_lock_wait_ns",
+            "read_direct_requests",
+            "read_lookups",
+            "read_cached_bytes",
+            "read_kept_bytes",
             "decode_samples",
             "decode_ns",
             "decode_wait_read_ns",
@@ -254,7 +272,31 @@ class _Stats(Structure):
             "batch_wait_ns",
             "block_bytes",
             "block_bytes_peak",
+            "kept_bytes",
+            "kept_blocks",
+            "block_budget_bytes",
         )
+    ]
+
+
+class Pending(Structure):
+    """A request that the operating system has not answered; fields as ``imseq_pending``."""
+
+    _fields_ = [("age_ns", c_int64), ("offset", c_int64), ("path", c_char * 512)]
+
+
+class Request(Structure):
+    """A range that was read from a file; fields as ``imseq_request``."""
+
+    _fields_ = [
+        ("epoch", c_int64),
+        ("file", c_int64),
+        ("offset", c_int64),
+        ("length", c_int64),
+        ("direct", c_int32),
+        ("locked", c_int32),
+        ("cached", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -308,6 +350,10 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_fit_tables": (c_int32, [c_void_p, c_void_p, POINTER(_Error)]),
     "imseq_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
     "imseq_engine_create": (c_int32, [POINTER(_EngineConfig), POINTER(c_void_p), POINTER(_Error)]),
+    "imseq_look_up": (c_int32, [c_char_p, c_void_p, c_void_p, POINTER(_Error)]),
+    "imseq_preallocate": (c_int32, [c_int32, c_int64, POINTER(_Error)]),
+    "imseq_kept_table_bytes": (c_int64, [c_int64]),
+    "imseq_engine_prepare": (c_int32, [c_void_p, POINTER(_Plan), POINTER(_Error)]),
     "imseq_engine_start": (
         c_int32,
         [c_void_p, POINTER(_Plan), POINTER(c_void_p), POINTER(_Error)],
@@ -316,6 +362,11 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_engine_release": (c_int32, [c_void_p, c_int32, c_void_p, POINTER(_Error)]),
     "imseq_engine_cancel": (c_int32, [c_void_p, POINTER(_Error)]),
     "imseq_engine_stats": (c_int32, [c_void_p, POINTER(_Stats), POINTER(_Error)]),
+    "imseq_engine_pending": (c_int32, [c_void_p, POINTER(Pending), POINTER(_Error)]),
+    "imseq_engine_requests": (
+        c_int32,
+        [c_void_p, POINTER(Request), c_int64, c_void_p, POINTER(_Error)],
+    ),
     "imseq_engine_close": (c_int32, [c_void_p, POINTER(_Error)]),
     "imseq_engine_destroy": (None, [c_void_p]),
     "imseq_engine_take": (c_int32, [c_void_p, c_int64, POINTER(Task), POINTER(_Error)]),
@@ -648,6 +699,71 @@ def crc32c(data: bytes | memoryview | np.ndarray, crc: int = 0) -> int:
     return int(_lib.imseq_crc32c(crc, address, size))
 
 
+def look_up(path: str) -> tuple[int, int]:
+    """Return a file's size and the physical address of its first byte on the disk.
+
+    The address is -1 where the file system does not say (FIEMAP; Linux only).
+
+    Raises:
+        OSError: the file can't be opened.
+    """
+    size, address, error = c_int64(), c_int64(), _Error()
+    status = _lib.imseq_look_up(os.fsencode(path), byref(size), byref(address), byref(error))
+    check(status, error)
+    return size.value, address.value
+
+
+def preallocate(fd: int, size_bytes: int) -> None:
+    """Reserve room on the disk for an open file, if possible in one piece; its size stays.
+
+    Does nothing where the file system can't.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    error = _Error()
+    check(_lib.imseq_preallocate(fd, size_bytes, byref(error)), error)
+
+
+def kept_table_bytes(num_keys: int) -> int:
+    """Return what of the memory lent for kept blocks their table takes, in bytes."""
+    return int(_lib.imseq_kept_table_bytes(num_keys))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an engine reads.
+
+    Attributes:
+        num_readers: threads that read.
+        direct: past the page cache, where that works.
+        disk_lock: path of the files that keep readers of one disk apart; "": no turns.
+        kept: memory for blocks that stay, page-aligned, and its bytes; lent as long as this object
+            lives.
+        kept_keys: keys of blocks are below this.
+        kept_floor_bytes: no more blocks are kept while the machine has less memory available.
+        record_requests: keep what is read for `Engine.requests`.
+    """
+
+    num_readers: int = 1
+    direct: bool = False
+    disk_lock: str = ""
+    kept: Lent | None = None
+    kept_keys: int = 0
+    kept_floor_bytes: int = 0
+    record_requests: bool = False
+
+
+class Lent(Protocol):
+    """Memory that somebody else owns."""
+
+    size_bytes: int
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+
+
 class Engine:
     """The core's threads: read, decode and batch one plan at a time, without the GIL.
 
@@ -660,58 +776,65 @@ class Engine:
         recipe: Recipe,
         *,
         num_decoders: int,
-        num_readers: int,
         num_slots: int,
         rows: int,
         row_bytes: int,
         block_budget_bytes: int,
         verify_checksums: bool,
+        reading: Reading | None = None,
     ) -> None:
+        reading = reading or Reading()
+        kept = reading.kept
         config = _EngineConfig(
             num_decoders=num_decoders,
-            num_readers=num_readers,
+            num_readers=reading.num_readers,
             num_slots=num_slots,
             rows=rows,
             verify_checksums=int(verify_checksums),
             row_bytes=row_bytes,
             block_budget_bytes=block_budget_bytes,
+            direct=int(reading.direct),
+            disk_lock=os.fsencode(reading.disk_lock) or None,
+            kept=kept.address if kept else None,
+            kept_bytes=kept.size_bytes if kept else 0,
+            kept_keys=reading.kept_keys,
+            kept_floor_bytes=reading.kept_floor_bytes,
+            record_requests=int(reading.record_requests),
             recipe=_native_recipe(recipe),
         )
         self.num_slots = num_slots
+        self._reading = reading  # what it lends must outlive the core's threads
         # The core writes to it: were it copied here, Ctrl-C could come in between.
         self._handle, error = c_void_p(), _Error()
         check(_lib.imseq_engine_create(byref(config), byref(self._handle), byref(error)), error)
 
-    def start(self, plan: EnginePlan, rows: Sequence[int], slot_rows: int) -> None:
-        """Begin a plan.
+    def prepare(self, plan: EnginePlan, slot_rows: int) -> None:
+        """Name the plan that will probably come next: it is read when the present one has been.
 
         Args:
             plan: arrays, copied.
+            slot_rows: as for `start`.
+        """
+        native, _keep = _native_plan(plan, slot_rows)
+        error = _Error()
+        check(_lib.imseq_engine_prepare(self._handle, byref(native), byref(error)), error)
+
+    def start(self, plan: EnginePlan | None, rows: Sequence[int], slot_rows: int) -> None:
+        """Begin a plan.
+
+        Args:
+            plan: arrays, copied; None: the prepared plan.
             rows: address of each slot's memory, lent until its batch is returned.
             slot_rows: rows of a batch that each of them holds.
         """
-        native = _Plan(
-            seed=plan.seed,
-            epoch=plan.epoch,
-            num_positions=len(plan.sample),
-            num_batches=len(plan.batch_begin) - 1,
-            num_blocks=len(plan.block_file),
-            num_files=len(plan.path_begin) - 1,
-            slot_rows=slot_rows,
-            root=os.fsencode(plan.root),
-        )
-        keep = []
-        for name, dtype in _PLAN_DTYPES.items():
-            column = getattr(plan, name)
-            if column is None:
-                continue
-            array: np.ndarray = np.ascontiguousarray(column, dtype)
-            keep.append(array)
-            setattr(native, name, array.ctypes.data)
-        error = _Error()
-        addresses = (c_void_p * len(rows))(*rows)
         if len(rows) != self.num_slots:
             raise ValueError(f"expected memory for {self.num_slots} slots, got {len(rows)}")
+        error = _Error()
+        addresses = (c_void_p * len(rows))(*rows)
+        if plan is None:
+            check(_lib.imseq_engine_start(self._handle, None, addresses, byref(error)), error)
+            return
+        native, _keep = _native_plan(plan, slot_rows)
         check(_lib.imseq_engine_start(self._handle, byref(native), addresses, byref(error)), error)
 
     def next(self, timeout_s: float, name_of_sample: Any = None) -> Batch | Literal[False] | None:
@@ -739,6 +862,27 @@ class Engine:
         stats, error = _Stats(), _Error()
         check(_lib.imseq_engine_stats(self._handle, byref(stats), byref(error)), error)
         return {field[0]: int(getattr(stats, field[0])) for field in _Stats._fields_}
+
+    def pending(self) -> tuple[float, str, int] | None:
+        """Return what a stalled disk is asked for: seconds so far, path and offset in bytes."""
+        pending, error = Pending(), _Error()
+        check(_lib.imseq_engine_pending(self._handle, byref(pending), byref(error)), error)
+        if pending.age_ns < 0:
+            return None
+        return pending.age_ns / 1e9, os.fsdecode(pending.path), int(pending.offset)
+
+    def requests(self) -> list[Request]:
+        """Return what was read since the last call, where `Reading.record_requests` says so."""
+        found: list[Request] = []
+        part, error = (Request * 1024)(), _Error()
+        count = c_int64(len(part))
+        while count.value == len(part):
+            status = _lib.imseq_engine_requests(
+                self._handle, part, len(part), byref(count), byref(error)
+            )
+            check(status, error)
+            found += [Request.from_buffer_copy(request) for request in part[: count.value]]
+        return found
 
     def take(self, timeout_s: float) -> Task | Literal[False] | None:
         """Return work for Python, None when no more will come, False when the time-out passed."""
@@ -801,6 +945,30 @@ class Engine:
             _lib.imseq_engine_destroy(self._handle)
 
 
+def _native_plan(plan: EnginePlan, slot_rows: int) -> tuple[_Plan, list[np.ndarray]]:
+    """Return a plan as the core wants it, and the arrays it points to."""
+    native = _Plan(
+        seed=plan.seed,
+        epoch=plan.epoch,
+        num_positions=len(plan.sample),
+        num_batches=len(plan.batch_begin) - 1,
+        num_blocks=len(plan.block_file),
+        num_files=len(plan.path_begin) - 1,
+        num_windows=0 if plan.window_begin is None else len(plan.window_begin) - 1,
+        slot_rows=slot_rows,
+        root=os.fsencode(plan.root),
+    )
+    keep = []
+    for name, dtype in _PLAN_DTYPES.items():
+        column = getattr(plan, name)
+        if column is None:
+            continue
+        array: np.ndarray = np.ascontiguousarray(column, dtype)
+        keep.append(array)
+        setattr(native, name, array.ctypes.data)
+    return native, keep
+
+
 def _text(failure: str | None) -> bytes | None:
     return None if failure is None else failure.encode("utf-8", "replace").replace(b"\0", b"?")
 
@@ -817,6 +985,41 @@ _PLAN_DTYPES: dict[str, type] = {
     "block_file": np.int32,
     "block_offset": np.int64,
     "block_length": np.int64,
+    "block_key": np.int64,
+    "window_begin": np.int64,
     "paths": np.uint8,
     "path_begin": np.int64,
 }
+
+
+# ---- The C library: what Python's own modules lack; nothing of the native core ----
+
+
+def lock_on_fault(address: int, size_bytes: int) -> int:
+    """Have pages stay in memory from the moment each is first touched (Linux's mlock2).
+
+    Returns:
+        0, or the errno that says why not: ENOMEM or EPERM where RLIMIT_MEMLOCK is too small.
+    """
+    mlock2 = getattr(ctypes.CDLL(None, use_errno=True), "mlock2", None)
+    if mlock2 is None:  # not Linux, or glibc before 2.27
+        return errno.ENOSYS
+    mlock2.argtypes = [c_void_p, c_size_t, c_int32]
+    on_fault = 1  # MLOCK_ONFAULT: mlock alone would fill all pages at once
+    return 0 if mlock2(address, size_bytes, on_fault) == 0 else ctypes.get_errno()
+
+
+def memory_file(name: str, flags: int) -> int:
+    """Return the descriptor of a new memfd; os.memfd_create is missing in Pythons built long ago.
+
+    Raises:
+        OSError: the system has no such call, or refuses it.
+    """
+    memfd_create = getattr(ctypes.CDLL(None, use_errno=True), "memfd_create", None)
+    if memfd_create is None:  # not Linux, or glibc before 2.27
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), "memfd_create")
+    memfd_create.argtypes = [c_char_p, c_uint32]
+    file = int(memfd_create(name.encode(), flags))
+    if file < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "memfd_create")
+    return file

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from imagenet_seq.sources import Source
 
 _POLL_S = 0.1  # a wait for a batch is cut into pieces of this, so that Ctrl-C is seen
+_STALL_S = 10.0  # a disk that takes longer over one request is worth a word
 _IDLE_S = 1.0  # an idle thread looks this often whether its crew has gone
 
 
@@ -202,13 +203,20 @@ class Crew:
         for number in range(num_threads):
             self._shared.add_thread(f"imagenet-seq-{number}")
 
-    def start(self, work: Work) -> None:
-        """Begin an epoch; the former one must have been delivered whole."""
+    def prepare(self, plan: EnginePlan, slot_rows: int) -> None:
+        """As `_native.Engine.prepare`."""
+        self._shared.engine().prepare(plan, slot_rows)
+
+    def start(self, work: Work, prepared: bool = False) -> None:
+        """Begin an epoch; the former one must have been delivered whole.
+
+        prepared: its plan is the one that was given to `prepare`.
+        """
         work.slots = [work.memory.allocate() for _ in range(self.num_slots)]
         addresses = [slot.data_ptr() for slot in work.slots]
         engine = self._shared.engine()
         self._shared.work = work
-        engine.start(work.plan, addresses, len(work.slots[0]))
+        engine.start(None if prepared else work.plan, addresses, len(work.slots[0]))
 
     def next(
         self, timeout_s: float, name_of: Callable[[int], str]
@@ -223,6 +231,10 @@ class Crew:
     def stats(self) -> dict[str, int]:
         """As `_native.Engine.stats`."""
         return self._shared.engine().stats()
+
+    def pending(self) -> tuple[float, str, int] | None:
+        """As `_native.Engine.pending`."""
+        return self._shared.engine().pending()
 
     def rest(self) -> None:
         """Forget the epoch that was delivered whole; its memory is not kept until the next one."""
@@ -332,12 +344,18 @@ class EpochIterator:
         timeout_s: float,
         on_delivered: Callable[[int], None],
         on_end: Callable[[Crew | None, dict[str, int]], None],
+        on_taken: Callable[[Crew, int], None],
+        on_stall: Callable[[str], None],
+        prepared: bool,
     ) -> None:
         """Args:
         crew: starts with work here.
         work: the epoch.
         timeout_s: how long to wait for a batch, 0: for ever.
         on_delivered: called with the batch's number when the script gets it.
+        on_taken: called with crew and number when the batch leaves the engine.
+        on_stall: called with what to tell the user when the disk does not answer.
+        prepared: the crew has the plan already.
         on_end: called once with the counters, and with the crew after the last batch, or None where
             the epoch is given up and the crew closed.
         """
@@ -346,9 +364,11 @@ class EpochIterator:
         self._timeout_s = timeout_s
         self._on_delivered = on_delivered
         self._on_end = on_end
+        self._on_taken = on_taken
+        self._on_stall = on_stall
         self._complete = False
         try:
-            crew.start(work)
+            crew.start(work, prepared)
         except BaseException:
             self.close()
             raise
@@ -368,6 +388,7 @@ class EpochIterator:
             batch = self._wait(crew)
             if batch is not None:
                 number = batch.batch
+                self._on_taken(crew, number)
                 return self._take(crew, batch), lambda: self._on_delivered(number)
         except BaseException as error:
             self.close()
@@ -378,12 +399,16 @@ class EpochIterator:
         raise StopIteration
 
     def _wait(self, crew: Crew) -> _native.Batch | None:
-        deadline = time.monotonic() + self._timeout_s if self._timeout_s > 0 else None
+        began, stalled = time.monotonic(), False
         while (batch := crew.next(_POLL_S, self._work.name_of)) is False:
-            if deadline is not None and time.monotonic() > deadline:
+            waited_s = time.monotonic() - began
+            if not stalled and waited_s > _STALL_S and (text := _stall(crew)):
+                stalled = True
+                self._on_stall(text)
+            if 0 < self._timeout_s < waited_s:
                 raise RuntimeError(
-                    f"no batch came within timeout={self._timeout_s:g} s; loader.stats() says who "
-                    "waits for whom"
+                    f"no batch came within timeout={self._timeout_s:g} s; "
+                    + (_stall(crew) or "loader.stats() says who waits for whom")
                 )
         return batch
 
@@ -429,6 +454,18 @@ class EpochIterator:
     def __del__(self) -> None:
         if getattr(self, "_crew", None) is not None:
             self.close()
+
+
+def _stall(crew: Crew) -> str:
+    """Say which request the disk has not answered for long; empty: there is none."""
+    pending = crew.pending()
+    if pending is None or pending[0] < _STALL_S / 2:
+        return ""
+    seconds, path, offset = pending
+    return (
+        f"the disk has not answered for {seconds:.0f} s: {path}, offset {offset}. A disk that "
+        "wakes up or repairs a sector may take half a minute; see 'dmesg' if it lasts"
+    )
 
 
 def _samples(images: Sequence[Any] | Tensor, targets: Sequence[Any] | Tensor) -> list[Any]:

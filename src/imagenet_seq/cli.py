@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from imagenet_seq.sources import SPLITS, Source, open_source
 from imagenet_seq.sources import pack as layout
 
 if TYPE_CHECKING:
+    from imagenet_seq.forecast import Forecast
     from imagenet_seq.shrink import Shrink
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -225,33 +227,59 @@ def _add_info(commands: Any) -> None:
         commands,
         "info",
         _info,
-        "say what a pack or a folder of class folders is; opens no image",
+        "say what a pack or a folder of class folders is, and how fast its disk allows training",
         "  imagenet-seq info /disk/imagenet-pack --split train\n"
-        "  imagenet-seq info /disk/train-pack --json\n",
+        "  imagenet-seq info /disk/imagenet-pack --split train --ram 64GB --ranks 8\n"
+        "  imagenet-seq info /disk/train-pack --json\n"
+        "  imagenet-seq info /disk/train-pack --shuffle    # is it as good as a uniform one?\n",
     )
     command.add_argument("path", help="a pack, class folders, or a folder with train/ and val/")
     command.add_argument("--split", choices=SPLITS, help="which split of a folder with both")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument(
+        "--ranks", type=_positive, default=1, metavar="N", help="that train (default 1)"
+    )
+    group = command.add_argument_group(
+        "forecast",
+        "No image is decoded. The speed of a disk is measured once in 30 days, where the data is\n"
+        "100 MB or more: parts of some files are read for a second.",
+    )
+    group.add_argument(
+        "--ram",
+        default="auto",
+        metavar="SIZE",
+        help="memory for training, as the Loader's ram: 48GB, 30%%, 0 or auto (default)",
+    )
+    group.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="don't measure the disk"
+    )
+    _add_shuffle(command)
 
 
 def _info(options: argparse.Namespace) -> int:
     folders = [os.path.join(options.path, split) for split in SPLITS]
     both = options.split is None and all(map(os.path.isdir, folders))
     splits = SPLITS if both else (options.split,)
-    all_facts = [
-        _facts(open_source(options.path, split, progress=not options.json)) for split in splits
-    ]
+    sources = [open_source(options.path, split, progress=not options.json) for split in splits]
+    all_facts = [_facts(source) for source in sources]
+    forecasts = [_forecast(source, options) for source in sources]
+    if options.shuffle:
+        for source, facts in zip(sources, all_facts, strict=True):
+            facts.update(_shuffle_facts(source, options))
     if options.json:
+        for facts, expected in zip(all_facts, forecasts, strict=True):
+            facts["forecast"] = expected.to_dict()
         facts = dict(zip(SPLITS, all_facts, strict=True)) if both else all_facts[0]
         print(json.dumps(facts, indent=1))
         return EXIT_OK
-    for number, facts in enumerate(all_facts):
+    for number, (facts, expected) in enumerate(zip(all_facts, forecasts, strict=True)):
         if number:
             print()
         for name, value in facts.items():
             listed = isinstance(value, dict)
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if listed else value
             print(f"{name.replace('_', ' ') + ':':20} {text}")
+        print(f"\ntraining, as far as the disk allows it:\n{expected.text()}")
     return EXIT_OK
 
 
@@ -266,6 +294,38 @@ def _facts(source: Source) -> dict[str, Any]:
     if source.kind == "pack":
         facts.update(_pack_facts(layout.read_pack(index.root)))
     return facts
+
+
+def _forecast(source: Source, options: argparse.Namespace) -> Forecast:
+    """Forecast training as a Loader with its defaults would read the source."""
+    from imagenet_seq import disk, ram, read
+    from imagenet_seq.forecast import Job, forecast
+
+    index = source.index
+    data_bytes = read.source_bytes(source)
+    files = read.some_files(index)
+    where = disk.choose_disk(next(filter(os.path.exists, [*files[:1], index.root])))
+    is_measured = options.measure and data_bytes >= read.MEASURED_BYTES
+    speed = disk.speed_of(where, files if is_measured else [])
+    where = disk.effective(where, speed)
+    budget = ram.budget(options.ram, data_bytes)
+    unpacked = "window" if where.has_one_head else "files"
+    return forecast(
+        Job(
+            name=os.path.basename(os.path.abspath(index.root)),
+            kind=source.kind,
+            num_samples=len(index),
+            data_bytes=data_bytes,
+            order="blocks" if source.permuted else unpacked,
+            disk=where,
+            speed=speed,
+            kept_bytes=budget.kept_bytes,
+            page_cache=budget.page_cache,
+            num_readers=read.num_readers(where, in_blocks=source.permuted),
+            num_ranks=options.ranks,
+            is_estimate=index.length is None,
+        )
+    )
 
 
 def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
@@ -293,6 +353,31 @@ def _tables_fact(pack: layout.Pack) -> str:
     if described is None:
         return "each image's own"
     return f"chosen for the pack (CRC-32C {described['crc32c']})"
+
+
+def _add_shuffle(command: Any) -> None:
+    group = command.add_argument_group("shuffle quality", "See docs/shuffle.md.")
+    group.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="measure the training shuffle, as the Loader has it by default, against a uniform one",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="samples of one rank in a batch (default 256)",
+    )
+
+
+def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    from imagenet_seq import shuffle
+    from imagenet_seq.plan import Order
+
+    order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)
+    quality = shuffle.measure(source.index, order, options.batch_size, source.foreign)
+    return {"shuffle": asdict(quality)} if options.json else shuffle.describe(quality)
 
 
 # ---- verify --------------------------------------------------------------------------------------

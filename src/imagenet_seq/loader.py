@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagenet_seq import _native, batch, plan, transforms
+from imagenet_seq import _native, batch, forecast, plan, read, transforms
 from imagenet_seq.batch import Crew, EpochIterator, Memory, Work
 from imagenet_seq.device import CudaFeeder, PagedMemory, PinnedMemory, pinned, to_device
 from imagenet_seq.errors import StateError
@@ -34,7 +35,8 @@ _ADOPTED_SAMPLERS = {  # samplers whose order is ours, and where they keep what 
     "torch.utils.data.sampler.RandomSampler": "data_source",
 }
 _READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
-_FILE_READERS = 2  # threads that read small files: one waits for the disk while one opens the next
+_LONG_PLAN = 100_000  # samples whose plan takes long enough to be made ahead
+_MEAN_FILE_BYTES = 128 * 1024  # of files whose size is not known; ImageNet's are 110 KB
 
 
 class LoaderNote(UserWarning):
@@ -49,6 +51,30 @@ class _Progress:
     samples_done: int = 0  # that scripts have, over all ranks
     samples_end: int = -1  # samples_done after the last batch
     ended: bool = False  # the engine has no more; a device stage may still have some
+
+
+class _Ahead:
+    """The next epoch's plan, made while the present one is delivered."""
+
+    def __init__(self, loader: Loader, progress: _Progress, crew: Crew) -> None:
+        self.progress = progress
+        self.crew = crew
+        self.plan: plan.EnginePlan | None = None
+        self.in_engine = False
+        self.thread = threading.Thread(target=self._make, args=(loader,), name="imagenet-seq-plan")
+
+    def _make(self, loader: Loader) -> None:
+        with contextlib.suppress(Exception):  # what is wrong is said when the epoch begins
+            made = loader._plan(self.progress)
+            if loader._arranged().reads_on:
+                self.crew.prepare(made, loader._memory_rows)
+                self.in_engine = True
+            self.plan = made
+
+    def fits(self, progress: _Progress) -> bool:
+        """Wait for the plan; return whether it is the one of an epoch that begins now."""
+        self.thread.join()
+        return self.plan is not None and self.progress == progress
 
 
 class Loader:
@@ -112,6 +138,20 @@ class Loader:
         cuda: the original project's name for device="cuda".
         verify_checksums: check the CRC-32C of every sample of a pack on its first read. Later
             epochs of this loader take it for granted.
+        ram: memory for data that stays from epoch to epoch, for all ranks of the node together:
+            "auto", "48GB", "30%", a number of bytes, or 0. "auto": data that fits in half of what
+            is available is read through the page cache; of larger data that much is kept. What is
+            kept is read once; each epoch reads exactly the rest. Never changes the order.
+        disk: "auto", "hdd" (one request at a time, taken in turns by all processes) or "ssd"
+            (several requests at a time). Also from the environment variable IMAGENET_SEQ_DISK.
+        num_readers: threads that read; None: what suits the disk.
+        direct: read past the page cache (O_DIRECT). None: where data is read in blocks and does not
+            stay in the page cache.
+        window: samples that are read in the order they lie on the disk and delivered in the order
+            of the shuffle, where samples are read one by one. None: 4096 over the node's ranks on a
+            hard disk, else 0.
+        forecast: print one line before the first batch: what the disk allows. For data of less than
+            100 MB nothing is printed.
         worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order,
             snapshot_every_n_steps: accepted for scripts that pass them; threads have no use for
                 them.
@@ -161,6 +201,12 @@ class Loader:
         cache: int | None = None,
         cuda: bool = False,
         verify_checksums: bool = True,
+        ram: str | int | float | None = "auto",
+        disk: str = "auto",
+        num_readers: int | None = None,
+        direct: bool | None = None,
+        window: int | None = None,
+        forecast: bool = True,
     ) -> None:
         _check_arguments(
             split=split,
@@ -180,7 +226,11 @@ class Loader:
             cache=cache,
             num_streams=num_streams,
             seed=seed,
+            num_readers=num_readers,
+            window=window,
         )
+        self._wishes = read.Wishes(ram, disk, num_readers, direct, window)
+        self._wishes.check()
         if worker_init_fn is not None:
             _note("worker_init_fn is not called: there are no worker processes")
         self._source, split, own_transform, own_target_transform = _resolve_dataset(dataset, split)
@@ -256,6 +306,10 @@ class Loader:
         self._memory_rows = 0
         self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
         self._on_device: tuple[torch.cuda.Stream, Tensor | None] | None = None
+        self._reading: read.Reading | None = None
+        self._ahead: _Ahead | None = None
+        self._forecast = forecast
+        self._pace = read.Pace()
         self._stats: dict[str, int] = {}
         self._iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
 
@@ -336,7 +390,10 @@ class Loader:
             progress = _Progress(before.epoch, before.samples_done)
         else:
             progress = _Progress(before.epoch + 1)
-        work = self._work(progress)
+        self._arranged()
+        ahead, self._ahead = self._ahead, None
+        fits = ahead is not None and ahead.fits(progress)
+        work = self._work(progress, ahead.plan if ahead is not None and fits else None)
         progress.samples_end = int(work.plan.samples_done[-1])
 
         def delivered(number: int) -> None:
@@ -344,6 +401,13 @@ class Loader:
 
         # The iterator outlives the loader in `for batch in Loader(...)`, and must not keep it.
         loader = weakref.ref(self)
+        plan_ahead_at = self._plan_ahead_at(work.plan)
+
+        def taken(crew: Crew, number: int) -> None:
+            owner = loader() if number == plan_ahead_at else None
+            if owner is not None:
+                owner._ahead = _Ahead(owner, _Progress(progress.epoch + 1), crew)
+                owner._ahead.thread.start()
 
         def ended(crew: Crew | None, stats: dict[str, int]) -> None:
             progress.ended = crew is not None
@@ -356,12 +420,16 @@ class Loader:
 
         with self._lock:
             crew, self._idle_crew = self._idle_crew, None
+        crew = crew or self._new_crew()
         iterator = EpochIterator(
-            crew or self._new_crew(),
+            crew,
             work,
             timeout_s=self._timeout_s,
             on_delivered=delivered,
             on_end=ended,
+            on_taken=taken,
+            on_stall=_note,
+            prepared=ahead is not None and fits and ahead.in_engine and ahead.crew is crew,
         )
         # Only now: an epoch that could not begin is not an epoch that was begun.
         self._progress, self._resumed = progress, False
@@ -420,10 +488,13 @@ class Loader:
     def stats(self) -> dict[str, float]:
         """Return counters of the current or last epoch's engine.
 
-        ``read_``: bytes, requests, seeks. ``decode_``: samples. ``batch_``: batches given to the
-        script. ``foreign_``: rows and blocks that Python made. ``block_``: bytes of blocks in
-        memory, now and at most. ``*_s``: seconds a stage worked or waited for another, summed over
-        threads.
+        ``read_``: bytes, requests, seeks (requests that do not begin where the last one ended),
+        requests past the page cache, bytes of all these that were found in it, and kept bytes, which
+        were not read at all. ``decode_``:
+        samples. ``batch_``: batches given to the script. ``foreign_``: rows and blocks that Python
+        made. ``block_``: bytes of blocks in memory, now and at most, and their bound. ``kept_``:
+        bytes and blocks that stay in memory, of all ranks of the node. ``*_s``: seconds a stage
+        worked or waited for another, summed over threads.
         """
         for iterator in list(self._iterators):
             self._stats = iterator.stats() or self._stats
@@ -434,9 +505,31 @@ class Loader:
             for name, value in self._stats.items()
         }
 
+    def progress_line(self) -> str:
+        """Return one line on what happened since the last call: for a script's own log.
+
+        How fast the disk read, against what it can do; what came from memory; how full the memory
+        for blocks is; and which share of the time who waited for whom.
+        """
+        reading = self._arranged()
+        return self._pace.line(self.stats(), reading, self._num_threads)
+
+    def forecast(self) -> forecast.Forecast:
+        """Return what disk and memory allow: bytes, seeks and minutes an epoch."""
+        reading = self._arranged()
+        return read.forecast_of(
+            self._source,
+            reading,
+            num_samples=plan.epoch_size(len(self.dataset), self._order()),
+            block_bytes=self._block_bytes,
+            order={"block": "blocks", "none": "sequence"}.get(self._shuffle, "files"),
+        )
+
     @property
     def memory_bytes(self) -> int:
         """Bound of what one iteration holds in this rank's memory: batches, and blocks of data.
+
+        What `ram` keeps for all ranks of the node is not counted here.
 
         The batches are those in the engine, the script's, and one on its way. On top come scratch
         memory of the threads (a few MB each), more batches that the script keeps, what a
@@ -458,6 +551,7 @@ class Loader:
         self._close_idle_crew()
 
     def _close_idle_crew(self) -> None:
+        self._ahead = None  # it is in that crew's engine, or made for another order
         with self._lock:
             crew, self._idle_crew = self._idle_crew, None
         if crew is not None:
@@ -494,7 +588,44 @@ class Loader:
         rule = self._pipeline.recipe.passes.name
         return plan.State.of(self._source.index, self._order(), rule, epoch, samples_done)
 
+    def _arranged(self) -> read.Reading:
+        """Decide how the source is read, and say so once."""
+        if self._reading is None:
+            explicit = self._explicit_order is not None
+            by_sample = explicit or self._shuffle == "uniform"
+            num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(self._world_size)))
+            self._reading = read.arrange(
+                self._source,
+                self._wishes,
+                in_blocks=not by_sample and self._source.index.length is not None,
+                units="samples" if by_sample else f"blocks of {self._block_bytes}",
+                num_ranks=min(num_ranks, self._world_size),
+            )
+            if self._reading.notes:
+                _note("; ".join(self._reading.notes))
+            if self._forecast and self._reading.data_bytes >= read.MEASURED_BYTES:
+                _say(self.forecast().line())
+        return self._reading
+
     def _plan(self, progress: _Progress) -> plan.EnginePlan:
+        made = self._plan_of_order(progress)
+        window = self._arranged().window
+        return plan.in_windows(made, window) if window else made
+
+    def _plan_ahead_at(self, epoch_plan: plan.EnginePlan) -> int:
+        """Return the batch with which to begin the next epoch's plan; -1: never.
+
+        Well before the last blocks are read, so that the disk does not wait.
+        """
+        reading, num_batches = self._arranged(), len(epoch_plan.batch_begin) - 1
+        if self._explicit_order is not None or not num_batches:
+            return -1
+        if not reading.reads_on and len(self._source.index) < _LONG_PLAN:
+            return -1
+        ahead = self._block_budget() / max(1, reading.data_bytes // self._world_size)
+        return max(0, int(num_batches * (0.9 - 1.5 * ahead)))
+
+    def _plan_of_order(self, progress: _Progress) -> plan.EnginePlan:
         index, foreign = self._source.index, self._source.foreign
         if self._explicit_order is None:
             return plan.rank_plan(
@@ -529,8 +660,8 @@ class Loader:
             foreign=foreign,
         )
 
-    def _work(self, progress: _Progress) -> Work:
-        epoch_plan = self._plan(progress)
+    def _work(self, progress: _Progress, epoch_plan: plan.EnginePlan | None) -> Work:
+        epoch_plan = epoch_plan or self._plan(progress)
         rows = self._batch_size
         if self.batch_sampler is not None:  # its batches may be of any size
             rows = int(np.diff(epoch_plan.batch_begin).max(initial=1))
@@ -573,25 +704,32 @@ class Loader:
         engine = _native.Engine(
             self._recipe,
             num_decoders=self._num_threads,
-            num_readers=1 if self._reads_blocks() else _FILE_READERS,
             num_slots=self._num_slots,
             rows=self._pipeline.rows,
             row_bytes=int(np.prod(shape)) * dtype.itemsize,
             block_budget_bytes=self._block_budget(),
             verify_checksums=self._verify_checksums,
+            reading=self._arranged().native,
         )
         return Crew(engine, self._num_threads)
 
-    def _reads_blocks(self) -> bool:
-        return self._shuffle != "uniform" and self._source.index.length is not None
-
     def _block_budget(self) -> int:
-        """Return the bound of block memory; a block shuffle has a pool in use and one filling."""
+        """Return the bound of block memory.
+
+        A block shuffle has a pool, and half as many blocks read ahead of it; windows are two: one
+        in use and one being read.
+        """
         if self._shuffle != "block" or self._source.index.length is None:
-            return _READ_AHEAD_BYTES
+            window = min(self._arranged().window, len(self._source.index))
+            return max(_READ_AHEAD_BYTES, 2 * window * self._mean_bytes())
         # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
         streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
-        return 2 * streams * self._order().pool_blocks * self._block_bytes
+        pool_blocks = self._order().pool_blocks
+        return streams * (pool_blocks + max(2, pool_blocks // 2)) * self._block_bytes
+
+    def _mean_bytes(self) -> int:
+        num_samples = max(1, len(self._source.index))
+        return self._arranged().data_bytes // num_samples or _MEAN_FILE_BYTES
 
 
 def _delivering(iterator: EpochIterator, pin: bool) -> Iterator[Any]:
@@ -706,6 +844,8 @@ def _check_arguments(**given: Any) -> None:
     for name in ("batch_size", "prefetch_factor", "block_bytes", "shuffle_blocks", "cache"):
         positive(name)
     positive("num_streams")
+    positive("num_readers")
+    positive("window", least=0)
     positive("seed", least=0)
     positive("num_workers", least=0)
     if given["timeout"] < 0:
@@ -864,6 +1004,12 @@ def _cgroup_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = _OWN_CGROUPS)
         if folder == root:
             break
     return cores
+
+
+def _say(line: str) -> None:
+    """Print a line once a node."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def _note(message: str) -> None:

@@ -7,7 +7,7 @@ position or machine. Three steps:
 1. The samples are put into one sequence: as they are ("none"), in a uniform permutation
    ("uniform"), or as their blocks in random order ("block").
 2. The sequence is cut by sample count into `num_streams` runs of equal size. For "block", a
-   stream's blocks are pooled, and the samples of a pool permuted.
+   stream's blocks are mixed: its samples are drawn from a pool of the last blocks read.
 3. The streams are drawn from in turn: global position g of the epoch is sample g // num_streams of
    stream g % num_streams. Global batches are runs of global positions; position i of a global batch
    goes to rank i % world_size.
@@ -49,7 +49,7 @@ class Order:
 
     Args:
         shuffle: "none", "uniform" (a permutation of all samples) or "block" (blocks in random
-            order, the samples of a pool of blocks permuted).
+            order, the samples drawn from a pool of the last blocks).
         seed: in [0, 2**64).
         block_bytes: bytes of a block, about; a block holds whole samples of one file.
         shuffle_blocks: blocks pooled at once, over all streams.
@@ -112,6 +112,8 @@ class EnginePlan:
         paths: bytes of the paths of the files used, one after the other (uint8).
         path_begin: where each path begins, and the end of the last (int64, num_files + 1).
         draw: what stands for the sample in the key of its random draws; None: the sample.
+        block_key: names a block's bytes in all plans of one index and `key_kind`; -1: none.
+        window_begin: first block of each window, and the number of blocks; None: no windows.
     """
 
     seed: int
@@ -130,7 +132,9 @@ class EnginePlan:
     root: str
     paths: npt.NDArray[np.uint8]
     path_begin: Int64Array
+    block_key: IntArray
     draw: Int64Array | None = None
+    window_begin: Int64Array | None = None
 
 
 class Blocks(NamedTuple):
@@ -264,7 +268,7 @@ def rank_plan(
     extents = _extents(index, sample)
     if sequence.blocks is None:
         file = _gather(index.file, sample, np.int32)
-        reads = _reads_in_order(file, extents, order.block_bytes, foreign)
+        reads = _reads_in_order(sample, file, extents, order.block_bytes, foreign)
     else:
         reads = _reads_of_blocks(sequence.blocks, sequence.block, entry, extents, foreign)
     return _engine_plan(
@@ -316,9 +320,42 @@ def explicit_plan(
         raise ValueError(f"batch_begin: expected to rise from 0 to {len(chosen)}, got {begins}")
     chosen = chosen.astype(_index_dtype(len(index)))
     extents = _extents(index, chosen)
-    reads = _reads_in_order(index.file[chosen], extents, block_bytes, foreign)
+    reads = _reads_in_order(chosen, index.file[chosen], extents, block_bytes, foreign)
     made = _engine_plan(index, chosen, extents.length, reads, begins, begins, seed, epoch, foreign)
     return replace(made, draw=_draws(chosen, rank))
+
+
+def in_windows(plan: EnginePlan, window_blocks: int) -> EnginePlan:
+    """Return the plan with its blocks read in windows: what one hard disk wants of a random order.
+
+    The blocks of a window are put into the order of files and offsets; the engine then reads them
+    in the order in which they lie on the disk. What is delivered, and in which order, stays.
+    Windows grow from 256 blocks, so that the first batch does not wait for a whole one.
+
+    Args:
+        plan: a plan of samples that are read one by one.
+        window_blocks: blocks of a window, at most.
+    """
+    num_blocks = len(plan.block_file)
+    ramp = [1 << i for i in range(8, 63) if 1 << i < window_blocks]
+    begins = np.cumsum([0, *ramp])
+    steady = np.arange(begins[-1] + window_blocks, num_blocks, window_blocks)
+    begins = np.concatenate([begins[begins < num_blocks], steady, [num_blocks]]).astype(np.int64)
+    order = np.empty(num_blocks, np.int32)
+    for first, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        keys = plan.block_offset[first:end], plan.block_file[first:end]
+        order[first:end] = first + np.lexsort(keys)
+    place = np.empty(num_blocks, np.int32)
+    place[order] = np.arange(num_blocks, dtype=np.int32)
+    return replace(
+        plan,
+        block=place[plan.block],
+        block_file=plan.block_file[order],
+        block_offset=plan.block_offset[order],
+        block_length=plan.block_length[order],
+        block_key=plan.block_key[order],
+        window_begin=begins,
+    )
 
 
 def _draws(sample: IntArray, rank: int) -> Int64Array | None:
@@ -444,33 +481,30 @@ def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _permutation(size: int, key: int) -> IntArray:
-    return _permuted_runs(np.array([0, size]), key)
-
-
-def _permuted_runs(begin: IntArray, key: int) -> IntArray:
-    """Return the places 0 to begin[-1], those from begin[i] to begin[i + 1] permuted among them.
-
-    Place i gets output i of the SplitMix64 generator (Steele, Lea and Flood, OOPSLA 2014) seeded
-    with `key`, its low bits replaced by i: sorting these numbers orders the places at random. We
-    don't use numpy.random, whose streams may change between versions.
-    """
-    size = int(begin[-1])
+    """Return the places 0 to size, sorted by random numbers that have the place as low bits."""
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     keys = np.empty(size, np.uint64)
     for part in _slices(size):
         place = np.arange(part.start, part.stop, dtype=np.uint64)
-        mixed = (place + np.uint64(1)) * np.uint64(_GOLDEN)
-        mixed += np.uint64(key)
-        for shift, factor in zip((30, 27), _FACTORS, strict=True):
-            mixed ^= mixed >> np.uint64(shift)
-            mixed *= np.uint64(factor)
-        mixed ^= mixed >> np.uint64(31)
-        mixed &= ~low
-        keys[part] = mixed | place
-    for first, end in zip(begin[:-1].tolist(), begin[1:].tolist(), strict=True):
-        keys[first:end].sort()
+        keys[part] = (_splitmix(place, key) & ~low) | place
+    keys.sort()
     keys &= low
     return keys.astype(_index_dtype(size))
+
+
+def _splitmix(place: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    """Return outputs of the SplitMix64 generator (Steele, Lea and Flood, OOPSLA 2014).
+
+    Output i of the generator seeded with `key` belongs to place i. We don't use numpy.random, whose
+    streams may change between versions.
+    """
+    mixed = (place + np.uint64(1)) * np.uint64(_GOLDEN)
+    mixed += np.uint64(key)
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 # ---- step 2: streams -----------------------------------------------------------------------------
@@ -486,23 +520,43 @@ def _stream(sequence: _Sequence, order: Order, number: int) -> tuple[IntArray, I
     sample += np.arange(len(sample), dtype=dtype)
     entry = np.repeat(np.arange(first, last, dtype=np.int32), count)
     if order.shuffle == "block":
-        pools = begin[_pool_begins(len(count), order.pool_blocks)]
-        permuted = _permuted_runs(pools, _key(sequence.key, _POOLS, number))
-        sample, entry = sample[permuted], entry[permuted]
+        key = _key(sequence.key, _POOLS, number)
+        mixed = _mixed_runs(begin, entry - np.int32(first), order.pool_blocks, key)
+        sample, entry = sample[mixed], entry[mixed]
     if sequence.sample is not None:
         sample = sequence.sample[sample]
     return sample, entry
 
 
-def _pool_begins(num_blocks: int, pool_blocks: int) -> Int64Array:
-    """Cut a stream's blocks into pools of 1, 2, 4, ... and then always pool_blocks.
+def _mixed_runs(begin: IntArray, run: Int32Array, pool_blocks: int, key: int) -> IntArray:
+    """Return the places 0 to begin[-1], runs one after the other, mixed over `pool_blocks` of them.
 
-    The first batch of an epoch then waits for one block and not for a whole pool.
+    While runs are read at times 0, 1, 2, ..., a sample of run i is due at i + u * w, with u uniform
+    in [0, 1) and w = pool_blocks: so at any time samples come from the last pool_blocks runs, each
+    of which is given out evenly, as long as it is held. At the begin of an epoch w = i + 1, so that
+    the first batch waits for two or three blocks and not for many.
+
+    Args:
+        begin: place where each run begins, and the end of the last.
+        run: run of each place.
+        pool_blocks: runs held at once, at most.
+        key: of the random draws.
     """
-    ramp = [1 << i for i in range(pool_blocks.bit_length()) if 1 << i < pool_blocks]
-    begins = np.cumsum([0, *ramp])
-    steady = np.arange(begins[-1] + pool_blocks, num_blocks, pool_blocks)
-    return np.concatenate([begins[begins < num_blocks], steady, [num_blocks]]).astype(np.int64)
+    size, num_runs = int(begin[-1]), len(begin) - 1
+    place_bits = max(size - 1, 0).bit_length()
+    due_bits = 64 - place_bits
+    fraction_bits = min(32, due_bits - (2 * num_runs).bit_length())  # due < 2 * num_runs
+    width = np.minimum(np.arange(1, num_runs + 1), pool_blocks).astype(np.uint64)
+    keys = np.empty(size, np.uint64)
+    for part in _slices(size):
+        place = np.arange(part.start, part.stop, dtype=np.uint64)
+        fraction = _splitmix(place, key) >> np.uint64(64 - fraction_bits)
+        due = run[part].astype(np.uint64) << np.uint64(fraction_bits)
+        due += fraction * width[run[part]]
+        keys[part] = due << np.uint64(place_bits) | place
+    keys.sort()
+    keys &= np.uint64((1 << place_bits) - 1)
+    return keys.astype(_index_dtype(size))
 
 
 # ---- step 3: ranks -------------------------------------------------------------------------------
@@ -604,11 +658,12 @@ class _Extents(NamedTuple):
 class _Reads(NamedTuple):
     """What a rank reads, in the order of first use, and where in it each position's sample lies."""
 
-    block: Int32Array  # of each position: the place of its read in the last three columns
+    block: Int32Array  # of each position: the place of its read in the other columns
     offset_in_block: IntArray
     file: IntArray
     offset: IntArray
     length: IntArray
+    key: IntArray
 
 
 def _extents(index: Index, sample: IntArray) -> _Extents:
@@ -633,7 +688,9 @@ def _reads_of_blocks(
     offset_in_block = extents.offset
     if not foreign:
         offset_in_block = offset_in_block - offset.astype(offset_in_block.dtype)[block]
-    return _Reads(block, offset_in_block, blocks.file[number], offset, blocks.length[number])
+    return _Reads(
+        block, offset_in_block, blocks.file[number], offset, blocks.length[number], number
+    )
 
 
 def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
@@ -644,7 +701,9 @@ def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
     return first
 
 
-def _reads_in_order(file: IntArray, extents: _Extents, block_bytes: int, foreign: bool) -> _Reads:
+def _reads_in_order(
+    sample: IntArray, file: IntArray, extents: _Extents, block_bytes: int, foreign: bool
+) -> _Reads:
     """Read every sample alone, but neighbours on disk that follow each other in one go."""
     offset, length = extents
     begins_read = _changes(file)
@@ -652,7 +711,7 @@ def _reads_in_order(file: IntArray, extents: _Extents, block_bytes: int, foreign
         _cut_between_strangers(begins_read, extents)
     if np.all(begins_read) and not foreign:
         alone = np.arange(len(file), dtype=np.int32)
-        return _Reads(alone, np.broadcast_to(np.int32(0), len(file)), file, offset, length)
+        return _Reads(alone, np.broadcast_to(np.int32(0), len(file)), file, offset, length, sample)
     first = np.flatnonzero(begins_read)
     if not foreign:
         run_offset = np.repeat(offset[first], np.diff(np.append(first, len(file))))
@@ -662,10 +721,13 @@ def _reads_in_order(file: IntArray, extents: _Extents, block_bytes: int, foreign
     block -= 1
     if foreign:
         unknown = np.broadcast_to(np.int32(-1), len(first))
-        return _Reads(block, offset, file[first], file[first], unknown)
+        return _Reads(block, offset, file[first], file[first], unknown, unknown)
     last = np.append(first[1:], len(file)) - 1
     read_length = np.where(length[last] < 0, -1, offset[last] + length[last] - offset[first])
-    return _Reads(block, offset - offset[first][block], file[first], offset[first], read_length)
+    key = np.where(last == first, sample[first], -1)  # a run of neighbours is another one next time
+    return _Reads(
+        block, offset - offset[first][block], file[first], offset[first], read_length, key
+    )
 
 
 def _cut_between_strangers(begins_read: npt.NDArray[np.bool_], extents: _Extents) -> None:
@@ -710,6 +772,7 @@ def _engine_plan(
         root=index.root,
         paths=files.blob[first:end],
         path_begin=files.begin - first if first else files.begin,
+        block_key=reads.key,
     )
 
 
@@ -785,7 +848,7 @@ class State:
     shuffle_blocks: int
     num_streams: int
     exact: bool
-    format_version: int = 1
+    format_version: int = 2
 
     @classmethod
     def of(cls, index: Index, order: Order, pillow: str, epoch: int, samples_done: int) -> State:

@@ -591,7 +591,7 @@ void wrong_plans_and_configurations_are_refused() {
   imseq_engine_config config = {};
   CHECK(imseq_engine_create(&config, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
   config.num_decoders = config.num_readers = config.num_slots = 1;
-  config.rows = 3;
+  config.rows = 4;
   CHECK(imseq_engine_create(&config, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
 }
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from imagenet_seq.disk import cache_folder
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names, read_columns, write_columns
 from imagenet_seq.sources import Source
@@ -217,12 +218,8 @@ def _refuse_empty_classes(root: str, classes: Sequence[str], counts: Sequence[in
 
 
 def _cache_path(root: str) -> str:
-    folder = os.environ.get("IMAGENET_SEQ_CACHE")
-    if not folder:
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        folder = os.path.join(caches, "imagenet-seq")
     key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:32]
-    return os.path.join(folder, f"{key}.index")
+    return os.path.join(cache_folder(), f"{key}.index")
 
 
 def _open_cached(cache: str, root: str) -> Index | None:

@@ -1,0 +1,55 @@
+// One reader at a time on a disk with one head, over all processes.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+namespace imseq {
+
+// A queue of flock(2) locks: `path` is the disk, `path.next` the first place in the queue,
+// `path.next2` the one behind it and so on. Who wants the disk enters at the last place and moves up
+// place by place, so that who came first reads first, and a rank that just read can't take the disk
+// again before those that wait. (With more waiting than there are places, chance decides among those
+// behind.) The kernel releases all of it when a process dies.
+//
+// A lock belongs to an open file, so two objects in one process exclude each other, too: one per
+// reading thread. A forked child has the parent's open files until it calls exec: what the parent
+// releases is free for all, but if it dies holding a lock, its children keep that lock.
+class DiskLock {
+ public:
+  static constexpr int64_t kPatienceNs = 5'000'000'000;
+
+  // "": there is no lock, and acquiring it always succeeds. patience_ns: how long to wait.
+  explicit DiskLock(const std::string& path, int64_t patience_ns = kPatienceNs);
+  ~DiskLock();
+  DiskLock(const DiskLock&) = delete;
+  DiskLock& operator=(const DiskLock&) = delete;
+
+  // Waits for the disk. False: go on without it, because patience came to its end (a process was
+  // stopped, say), or locks don't work here, or *cancelled became true. For a while after patience
+  // ended calls try without waiting, so that a stopped process costs one wait and not one a block.
+  [[nodiscard]] bool acquire(const std::atomic<bool>* cancelled);
+  void release();
+  bool held() const { return held_; }
+  // False: the files could not be opened, or their file system has no locks.
+  bool works() const { return works_; }
+
+ private:
+  static constexpr int kDisk = 0;
+  static constexpr int kNumPlaces = 9;  // the disk, and eight that wait
+
+  bool wait_for(int place, int64_t* patience_left_ns, const std::atomic<bool>* cancelled);
+  bool try_lock(int place);
+  void unlock(int place);
+
+  const int64_t patience_ns_;
+  std::array<int, kNumPlaces> files_;
+  bool exists_;
+  bool works_ = true;
+  bool held_ = false;
+  int64_t impatient_until_ns_ = 0;
+};
+
+}  // namespace imseq

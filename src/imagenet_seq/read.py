@@ -1,0 +1,310 @@
+"""The read stage on Python's side: how a source is read on this machine.
+
+The core reads (``core/read.cpp``, ``core/engine.cpp``). Decided here, once a loader: on which disk
+the data lies, how many readers there are and whether they take turns, what goes past the page
+cache, and which memory keeps blocks. Nothing of it touches the order or the pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from imagenet_seq import _native, disk, forecast, ram
+from imagenet_seq.disk import Disk, Speed
+
+if TYPE_CHECKING:
+    from imagenet_seq.index import Index
+    from imagenet_seq.sources import Source
+
+MB = 1 << 20
+
+MEASURED_BYTES = 100 * 10**6
+"""A disk is measured for data of this size; what is smaller is read before anybody would know."""
+
+WINDOW_SAMPLES = 4096
+"""Of all ranks of a node: 450 MB of ImageNet, twice. Of 1.28 million files in random order, a hard
+disk reads those of a window 2.2 times as fast as they come."""
+
+_BLOCK_READERS = 4  # several large requests in flight keep an SSD or a network busy
+_FILE_READERS = 2  # threads that read small files: one waits for the disk while one opens the next
+_STATTED_FILES = 64
+_KEPT_FLOOR = 16  # blocks are kept only while 1/16 of the machine's memory is still available
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked for; None, "auto": what suits the disk and the memory.
+
+    Attributes:
+        ram: see `Loader`.
+        disk: see `Loader`.
+        num_readers: see `Loader`.
+        direct: see `Loader`.
+        window: see `Loader`.
+    """
+
+    ram: str | int | float | None = "auto"
+    disk: str = "auto"
+    num_readers: int | None = None
+    direct: bool | None = None
+    window: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError where a wish is not what it should be."""
+        ram.budget(self.ram, dataset_bytes=0)
+        disk.choose_disk(os.sep, self.disk)
+
+
+@dataclass
+class Reading:
+    """How a source is read.
+
+    Attributes:
+        disk: what the source lies on.
+        speed: of the disk, where it was measured.
+        budget: what stays in memory.
+        data_bytes: bytes of the source's images; of a folder an estimate.
+        native: what the engine is told.
+        window: samples that are read in the order they lie on the disk; 0: none.
+        reads_on: whether the next epoch's first blocks are read before the present one ends.
+        num_ranks: ranks of this node.
+        notes: what the user should know.
+    """
+
+    disk: Disk
+    speed: Speed | None
+    budget: ram.Budget
+    data_bytes: int
+    native: _native.Reading
+    window: int
+    reads_on: bool
+    num_ranks: int = 1
+    notes: list[str] = field(default_factory=list)
+
+
+def arrange(
+    source: Source, wishes: Wishes, *, in_blocks: bool, units: str, num_ranks: int
+) -> Reading:
+    """Decide how a source is read.
+
+    Args:
+        source: the data.
+        wishes: what the user asked for.
+        in_blocks: whether it is read in blocks of many samples, not sample by sample.
+        units: says what the keys of a plan's blocks number.
+        num_ranks: ranks of this node, which share disk and memory.
+
+    Raises:
+        ValueError, TypeError: a wish is not what it should be.
+    """
+    if source.foreign:
+        return _of_foreign(source, wishes)
+    index = source.index
+    data_bytes = source_bytes(source)
+    files = some_files(index)
+    where = _disk_of([*files[:1], index.root], wishes.disk)
+    speed = disk.speed_of(where, files) if data_bytes >= MEASURED_BYTES else None
+    if wishes.disk == "auto":
+        where = disk.effective(where, speed)
+    budget = ram.budget(wishes.ram, data_bytes)
+    notes = list(budget.notes)
+    direct = _is_direct(wishes, budget, files, in_blocks, notes)
+    kept = _kept_memory(source, budget, units, num_ranks, notes)
+    window = 0
+    if not in_blocks and where.has_one_head:
+        window = max(256, WINDOW_SAMPLES // num_ranks)
+    if wishes.window is not None and not in_blocks:
+        window = wishes.window
+    native = _native.Reading(
+        num_readers=wishes.num_readers or num_readers(where, in_blocks),
+        direct=direct,
+        disk_lock=disk.lock_path(where),
+        kept=kept,
+        kept_keys=len(index) if kept else 0,
+        kept_floor_bytes=ram.limits().total_bytes // _KEPT_FLOOR,
+    )
+    reads_on = not budget.page_cache
+    return Reading(where, speed, budget, data_bytes, native, window, reads_on, num_ranks, notes)
+
+
+def _of_foreign(source: Source, wishes: Wishes) -> Reading:
+    """Blocks that Python makes are neither read nor kept by the core."""
+    where = _disk_of([source.index.root], wishes.disk)
+    budget = ram.Budget(page_cache=False, kept_bytes=0, notes=())
+    return Reading(where, None, budget, 0, _native.Reading(), window=0, reads_on=False)
+
+
+def forecast_of(
+    source: Source, reading: Reading, *, num_samples: int, block_bytes: int, order: str
+) -> forecast.Forecast:
+    """Return what disk and memory allow.
+
+    Args:
+        source: the data.
+        reading: how it is read.
+        num_samples: samples of an epoch, over all ranks.
+        block_bytes: bytes of a block.
+        order: "blocks", "sequence" or "files", as `forecast.Job` has it.
+    """
+    data_bytes = reading.data_bytes * num_samples // max(1, len(source.index))
+    kept = reading.native.kept
+    return forecast.forecast(
+        forecast.Job(
+            name=os.path.basename(os.path.abspath(source.index.root)),
+            kind=source.kind,
+            num_samples=num_samples,
+            data_bytes=data_bytes,
+            order="window" if order == "files" and reading.window else order,
+            disk=reading.disk,
+            speed=reading.speed,
+            block_bytes=block_bytes,
+            kept_bytes=min(reading.budget.kept_bytes, data_bytes) if kept else 0,
+            page_cache=reading.budget.page_cache,
+            num_readers=reading.native.num_readers,
+            num_ranks=reading.num_ranks,
+            is_estimate=source.index.length is None,
+        )
+    )
+
+
+def num_readers(where: disk.Disk, in_blocks: bool) -> int:
+    """Return how many threads read from a disk, where the user does not say."""
+    if where.has_one_head:
+        return 1
+    return _BLOCK_READERS if in_blocks else _FILE_READERS
+
+
+def some_files(index: Index) -> list[str]:
+    """Return paths of some files from all over an index, to try and to measure."""
+    return [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
+
+
+def source_bytes(source: Source) -> int:
+    """Return the bytes of a source's images; of a folder, an estimate from some of its files."""
+    index = source.index
+    if index.length is not None:
+        known = index.length[index.length > 0] if (index.length < 0).any() else index.length
+        return int(known.sum()) * len(index) // max(1, len(known))
+    sizes = []
+    for i in _spread(len(index)):
+        try:
+            sizes.append(os.stat(os.path.join(index.root, index.files[index.file[i]])).st_size)
+        except OSError:
+            continue  # reading says why
+    return sum(sizes) * len(index) // max(1, len(sizes))
+
+
+def _disk_of(paths: Sequence[str], wish: str) -> Disk:
+    """Return the disk of the first path that is there; that others are not is said by reading."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            return disk.choose_disk(path, wish)
+    return disk.Disk("unknown", "no such folder", "")
+
+
+def _spread(size: int) -> Sequence[int]:
+    """Return some places that lie evenly in range(size)."""
+    number = min(size, _STATTED_FILES)
+    return [i * size // number for i in range(number)]
+
+
+def _is_direct(
+    wishes: Wishes, budget: ram.Budget, files: Sequence[str], in_blocks: bool, notes: list[str]
+) -> bool:
+    """Decide whether to read past the page cache.
+
+    Single small files are read through it: there the kernel's read-ahead is of use.
+    """
+    wanted = wishes.direct if wishes.direct is not None else in_blocks and not budget.page_cache
+    if not wanted or not files:
+        return False
+    if disk.reads_direct(files[0]):
+        return True
+    notes.append(
+        f"{files[0]}: O_DIRECT does not work there, so data is read through the page cache: a "
+        "little slower from a hard disk, and it displaces what other programs have there"
+    )
+    return False
+
+
+def _kept_memory(
+    source: Source, budget: ram.Budget, units: str, num_ranks: int, notes: list[str]
+) -> ram.KeptMemory | None:
+    if budget.kept_bytes <= 0:
+        return None
+    index = source.index
+    # Room is given out in whole pages, and a request begins and ends on one.
+    slack = 2 * 4096 * len(index) if budget.kept_bytes >= source_bytes(source) else 0
+    table = _native.kept_table_bytes(len(index))
+    memory = ram.open_kept(
+        _kept_key(source, units), table + budget.kept_bytes + slack, num_ranks=num_ranks
+    )
+    notes += memory.notes
+    return memory if memory.size_bytes > table else None
+
+
+def _kept_key(source: Source, units: str) -> str:
+    """Name what is kept: processes with the same name share it.
+
+    Of a pack, jobs of one user may: its file times tell it apart, and every process checks the
+    checksums itself. A folder's files may change and nothing would tell, so only the ranks of one
+    job do.
+    """
+    root = os.path.realpath(source.index.root)
+    stat = os.stat(root)
+    job = "" if source.kind == "pack" else _job()
+    place = f"{root} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns}"
+    return f"{place} {source.index.id} {units} {job}"
+
+
+def _job() -> str:
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+    return " ".join([*(os.environ.get(name, "") for name in names), str(os.getppid())])
+
+
+class Pace:
+    """What happened between one look at an engine's counters and the next."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] = {}
+        self._looked_s = time.monotonic()
+
+    def line(self, stats: dict[str, float], reading: Reading, num_decoders: int) -> str:
+        """Return one line on the time since the last call.
+
+        Args:
+            stats: the counters, as `Loader.stats` gives them.
+            reading: how the source is read.
+            num_decoders: threads that decode.
+        """
+        now_s = time.monotonic()
+        elapsed_s, self._looked_s = max(1e-9, now_s - self._looked_s), now_s
+        before, self._before = self._before, stats
+        if any(stats.get(name, 0) < before.get(name, 0) for name in ("read_bytes", "batch_count")):
+            before = {}  # another engine counts from zero
+
+        def more(name: str) -> float:
+            return stats.get(name, 0) - before.get(name, 0)
+
+        def share(name: str, num_threads: int = 1) -> str:
+            return f"{100 * more(name) / elapsed_s / num_threads:.0f} %"
+
+        can = f" of {reading.speed.sequential_mb_s:.0f}" if reading.speed else ""
+        read = more("read_bytes") - more("read_cached_bytes")
+        kept = more("read_kept_bytes") + more("read_cached_bytes")
+        from_memory = f", {100 * kept / (read + kept):.0f} % from memory" if kept else ""
+        filled = stats.get("block_bytes", 0) / max(1, stats.get("block_budget_bytes", 0))
+        return (
+            f"read {read / 1e6 / elapsed_s:.0f}{can} MB/s{from_memory}, "
+            f"blocks {100 * filled:.0f} % full; waiting: training for data "
+            f"{share('batch_wait_s')}, decoding for the disk "
+            f"{share('decode_wait_read_s', num_decoders)} and for training "
+            f"{share('decode_wait_batch_s', num_decoders)}, reading for decoding "
+            f"{share('read_wait_s', reading.native.num_readers)} and for its turn "
+            f"{share('read_lock_wait_s', reading.native.num_readers)}"
+        )
