@@ -45,7 +45,7 @@ class Task(NamedTuple):
     batch_size: int = 256
     num_workers: int = 2
     num_epochs: int = 1
-    most_images: int = 0  # of this rank and an epoch; 0: whole epochs
+    most_batches: int = 0  # of an epoch; 0: all
     block_bytes: int = 16 << 20
     loader_arguments: Mapping[str, Any] = MappingProxyType({})
     pace_s: float = 0.0  # the script takes no batch sooner after the one before: it trains
@@ -138,6 +138,7 @@ def make_loader(task: Task) -> Loader:
         world_size=task.world_size,
         block_bytes=task.block_bytes,
         verify_checksums=not made_up,
+        forecast=False,
         **task.loader_arguments,
     )
     if not task.decoded:
@@ -147,45 +148,25 @@ def make_loader(task: Task) -> Loader:
     return loader
 
 
-def planned_batches(task: Task, index: Index, order: plan.Order, epoch: int) -> list[int]:
-    """Return the bytes of an epoch's images, batch by batch, up to where the task ends it.
-
-    It ends behind whole pools of blocks: what was read is then what was given to the script.
-    """
+def batch_bytes(task: Task, loader: Loader, epoch: int) -> list[int]:
+    """Return the bytes of the images of each batch of an epoch; 0 where they are unknown."""
+    index = loader.dataset._source.index
     made = plan.rank_plan(
         index,
-        order,
+        loader._order(),
         epoch,
         batch_size=task.batch_size,
         rank=task.rank,
         world_size=task.world_size,
     )
-    begin = made.batch_begin
-    num_batches = len(begin) - 1
-    if task.most_images:
-        num_batches = min(num_batches, last_whole_batch(made, task.most_images))
     if index.length is None:
-        return [0] * num_batches
-    lengths = index.length[made.sample]
-    return [int(lengths[begin[i] : begin[i + 1]].sum()) for i in range(num_batches)]
-
-
-def last_whole_batch(made: plan.EnginePlan, most_images: int) -> int:
-    """Return how many batches use up the most whole blocks without going over `most_images`."""
-    before = np.maximum.accumulate(made.block)[:-1]
-    behind = np.minimum.accumulate(made.block[::-1])[::-1][1:]
-    whole = np.flatnonzero(before < behind) + 1  # positions that no block reaches across
-    used_up = whole[whole <= most_images]
-    end = int(used_up[-1]) if len(used_up) else most_images
-    return int(np.searchsorted(made.batch_begin, end, "right")) - 1
+        return [0] * (len(made.batch_begin) - 1)
+    return [int(n) for n in np.add.reduceat(index.length[made.sample], made.batch_begin[:-1])]
 
 
 def ours(task: Task) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Reading]]:
     loader = make_loader(task)
-    index = loader.dataset._source.index
-    planned = [
-        planned_batches(task, index, loader._order(), epoch) for epoch in range(task.num_epochs)
-    ]
+    planned = [batch_bytes(task, loader, epoch) for epoch in range(task.num_epochs)]
     digests: list[int] = []
 
     def read() -> Iterator[Batch]:
@@ -195,7 +176,7 @@ def ours(task: Task) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Readin
                 yield Batch(epoch, len(images), planned[epoch][number])
                 if task.digest:
                     digest = _native.crc32c(images.numpy(), digest)
-                if task.most_images and number + 1 == len(planned[epoch]):
+                if number + 1 == task.most_batches:
                     break
             digests.append(digest)
 
@@ -248,11 +229,9 @@ def peer(make: Callable[[Task], Any]) -> Any:
 
         def read() -> Iterator[Batch]:
             for epoch in range(task.num_epochs):
-                num_images = 0
-                for images, _ in loader:
+                for number, (images, _) in enumerate(loader):
                     yield Batch(epoch, len(images), 0)
-                    num_images += len(images)
-                    if task.most_images and num_images >= task.most_images:
+                    if number + 1 == task.most_batches:
                         break
 
         return read, lambda: Reading(0, [], {}, [])
