@@ -183,6 +183,29 @@ void test_buffered_is_read_in_megabytes() {
   CHECK(!reader.was_direct());
 }
 
+void test_what_the_page_cache_has_is_read_without_the_disk() {
+  FileReader reader(false, [](int, void*, size_t, off_t) -> ssize_t {
+    CHECK(false);  // the disk was asked
+    return 0;
+  });
+  CHECK(reader.open(folder + "/file", nullptr) == IMSEQ_OK);
+  std::vector<uint8_t> copy(static_cast<size_t>(kFileBytes));
+  std::FILE* file = std::fopen((folder + "/file").c_str(), "rb");
+  CHECK(std::fread(copy.data(), 1, copy.size(), file) == copy.size());  // now it is there
+  std::fclose(file);
+  void* memory = nullptr;
+  const auto room = static_cast<size_t>(FileReader::room(5000, 2 * kMegabyte));
+  CHECK(::posix_memalign(&memory, kPageBytes, room) == 0);
+  const uint8_t* bytes = nullptr;
+  if (reader.read_cached(5000, 2 * kMegabyte, static_cast<uint8_t*>(memory), &bytes)) {
+    CHECK(std::memcmp(bytes, copy.data() + 5000, 2 * kMegabyte) == 0);
+    CHECK(!reader.read_cached(kFileBytes - 10, 20, static_cast<uint8_t*>(memory), &bytes));
+  } else {
+    std::printf("read: this file system can't say what is in the page cache\n");
+  }
+  std::free(memory);
+}
+
 void test_short_answers_and_interrupts() {
   for (const bool direct : {false, true}) {
     for (const int64_t most_bytes : {5000, 4096, 100001}) {
@@ -391,6 +414,7 @@ int main() {
   test_ranges_are_read_as_they_are();
   test_direct_is_one_request();
   test_buffered_is_read_in_megabytes();
+  test_what_the_page_cache_has_is_read_without_the_disk();
   test_short_answers_and_interrupts();
   test_where_o_direct_is_refused_the_page_cache_is_used();
   test_what_the_disk_reads_the_second_time_is_good();
