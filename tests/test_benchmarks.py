@@ -187,7 +187,7 @@ def test_a_run_is_described_by_what_ranks_and_disk_saw(bench_read: Any) -> None:
         bench_read.Counters(11.0, 80 * 10**6, 5, 1, 0.5),
         bench_read.Counters(12.5, 290 * 10**6, 20, 4, 1.75),
         bench_read.Counters(15.0, 800 * 10**6, 50, 9, 4.5),
-        bench_read.Counters(20.0, 900 * 10**6, 60, 9, 5.0, 3),
+        bench_read.Counters(20.0, 900 * 10**6, 60, 9, 5.0, 3, 0.05),
     ]
     case = bench_read.Case("made up", bench_read.Task("imagenet_seq", "."), 2, None, 1)
     row = bench_read.describe(case, [first, second], seen)
@@ -202,8 +202,8 @@ def test_a_run_is_described_by_what_ranks_and_disk_saw(bench_read: Any) -> None:
     assert row["start_wait_s"] == 0.5  # the last batch was asked for three seconds into its epoch
     assert row["change_wait_s"] == 1.5
     assert row["epoch_disk_bytes"] == [290 * 10**6, 610 * 10**6]
-    assert (row["late"], row["void"]) == (3, False)
-    late = [*seen[:-1], seen[-1]._replace(late=6)]
+    assert (row["late"], row["void"]) == (3, False)  # 0.15 of 10 s, but few
+    late = [*seen[:-1], seen[-1]._replace(late=6)]  # 0.3 of 10 s
     assert bench_read.describe(case, [first, second], late)["void"]
 
 
