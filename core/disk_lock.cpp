@@ -84,6 +84,13 @@ void DiskLock::release() {
   held_ = false;
 }
 
+bool DiskLock::is_wanted() {
+  if (!exists_ || !works_) return false;
+  const bool is_free = try_lock(kDisk + 1);
+  if (is_free) unlock(kDisk + 1);
+  return !is_free;
+}
+
 bool DiskLock::wait_for(int place, int64_t* patience_left_ns, const std::atomic<bool>* cancelled) {
   int64_t last_ns = now_ns();
   while (!cancelled->load(std::memory_order_relaxed)) {
@@ -107,5 +114,41 @@ bool DiskLock::try_lock(int place) {
 }
 
 void DiskLock::unlock(int place) { ::flock(files_[place], LOCK_UN); }
+
+bool DiskTurns::begin(const std::atomic<bool>* cancelled) {
+  if (!exists_) return false;
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] {
+    return !is_acquiring_ && (num_requests_ == 0 || (disk_.held() && !disk_.is_wanted()));
+  });
+  ++num_requests_;
+  if (disk_.held()) {
+    if (now_ns() - began_ns_ < kTurnNs) return true;
+    if (num_requests_ > 1 || !disk_.is_wanted()) {
+      began_ns_ = now_ns();
+      return true;
+    }
+    disk_.release();
+  }
+  is_acquiring_ = true;
+  lock.unlock();
+  const bool held = disk_.acquire(cancelled);
+  lock.lock();
+  is_acquiring_ = false;
+  began_ns_ = now_ns();
+  changed_.notify_all();
+  return held;
+}
+
+void DiskTurns::end() {
+  std::lock_guard lock(mutex_);
+  if (exists_) --num_requests_;
+  changed_.notify_all();
+}
+
+void DiskTurns::rest() {
+  std::lock_guard lock(mutex_);
+  if (num_requests_ == 0) disk_.release();
+}
 
 }  // namespace imseq

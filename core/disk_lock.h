@@ -3,7 +3,9 @@
 
 #include <array>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <string>
 
 namespace imseq {
@@ -32,6 +34,8 @@ class DiskLock {
   // ended calls try without waiting, so that a stopped process costs one wait and not one a block.
   [[nodiscard]] bool acquire(const std::atomic<bool>* cancelled);
   void release();
+  // Whether another process waits for it.
+  bool is_wanted();
   bool held() const { return held_; }
   // False: the files could not be opened, or their file system has no locks.
   bool works() const { return works_; }
@@ -50,6 +54,34 @@ class DiskLock {
   bool works_ = true;
   bool held_ = false;
   int64_t impatient_until_ns_ = 0;
+};
+
+// The lock as the readers of one engine use it together: a turn at the disk takes some time or one
+// request, whichever is longer, and goes on while nobody else wants the disk. While nobody does,
+// readers' requests may overlap: the next one then lies in the disk's queue when the one before it
+// ends, and the disk does not wait for us in between.
+class DiskTurns {
+ public:
+  explicit DiskTurns(const std::string& path) : exists_(!path.empty()), disk_(path) {}
+
+  // Waits until a request may go to the disk; end() must follow it. Returns whether the lock is
+  // held; without it too, requests go ahead: see DiskLock.
+  [[nodiscard]] bool begin(const std::atomic<bool>* cancelled);
+  void end();
+  // There is nothing to read: gives the disk to others, unless a request is under way.
+  void rest();
+
+ private:
+  // A block of 16 MB, or the files of a window that a hard disk reads in this time.
+  static constexpr int64_t kTurnNs = 80'000'000;
+
+  const bool exists_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  DiskLock disk_;  // a thread that acquires it has it alone; otherwise guarded by the mutex
+  bool is_acquiring_ = false;
+  int num_requests_ = 0;  // under way
+  int64_t began_ns_ = 0;
 };
 
 }  // namespace imseq

@@ -74,10 +74,6 @@ constexpr int64_t kGroupOfClean = 4;
 constexpr int64_t kGroupOfOthers = 8;
 static_assert(std::max(kGroupOfClean, kGroupOfOthers) <= IMSEQ_MAX_GROUP);
 
-// How long a reader keeps the disk while others may want it: a block of 16 MB, or the files of a
-// window that a hard disk reads in this time.
-constexpr int64_t kTurnNs = 80'000'000;
-
 struct Counters {
   std::atomic<int64_t> read_bytes{0}, read_requests{0}, read_seeks{0}, read_ns{0}, read_wait_ns{0};
   std::atomic<int64_t> read_lock_wait_ns{0}, read_direct_requests{0}, read_lookups{0};
@@ -339,14 +335,12 @@ struct imseq_engine {
   int64_t cost(const Run& run, int64_t block) const;
   int64_t begin_block(Run& run);
   void wait_to_read(std::unique_lock<std::mutex>& lock);
-  void take_turn(const Run& run, DiskLock& disk, Clock::time_point* turn_began);
-  void look_up_window(Run& run, DiskLock& disk);
-  void read_block(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
-                  Clock::time_point* turn_began);
-  int32_t read_file(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
-                    Clock::time_point* turn_began, int64_t* length, imseq_error* error);
-  int32_t read_into(Run& run, int64_t block, FileReader& reader, DiskLock& disk,
-                    Clock::time_point* turn_began, int64_t length, uint8_t* memory,
+  bool begin_request(const Run& run);
+  void look_up_window(Run& run);
+  void read_block(Run& run, int64_t block, FileReader& reader);
+  int32_t read_file(Run& run, int64_t block, FileReader& reader, int64_t* length,
+                    imseq_error* error);
+  int32_t read_into(Run& run, int64_t block, FileReader& reader, int64_t length, uint8_t* memory,
                     imseq_error* error);
   void count_request(const imseq_request& request);
   void take_buffer(Loaded& loaded, int64_t size_bytes);
@@ -383,7 +377,7 @@ struct imseq_engine {
   int64_t last_end_ = -1;
   BufferPool buffers_;
   KeptBlocks kept_;
-  const std::string disk_lock_;
+  DiskTurns disk_;
   struct Reading {
     std::shared_ptr<Run> run;  // nullptr: nothing
     int64_t block = 0;
@@ -413,7 +407,7 @@ imseq_engine::imseq_engine(const imseq_engine_config& config)
       recipe_(config.recipe),
       kept_(static_cast<uint8_t*>(config.kept), config.kept_bytes, config.kept_keys,
             config.kept_floor_bytes),
-      disk_lock_(config.disk_lock == nullptr ? "" : config.disk_lock),
+      disk_(config.disk_lock == nullptr ? "" : config.disk_lock),
       reading_(static_cast<size_t>(config.num_readers)) {
   const auto* table = static_cast<const uint8_t*>(config.recipe.table);
   if (table != nullptr) {
@@ -958,13 +952,11 @@ void imseq_engine::fail_row(Run& run, int64_t position, const imseq_error& error
 
 void imseq_engine::read_thread(int number) {
   FileReader reader(config_.direct != 0);
-  DiskLock disk(disk_lock_);
-  Clock::time_point turn_began;
   std::unique_lock lock(mutex_);
   while (!closed_) {
     const std::shared_ptr<Run> run = run_to_read();
     if (run == nullptr || !may_read(*run)) {
-      disk.release();
+      disk_.rest();
       wait_to_read(lock);
       continue;
     }
@@ -973,7 +965,7 @@ void imseq_engine::read_thread(int number) {
     if (run->next_place >= run->known_end) {
       run->looks_up = true;
       lock.unlock();
-      look_up_window(*run, disk);
+      look_up_window(*run);
       lock.lock();
       run->looks_up = false;
     } else {
@@ -983,7 +975,7 @@ void imseq_engine::read_thread(int number) {
       if (foreign) {
         push_task(run, IMSEQ_TASK_BLOCK, block, false);
       } else {
-        read_block(*run, block, reader, disk, &turn_began);
+        read_block(*run, block, reader);
       }
       lock.lock();
     }
@@ -1048,18 +1040,15 @@ int64_t imseq_engine::begin_block(Run& run) {
   return number;
 }
 
-// Has the disk for a request; a turn that has lasted goes to others first.
-void imseq_engine::take_turn(const Run& run, DiskLock& disk, Clock::time_point* turn_began) {
-  if (disk.held() && nanoseconds_since(*turn_began) < kTurnNs) return;
-  disk.release();
+// Waits for the disk; disk_.end() must follow. Returns whether its lock is held.
+bool imseq_engine::begin_request(const Run& run) {
   Timer timer(&counters_.read_lock_wait_ns);
-  (void)disk.acquire(&run.cancelled);
-  *turn_began = Clock::now();
+  return disk_.begin(&run.cancelled);
 }
 
 // Finds out in which order the files of the next window lie on the disk. The plan names them in the
 // order of their inodes, so that looking them up is one sweep; the second one reads them.
-void imseq_engine::look_up_window(Run& run, DiskLock& disk) {
+void imseq_engine::look_up_window(Run& run) {
   struct Found {
     FilePlace place;
     int32_t block;
@@ -1067,15 +1056,17 @@ void imseq_engine::look_up_window(Run& run, DiskLock& disk) {
   const int64_t begin = run.known_end, end = run.read_by(run.next_place);
   std::vector<Found> found;
   found.reserve(static_cast<size_t>(end - begin));
-  Clock::time_point turn_began;
   for (int64_t block = begin; block < end && !run.cancelled; ++block) {
     FilePlace place;
     imseq_error unused;
     if (run.block_length[block] < 0) {  // a file, not a range of a shard
-      take_turn(run, disk, &turn_began);
-      Timer timer(&counters_.read_ns);
-      // What can't be looked up is reported when it is read.
-      (void)look_up(run.path(run.block_file[block]), &place, &unused);
+      (void)begin_request(run);
+      {
+        Timer timer(&counters_.read_ns);
+        // What can't be looked up is reported when it is read.
+        (void)look_up(run.path(run.block_file[block]), &place, &unused);
+      }
+      disk_.end();
       counters_.read_lookups.fetch_add(1, std::memory_order_relaxed);
     }
     found.push_back({place, static_cast<int32_t>(block)});
@@ -1088,8 +1079,7 @@ void imseq_engine::look_up_window(Run& run, DiskLock& disk) {
   run.known_end = end;
 }
 
-void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader, DiskLock& disk,
-                              Clock::time_point* turn_began) {
+void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader) {
   Loaded& loaded = *run.blocks[number].loaded;  // this thread's until it is ready
   imseq_error error = {};
   int64_t length = run.block_length[number];
@@ -1098,15 +1088,14 @@ void imseq_engine::read_block(Run& run, int64_t number, FileReader& reader, Disk
     counters_.read_kept_bytes.fetch_add(length, std::memory_order_relaxed);
     loaded.was_kept = true;
   } else {
-    status = read_file(run, number, reader, disk, turn_began, &length, &error);
+    status = read_file(run, number, reader, &length, &error);
     if (status == IMSEQ_CANCELLED) return;  // nobody waits for it
   }
   block_came(run, number, length, status, error);
 }
 
 // Reads a block from its file, into kept memory where there is room.
-int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, DiskLock& disk,
-                                Clock::time_point* turn_began, int64_t* length,
+int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, int64_t* length,
                                 imseq_error* error) {
   Loaded& loaded = *run.blocks[number].loaded;
   const int64_t offset = run.block_offset[number], key = run.key_of(number);
@@ -1118,7 +1107,7 @@ int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, Di
   try {
     if (kept == nullptr) take_buffer(loaded, room);
     uint8_t* memory = kept != nullptr ? kept : loaded.buffer.get();
-    status = read_into(run, number, reader, disk, turn_began, *length, memory, error);
+    status = read_into(run, number, reader, *length, memory, error);
     if (kept != nullptr && status == IMSEQ_OK && !loaded.bad.empty()) {  // nothing to keep
       take_buffer(loaded, room);
       std::memcpy(loaded.buffer.get(), loaded.bytes, static_cast<size_t>(*length));
@@ -1139,25 +1128,27 @@ int32_t imseq_engine::read_file(Run& run, int64_t number, FileReader& reader, Di
 }
 
 // Reads a range of the open file; what the page cache has needs no turn at the disk.
-int32_t imseq_engine::read_into(Run& run, int64_t number, FileReader& reader, DiskLock& disk,
-                                Clock::time_point* turn_began, int64_t length, uint8_t* memory,
-                                imseq_error* error) {
+int32_t imseq_engine::read_into(Run& run, int64_t number, FileReader& reader, int64_t length,
+                                uint8_t* memory, imseq_error* error) {
   Loaded& loaded = *run.blocks[number].loaded;
   const int64_t offset = run.block_offset[number];
-  bool cached;
+  bool cached, locked = false;
   {
     Timer timer(&counters_.read_ns);
     cached = reader.read_cached(offset, length, memory, &loaded.bytes);
   }
   if (!cached) {
-    take_turn(run, disk, turn_began);
-    if (run.cancelled) return IMSEQ_CANCELLED;
-    Timer timer(&counters_.read_ns);
-    const int32_t status = reader.read(offset, length, memory, &loaded.bytes, &loaded.bad, error);
+    locked = begin_request(run);
+    int32_t status = IMSEQ_CANCELLED;
+    if (!run.cancelled) {
+      Timer timer(&counters_.read_ns);
+      status = reader.read(offset, length, memory, &loaded.bytes, &loaded.bad, error);
+    }
+    disk_.end();
     if (status != IMSEQ_OK) return status;
   }
   count_request({run.plan.epoch, run.block_file[number], offset, length, reader.was_direct(),
-                 disk.held(), cached, 0});
+                 locked, cached, 0});
   return IMSEQ_OK;
 }
 

@@ -244,6 +244,20 @@ def test_an_imagefolder_a_subset_and_samplers_work_unchanged(root: Path) -> None
     assert Counter(torch.cat([t for _, t in shuffled]).tolist()) == Counter(dataset.targets)
 
 
+def test_kept_blocks_of_one_order_are_not_taken_for_anothers(root: Path) -> None:
+    # A shuffled subset is read in blocks by a block shuffle, and sample by sample in its own order.
+    chosen = torch.randperm(67, generator=torch.Generator().manual_seed(1)).tolist()
+    subset = torch.utils.data.Subset(datasets.ImageFolder(root / "train", EVAL), chosen)
+    expected = epoch_of(Loader(subset, batch_size=8, shuffle=False, ram=0))
+    by_block = Loader(subset, batch_size=8, shuffle="block", ram="16MB")
+    epoch_of(by_block)
+    assert by_block.stats()["kept_blocks"]
+    by_sample = Loader(subset, batch_size=8, shuffle=False, ram="16MB")
+    assert same(epoch_of(by_sample), expected)
+    by_sample.close()
+    by_block.close()
+
+
 def test_a_distributed_sampler_is_taken_over(root: Path) -> None:
     dataset = datasets.ImageFolder(str(root / "train"), SMALL)
     counts: Counter = Counter()

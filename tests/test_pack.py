@@ -24,11 +24,14 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import jpeg_bytes, photo_like, segments
+from jpeg_writer import Jpeg
 from PIL import Image
 
 from imagenet_seq import _native
+from imagenet_seq.disk import Disk
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Names
+from imagenet_seq.io_log import IoLog
 from imagenet_seq.pack import OnError, Settings, Summary, pack
 from imagenet_seq.scratch import Buckets, Encoded
 from imagenet_seq.sources import open_source
@@ -438,6 +441,22 @@ def test_same_bytes_from_any_disk_order_and_number_of_threads(source: Path, tmp_
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
+def test_the_bytes_of_a_pack_stay_what_they_always_were(tmp_path: Path) -> None:
+    """A pack made by the first version of the format, of images that no library encoded."""
+    for i in range(12):
+        image = Jpeg(24 + i, 20, sampling=[(2, 2), (1, 1), (1, 1)] if i % 2 else [(1, 1)])
+        add_image(tmp_path / "source", f"class_{i % 3}/{i}.jpg", image.data())
+    make_pack(tmp_path / "source", tmp_path / "pack", settings=Settings(shard_bytes=3500, seed=3))
+    (tmp_path / "pack/pack.json").unlink()  # it names the program's version
+    assert {name: digest[:16] for name, digest in tree(tmp_path / "pack").items()} == {
+        "index.npy": "8eeeaa4cc9818682",
+        "names.npy": "62211b48d0f83323",
+        "names_begin.npy": "f78edca7ca2cbfd5",
+        "shard-000000.tar": "81ab267334421ca5",
+        "shard-000001.tar": "af5273f9ce2ce1ad",
+    }
+
+
 def test_seed_moves_samples(source: Path, tmp_path: Path) -> None:
     names = []
     for seed in (0, 1):
@@ -463,6 +482,174 @@ def test_dealing_in_two_levels_gives_the_same_pack(noisy_source: Path, tmp_path:
     assert len(list((tmp_path / "one").glob("*.tar"))) > 8
     make_pack(noisy_source, tmp_path / "two", settings=settings, memory_bytes=3 << 20)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+# ---- requests of the disk ------------------------------------------------------------------------
+
+
+def requests(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("known", ["all", "some", "none"])
+def test_the_source_is_read_in_the_order_it_lies_on_the_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    def look_up(path: str) -> tuple[int, int]:
+        digest = hashlib.sha256(os.path.basename(path).encode()).digest()
+        is_known = known == "all" or (known == "some" and digest[0] % 2)
+        return os.stat(path).st_size, digest[1] << 12 if is_known else -1
+
+    monkeypatch.setattr(_native, "look_up", look_up)
+    make_pack(source, tmp_path / "pack", io_log=tmp_path / "log")
+    for name in ("choose tables", "deal"):
+        reads = [r for r in requests(tmp_path / "log") if r["pass"] == name and "address" in r]
+        assert sorted(r["file"] for r in reads) == sorted(map(str, source.rglob("*.jpg")))
+        expected = [(look_up(r["file"])[1], os.stat(r["file"]).st_ino) for r in reads]
+        assert [(r["address"], r["inode"]) for r in reads] == expected == sorted(expected)
+        assert all((r["offset"], r["bytes"]) == (0, os.stat(r["file"]).st_size) for r in reads)
+
+
+@pytest.mark.parametrize("memory_bytes", [4 << 20, 2 << 20], ids=["one level", "two levels"])
+def test_the_log_has_every_byte_that_is_moved(
+    noisy_source: Path, tmp_path: Path, memory_bytes: int
+) -> None:
+    options = {"settings": FOUR_SHARDS, "memory_bytes": memory_bytes}
+    make_pack(noisy_source, tmp_path / "pack", io_log=tmp_path / "log", **options)
+    bytes_of: dict[tuple[str, str], int] = {}
+    ends: dict[str, int] = {}
+    for request in requests(tmp_path / "log"):
+        file = os.path.basename(request["file"]).removesuffix(".tmp")
+        if request["op"] == "write" and file.startswith(("deal-", "split-", "shard-")):
+            assert request["offset"] == ends.get(file, 0)  # appended, without holes
+            ends[file] = request["offset"] + request["bytes"]
+        key = request["op"], file.split("-")[0]
+        bytes_of[key] = bytes_of.get(key, 0) + request["bytes"]
+    image_bytes = json.loads((tmp_path / "pack/pack.json").read_text())["image_bytes"]
+    for shard in (tmp_path / "pack").glob("*.tar"):
+        assert ends[shard.name] == shard.stat().st_size
+    kinds = {"deal", "split"} if memory_bytes == 2 << 20 else {"deal"}
+    for operation in ("write", "read"):
+        moved = {kind: n for (op, kind), n in bytes_of.items() if op == operation}
+        assert {kind: moved.get(kind) for kind in kinds} == dict.fromkeys(kinds, image_bytes)
+        assert ("split" in moved) == ("split" in kinds)
+
+
+def test_a_continued_packing_goes_on_with_the_log(source: Path, tmp_path: Path) -> None:
+    pack_until("replace", "rows-000000", source, tmp_path / "pack", io_log=tmp_path / "log")
+    before = (tmp_path / "log").read_text()
+    make_pack(source, tmp_path / "pack", io_log=tmp_path / "log")
+    after = (tmp_path / "log").read_text()
+    assert after.startswith(before)
+    assert {r["pass"] for r in requests(tmp_path / "log")} == {"choose tables", "deal", "finish"}
+
+
+def test_appends_are_long_and_memory_is_bounded(tmp_path: Path) -> None:
+    num_buckets, memory_bytes, image_bytes = 50, 1_000_000, 1000
+    log = IoLog(str(tmp_path / "log"))
+    buffered = [0]
+
+    def on_flush(rows: Any) -> None:
+        buffered[0] -= int(rows["length"].sum())
+
+    expected = dict.fromkeys(range(num_buckets), 400_000)
+    buckets = Buckets(str(tmp_path), "deal", memory_bytes, expected, on_flush, log=log)
+    rng = np.random.default_rng(9)
+    image = Encoded(memoryview(bytes(image_bytes)), 1, 1, 0, 0)
+    for sample in range(20_000):
+        buffered[0] += image_bytes
+        buckets.append(int(rng.integers(num_buckets)), sample, image, image_bytes, 0)
+        assert buffered[0] < memory_bytes
+    buckets.flush()
+    assert buffered[0] == 0
+    with log:
+        pass
+    writes = [r["bytes"] for r in requests(tmp_path / "log") if r["op"] == "write"]
+    assert sum(writes) == 20_000 * image_bytes
+    # A fixed share of the memory for each bucket would be half of this on average.
+    assert np.mean(writes) > 1.5 * memory_bytes / num_buckets
+
+
+def test_room_for_scratch_and_shards_is_reserved(
+    noisy_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: dict[str, int] = {}
+
+    def preallocate(descriptor: int, size: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        assert os.path.getsize(path) == 0
+        reserved[os.path.basename(path)] = size
+
+    monkeypatch.setattr(_native, "preallocate", preallocate)
+    make_pack(noisy_source, tmp_path / "pack", settings=FOUR_SHARDS)
+    shards = {f"{p.name}.tmp": p.stat().st_size for p in (tmp_path / "pack").glob("*.tar")}
+    scratch = {name: size for name, size in reserved.items() if name.startswith("deal-")}
+    assert len(scratch) == len(shards) == 4
+    assert {name: reserved[name] for name in shards} == shards
+    source_bytes = sum(path.stat().st_size for path in noisy_source.rglob("*.jpg"))
+    assert sum(scratch.values()) == pytest.approx(1.05 * source_bytes, abs=4)
+
+
+@pytest.mark.parametrize("file", ["deal-000001", "shard-000001.tar.tmp"])
+def test_no_room_to_reserve_is_a_full_disk(
+    noisy_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str,
+    uninterrupted: dict[str, str],
+) -> None:  # fmt: skip
+    def preallocate(descriptor: int, size: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(file):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as context:
+        context.setattr(_native, "preallocate", preallocate)
+        with pytest.raises(PackError, match=r"the disk is full .*run the same command again"):
+            continue_packing(noisy_source, tmp_path / "pack")
+    continue_packing(noisy_source, tmp_path / "pack")
+    assert tree(tmp_path / "pack") == uninterrupted
+
+
+def test_room_that_is_reserved_already_is_not_asked_for_again(
+    noisy_source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    scratch = unfinished.with_name("pack.partial") / "deal-000000"
+    needed = 12_000_000
+    with open(scratch, "r+b") as file:
+        _native.preallocate(file.fileno(), needed)
+    if os.stat(scratch).st_blocks * 512 < needed:
+        pytest.skip("this file system reserves nothing")
+    usage = shutil.disk_usage(unfinished.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    continue_packing(noisy_source, unfinished)
+
+
+@pytest.mark.parametrize("kind", ["hdd", "ssd", "two hdd"])
+def test_one_head_writes_before_it_reads_on(
+    noisy_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def choose_disk(path: str) -> Disk:
+        device = "8:16" if kind == "two hdd" and "pack" in os.path.basename(path) else "8:0"
+        return Disk(kind.split()[-1], "made up", device)
+
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noting_fsync(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr("imagenet_seq.pack.choose_disk", choose_disk)
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    log, options = tmp_path / "log", {"settings": FOUR_SHARDS, "memory_bytes": 4 << 20}
+    make_pack(noisy_source, tmp_path / "pack", io_log=log, **options)
+    appended = [
+        os.path.basename(r["file"])
+        for r in requests(log)
+        if (r["pass"], r["op"]) == ("deal", "write") and "deal-" in r["file"]
+    ]
+    assert len(appended) >= 4
+    waited = [name for name in synced if name.startswith("deal-")]
+    assert sorted(waited) == (sorted(appended) if kind == "hdd" else [])
 
 
 # ---- Huffman tables ------------------------------------------------------------------------------
@@ -918,7 +1105,7 @@ def test_scratch_outlives_an_interrupt_in_the_middle_of_a_sample(tmp_path: Path)
             raise KeyboardInterrupt
 
     flushed: list[Any] = []
-    buckets = Buckets(tmp_path, "deal", 1 << 20, flushed.append)
+    buckets = Buckets(str(tmp_path), "deal", 1 << 20, {0: 0, 1: 0}, flushed.append)
     with pytest.raises(KeyboardInterrupt):
         buckets.append(0, 1, Interrupting(), 4, 0)
     buckets.append(1, 2, Encoded(memoryview(b"whole"), 1, 1, 0, 0), 5, 0)

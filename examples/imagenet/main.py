@@ -286,6 +286,7 @@ class Training:
             if args.save_freq and self.num_batches % args.save_freq == 0:
                 self._save()
             self._stop_if_asked()
+        self.say(f"Data:  {self.train_loader.progress_line()}")
 
     def _train_batch(self, images: Tensor, target: Tensor) -> None:
         with self._autocast():

@@ -95,46 +95,83 @@ def _add_pack(commands: Any) -> None:
         "  imagenet-seq pack /data/imagenet /disk/imagenet-pack          # its train/ and val/\n"
         "  imagenet-seq pack /data/imagenet/train /disk/train-pack\n"
         "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n"
-        "  imagenet-seq pack /data/imagenet /disk/small --max-side 500   # half the bytes; lossy\n",
+        "  imagenet-seq pack /data/imagenet /disk/small --max-side 500   # half the bytes; lossy\n"
+        "  imagenet-seq pack --reshuffle /disk/pack /disk/pack2          # another order\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
     command.add_argument("source", help="class folders, or a folder with train/ and/or val/")
     command.add_argument("destination", help="the pack to make, outside SOURCE")
     command.add_argument(
-        "--keep-bytes", action="store_true", help="store every file's own bytes, re-code nothing"
+        "--reshuffle",
+        action="store_true",
+        help="SOURCE is a pack: make one of another order of it, the images as they are",
     )
     command.add_argument(
-        "--strip", action="store_true", help="drop ICC profiles, Exif thumbnails and comments"
+        "--seed",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="of the permutation (default 0; with --reshuffle, the next after the pack's)",
     )
+    _add_settings(command)
     _add_shrink(command)
+    command.add_argument(
+        "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
+    )
+    _add_workers(command)
+    command.add_argument(
+        "--memory",
+        type=_size,
+        default=512 << 20,
+        metavar="SIZE",
+        help="for dealing samples to shards (default 512MiB); one shard beside",
+    )
+    command.add_argument(
+        "--log-io", metavar="FILE", help="append every read and write to FILE, a line of JSON each"
+    )
+
+
+def _add_settings(command: Any) -> None:
+    """Add what decides the bytes of a pack; what is not given has the defaults of `Settings`."""
+    absent = argparse.SUPPRESS
+    command.add_argument(
+        "--keep-bytes",
+        action="store_true",
+        default=absent,
+        help="store every file's own bytes, re-code nothing",
+    )
+    command.add_argument(
+        "--strip",
+        action="store_true",
+        default=absent,
+        help="drop ICC profiles, Exif thumbnails and comments",
+    )
     command.add_argument(
         "--on-error",
         choices=("fail", "skip", "keep"),
-        default="fail",
+        default=absent,
         help="images that cannot be decoded: pack the others, then stop and name them (fail, the "
         "default); leave them out (skip); store their bytes as they are (keep)",
     )
     command.add_argument(
-        "--shard-size", type=_size, default=10**9, metavar="SIZE", help="of a shard (default 1GB)"
+        "--shard-size",
+        type=_size,
+        default=absent,
+        metavar="SIZE",
+        help="of a shard (default 1GB)",
     )
-    command.add_argument("--seed", type=int, default=0, help="of the permutation (default 0)")
     command.add_argument(
         "--restart-interval",
         type=int,
-        default=8,
+        default=absent,
         metavar="MCUS",
         help="MCUs between restart markers (default 8)",
     )
     command.add_argument(
         "--tables",
         choices=("pack", "image"),
-        default="pack",
+        default=absent,
         help="Huffman tables: the pack's, fastest to decode (default); each image its own, smaller",
     )
-    command.add_argument(
-        "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
-    )
-    _add_workers(command)
 
 
 def _add_shrink(command: Any) -> None:
@@ -168,25 +205,41 @@ def _shrink(options: argparse.Namespace) -> Shrink | None:
     return None
 
 
-def _pack(options: argparse.Namespace) -> int:
-    from imagenet_seq.pack import Settings, pack
+_FOR_RECODING = (
+    "keep_bytes", "strip", "on_error", "shard_size", "restart_interval", "tables", "max_side",
+    "quality", "subsampling",
+)  # fmt: skip
 
-    summaries = pack(
-        options.source,
-        options.destination,
-        settings=Settings(
-            keep_bytes=options.keep_bytes,
-            strip=options.strip,
-            restart_interval=options.restart_interval,
-            tables=options.tables,
-            shard_bytes=options.shard_size,
-            seed=options.seed,
-            shrink=_shrink(options),
-        ),
-        on_error=options.on_error,
-        splits=options.splits,
-        num_workers=options.workers,
-    )
+
+def _pack(options: argparse.Namespace) -> int:
+    from imagenet_seq.pack import Settings, pack, reshuffle
+
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    common = {
+        "splits": options.splits,
+        "num_workers": options.workers,
+        "memory_bytes": options.memory,
+        "io_log": options.log_io,
+    }
+    if options.reshuffle:
+        if refused := [key for key in _FOR_RECODING if key in given]:
+            raise ValueError(
+                f"--{refused[0].replace('_', '-')}: is for packing images, and --reshuffle keeps "
+                "those of a pack as they are: leave it out, or pack the original images anew"
+            )
+        summaries = reshuffle(options.source, options.destination, seed=given.get("seed"), **common)
+    else:
+        keys = ("keep_bytes", "strip", "restart_interval", "tables", "seed")
+        settings = {key: given[key] for key in keys if key in given}
+        if "shard_size" in given:
+            settings["shard_bytes"] = given["shard_size"]
+        summaries = pack(
+            options.source,
+            options.destination,
+            settings=Settings(**settings, shrink=_shrink(options)),
+            on_error=given.get("on_error", "fail"),
+            **common,
+        )
     for summary in summaries.values():
         ratio = summary.pack_bytes / max(summary.source_bytes, 1)
         already = ", complete already: nothing was done" if summary.was_complete else ""

@@ -142,8 +142,8 @@ class Loader:
             "auto", "48GB", "30%", a number of bytes, or 0. "auto": data that fits in half of what
             is available is read through the page cache; of larger data that much is kept. What is
             kept is read once; each epoch reads exactly the rest. Never changes the order.
-        disk: "auto", "hdd" (one request at a time, taken in turns by all processes) or "ssd"
-            (several requests at a time). Also from the environment variable IMAGENET_SEQ_DISK.
+        disk: "auto", "hdd" (one process at a time, in turns) or "ssd" (several requests at a
+            time). Also from the environment variable IMAGENET_SEQ_DISK.
         num_readers: threads that read; None: what suits the disk.
         direct: read past the page cache (O_DIRECT). None: where data is read in blocks and does not
             stay in the page cache.
@@ -489,12 +489,12 @@ class Loader:
         """Return counters of the current or last epoch's engine.
 
         ``read_``: bytes, requests, seeks (requests that do not begin where the last one ended),
-        requests past the page cache, bytes of all these that were found in it, and kept bytes, which
-        were not read at all. ``decode_``:
-        samples. ``batch_``: batches given to the script. ``foreign_``: rows and blocks that Python
-        made. ``block_``: bytes of blocks in memory, now and at most, and their bound. ``kept_``:
-        bytes and blocks that stay in memory, of all ranks of the node. ``*_s``: seconds a stage
-        worked or waited for another, summed over threads.
+        requests past the page cache, bytes of all these that were found in it; and kept bytes,
+        which were in memory and not read at all. ``decode_``: samples. ``batch_``: batches given to
+        the script. ``foreign_``: rows and blocks that Python made. ``block_``: bytes of blocks in
+        memory, now and at most, and their bound. ``kept_``: bytes and blocks that stay in memory,
+        of all ranks of the node. ``*_s``: seconds a stage worked or waited for another, summed over
+        threads.
         """
         for iterator in list(self._iterators):
             self._stats = iterator.stats() or self._stats
@@ -591,13 +591,15 @@ class Loader:
     def _arranged(self) -> read.Reading:
         """Decide how the source is read, and say so once."""
         if self._reading is None:
-            explicit = self._explicit_order is not None
-            by_sample = explicit or self._shuffle == "uniform"
+            index = self._source.index
+            by_sample = self._explicit_order is not None or not plan.reads_blocks(
+                index, self._order()
+            )
             num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(self._world_size)))
             self._reading = read.arrange(
                 self._source,
                 self._wishes,
-                in_blocks=not by_sample and self._source.index.length is not None,
+                in_blocks=not by_sample and index.length is not None,
                 units="samples" if by_sample else f"blocks of {self._block_bytes}",
                 num_ranks=min(num_ranks, self._world_size),
             )

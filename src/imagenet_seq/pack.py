@@ -40,8 +40,12 @@ import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import __version__, _native
+from imagenet_seq.disk import choose_disk
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Index, Names
+from imagenet_seq.io_log import NO_LOG, IoLog
+from imagenet_seq.origin import Folder, Origin, Packed
+from imagenet_seq.recode import Refused, Settings, encode, keep_damaged
 from imagenet_seq.scratch import (
     DEALT,
     Buckets,
@@ -49,22 +53,23 @@ from imagenet_seq.scratch import (
     Journal,
     ShardFile,
     encoded_from,
-    sync_folder,
+    sync,
     write_whole,
 )
-from imagenet_seq.shrink import NUM_SAMPLED, Forecast, Pair, Shrink, smaller_copy
-from imagenet_seq.sources import SPLITS, is_split, open_source
+from imagenet_seq.shrink import NUM_SAMPLED, Forecast, Pair, smaller_copy
+from imagenet_seq.sources import SPLITS, is_split
 from imagenet_seq.sources import pack as layout
 
-OnError = Literal["fail", "skip", "keep"]
-Tables = Literal["pack", "image"]
+__all__ = ["Failure", "OnError", "Settings", "Summary", "pack", "reshuffle", "summary_of"]
 
-DEFAULT_SHARD_BYTES = 10**9
+OnError = Literal["fail", "skip", "keep"]
+
 DEFAULT_MEMORY_BYTES = 512 << 20
 """Bound on the buffers of the deal; finishing a shard takes that shard's size beside."""
 
-_MIN_BUFFER_BYTES, _MAX_BUFFER_BYTES = 1 << 20, 8 << 20
-"""A scratch file grows by at least this much at a time, so that a hard disk seldom seeks."""
+_MIN_BUFFER_BYTES = 1 << 20
+"""Memory for each scratch file, at least: it grows by about twice that at a time, so that a hard
+disk seldom seeks."""
 
 _SPACE_MARGIN = 0.05
 """The pack's tables and the restart markers make ImageNet's images 4.3 % larger."""
@@ -78,54 +83,6 @@ _FORECAST_MARGIN = 0.12
 
 _TAR_BYTES = 2048
 """What a sample takes in a shard beside its image: headers, label and padding, about."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of a pack, beside the source.
-
-    Attributes:
-        keep_bytes: store every image's own bytes instead of re-coding it.
-        strip: drop ICC profiles, Exif thumbnails and comments while re-coding.
-        restart_interval: MCUs between restart markers, 1 to 65535.
-        tables: whose Huffman tables images have: those of the "pack", which decode fastest, or
-            each "image" its own, which takes 2.5 % fewer bytes. Means nothing with keep_bytes.
-        shard_bytes: bytes of the source that go into one shard, about.
-        seed: of the permutation.
-        shrink: what smaller copies are to be like; None: every image keeps its pixels.
-    """
-
-    keep_bytes: bool = False
-    strip: bool = False
-    restart_interval: int = 8
-    tables: Tables = "pack"
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    seed: int = 0
-    shrink: Shrink | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: expected 0 to 2**64 - 1, got {self.seed}")
-        if not 1 <= self.restart_interval <= 65535:
-            raise ValueError(
-                f"restart_interval: expected 1 to 65535 MCUs, got {self.restart_interval}"
-            )
-        if self.tables not in get_args(Tables):
-            raise ValueError(f"tables: expected one of {get_args(Tables)}, got {self.tables!r}")
-        if self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes: expected 1 or more, got {self.shard_bytes}")
-        if self.keep_bytes and self.strip:
-            raise ValueError("keep_bytes and strip contradict each other: give one of the two")
-        if self.keep_bytes and self.shrink:
-            raise ValueError("keep_bytes and max_side contradict each other: give one of the two")
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings as pack.json records them."""
-        settings = asdict(self)
-        shrink = settings.pop("shrink")
-        if shrink is None:
-            shrink = dict.fromkeys(field.name for field in dataclasses.fields(Shrink))
-        return {**settings, **shrink}
 
 
 @dataclass(frozen=True)
@@ -180,6 +137,7 @@ def pack(
     num_workers: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     progress: bool = True,
+    io_log: str | os.PathLike[str] | None = None,
 ) -> dict[str, Summary]:
     """Pack a folder of class folders, or a root with train/ and val/, into `destination`.
 
@@ -198,6 +156,7 @@ def pack(
         memory_bytes: bound on the buffers for dealing samples to shards.
         progress: whether to show progress on stderr, and before that what smaller copies do to size
             and speed.
+        io_log: file to append all requests to, in order; docs/packing.md describes it.
 
     Returns:
         For each split packed ("" where source is no root) what its pack holds.
@@ -209,18 +168,80 @@ def pack(
     """
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error: expected one of {get_args(OnError)}, got {on_error!r}")
-    settings = settings or Settings()
+    kept = settings or Settings()
+
+    def open_folder(path: str, log: IoLog) -> Origin:
+        return Folder(path, kept, log, progress)
+
+    options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
+    return _pack_all(source, destination, splits, io_log, open_folder, options)
+
+
+def reshuffle(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    seed: int | None = None,
+    splits: Sequence[str] | None = None,
+    num_workers: int | None = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    progress: bool = True,
+    io_log: str | os.PathLike[str] | None = None,
+) -> dict[str, Summary]:
+    """Make a pack of another order of the pack `source`, whose images stay byte for byte.
+
+    The new pack is the one that `pack` makes of the original images with this seed, but for the
+    pack's Huffman tables, which were fitted to the images that came first; with tables="image" or
+    keep_bytes, or up to 512 images, it is the same to the last byte. Every image's checksum is
+    compared. When interrupted, the same call continues.
+
+    Args:
+        source: a pack, or a root that holds the packs train/ and/or val/.
+        destination: the pack to make; of a root, the folder for destination/train and so on.
+        seed: of the new permutation; None: one more than that of the pack.
+        splits: which splits of a root to pack; None: those that are there.
+        num_workers: threads that check; None: one for each available core.
+        memory_bytes: bound on the buffers for dealing samples to shards.
+        progress: whether to show progress on stderr.
+        io_log: file to append all requests to, in order; docs/packing.md describes it.
+
+    Returns:
+        For each split packed ("" where source is no root) what its pack holds.
+
+    Raises:
+        PackError: where packing stops; the message says why and how to go on.
+        DataError: where the pack's tables are damaged.
+        FileNotFoundError: where the source is not recognised.
+        ValueError: where an argument is out of its domain.
+    """
+
+    def open_pack(path: str, log: IoLog) -> Origin:
+        return Packed(path, seed, log)
+
+    options = _RunOptions(None, num_workers or layout.num_cores(), memory_bytes, progress)
+    return _pack_all(source, destination, splits, io_log, open_pack, options)
+
+
+def _pack_all(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    splits: Sequence[str] | None,
+    io_log: str | os.PathLike[str] | None,
+    open_origin: Callable[[str, IoLog], Origin],
+    options: _RunOptions,
+) -> dict[str, Summary]:
     source = os.path.abspath(os.path.expanduser(os.fspath(source)))
     destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
-    options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
     tasks = _tasks(source, destination, splits)
     _refuse_overlap(source, destination, tasks)
-    # All are opened before the first is packed for hours.
-    opened = [_open_folder(task.source, options) for task in tasks]
-    return {
-        task.split: _pack_one(index, task.destination, settings, options)
-        for task, index in zip(tasks, opened, strict=True)
-    }
+    with IoLog(None if io_log is None else os.fspath(io_log)) as log:
+        options = options._replace(log=log)
+        # All are opened before the first is packed for hours.
+        origins = [open_origin(task.source, log) for task in tasks]
+        return {
+            task.split: _pack_one(origin, task.destination, options)
+            for task, origin in zip(tasks, origins, strict=True)
+        }
 
 
 class _Task(NamedTuple):
@@ -273,10 +294,11 @@ def _is_inside(path: str, folder: str) -> bool:
 class _RunOptions(NamedTuple):
     """What does not change the bytes of a pack that gets finished without failures."""
 
-    on_error: OnError
+    on_error: OnError | None  # None: as a pack that is reshuffled has it; further failures stop
     num_workers: int
     memory_bytes: int
     progress: bool
+    log: IoLog = NO_LOG
 
     def bar(self, what: str, total: int, done: int = 0) -> Any:
         return tqdm(
@@ -285,17 +307,9 @@ class _RunOptions(NamedTuple):
         )  # fmt: skip
 
 
-def _open_folder(source: str, options: _RunOptions) -> Index:
-    opened = open_source(source, progress=options.progress)
-    if opened.kind != "imagefolder":
-        raise ValueError(f"{source}: expected a folder of class folders, found a {opened.kind}")
-    return opened.index
-
-
-def _pack_one(index: Index, destination: str, settings: Settings, options: _RunOptions) -> Summary:
+def _pack_one(origin: Origin, destination: str, options: _RunOptions) -> Summary:
     partial = destination + layout.PARTIAL_SUFFIX
-    files = _stat_all(index, options)
-    plan = _Plan.make(index, files, settings, options.memory_bytes)
+    plan = _Plan.make(origin, options)
     if os.path.lexists(destination):
         summary = _finished_before(destination, plan, options.on_error)
         _clear_scrap(partial)
@@ -309,7 +323,7 @@ def _pack_one(index: Index, destination: str, settings: Settings, options: _RunO
         if plan.forecast and plan.settings.shrink and options.progress:
             text = plan.forecast.text(plan.settings.shrink, plan.source_bytes)
             tqdm.write(f"{destination}: {text}", file=sys.stderr)
-        workshop = _Workshop(partial, agreed, options)
+        workshop = _Workshop(partial, agreed, plan.image_bytes, options)
         workshop.deal()
         workshop.finish_shards()
         workshop.finish_pack(destination)
@@ -334,14 +348,16 @@ def summary_of(folder: str) -> Summary:
     )
 
 
-def _finished_before(destination: str, plan: _Plan, on_error: OnError) -> Summary:
+def _finished_before(destination: str, plan: _Plan, on_error: OnError | None) -> Summary:
     """Accept a pack that the same command made before; refuse everything else that is there."""
     summary, differences = None, ""
     with contextlib.suppress(DataError, OSError):
         about = layout.read_pack(destination).about
-        differences = _differences(about["settings"], plan.settings.describe())
-        same = not differences and about["source"]["index_id"] == plan.index.id
-        if same and about["source"]["bytes"] == plan.source_bytes:
+        differences = _differences(about["settings"], plan.origin.settings_record)
+        same = not differences and about["source"] == plan.origin.record
+        if plan.tables is not None:
+            same = same and about["huffman_tables"] == layout.describe_tables(plan.tables)
+        if same:
             summary = summary_of(destination)
     if summary is None:
         raise PackError(
@@ -369,8 +385,10 @@ def _clear_scrap(partial: str) -> None:
             _delete_scrap(partial)
 
 
-def _fits_policy(on_error: OnError, kept: Sequence[bool]) -> bool:
+def _fits_policy(on_error: OnError | None, kept: Sequence[bool]) -> bool:
     """Tell whether failures, each kept or left out, are what a run with `on_error` gives."""
+    if on_error is None:
+        return True
     if on_error == "fail":
         return not kept
     return all(kept) if on_error == "keep" else not any(kept)
@@ -508,7 +526,7 @@ def _agree_on_plan(partial: str, plan: _Plan, options: _RunOptions) -> _Plan:
             "huffman_tables": layout.describe_tables(plan.tables),
         }
         write_whole(path, json.dumps({**now, **chosen}, indent=1).encode())
-        sync_folder(partial)
+        sync(partial)
         return plan
     differences = _differences(before, now)
     if differences:
@@ -552,7 +570,7 @@ def _check_space(partial: str, plan: _Plan) -> None:
     tar_bytes = _TAR_BYTES * len(plan.index)
     needed = image_bytes * (1 + _SPACE_MARGIN) + tar_bytes + at_once
     present = sum(
-        os.stat(os.path.join(folder, name)).st_size
+        _allocated_bytes(os.path.join(folder, name))
         for folder, _, names in os.walk(partial)
         for name in names
     )
@@ -565,20 +583,26 @@ def _check_space(partial: str, plan: _Plan) -> None:
         )
 
 
+def _allocated_bytes(path: str) -> int:
+    """Return what a file takes on the disk, with what is reserved behind its end."""
+    stat = os.stat(path)
+    return max(stat.st_size, stat.st_blocks * 512)
+
+
 def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | None:
-    """Fit Huffman tables to the first samples of the pack; None where none are needed.
+    """Fit Huffman tables to the first samples of the pack, if there must be some and are none yet.
 
     Raises:
         PackError: where so many of them cannot be read that the disk must be dying.
     """
-    if plan.settings.keep_bytes or plan.settings.tables == "image":
-        return None
+    if plan.tables or plan.settings.keep_bytes or plan.settings.tables == "image":
+        return plan.tables
 
     def images() -> Iterator[bytes]:
         unreadable: list[Failure] = []
         for sample in samples.tolist():
-            data = _read(plan.path(sample))
-            if not isinstance(data, _Refused):
+            data = plan.origin.read(sample)
+            if not isinstance(data, Refused):
                 yield data
             elif data.is_read_error:
                 unreadable.append(Failure(plan.index.name[sample], data.reason, False))
@@ -590,7 +614,8 @@ def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | N
 
     # The places in the pack are random, so its first samples are as good as any.
     samples = plan.order[:_TABLES_SAMPLES]
-    samples = samples[np.argsort(plan.files.inodes[samples], kind="stable")]
+    samples = plan.origin.in_disk_order(samples)
+    options.log.begin_pass("choose tables")
     counts = np.zeros((4, 256), np.uint64)
     with (
         ThreadPoolExecutor(options.num_workers) as threads,
@@ -641,44 +666,12 @@ def _refuse_dying_disk(unreadable: Sequence[Failure], root: str, partial: str) -
 # ---- the plan: which sample goes where -----------------------------------------------------------
 
 
-class _Files(NamedTuple):
-    """What stat says of every sample's file; -1 where it fails (reading says why)."""
-
-    sizes: npt.NDArray[np.int64]
-    mtimes_ns: npt.NDArray[np.int64]
-    inodes: npt.NDArray[np.int64]
-
-
-def _stat_all(index: Index, options: _RunOptions) -> _Files:
-    def stat_slice(first: int) -> list[tuple[int, int, int]]:
-        found = []
-        for name in index.files[first : first + slice_size]:
-            try:
-                stat = os.stat(os.path.join(index.root, name))
-                found.append((stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1)))
-            except OSError:
-                found.append((-1, -1, -1))
-        return found
-
-    slice_size = 1024
-    table = np.empty((len(index), 3), np.int64)
-    firsts = range(0, len(index), slice_size)
-    # Threads overlap the waits for a disk or a network; eight keep a disk's queue full.
-    with ThreadPoolExecutor(8) as threads, options.bar("look at files", len(index)) as bar:
-        for first, found in zip(firsts, threads.map(stat_slice, firsts), strict=True):
-            table[first : first + len(found)] = found
-            bar.update(len(found))
-    return _Files(*(column.copy() for column in table.T))
-
-
 @dataclass(frozen=True)
 class _Plan:
     """Everything that is known before the first image is read.
 
     Attributes:
-        index: the source.
-        settings: what the pack is to be like.
-        files: size, time and inode of each sample's file.
+        origin: what is packed, and what the pack is to be like.
         num_shards: shards of the pack.
         shards_per_bucket: shards that share a scratch file in the first round of dealing.
         order: sample of each place in the pack.
@@ -687,23 +680,30 @@ class _Plan:
         tables: Huffman tables of the pack; None: not chosen yet, or each image has its own.
     """
 
-    index: Index
-    settings: Settings
-    files: _Files
+    origin: Origin
     num_shards: int
     shards_per_bucket: int
-    tables: bytes | None = None
+    tables: bytes | None
 
     @classmethod
-    def make(cls, index: Index, files: _Files, settings: Settings, memory_bytes: int) -> _Plan:
-        source_bytes = _known_bytes(files)
-        num_shards = max(1, min(len(index), -(-source_bytes // settings.shard_bytes)))
-        most_buckets = max(1, memory_bytes // _MIN_BUFFER_BYTES)
-        return cls(index, settings, files, num_shards, -(-num_shards // most_buckets))
+    def make(cls, origin: Origin, options: _RunOptions) -> _Plan:
+        wanted = -(-origin.record["bytes"] // origin.settings.shard_bytes)
+        num_shards = max(1, min(len(origin.index), wanted))
+        most_buckets = max(1, options.memory_bytes // _MIN_BUFFER_BYTES)
+        return cls(origin, num_shards, -(-num_shards // most_buckets), origin.tables)
 
-    @functools.cached_property
+    @property
+    def index(self) -> Index:
+        return self.origin.index
+
+    @property
+    def settings(self) -> Settings:
+        return self.origin.settings
+
+    @property
     def source_bytes(self) -> int:
-        return _known_bytes(self.files)
+        """What is read of the source."""
+        return self.origin.stamps.known_bytes
 
     @functools.cached_property
     def forecast(self) -> Forecast | None:
@@ -713,16 +713,14 @@ class _Plan:
         """
         if self.settings.shrink is None:
             return None
-        lossless = dataclasses.replace(
-            self, settings=dataclasses.replace(self.settings, shrink=None)
-        )
+        lossless = dataclasses.replace(self.settings, shrink=None)
         num_sampled = min(NUM_SAMPLED, len(self.index))
         pairs = []
         for place in range(num_sampled):
-            data = _read(self.path(place * len(self.index) // num_sampled))
-            if isinstance(data, _Refused):
+            data = self.origin.read(place * len(self.index) // num_sampled)
+            if isinstance(data, Refused):
                 continue
-            before, after = _encode(data, lossless), _encode(data, self)
+            before, after = (encode(data, s, self.tables) for s in (lossless, self.settings))
             if isinstance(before, Encoded) and isinstance(after, Encoded):
                 pairs.append(Pair(len(data), before, after))
         return Forecast.measure(pairs, self.settings.shrink) if pairs else None
@@ -758,22 +756,22 @@ class _Plan:
         first = bucket * self.shards_per_bucket
         return range(first, min(first + self.shards_per_bucket, self.num_shards))
 
-    def path(self, sample: int) -> str:
-        """Return the file of a sample."""
-        return os.path.join(self.index.root, self.index.files[int(self.index.file[sample])])
+    def expected_bytes(self, image_bytes: int) -> dict[int, int]:
+        """Return what each bucket will hold, at most, where all images take `image_bytes`."""
+        ratio = image_bytes * (1 + _SPACE_MARGIN) / max(self.source_bytes, 1)
+        buckets = self.shard_of_sample // self.shards_per_bucket
+        sizes = np.maximum(self.origin.stamps.sizes, 0)
+        source_bytes = np.bincount(buckets, sizes, self.num_buckets)
+        return dict(enumerate((source_bytes * ratio).astype(np.int64).tolist()))
 
     def describe(self) -> dict[str, Any]:
         """Return what a continued packing must agree on."""
         return {
-            **self.settings.describe(),
+            **self.origin.settings_record,
             "version": __version__,
             "source": os.path.abspath(self.index.root),
-            "source_id": self.index.id,
+            "source_id": self.origin.id,
         }
-
-
-def _known_bytes(files: _Files) -> int:
-    return int(files.sizes[files.sizes > 0].sum())
 
 
 def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
@@ -788,97 +786,13 @@ def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(map(digest, names)), "<u8").astype(np.uint64)
 
 
-# ---- encoding ------------------------------------------------------------------------------------
-
-
-class _Refused(NamedTuple):
-    """Why a sample is no image, or could not be read."""
-
-    reason: str
-    data: bytes | None  # None: there is nothing to keep
-    is_read_error: bool = False  # the disk's failure, not the image's
-
-
-def _read(path: str) -> bytes | _Refused:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            data = file.readall()
-    except OSError as error:
-        code = errno.errorcode.get(error.errno or 0, "?")
-        return _Refused(f"cannot be read: {error.strerror} ({code})", None, is_read_error=True)
-    if len(data) > layout.MAX_IMAGE_BYTES:
-        return _Refused(f"{len(data)} bytes are more than a tar member can hold", None)
-    return data
-
-
-def _encode(data: bytes, plan: _Plan) -> Encoded | _Refused:
-    """Return an image as it is to be stored."""
-    copy = smaller_copy(data, plan.settings.shrink) if plan.settings.shrink else None
-    if copy is None:
-        return _recode(data, plan)
-    encoded = _recode(copy, plan)
-    if isinstance(encoded, Encoded):
-        encoded = encoded._replace(flags=encoded.flags | layout.FLAG_SHRUNK)
-    return encoded
-
-
-def _recode(data: bytes, plan: _Plan) -> Encoded | _Refused:
-    """Re-code one image, or keep it where the core can't but Pillow can decode it."""
-    settings = plan.settings
-    recoded = _native.transcode(data, settings.restart_interval, settings.strip, plan.tables)
-    if recoded is not None and _is_trusted(recoded[0].data, data, settings):
-        stored = memoryview(data) if settings.keep_bytes else recoded[0].data
-        flags = layout.FLAG_CLEAN | (0 if settings.keep_bytes else layout.FLAG_CANONICAL)
-        header = recoded[1]
-        return Encoded(stored, header.width, header.height, _native.crc32c(stored), flags)
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            image.convert("RGB")
-    except UnidentifiedImageError:
-        # Pillow's own text holds a memory address, and reports must not differ between runs.
-        return _Refused("is no image that Pillow can identify", data)
-    except Exception as error:  # a damaged image raises almost anything
-        return _Refused(f"Pillow cannot decode it: {type(error).__name__}: {error}", data)
-    return Encoded(memoryview(data), width, height, _native.crc32c(data), 0)
-
-
-def _is_trusted(recoded: memoryview, data: bytes, settings: Settings) -> bool:
-    """Whether what was re-coded may stand for `data`.
-
-    What the core decodes anyway is exact. Images in several scans are otherwise left to Pillow, so
-    that their pixels are Pillow's by construction; Pillow has to confirm that they stay the same.
-    """
-    header = _native.read_header(data)
-    if header is not None and header.supported:
-        return True
-    return not settings.keep_bytes and _pixels_are_equal(recoded, data)
-
-
-def _pixels_are_equal(first: memoryview, second: bytes) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(first)) as one, Image.open(io.BytesIO(second)) as other:
-            same_kind = (one.mode, one.size) == (other.mode, other.size)
-            return same_kind and one.tobytes() == other.tobytes()
-    except Exception:  # a damaged image raises almost anything
-        return False
-
-
-def _keep_damaged(refused: _Refused) -> Encoded | _Refused:
-    if refused.data is None:
-        return refused
-    crc = _native.crc32c(refused.data)
-    return Encoded(memoryview(refused.data), -1, -1, crc, layout.FLAG_DAMAGED)
-
-
 # ---- the two passes ------------------------------------------------------------------------------
 
 _RUN_SAMPLES, _RUN_BYTES = 16, 4 << 20
 """A worker gets this many samples at once: enough to hide what handing over costs."""
+
+_RUNS_AHEAD = 32
+"""So many more runs, 60 MB, give the workers something to do while a disk is busy writing."""
 
 _MAX_REPORTED = 20
 _MAX_FAILURES = 1000
@@ -896,6 +810,12 @@ def _listed(failures: Sequence[Failure]) -> str:
     return "\n".join(lines)
 
 
+def _share_a_head(source: str, destination: str) -> bool:
+    """Tell whether what is read and what is written lie on the same hard disk."""
+    read, written = choose_disk(source), choose_disk(destination)
+    return read.has_one_head and read.device == written.device
+
+
 class _ShardRows(NamedTuple):
     """What is written beside a finished shard: its rows, and what it was made of."""
 
@@ -909,20 +829,24 @@ class _ShardRows(NamedTuple):
 class _Workshop:
     """Deals samples to scratch files, then makes shards of them, in a claimed folder."""
 
-    def __init__(self, partial: str, plan: _Plan, options: _RunOptions) -> None:
+    def __init__(self, partial: str, plan: _Plan, image_bytes: int, options: _RunOptions) -> None:
         self._partial = partial
         self._pack_folder = os.path.join(partial, _PACK_FOLDER)
         self._plan = plan
         self._options = options
-        self._failures: dict[int, Failure] = {}
+        known = plan.origin.known_failures
+        self._failures = {sample: Failure(**failure) for sample, failure in known.items()}
         self._unreadable: list[Failure] = []
-        self._journal = Journal(os.path.join(partial, _JOURNAL_FILE))
-        buffer_bytes = options.memory_bytes // plan.num_buckets
+        self._journal = Journal(os.path.join(partial, _JOURNAL_FILE), options.log)
+        expected_bytes = plan.expected_bytes(image_bytes)
         self._buckets = Buckets(
             partial,
             "deal",
-            min(max(buffer_bytes, _MIN_BUFFER_BYTES), _MAX_BUFFER_BYTES),
+            options.memory_bytes,
+            expected_bytes,
             self._journal.add,
+            waits=_share_a_head(plan.index.root, partial),
+            log=options.log,
         )
         self._finished = self._keep_finished()
         self._recover()
@@ -937,7 +861,7 @@ class _Workshop:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._shard_path(shard))
         # Otherwise a power failure could bring an old shard back beside its new rows.
-        sync_folder(self._pack_folder)
+        sync(self._pack_folder)
         return finished
 
     def _is_finished(self, shard: int) -> bool:
@@ -980,9 +904,9 @@ class _Workshop:
         expected = plan.shard_of_sample[sample] // plan.shards_per_bucket
         good &= rows["bucket"] == expected
         good &= rows["offset"] + rows["length"] <= file_size[expected]
-        good &= rows["source_length"] == plan.files.sizes[sample]
-        good &= rows["source_mtime_ns"] == plan.files.mtimes_ns[sample]
-        if self._options.on_error != "keep":
+        good &= rows["source_length"] == plan.origin.stamps.sizes[sample]
+        good &= rows["source_mtime_ns"] == plan.origin.stamps.mtimes_ns[sample]
+        if self._options.on_error in ("fail", "skip"):
             good &= (rows["flags"] & layout.FLAG_DAMAGED) == 0
         return np.asarray(good)
 
@@ -998,9 +922,10 @@ class _Workshop:
         missing[self._journal.rows()["sample"]] = False
         for shard in self._finished:
             missing[self._samples_of(shard)] = False
-        samples = np.flatnonzero(missing)
-        # Inodes are given out about in the order of a file system's blocks.
-        samples = samples[np.argsort(self._plan.files.inodes[samples], kind="stable")]
+        known = self._plan.origin.known_failures
+        missing[[sample for sample, failure in known.items() if not failure["kept"]]] = False
+        samples = self._plan.origin.in_disk_order(np.flatnonzero(missing))
+        self._options.log.begin_pass("deal")
         done = len(missing) - len(samples)
         with (
             ThreadPoolExecutor(self._options.num_workers) as threads,
@@ -1008,7 +933,7 @@ class _Workshop:
         ):
             try:
                 runs = self._read_runs(samples)  # in this thread, in this order
-                ahead = 2 * self._options.num_workers
+                ahead = 2 * self._options.num_workers + _RUNS_AHEAD
                 for run in _map_ahead(threads, self._encode_run, runs, ahead):
                     for sample, length, encoded in run:
                         self._deal_one(sample, length, encoded)
@@ -1019,13 +944,13 @@ class _Workshop:
 
     def _read_runs(
         self, samples: npt.NDArray[np.int64]
-    ) -> Iterator[list[tuple[int, bytes | _Refused]]]:
-        run: list[tuple[int, bytes | _Refused]] = []
+    ) -> Iterator[list[tuple[int, bytes | Refused]]]:
+        run: list[tuple[int, bytes | Refused]] = []
         run_bytes = 0
         for sample in samples.tolist():
-            data = _read(self._plan.path(sample))
+            data = self._plan.origin.read(sample)
             run.append((sample, data))
-            run_bytes += 0 if isinstance(data, _Refused) else len(data)
+            run_bytes += 0 if isinstance(data, Refused) else len(data)
             if len(run) >= _RUN_SAMPLES or run_bytes >= _RUN_BYTES:
                 yield run
                 run, run_bytes = [], 0
@@ -1033,26 +958,29 @@ class _Workshop:
             yield run
 
     def _encode_run(
-        self, run: list[tuple[int, bytes | _Refused]]
-    ) -> list[tuple[int, int, Encoded | _Refused]]:
+        self, run: list[tuple[int, bytes | Refused]]
+    ) -> list[tuple[int, int, Encoded | Refused]]:
         return [
             (sample, -1, data)
-            if isinstance(data, _Refused)
-            else (sample, len(data), _encode(data, self._plan))
+            if isinstance(data, Refused)
+            else (sample, len(data), self._encode(sample, data))
             for sample, data in run
         ]
 
-    def _deal_one(self, sample: int, length: int, encoded: Encoded | _Refused) -> None:
-        if isinstance(encoded, _Refused):
+    def _encode(self, sample: int, data: bytes) -> Encoded | Refused:
+        return self._plan.origin.encode(sample, data, self._plan.tables)
+
+    def _deal_one(self, sample: int, length: int, encoded: Encoded | Refused) -> None:
+        if isinstance(encoded, Refused):
             encoded = self._fail(sample, encoded)
         if isinstance(encoded, Encoded):
             bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
-            mtime_ns = int(self._plan.files.mtimes_ns[sample])
+            mtime_ns = int(self._plan.origin.stamps.mtimes_ns[sample])
             self._buckets.append(bucket, sample, encoded, length, mtime_ns)
 
-    def _fail(self, sample: int, refused: _Refused) -> Encoded | _Refused:
+    def _fail(self, sample: int, refused: Refused) -> Encoded | Refused:
         """Note a failure; return what is to be stored under on_error="keep"."""
-        kept = _keep_damaged(refused) if self._options.on_error == "keep" else refused
+        kept = keep_damaged(refused) if self._options.on_error == "keep" else refused
         name = self._plan.index.name[sample]
         failure = Failure(name, refused.reason, isinstance(kept, Encoded))
         self._failures[sample] = failure
@@ -1061,21 +989,29 @@ class _Workshop:
         if refused.is_read_error:
             self._unreadable.append(failure)
             _refuse_dying_disk(self._unreadable, self._plan.index.root, self._partial)
-        if self._options.on_error == "fail" and len(self._failures) >= _MAX_FAILURES:
+        is_stopping = self._options.on_error in ("fail", None)
+        if is_stopping and len(self._failures) >= _MAX_FAILURES:
             self._stop_on_failures()
         return kept
 
     def _stop_on_failures(self) -> None:
-        stopping = [f for f in self._failures.values() if not f.kept]
-        if not stopping or self._options.on_error == "skip":
+        known = self._plan.origin.known_failures
+        stopping = [f for s, f in self._failures.items() if not f.kept and s not in known]
+        on_error = self._options.on_error
+        if not stopping or on_error == "skip":
             return
-        keep = ", or --on-error keep to store their bytes as they are"
+        how = "Repair them, or add --on-error skip to leave them out"
+        if on_error == "fail":
+            how += ", or --on-error keep to store their bytes as they are"
+        if on_error is None:
+            how = (
+                "The pack is damaged: bring these shards back from a copy, or pack the original "
+                "images with the new seed instead"
+            )
         raise PackError(
             f"{len(stopping)} of {len(self._plan.index)} images cannot be packed:\n"
             + _listed(stopping)
-            + "\nRepair them, or add --on-error skip to leave them out"
-            + (keep if self._options.on_error == "fail" else "")
-            + f"; then run the command again: it continues from {self._partial}"
+            + f"\n{how}; then run the command again: it continues from {self._partial}"
         )
 
     # ---- finish
@@ -1084,6 +1020,7 @@ class _Workshop:
         """Make every shard that is not there yet, each from one sequential read of its scratch."""
         plan = self._plan
         rows = self._journal.rows()
+        self._options.log.begin_pass("finish")
         done = sum(len(self._samples_of(shard)) for shard in self._finished)
         with self._options.bar("write shards", len(plan.index), done) as bar:
             for bucket in range(plan.num_buckets):
@@ -1105,10 +1042,16 @@ class _Workshop:
         Nothing of this is journalled: a killed run begins again with the group's scratch.
         """
         again: list[npt.NDArray[np.void]] = []
-        split = Buckets(self._partial, "split", _MIN_BUFFER_BYTES, again.append)
+        rows = rows[np.isin(self._plan.shard_of_sample[rows["sample"]], shards)]
+        in_shard = self._plan.shard_of_sample[rows["sample"]]
+        expected_bytes = {s: int(rows["length"][in_shard == s].sum()) for s in shards}
+        memory_bytes, log = self._options.memory_bytes, self._options.log
+        split = Buckets(
+            self._partial, "split", memory_bytes, expected_bytes, again.append,
+            waits=_share_a_head(self._partial, self._partial), log=log,
+        )  # fmt: skip
         for shard in shards:
             split.remove(shard)
-        rows = rows[np.isin(self._plan.shard_of_sample[rows["sample"]], shards)]
         for row, data in self._buckets.read(bucket, np.sort(rows, order="offset")):
             sample = int(row["sample"])
             shard = int(self._plan.shard_of_sample[sample])
@@ -1126,9 +1069,10 @@ class _Workshop:
         """Write one shard, and beside it the rows that the index will need."""
         dealt = {int(row["sample"]): row for row in rows}
         path = self._shard_path(shard)
+        expected_bytes = layout.shard_bytes(rows["length"])
         table: list[tuple[Any, ...]] = []
         samples: list[int] = []
-        with ShardFile(path + ".tmp") as file:
+        with ShardFile(path + ".tmp", expected_bytes, self._options.log) as file:
             for sample in self._samples_of(shard).tolist():
                 encoded = self._take_dealt(scratch, dealt.get(sample), sample)
                 if encoded is not None:
@@ -1148,8 +1092,8 @@ class _Workshop:
         content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
         content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
         content += self._source_files(shard).tobytes()
-        write_whole(self._rows_path(shard), content)
-        sync_folder(self._partial)  # a power failure must not leave a shard without its rows
+        write_whole(self._rows_path(shard), content, self._options.log)
+        sync(self._partial)  # a power failure must not leave a shard without its rows
         os.replace(path + ".tmp", path)
 
     def _write_sample(
@@ -1179,15 +1123,15 @@ class _Workshop:
                 if row["flags"] & layout.FLAG_DAMAGED and sample not in self._failures:
                     self._encode_again(sample, bytes(data))  # an earlier run knew what is wrong
                 return encoded_from(data, row)
-        if sample in self._failures:
+        if sample in self._failures and not self._failures[sample].kept:
             return None
-        encoded = self._encode_again(sample, _read(self._plan.path(sample)))
+        encoded = self._encode_again(sample, self._plan.origin.read(sample))
         self._stop_on_failures()
         return encoded
 
-    def _encode_again(self, sample: int, data: bytes | _Refused) -> Encoded | None:
-        encoded = data if isinstance(data, _Refused) else _encode(data, self._plan)
-        if isinstance(encoded, _Refused):
+    def _encode_again(self, sample: int, data: bytes | Refused) -> Encoded | None:
+        encoded = data if isinstance(data, Refused) else self._encode(sample, data)
+        if isinstance(encoded, Refused):
             encoded = self._fail(sample, encoded)
         return encoded if isinstance(encoded, Encoded) else None
 
@@ -1211,8 +1155,8 @@ class _Workshop:
 
     def _source_files(self, shard: int) -> npt.NDArray[np.int64]:
         """Return sizes and times, before reading, of the files that the shard is made of."""
-        samples, files = self._samples_of(shard), self._plan.files
-        return np.stack([files.sizes[samples], files.mtimes_ns[samples]]).astype("<i8")
+        samples, stamps = self._samples_of(shard), self._plan.origin.stamps
+        return np.stack([stamps.sizes[samples], stamps.mtimes_ns[samples]]).astype("<i8")
 
     def _read_rows(self, shard: int) -> _ShardRows | None:
         """Return what was written beside a shard; None where it is missing or torn."""
@@ -1266,9 +1210,9 @@ class _Workshop:
         about = self._about(rows, names, abouts, failures, files)
         text = json.dumps(about, indent=1, ensure_ascii=True)
         write_whole(os.path.join(self._pack_folder, layout.PACK_FILE), text.encode())
-        sync_folder(self._pack_folder)
+        sync(self._pack_folder)
         os.rename(self._pack_folder, destination)
-        sync_folder(os.path.dirname(destination))
+        sync(os.path.dirname(destination))
         _delete_scrap(self._partial)
 
     def _about(
@@ -1289,14 +1233,9 @@ class _Workshop:
             "num_samples": len(rows),
             "image_bytes": int(rows["length"].sum()),
             "classes": list(plan.index.classes),
-            "settings": plan.settings.describe(),
+            "settings": plan.origin.settings_record,
             "huffman_tables": layout.describe_tables(plan.tables),
-            "source": {
-                "kind": "imagefolder",
-                "num_samples": len(plan.index),
-                "bytes": plan.source_bytes,
-                "index_id": plan.index.id,
-            },
+            "source": plan.origin.record,
             "counts": {
                 "canonical": int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL)),
                 "shrunk": int(np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK)),

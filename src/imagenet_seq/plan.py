@@ -112,7 +112,8 @@ class EnginePlan:
         paths: bytes of the paths of the files used, one after the other (uint8).
         path_begin: where each path begins, and the end of the last (int64, num_files + 1).
         draw: what stands for the sample in the key of its random draws; None: the sample.
-        block_key: names a block's bytes in all plans of one index and `key_kind`; -1: none.
+        block_key: names a block's bytes in all plans of one index and block_bytes that agree in
+            `reads_blocks`; -1: none.
         window_begin: first block of each window, and the number of blocks; None: no windows.
     """
 
@@ -216,6 +217,16 @@ def blocks_of(index: Index, block_bytes: int, foreign: bool = False) -> Blocks:
     first, last = begin[:-1], begin[1:] - 1
     block_length = np.where(length[last] < 0, -1, offset[last] + length[last] - offset[first])
     return Blocks(begin, sample, file[first], offset[first], block_length)
+
+
+def reads_blocks(index: Index, order: Order) -> bool:
+    """Tell whether `rank_plan` reads the blocks of `blocks_of`, and its `block_key` numbers those.
+
+    Otherwise it reads sample by sample, and `block_key` is the sample.
+    """
+    if order.shuffle == "none":  # an index in an order of its own goes across the blocks
+        return _is_in_disk_order(index)
+    return order.shuffle == "block"
 
 
 def epoch_order(index: Index, order: Order, epoch: int, foreign: bool = False) -> IntArray:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq import _native
+from imagenet_seq.io_log import NO_LOG, IoLog
 
 
 class Encoded(NamedTuple):
@@ -25,6 +28,9 @@ class Encoded(NamedTuple):
 
 
 _READ_BYTES = 8 << 20
+
+_MAX_BUFFER_BYTES = 16 << 20
+"""A longer append saves a hard disk little more, and a kill loses what was not yet written."""
 
 DEALT = np.dtype(
     [
@@ -56,27 +62,44 @@ def encoded_from(data: memoryview, row: Any) -> Encoded:
 class Buckets:
     """Scratch files that samples are appended to through large buffers.
 
+    The fullest buffers are written first: appends are then twice as long as with a fixed share of
+    the memory for each, half of which would be empty.
+
     Args:
         folder: where the files lie.
         prefix: of the files' names.
-        buffer_bytes: a bucket is written when its buffer has grown to this.
-        on_flush: called with the rows of a buffer after it has been written.
+        memory_bytes: bound on all buffers together.
+        expected_bytes: what each bucket will hold, at most, as far as is known; that much is
+            reserved on the disk.
+        on_flush: called with the rows of buffers after these have been written.
+        waits: whether to go on only when what was written is on the disk. A disk with one head is
+            otherwise sent from the write to the source and back for every MB: a kernel lets waiting
+            reads pass, of which there is never more than one.
+        log: of requests.
     """
 
     def __init__(
         self,
         folder: str,
         prefix: str,
-        buffer_bytes: int,
+        memory_bytes: int,
+        expected_bytes: Mapping[int, int],
         on_flush: Callable[[npt.NDArray[np.void]], None],
+        waits: bool = False,
+        log: IoLog = NO_LOG,
     ) -> None:
         self._folder = folder
         self._prefix = prefix
-        self._buffer_bytes = buffer_bytes
+        self._memory_bytes = memory_bytes
+        self._expected_bytes = expected_bytes
         self._on_flush = on_flush
+        self._waits = waits
+        self._log = log
         self._buffers: dict[int, bytearray] = {}
+        self._buffered_bytes = 0
         self._pending: dict[int, list[tuple[int, ...]]] = {}
         self._ends: dict[int, int] = {}
+        self._reserved: set[int] = set()
 
     def path(self, bucket: int) -> str:
         """Return the file of a bucket; it appears with the first flush."""
@@ -94,54 +117,95 @@ class Buckets:
         """Add a sample; its bytes are copied."""
         buffer = self._buffers.setdefault(bucket, bytearray())
         offset = self._ends.get(bucket, 0) + len(buffer)
+        self._buffered_bytes += len(encoded.data)
         buffer += encoded.data
         data, width, height, crc, flags = encoded
         image = (sample, offset, len(data), bucket, width, height, crc, flags, 0)
         row = (*image, source_length, source_mtime_ns)
         self._pending.setdefault(bucket, []).append(row)
-        if len(buffer) >= self._buffer_bytes:
-            self._flush(bucket)
+        if self._buffered_bytes >= self._memory_bytes or len(buffer) >= _MAX_BUFFER_BYTES:
+            self._flush(self._fullest())
+
+    def _fullest(self) -> list[int]:
+        """Return the buckets to write when memory is full.
+
+        So many at a time that a disk's head moves least: with B buckets, k at a time, the journal
+        and the way back to the source, it moves k + 2 times for a kth part of 2 / (B + k) of the
+        memory. (k + 2)(B + k) / k is least at k = sqrt(2 B).
+        """
+        fullest = sorted(self._buffers, key=lambda bucket: -len(self._buffers[bucket]))
+        return fullest[: math.isqrt(2 * len(self._expected_bytes))]
 
     def flush(self) -> None:
         """Write what is still in buffers."""
-        for bucket in list(self._buffers):
-            self._flush(bucket)
+        self._flush(list(self._buffers))
 
-    def _flush(self, bucket: int) -> None:
-        # An interrupt may have come between the two steps of `append`: then the buffer's end has no
-        # row, and nobody will read it.
-        buffer, rows = self._buffers.pop(bucket), self._pending.pop(bucket, [])
-        with open(self.path(bucket), "ab") as file:
-            file.write(buffer)
-        self._ends[bucket] = self._ends.get(bucket, 0) + len(buffer)
-        if rows:
-            self._on_flush(np.array(rows, DEALT))
+    def _flush(self, buckets: list[int]) -> None:
+        rows: list[tuple[int, ...]] = []
+        try:
+            for bucket in sorted(buckets):
+                # An interrupt may have come between the two steps of `append`: then the buffer's
+                # end has no row, and nobody will read it.
+                buffer, mine = self._buffers.pop(bucket), self._pending.pop(bucket, [])
+                self._buffered_bytes -= len(buffer)
+                self._write(bucket, buffer)
+                rows += mine
+            if self._waits:
+                # When all are under way: the file system then commits its journal once for all.
+                for bucket in buckets:
+                    sync(self.path(bucket))
+        finally:  # a bucket that could not be written must not cost those that were
+            if rows:
+                self._on_flush(np.array(rows, DEALT))
+
+    def _write(self, bucket: int, content: bytearray) -> None:
+        path, end = self.path(bucket), self._ends.get(bucket, 0)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
+            if bucket not in self._reserved:
+                reserve(file, path, self._expected_bytes[bucket], self._log)
+                self._reserved.add(bucket)
+            file.seek(end)
+            write_through(file, path, content, self._log)
+        self._ends[bucket] = end + len(content)
 
     def load(self, bucket: int) -> memoryview:
         """Read a bucket's file whole, in one sequential run."""
         try:
             with open(self.path(bucket), "rb", buffering=0) as file:
-                return memoryview(file.readall())
+                content = memoryview(file.readall())
         except FileNotFoundError:
             return memoryview(b"")
+        self._log.note("read", self.path(bucket), 0, len(content))
+        return content
 
     def read(self, bucket: int, rows: npt.NDArray[np.void]) -> Iterator[tuple[Any, memoryview]]:
         """Yield rows, which must ascend by offset, with their data: one run over the file."""
         if not len(rows):
             return  # nothing was ever written there
-        with open(self.path(bucket), "rb", buffering=_READ_BYTES) as file:
-            for row in rows:
-                file.seek(int(row["offset"]))
-                yield row, memoryview(file.read(int(row["length"])))
+        begin, end = rows["offset"], rows["offset"] + rows["length"]
+        first = 0
+        with open(self.path(bucket), "rb", buffering=0) as file:
+            while first < len(rows):
+                last = int(np.searchsorted(end, begin[first] + _READ_BYTES))
+                last = max(last, first + 1)
+                at, size = int(begin[first]), int(end[last - 1] - begin[first])
+                file.seek(at)
+                piece = memoryview(file.read(size))
+                self._log.note("read", self.path(bucket), at, len(piece))
+                for row in rows[first:last]:
+                    place = int(row["offset"]) - at
+                    yield row, piece[place : place + int(row["length"])]
+                first = last
 
     def remove(self, bucket: int) -> None:
         """Delete a bucket's file if it is there."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(bucket))
+            self._log.note("delete", self.path(bucket), 0, 0)
 
 
 class Journal:
-    """What has been dealt, appended after every buffer that was written to its bucket.
+    """What has been dealt, appended after buffers were written to their buckets.
 
     A batch of rows is preceded by its number of rows and its CRC-32C: what a kill tore is
     recognised and cut off. Buckets are not synced: after a power failure the images' own CRC tells
@@ -151,8 +215,9 @@ class Journal:
     _HEADER = struct.Struct("<4sII")
     _MAGIC = b"dlt2"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, log: IoLog = NO_LOG) -> None:
         self._path = path
+        self._log = log
         self._batches: list[npt.NDArray[np.void]] = []
 
     def recover(self) -> None:
@@ -171,8 +236,10 @@ class Journal:
 
     def add(self, rows: npt.NDArray[np.void]) -> None:
         """Append rows whose data is in its bucket."""
+        content = self._encode(rows)
         with open(self._path, "ab") as file:
-            file.write(self._encode(rows))
+            self._log.note("write", self._path, file.tell(), len(content))
+            file.write(content)
         self._batches.append(rows)
 
     def rows(self) -> npt.NDArray[np.void]:
@@ -193,12 +260,21 @@ class Journal:
 
 
 class ShardFile:
-    """A file written in large pieces, synced at the end, whose size and CRC-32C are known."""
+    """A file written in large pieces, synced at the end, whose size and CRC-32C are known.
+
+    Args:
+        path: the file.
+        expected_bytes: its size, about; that much is reserved on the disk while it is written.
+        log: of requests.
+    """
 
     _PIECE_BYTES = 4 << 20
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, expected_bytes: int, log: IoLog = NO_LOG) -> None:
+        self._path = path
+        self._log = log
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by __exit__
+        self._expected_bytes = expected_bytes
         self._buffer = bytearray()
         self.size = 0
         self.crc32c = 0
@@ -212,23 +288,55 @@ class ShardFile:
 
     def _flush(self) -> None:
         self.crc32c = _native.crc32c(memoryview(self._buffer), self.crc32c)
-        left = memoryview(self._buffer)
-        while left:
-            left = left[self._file.write(left) :]
+        write_through(self._file, self._path, self._buffer, self._log)
         self._buffer = bytearray()
 
     def __enter__(self) -> ShardFile:
+        try:
+            reserve(self._file, self._path, self._expected_bytes, self._log)
+        except OSError:
+            self._file.close()
+            raise
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         with self._file:
             if kind is None:
                 self._flush()
+                self._file.truncate(self.size)  # gives back what was reserved too much
                 os.fsync(self._file.fileno())
 
 
-def write_whole(path: str, content: bytes) -> None:
+def reserve(file: io.FileIO, path: str, size: int, log: IoLog) -> None:
+    """Reserve room on the disk, so that a file lies in one piece; its size stays as it is.
+
+    Raises:
+        OSError: where there is no such room, which is better said before hours of packing.
+    """
+    if size:
+        _native.preallocate(file.fileno(), size)
+    log.note("reserve", path, 0, size)
+
+
+def write_through(file: io.FileIO, path: str, content: bytearray, log: IoLog) -> None:
+    """Write all of `content` where the file stands, and have it sent to the disk at once.
+
+    Otherwise the kernel gathers gigabytes first, then writes them in an order of its own, in pieces
+    of a few MB of one file after the other, while reading has to wait.
+    """
+    log.note("write", path, file.tell(), len(content))
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+    if hasattr(os, "posix_fadvise"):
+        # On Linux this begins to write what is dirty (mm/fadvise.c), and waits for nothing; what
+        # earlier calls have written leaves the page cache.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_whole(path: str, content: bytes, log: IoLog = NO_LOG) -> None:
     """Write a small file so that it is there whole or not at all."""
+    log.note("write", path, 0, len(content))
     with open(path + ".tmp", "wb") as file:
         file.write(content)
         file.flush()
@@ -236,9 +344,9 @@ def write_whole(path: str, content: bytes) -> None:
     os.replace(path + ".tmp", path)
 
 
-def sync_folder(folder: str) -> None:
-    """Make renames in a folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str) -> None:
+    """Wait until a file, or the names in a folder, will last through a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -17,6 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import _native
 from imagenet_seq.errors import DataError
+from imagenet_seq.index import Names
 from imagenet_seq.shrink import Shrink, smaller_copy
 from imagenet_seq.sources import Source, open_source
 from imagenet_seq.sources import pack as layout
@@ -194,6 +195,16 @@ def _huffman_tables(image: bytes) -> bytes:
     return tables
 
 
+def _left_out(pack: layout.Pack) -> list[str]:
+    """Return the names of the samples that the pack says it left out."""
+    if pack.about["counts"]["skipped"]:
+        # Where it is damaged, the check of the tables says so.
+        with contextlib.suppress(DataError, OSError):
+            failures = layout.read_failures(pack.folder)
+            return [failure["name"] for failure in failures if not failure["kept"]]
+    return []
+
+
 class _Reference:
     """The source a pack is compared with."""
 
@@ -212,13 +223,7 @@ class _Reference:
 
     def check_names(self, pack: layout.Pack) -> Iterator[str]:
         """Report the source's samples that the pack lacks, beside those it says it left out."""
-        left_out = set()
-        if pack.about["counts"]["skipped"]:
-            # Where it is damaged, the check of the tables says so.
-            with contextlib.suppress(DataError, OSError):
-                failures = layout.read_failures(pack.folder)
-                left_out = {failure["name"] for failure in failures if not failure["kept"]}
-        missing = set(self._sample).difference(pack.names, left_out)
+        missing = set(self._sample).difference(pack.names, _left_out(pack))
         for name in sorted(missing)[:_MAX_PROBLEMS]:
             yield f"{name}: is in {self._index.root} but not in the pack"
 
@@ -294,7 +299,9 @@ class _ShardCheck:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.members = layout.MemberNames(self.pack.names)
+        # Samples that were left out had keys, too, and others must have differed from them.
+        left_out = Names.from_strings(_left_out(self.pack))
+        self.members = layout.MemberNames(Names.concatenate([self.pack.names, left_out]))
 
     def run(self, shard: int) -> list[str]:
         """Return the problems of one shard."""

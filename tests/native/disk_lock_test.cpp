@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -185,6 +186,61 @@ void a_stopped_process_costs_one_wait() {
   ::munmap(shared, sizeof(Shared));
 }
 
+void a_turn_goes_on_while_nobody_wants_the_disk() {
+  imseq::DiskTurns turns(lock_path());
+  CHECK(turns.begin(&kNotCancelled));
+  CHECK(turns.begin(&kNotCancelled));  // requests overlap
+  std::atomic<bool> has_it{false};
+  std::thread other([&] {
+    DiskLock disk(lock_path());
+    CHECK(disk.acquire(&kNotCancelled));
+    has_it = true;
+    std::this_thread::sleep_for(milliseconds(20));
+    has_it = false;
+    disk.release();
+  });
+  DiskLock probe(lock_path());
+  wait_until([&] { return probe.is_wanted(); });
+  turns.end();
+  CHECK(!has_it);  // one of our requests is still under way
+  turns.end();
+  std::this_thread::sleep_for(milliseconds(100));  // longer than a turn
+  CHECK(!has_it);                                  // and nobody has given the disk away
+  CHECK(turns.begin(&kNotCancelled));              // goes behind the one that waits
+  CHECK(!has_it);
+  other.join();
+  turns.end();
+  turns.rest();
+  CHECK(probe.acquire(&kNotCancelled));
+}
+
+void readers_of_an_engine_share_its_turns() {
+  std::vector<std::thread> threads;
+  std::vector<int> num_inside(2, 0);  // of each engine
+  imseq::DiskTurns turns[2] = {imseq::DiskTurns(lock_path()), imseq::DiskTurns(lock_path())};
+  std::mutex mutex;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&, engine = i % 2] {
+      for (int k = 0; k < 50; ++k) {
+        CHECK(turns[engine].begin(&kNotCancelled));
+        {
+          std::lock_guard lock(mutex);
+          ++num_inside[engine];
+          CHECK(num_inside[1 - engine] == 0);
+        }
+        std::this_thread::sleep_for(milliseconds(1));
+        {
+          std::lock_guard lock(mutex);
+          --num_inside[engine];
+        }
+        turns[engine].end();
+        turns[engine].rest();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 void waiting_can_be_cancelled() {
   DiskLock holder(lock_path(), kLong), waiting(lock_path(), kLong), other(lock_path(), kLong);
   CHECK(holder.acquire(&kNotCancelled));
@@ -251,6 +307,8 @@ int main() {
   a_stopped_process_costs_one_wait();
   files_of_another_user_are_locked_too();
   threads_exclude_each_other();
+  a_turn_goes_on_while_nobody_wants_the_disk();
+  readers_of_an_engine_share_its_turns();
   waiting_can_be_cancelled();
   without_a_path_there_is_no_lock();
   where_the_files_cannot_be_opened_nothing_is_locked();

@@ -447,6 +447,12 @@ def padding(size: int) -> bytes:
     return bytes(-size % _BLOCK_BYTES)
 
 
+def shard_bytes(lengths: npt.NDArray[np.int64]) -> int:
+    """Return the size of a shard of images of these lengths, whose names need no pax header."""
+    padded = -(-lengths // _BLOCK_BYTES) * _BLOCK_BYTES
+    return int(padded.sum()) + 3 * _BLOCK_BYTES * len(lengths) + len(END_OF_SHARD)
+
+
 def member_header(name: str, size: int) -> bytes:
     """Return the tar header of a regular file; a pure function, so shards are reproducible.
 

@@ -1,0 +1,44 @@
+"""A log of the requests that packing makes, in order: what benchmarks/replay.py replays."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, TextIO
+
+Operation = Literal["read", "write", "reserve", "delete"]
+
+
+class IoLog:
+    """Notes requests as lines of JSON; docs/packing.md says what they mean. Not thread-safe.
+
+    Args:
+        path: file to append to; None: nothing is noted, and nothing is spent on it.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self._file: TextIO | None = None
+        if path is not None:
+            self._file = open(path, "a", encoding="ascii")  # noqa: SIM115  # closed by __exit__
+        self._pass = ""
+
+    def begin_pass(self, name: str) -> None:
+        """Say which pass over the data the following requests belong to."""
+        self._pass = name
+
+    def note(self, operation: Operation, file: str, offset: int, size: int, **place: int) -> None:
+        """Note a request of `size` bytes; `place` is what is known of where the file lies."""
+        if self._file is None:
+            return
+        line: dict[str, Any] = {"pass": self._pass, "op": operation, "file": file}
+        line |= {"offset": offset, "bytes": size, **place}
+        self._file.write(json.dumps(line) + "\n")
+
+    def __enter__(self) -> IoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+NO_LOG = IoLog()
