@@ -1,14 +1,14 @@
 """Measure reading from a hard disk: ours beside the disk's sequential rate, and beside two peers.
 
-    python benchmarks/bench_read.py DIR [--ranks 1 4 8] [--limit 4GB] [--json OUT]
+    python benchmarks/bench_read.py DIR [--ranks 1 4 8] [--limit 4GB] [--ram 48GB] [--json OUT]
     python benchmarks/bench_read.py DIR --spindle PROGRAM [--spindle-options="--ncq=32"]
     python benchmarks/bench_read.py --spindle PROGRAM [--cases bytes decoded ...] [--json OUT]
 
-The first reads a pack or an ImageFolder on the disk it lies on: as bytes and decoded, with no
-memory kept and with half of the set kept, each from cold caches, by as many ranks as asked for. The
-sequential rate is measured just before, on the same disk, with O_DIRECT, on the largest file of DIR
-or on --sequential FILE. Cold: the pages of DIR's files are dropped; with --drop-caches, as root,
-all that the system keeps in memory, also names and inodes.
+The first reads a pack or an ImageFolder on the disk it lies on: as bytes and decoded, with nothing
+kept in memory and, if asked for, with --ram, each from cold caches, by as many ranks as asked for.
+The sequential rate is measured just before, on the same disk, with O_DIRECT, on the largest file of
+DIR or on --sequential FILE. Cold: the pages of DIR's files are dropped; with --drop-caches, as
+root, all that the system keeps in memory, also names and inodes.
 
 The second does the same with DIR (in memory: in tmpfs) as the backing of spindle, a FUSE model of
 one disk. The third makes its data in tmpfs and measures every case of docs/hard-disk.md:
@@ -68,7 +68,9 @@ class Case(NamedTuple):
     task: Task
     num_ranks: int = 1
     readahead_kb: int | None = None
-    skip_batches: int = 0  # before the steady state, in which the rate of images is taken
+    # Before the steady state, in which the rate of images is taken.
+    skip_epochs: int = 0
+    skip_batches: int = 0
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class Pace(NamedTuple):
 
 
 def pace(case: Case, reading: Reading, begin: float) -> Pace:
-    skip = case.skip_batches
+    skip = case.skip_batches + sum(b.epoch < case.skip_epochs for b in reading.batches)
     if len(reading.batches) <= skip:
         raise SystemExit(f"{case.name}: {len(reading.batches)} batches, expected over {skip}")
     since = reading.batches[skip - 1].seconds if skip else begin
@@ -319,7 +321,7 @@ def bytes_cases(limit_bytes: int) -> list[Case]:
             block_bytes=block_mb << 20,
             loader_arguments=arguments(ram=0),
         )
-        return Case("bytes", task, num_ranks, readahead_kb, fill)
+        return Case("bytes", task, num_ranks, readahead_kb, skip_batches=fill)
 
     alone = [case(16, 1, 128), case(16, 1, 4096), case(32, 1, 128)]
     return [*alone, case(16, 4, 128), case(16, 8, 128)]
@@ -335,11 +337,10 @@ def pack_task(decoded: bool, num_epochs: int, **given: Any) -> Task:
     )
 
 
-def decoded_cases(num_images: int) -> list[Case]:
+def decoded_cases() -> list[Case]:
     """The steady state are the epochs after the first: the disk then never waits for decoding."""
-    epoch = -(-num_images // GLOBAL_BATCH)
     return [
-        Case("decoded", pack_task(True, 3, ram=0), readahead_kb=readahead_kb, skip_batches=epoch)
+        Case("decoded", pack_task(True, 3, ram=0), readahead_kb=readahead_kb, skip_epochs=1)
         for readahead_kb in (128, 4096)
     ]
 
@@ -388,24 +389,26 @@ def webdataset_cases() -> list[Case]:
 def cases_of_folder(folder: Path, args: argparse.Namespace) -> list[Case]:
     """The cases of a data set of the user's: as bytes and decoded, without and with memory."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    fill = batches_of(min(2 * POOL_BLOCKS * (16 << 20), size // 2))
-    common = arguments() if args.spindle else {}
-    return [
-        Case(
-            "decoded" if decoded else "bytes",
-            Task(
-                "imagenet_seq",
-                ".",
-                decoded=decoded,
-                num_epochs=2 if ram else 1,
-                most_batches=0 if ram else fill + batches_of(args.limit),
-                loader_arguments={**common, "ram": ram},
-            ),
-            num_ranks,
-            skip_batches=fill,
+    fill_bytes = 2 * POOL_BLOCKS * (16 << 20)
+    fill = batches_of(fill_bytes) if size > 2 * fill_bytes else 0  # small sets: all of an epoch
+    task = Task("imagenet_seq", ".", loader_arguments=arguments() if args.spindle else {})
+    cases = []
+    for decoded, num_ranks in itertools.product((False, True), args.ranks):
+        name = "decoded" if decoded else "bytes"
+        cold = task._replace(
+            decoded=decoded,
+            most_batches=fill + batches_of(args.limit),
+            loader_arguments={**task.loader_arguments, "ram": 0},
         )
-        for decoded, ram, num_ranks in itertools.product((False, True), (0, size // 2), args.ranks)
-    ]
+        cases.append(Case(name, cold, num_ranks, skip_batches=fill))
+        if args.ram:
+            kept = cold._replace(
+                num_epochs=2,
+                most_batches=0,
+                loader_arguments={**task.loader_arguments, "ram": args.ram},
+            )
+            cases.append(Case(name, kept, num_ranks, skip_epochs=1))
+    return cases
 
 
 # ---- what spindle shows --------------------------------------------------------------------------
@@ -430,7 +433,7 @@ def make_scenes(chosen: Sequence[str], root: Path, args: argparse.Namespace) -> 
     if of_pack:
         link_names(originals, args.images, num_classes=10, folder=root / "packed")
         photos.make_pack(root / "packed", root / "pack/data", pack_options(args.images))
-        yield pack_scene(root / "pack", of_pack, args.images)
+        yield pack_scene(root / "pack", of_pack)
     if "folder" in chosen:
         few = f"{args.images:,} files"
         link_names(originals, args.images, num_classes=100, folder=root / "few/data")
@@ -443,10 +446,10 @@ def make_scenes(chosen: Sequence[str], root: Path, args: argparse.Namespace) -> 
         yield Scene(root / "many", [stretch], folder_cases(many))
 
 
-def pack_scene(backing: Path, chosen: Iterable[str], num_images: int) -> Scene:
+def pack_scene(backing: Path, chosen: Iterable[str]) -> Scene:
     size = sum(path.stat().st_size for path in (backing / "data").glob("*.tar"))
     cases = {
-        "decoded": decoded_cases(num_images),
+        "decoded": decoded_cases(),
         "training": training_cases(),
         "ram": ram_cases(size // 2),
         "webdataset": webdataset_cases(),
@@ -626,7 +629,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("folder", metavar="DIR", nargs="?", type=Path, help="a pack or an ImageFolder")
     add("--ranks", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="default: 1 4 8")
     add("--limit", type=byte_size, default="4GB", metavar="SIZE", help="a run (default: 4GB)")
-    add("--sequential", metavar="FILE", help="in DIR, to measure the disk's sequential rate on")
+    add("--ram", type=byte_size, metavar="SIZE", help="also keep so much, over two whole epochs")
+    add("--sequential", metavar="FILE", help="to measure the disk on")
     add("--drop-caches", action="store_true", help="empty the system's caches before each run")
     add("--spindle", type=Path, metavar="PROGRAM", help="the disk model's program")
     add("--spindle-options", default="", metavar="OPTIONS", help="of the model, such as --ncq=32")

@@ -147,7 +147,8 @@ def test_reading_is_measured_on_the_disk_it_lies_on(
     results = large_file.parent / "read.json"
     measured = run(
         "bench_read.py",
-        *(folder, "--ranks", 2, "--sequential", large_file, "--json", results, "--allow-dirty"),
+        *(folder, "--ranks", 2, "--ram", "1MB", "--sequential", large_file),
+        *("--json", results, "--allow-dirty"),
     )
     assert measured.returncode == 0, measured.stderr
     result = json.loads(results.read_text())
@@ -189,7 +190,7 @@ def test_a_run_is_described_by_what_ranks_and_disk_saw(bench_read: Any) -> None:
         bench_read.Counters(15.0, 800 * 10**6, 50, 9, 4.5),
         bench_read.Counters(20.0, 900 * 10**6, 60, 9, 5.0, 3, 0.05),
     ]
-    case = bench_read.Case("made up", bench_read.Task("imagenet_seq", "."), 2, None, 1)
+    case = bench_read.Case("made up", bench_read.Task("imagenet_seq", "."), 2, skip_batches=1)
     row = bench_read.describe(case, [first, second], seen)
     assert row["images"] == 8 * 128
     assert row["seconds"] == 15 - 10.5  # up to where the first of them ended
@@ -203,6 +204,8 @@ def test_a_run_is_described_by_what_ranks_and_disk_saw(bench_read: Any) -> None:
     assert row["change_wait_s"] == 1.5
     assert row["epoch_disk_bytes"] == [290 * 10**6, 610 * 10**6]
     assert (row["late"], row["void"]) == (3, False)  # 0.15 of 10 s, but few
+    later = bench_read.describe(case._replace(skip_epochs=1, skip_batches=0), [first, second], seen)
+    assert later["sample_mb_per_s"] == pytest.approx(20 / 8 + 20 / 3)
     late = [*seen[:-1], seen[-1]._replace(late=6)]  # 0.3 of 10 s
     assert bench_read.describe(case, [first, second], late)["void"]
 
