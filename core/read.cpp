@@ -197,11 +197,12 @@ int32_t FileReader::read(int64_t offset, int64_t length, uint8_t* memory, const 
   }
   if (os_errno != 0) return refused(os_errno, offset, end, reached, bad_pages, error);
   if (reached < end) {
+    const int64_t file_end = std::min(reached, file_bytes_);  // it may end before offset
     return fail(
-        error, IMSEQ_ERROR_DATA, -1, reached, 0,
+        error, IMSEQ_ERROR_DATA, -1, file_end, 0,
         "%s ends at byte %lld, expected %lld bytes from offset %lld: it is truncated or was "
         "replaced; for a pack run 'imagenet-seq verify'",
-        path_.c_str(), static_cast<long long>(reached), static_cast<long long>(length),
+        path_.c_str(), static_cast<long long>(file_end), static_cast<long long>(length),
         static_cast<long long>(offset));
   }
   for (const BadRange& page : bad_pages) {

@@ -420,6 +420,17 @@ def test_the_default_folder_of_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert lock_path(HDD) == str(tmp_path / "imagenet-seq-locks" / "8:0.lock")
 
 
+def test_without_a_folder_for_temporary_files_there_is_no_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused() -> str:
+        raise FileNotFoundError("no usable temporary directory found")
+
+    monkeypatch.delenv("IMAGENET_SEQ_LOCKS")
+    monkeypatch.setattr(disk_module.tempfile, "gettempdir", refused)
+    assert lock_path(HDD) == ""
+
+
 def test_links_and_files_in_the_place_of_locks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")

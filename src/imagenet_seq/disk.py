@@ -609,11 +609,12 @@ def lock_path(disk: Disk) -> str:
 
 
 def _lock_file(device: str) -> str:
-    folder = os.environ.get("IMAGENET_SEQ_LOCKS") or os.path.join(
-        tempfile.gettempdir(), "imagenet-seq-locks"
-    )
-    path = os.path.join(folder, f"{_sanitised(device)}.lock")
     try:
+        folder = os.environ.get("IMAGENET_SEQ_LOCKS") or os.path.join(
+            tempfile.gettempdir(),  # raises where no folder can be written, as in some containers
+            "imagenet-seq-locks",
+        )
+        path = os.path.join(folder, f"{_sanitised(device)}.lock")
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
             os.chmod(folder, 0o1777)  # past the umask: other users take turns, too

@@ -321,6 +321,8 @@ void test_a_file_that_became_shorter_is_an_error() {
       CHECK(result.status == IMSEQ_ERROR_DATA && result.error.offset == left);
       CHECK(std::strstr(result.error.message, "truncated") != nullptr);
       CHECK(reader.open(path, nullptr) == IMSEQ_OK && reader.file_bytes() == left);
+      const Result behind_its_end = read(reader, 499999, 1);
+      CHECK(behind_its_end.status == IMSEQ_ERROR_DATA && behind_its_end.error.offset == left);
     }
   }
 }
