@@ -35,6 +35,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -649,6 +650,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     origin = results.begin(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unmounts, as Ctrl-C does
     print(HEAD)
     if args.folder is None:
         rows, rates = measure_spindle(args)
