@@ -1,10 +1,11 @@
-"""Make README's tables and docs/performance.svg of the committed results.
+"""Make the tables of README and docs/hard-disk.md, and docs/performance.svg, of committed results.
 
     python benchmarks/report.py [--check]
 
-Reads benchmarks/results/decode.json, loader.json and compare.json (`make bench` writes them; what
-is missing is left out) and replaces what stands between the two markers in README.md. With --check
-nothing is written; the exit status says whether README and the plot are what the results give.
+Reads benchmarks/results/decode.json, loader.json and compare.json (`make bench` writes them) and
+read.json (bench_read.py; docs/hard-disk.md says how); what is missing is left out. Replaces what
+stands between the two markers in README.md and docs/hard-disk.md. With --check nothing is written;
+the exit status says whether the pages and the plot are what the results give.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- performance: made by benchmarks/report.py -->"
 END = "<!-- performance: end -->"
+READ_BEGIN = "<!-- reading: made by benchmarks/report.py -->"
+READ_END = "<!-- reading: end -->"
+READ_PAGE = Path("docs/hard-disk.md")
 PLOT = Path("docs/performance.svg")
 COMMANDS = {
     "decode": "bench_decode.py",
     "loader": "bench_loader.py",
     "compare": "compare.py",
+    "read": "bench_read.py --spindle PROGRAM",
 }
 LABELS = {
     "torchvision": "torchvision, DataLoader",
@@ -160,6 +165,94 @@ def make_section(results: dict[str, Row]) -> str:
     return "\n\n".join(sections)
 
 
+# ---- tables of docs/hard-disk.md ----
+
+READERS = {
+    "imagenet_seq": "**imagenet-seq**",
+    "torchvision": "torchvision ImageFolder, DataLoader",
+    "webdataset": "WebDataset",
+}
+
+
+def read_section(result: Row) -> str:
+    """Reading from a hard disk: ours, memory that is kept, the peers, and what was promised."""
+    rows = [row for row in result["rows"] if not row["void"]]
+    rate = max(result["sequential_mb_per_s"])
+    parts = {
+        f"**Packs.** The disk reads one file from end to end at {rate:.0f} MB/s:": packs_table(
+            rows, rate
+        ),
+        "**Memory.** GB that the disk reads in each epoch:": memory_table(rows),
+        "**Beside others.** Seconds for 256 images:": peers_table(rows),
+        "**What was wanted:**": targets_table(result["targets"]),
+    }
+    shown = [f"{title}\n\n{made}" for title, made in parts.items() if made.count("\n") > 1]
+    return "\n\n".join([*shown, origin_line("read", result)])
+
+
+def packs_table(rows: Sequence[Row], rate: float) -> str:
+    names = {"bytes": "140 GB, bytes", "decoded": "pack, decoded", "training": "pack, paced script"}
+    head = ["", "ranks", "readahead KB", "disk MB/s", "of its rate", "JPEG MB/s", "slowest rank"]
+    lines = [
+        [
+            f"{names[row['case']]}, blocks of {row['block_mb']} MB",
+            str(row["ranks"]),
+            str(row["readahead_kb"]),
+            f"**{row['disk_mb_per_s']:.1f}**",
+            f"{row['disk_mb_per_s'] / rate:.0%}",
+            f"{row['sample_mb_per_s']:.1f}",
+            f"{row['slowest']:.0%}",
+        ]
+        for row in rows
+        if row["case"] in names
+    ]
+    return table(head, lines)
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    lines = [
+        [row["case"], *(f"{count / 1e9:.3f}" for count in row["epoch_disk_bytes"])]
+        for row in rows
+        if row["case"] in ("nothing kept", "half kept", "no argument")
+    ]
+    most = max(map(len, lines), default=0)
+    return table(
+        ["", *(f"epoch {number}" for number in range(1, most))],
+        [[*line, *[""] * (most - len(line))] for line in lines],
+    )
+
+
+def peers_table(rows: Sequence[Row]) -> str:
+    shown = [
+        row
+        for row in rows
+        if row["case"] in ("shards", "decoded") or row["case"].endswith(" files")
+    ]
+    lines = [
+        [
+            READERS[row["reader"]],
+            "pack" if row["case"] == "decoded" else row["case"],
+            "decoded" if row["decoded"] else "bytes",
+            str(row["readahead_kb"]),
+            f"**{row['seconds_per_256']:.3f}**",
+        ]
+        for row in shown
+    ]
+    return table(["", "reads", "gives", "readahead KB", "s for 256 images"], lines)
+
+
+def targets_table(found: Sequence[Row]) -> str:
+    lines = [
+        [
+            target["measure"],
+            target["wanted"],
+            f"{target['value']:.3g}" if target["met"] else f"**{target['value']:.3g}, missed**",
+        ]
+        for target in found
+    ]
+    return table(["", "wanted", "measured"], lines)
+
+
 # ---- plot ----
 
 BAR_PX, GAP_PX, NAME_PX, WIDTH_PX, RATE_PX = 22, 10, 250, 760, 70
@@ -208,16 +301,23 @@ def bar(row: Row, top: int, most: float) -> list[str]:
 def made_files(root: Path, results: dict[str, Row]) -> dict[Path, str]:
     """Return the files to write and their text."""
     readme = root / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{readme}: expected the lines {BEGIN!r} and {END!r}")
-    section = make_section(results)
-    between = f"\n{section}\n\n" if section else ""
-    made = {readme: f"{before}{BEGIN}\n{between}{END}{after}"}
+    made = {readme: with_section(readme, BEGIN, END, make_section(results))}
+    if "read" in results:
+        page = root / READ_PAGE
+        made[page] = with_section(page, READ_BEGIN, READ_END, read_section(results["read"]))
     if "compare" in results:
         made[root / PLOT] = make_plot(results["compare"])
     return made
+
+
+def with_section(page: Path, begin: str, end: str, section: str) -> str:
+    """Return a page's text with this between its two markers."""
+    before, found_begin, rest = page.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise SystemExit(f"{page}: expected the lines {begin!r} and {end!r}")
+    between = f"\n{section}\n\n" if section else ""
+    return f"{before}{begin}\n{between}{end}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

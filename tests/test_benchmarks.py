@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ def bench_decode(monkeypatch: pytest.MonkeyPatch) -> Any:
     import bench_decode
 
     return bench_decode
+
+
+@pytest.fixture
+def bench_read(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_read
+
+    return bench_read
 
 
 @pytest.fixture
@@ -118,3 +126,203 @@ def test_loaders_are_compared_and_missing_ones_skipped(
     assert report(readme, results).returncode == 0
     assert "the same folder | exact |" in readme.read_text()
     assert "<svg" in (readme.parent / "docs" / "performance.svg").read_text()
+
+
+# ---- reading from a disk -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large_file(tmp_path: Path) -> Path:
+    """A file that is large enough to measure a disk on; sparse."""
+    path = tmp_path / "large"
+    with open(path, "wb") as file:
+        file.truncate(256 << 20)
+    return path
+
+
+def test_reading_is_measured_on_the_disk_it_lies_on(
+    make_folder: Callable[..., Path], large_file: Path
+) -> None:
+    folder = make_folder(7, num_classes=2) / "train"
+    results = large_file.parent / "read.json"
+    measured = run(
+        "bench_read.py",
+        *(folder, "--ranks", 2, "--ram", "1MB", "--sequential", large_file),
+        *("--json", results, "--allow-dirty"),
+    )
+    assert measured.returncode == 0, measured.stderr
+    result = json.loads(results.read_text())
+    assert result["sequential_mb_per_s"][0] > 0
+    rows = result["rows"]
+    assert [(row["case"], bool(row["ram"])) for row in rows] == [
+        ("bytes", False),
+        ("bytes", True),
+        ("decoded", False),
+        ("decoded", True),
+    ]
+    assert all(row["ranks"] == 2 and not row["void"] for row in rows)
+    # 7 images for two ranks: 3 each; with memory kept, two epochs.
+    assert [row["images"] for row in rows] == [6, 12, 6, 12]
+    assert result["targets"] == []
+
+
+def test_a_small_file_does_not_pass_for_the_disk(make_folder: Callable[..., Path]) -> None:
+    measured = run("bench_read.py", make_folder(2, num_classes=1) / "train", "--ranks", 1)
+    assert measured.returncode != 0
+    assert "too few to measure the disk" in measured.stderr
+    assert "--sequential" in measured.stderr
+
+
+def reading_of(bench_read: Any, begin: float, batches: Sequence[tuple[int, float, float]]) -> Any:
+    """A rank that got batches of 128 images and 10 MB; of each: epoch, seconds, seconds waited."""
+    made = [bench_read.Batch(epoch, 128, 10**7, at, waited) for epoch, at, waited in batches]
+    return bench_read.Reading(begin, made, {}, [])
+
+
+def test_a_run_is_described_by_what_ranks_and_disk_saw(bench_read: Any) -> None:
+    first = reading_of(bench_read, 10.0, [(0, 11, 1), (0, 12, 0.5), (1, 14, 1.5), (1, 20, 5)])
+    second = reading_of(bench_read, 10.0, [(0, 11, 1), (0, 12, 0.5), (1, 13, 0.2), (1, 15, 0.1)])
+    seen = [
+        bench_read.Counters(10.0, 0, 0, 0, 0.0),
+        bench_read.Counters(10.5, 0, 0, 0, 0.0),
+        bench_read.Counters(11.0, 80 * 10**6, 5, 1, 0.5),
+        bench_read.Counters(12.5, 290 * 10**6, 20, 4, 1.75),
+        bench_read.Counters(15.0, 800 * 10**6, 50, 9, 4.5),
+        bench_read.Counters(20.0, 900 * 10**6, 60, 9, 5.0, 3, 0.05),
+    ]
+    case = bench_read.Case("made up", bench_read.Task("imagenet_seq", "."), 2, skip_batches=1)
+    row = bench_read.describe(case, [first, second], seen)
+    assert row["images"] == 8 * 128
+    assert row["seconds"] == 15 - 10.5  # up to where the first of them ended
+    assert row["disk_mb_per_s"] == pytest.approx(800 / 4.5)
+    assert row["busy"] == 1.0
+    assert row["sample_mb_per_s"] == pytest.approx(30 / 9 + 30 / 4)  # behind the skipped batch
+    assert row["slowest"] == pytest.approx((30 / 9) / ((30 / 9 + 30 / 4) / 2))
+    assert row["seconds_per_256"] == pytest.approx(256 / (384 / 9 + 384 / 4))
+    assert row["first_batch_s"] == 1.0
+    assert row["start_wait_s"] == 0.5  # the last batch was asked for three seconds into its epoch
+    assert row["change_wait_s"] == 1.5
+    assert row["epoch_disk_bytes"] == [290 * 10**6, 610 * 10**6]
+    assert (row["late"], row["void"]) == (3, False)  # 0.15 of 10 s, but few
+    later = bench_read.describe(case._replace(skip_epochs=1, skip_batches=0), [first, second], seen)
+    assert later["sample_mb_per_s"] == pytest.approx(20 / 8 + 20 / 3)
+    late = [*seen[:-1], seen[-1]._replace(late=6)]  # 0.3 of 10 s
+    assert bench_read.describe(case, [first, second], late)["void"]
+
+
+def test_targets_are_met_or_missed_and_void_runs_are_left_out(bench_read: Any) -> None:
+    row = {
+        "case": "bytes",
+        "block_mb": 16,
+        "readahead_kb": 128,
+        "ranks": 1,
+        "void": False,
+        "disk_mb_per_s": 162.0,
+        "sample_mb_per_s": 150.0,
+        "slowest": 1.0,
+    }
+    ranks = {**row, "ranks": 8, "disk_mb_per_s": 150.0, "slowest": 0.95}
+    folder = {"case": "9 files", "void": False, "reader": "imagenet_seq", "seconds_per_256": 2.0}
+    peer = {**folder, "reader": "torchvision", "seconds_per_256": 5.0}
+    found = bench_read.targets([row, ranks, {**row, "void": True}, folder, peer])
+    assert [(target.value, target.met) for target in found] == [
+        (162.0, True),
+        (150.0, False),
+        (150.0, False),
+        (0.95, True),
+        (2.5, True),
+    ]
+
+
+def test_a_kept_half_has_to_save_half_and_change_nothing(bench_read: Any) -> None:
+    nothing = {
+        "case": "nothing kept",
+        "void": False,
+        "epoch_disk_bytes": [100, 100, 100],
+        "digests": [[[1, 2, 3]]],
+    }
+    half = {**nothing, "case": "half kept", "epoch_disk_bytes": [100, 51, 51]}
+    share, same = bench_read.targets([nothing, half])
+    assert (share.met, same.met) == (True, True)
+    half = {**half, "epoch_disk_bytes": [100, 51, 60], "digests": [[[1, 2, 4]]]}
+    share, same = bench_read.targets([nothing, half])
+    assert (share.met, same.met) == (False, False)
+
+
+def test_a_made_up_pack_lies_in_its_files(bench_read: Any, tmp_path: Path) -> None:
+    import reading
+
+    from imagenet_seq import plan
+
+    folder = tmp_path / "made-up"
+    reading.write_made_up(folder, 2 * 10**9)
+    index = reading.made_up_source(folder, 2 * 10**9).index
+    sizes = [(folder / name).stat().st_size for name in index.files]
+    assert len(sizes) == 2
+    assert sum(sizes) == pytest.approx(2 * 10**9, rel=0.02)
+    assert index.length.mean() == pytest.approx(reading.MEAN_BYTES, rel=0.02)
+    assert index.name[7] == "00007"
+    blocks = plan.blocks_of(index, 16 << 20)
+    ends = blocks.offset + blocks.length
+    assert all(ends[blocks.file == shard].max() <= size for shard, size in enumerate(sizes))
+    gaps = index.offset[1:] - index.offset[:-1] - index.length[:-1]
+    assert gaps[index.file[1:] == index.file[:-1]].min() >= 3 * 512  # three headers
+
+
+def test_reading_results_reach_the_page(bench_read: Any, readme: Path) -> None:
+    page = readme.parent / "docs" / "hard-disk.md"
+    page.parent.mkdir()
+    page.write_text(
+        "before\n<!-- reading: made by benchmarks/report.py -->\nold\n<!-- reading: end -->\n"
+    )
+    row = {
+        "case": "bytes",
+        "reader": "imagenet_seq",
+        "decoded": False,
+        "block_mb": 16,
+        "readahead_kb": 128,
+        "ranks": 4,
+        "void": False,
+        "disk_mb_per_s": 162.0,
+        "sample_mb_per_s": 159.4,
+        "slowest": 0.97,
+        "seconds_per_256": 0.176,
+    }
+    rows = [
+        row,
+        {**row, "void": True, "disk_mb_per_s": 99.0},
+        {**row, "case": "half kept", "epoch_disk_bytes": [2 * 10**9, 10**9]},
+        {**row, "case": "shards", "reader": "webdataset", "seconds_per_256": 2.5},
+    ]
+    targets = [bench_read.at_least("disk MB/s", 162.0, 160)._asdict()]
+    origin = bench_read.results.describe_origin()
+    results = readme.parent / "results"
+    results.mkdir()
+    made = {"origin": origin, "sequential_mb_per_s": [180.0], "rows": rows, "targets": targets}
+    (results / "read.json").write_text(json.dumps(made))
+    assert report(readme, results).returncode == 0
+    text = page.read_text()
+    assert "old" not in text
+    assert "| 140 GB, bytes, blocks of 16 MB | 4 | 128 | **162.0** | 90% | 159.4 | 97% |" in text
+    assert "99.0" not in text
+    assert "| half kept | 2.000 | 1.000 |" in text
+    assert "| WebDataset | shards | bytes | 128 | **2.500** |" in text
+    assert "| disk MB/s | >= 160 | 162 |" in text
+    assert report(readme, results, "--check").returncode == 0
+
+
+def test_the_model_gives_a_cold_folder_and_counts(bench_read: Any, tmp_path: Path) -> None:
+    program = os.environ.get("IMAGENET_SEQ_SPINDLE")
+    if not program:
+        pytest.skip("no disk model: set IMAGENET_SEQ_SPINDLE to the program")
+    backing = tmp_path / "backing"
+    backing.mkdir()
+    (backing / "file").write_bytes(bytes(1 << 20))
+    disk = bench_read.Spindle(Path(program), backing, tmp_path / "mountpoint", ["--rate=100"])
+    for _ in range(2):
+        with disk.cold(128) as folder:
+            disk.reset()
+            assert (folder / "file").read_bytes() == bytes(1 << 20)
+            counters = disk.counters()
+        assert counters.read_bytes == 1 << 20
+        assert counters.seeks > 0
