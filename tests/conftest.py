@@ -29,6 +29,14 @@ SAMPLE_FOLDER = Path(
 ).resolve()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What was found out about this machine before must not decide what a test sees."""
+    folder = tmp_path_factory.mktemp("machine")
+    os.environ["IMAGENET_SEQ_CACHE"] = str(folder / "cache")
+    os.environ["IMAGENET_SEQ_LOCKS"] = str(folder / "locks")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not (SAMPLE_FOLDER / "train").is_dir():
         terminalreporter.write_line(
