@@ -29,10 +29,6 @@ struct StoreKernels {
   // decoding the next image needs. fence() must follow before others may see it.
   std::array<Convert, kSizes> convert_past_caches;
   void (*fence)();
-  // The same into memory that is not read soon: it may go past the caches, which then keep what
-  // decoding the next image needs. fence() must follow before others may see it.
-  std::array<Convert, kSizes> convert_past_caches;
-  void (*fence)();
   std::array<Interleave, kSizes> interleave;
 };
 
