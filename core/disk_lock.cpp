@@ -118,14 +118,17 @@ void DiskLock::unlock(int place) { ::flock(files_[place], LOCK_UN); }
 bool DiskTurns::begin(const std::atomic<bool>* cancelled) {
   if (!exists_) return false;
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] {
-    return !is_acquiring_ && (num_requests_ == 0 || (disk_.held() && !disk_.is_wanted()));
-  });
+  const int64_t ticket = next_ticket_++;
+  while (ticket != first_waiting_ || is_acquiring_ || (num_requests_ > 0 && !may_join())) {
+    changed_.wait_for(lock, std::chrono::nanoseconds(kHeadStartNs));
+  }
+  ++first_waiting_;
   ++num_requests_;
+  request_ns_ = now_ns();
   if (disk_.held()) {
-    if (now_ns() - began_ns_ < kTurnNs) return true;
+    if (request_ns_ - turn_ns_ < kTurnNs) return true;
     if (num_requests_ > 1 || !disk_.is_wanted()) {
-      began_ns_ = now_ns();
+      turn_ns_ = request_ns_;
       return true;
     }
     disk_.release();
@@ -135,9 +138,13 @@ bool DiskTurns::begin(const std::atomic<bool>* cancelled) {
   const bool held = disk_.acquire(cancelled);
   lock.lock();
   is_acquiring_ = false;
-  began_ns_ = now_ns();
+  turn_ns_ = request_ns_ = now_ns();
   changed_.notify_all();
   return held;
+}
+
+bool DiskTurns::may_join() {
+  return disk_.held() && now_ns() - request_ns_ >= kHeadStartNs && !disk_.is_wanted();
 }
 
 void DiskTurns::end() {

@@ -74,6 +74,11 @@ class DiskTurns {
  private:
   // A block of 16 MB, or the files of a window that a hard disk reads in this time.
   static constexpr int64_t kTurnNs = 80'000'000;
+  // The kernel splits large requests: of two that begin at once, the pieces come in turns, with the
+  // head going back and forth.
+  static constexpr int64_t kHeadStartNs = 10'000'000;
+
+  bool may_join();
 
   const bool exists_;
   std::mutex mutex_;
@@ -81,7 +86,10 @@ class DiskTurns {
   DiskLock disk_;  // a thread that acquires it has it alone; otherwise guarded by the mutex
   bool is_acquiring_ = false;
   int num_requests_ = 0;  // under way
-  int64_t began_ns_ = 0;
+  // First come, first served: blocks are wanted in the order in which they are asked for.
+  int64_t next_ticket_ = 0, first_waiting_ = 0;
+  int64_t turn_ns_ = 0;     // when the turn began
+  int64_t request_ns_ = 0;  // when the last request did
 };
 
 }  // namespace imseq

@@ -241,6 +241,32 @@ void readers_of_an_engine_share_its_turns() {
   for (std::thread& thread : threads) thread.join();
 }
 
+void readers_of_an_engine_go_in_the_order_in_which_they_came() {
+  imseq::DiskTurns turns(lock_path());
+  DiskLock other(lock_path() + ".next");  // makes the disk wanted, so that requests don't overlap
+  CHECK(turns.begin(&kNotCancelled));
+  CHECK(other.acquire(&kNotCancelled));
+  std::mutex mutex;
+  std::vector<int> order;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 5; ++i) {
+    threads.emplace_back([&, i] {
+      (void)turns.begin(&kNotCancelled);
+      {
+        std::lock_guard lock(mutex);
+        order.push_back(i);
+      }
+      turns.end();
+    });
+    std::this_thread::sleep_for(milliseconds(20));
+  }
+  CHECK(order.empty());
+  other.release();
+  turns.end();
+  for (std::thread& thread : threads) thread.join();
+  CHECK(order == (std::vector<int>{0, 1, 2, 3, 4}));
+}
+
 void waiting_can_be_cancelled() {
   DiskLock holder(lock_path(), kLong), waiting(lock_path(), kLong), other(lock_path(), kLong);
   CHECK(holder.acquire(&kNotCancelled));
@@ -309,6 +335,7 @@ int main() {
   threads_exclude_each_other();
   a_turn_goes_on_while_nobody_wants_the_disk();
   readers_of_an_engine_share_its_turns();
+  readers_of_an_engine_go_in_the_order_in_which_they_came();
   waiting_can_be_cancelled();
   without_a_path_there_is_no_lock();
   where_the_files_cannot_be_opened_nothing_is_locked();
