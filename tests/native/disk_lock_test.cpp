@@ -2,7 +2,9 @@
 // stopped while it has the disk.
 #include "../../core/disk_lock.h"
 
+#include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -243,9 +245,9 @@ void readers_of_an_engine_share_its_turns() {
 
 void readers_of_an_engine_go_in_the_order_in_which_they_came() {
   imseq::DiskTurns turns(lock_path());
-  DiskLock other(lock_path() + ".next");  // makes the disk wanted, so that requests don't overlap
+  const int next = ::open((lock_path() + ".next").c_str(), O_RDWR | O_CLOEXEC);
   CHECK(turns.begin(&kNotCancelled));
-  CHECK(other.acquire(&kNotCancelled));
+  CHECK(::flock(next, LOCK_EX) == 0);  // the disk is wanted, so that requests don't overlap
   std::mutex mutex;
   std::vector<int> order;
   std::vector<std::thread> threads;
@@ -261,7 +263,7 @@ void readers_of_an_engine_go_in_the_order_in_which_they_came() {
     std::this_thread::sleep_for(milliseconds(20));
   }
   CHECK(order.empty());
-  other.release();
+  ::close(next);
   turns.end();
   for (std::thread& thread : threads) thread.join();
   CHECK(order == (std::vector<int>{0, 1, 2, 3, 4}));
