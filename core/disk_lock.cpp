@@ -115,15 +115,17 @@ bool DiskLock::try_lock(int place) {
 
 void DiskLock::unlock(int place) { ::flock(files_[place], LOCK_UN); }
 
-bool DiskTurns::begin(const std::atomic<bool>* cancelled) {
+bool DiskTurns::begin(const std::atomic<bool>* cancelled, bool is_whole) {
   if (!exists_) return false;
   std::unique_lock lock(mutex_);
   const int64_t ticket = next_ticket_++;
-  while (ticket != first_waiting_ || is_acquiring_ || (num_requests_ > 0 && !may_join())) {
+  while (ticket != first_waiting_ || is_acquiring_ ||
+         (num_requests_ > 0 && !(is_whole && may_join()))) {
     changed_.wait_for(lock, std::chrono::nanoseconds(kHeadStartNs));
   }
   ++first_waiting_;
   ++num_requests_;
+  all_whole_ = is_whole;
   request_ns_ = now_ns();
   if (disk_.held()) {
     if (request_ns_ - turn_ns_ < kTurnNs) return true;
@@ -144,7 +146,7 @@ bool DiskTurns::begin(const std::atomic<bool>* cancelled) {
 }
 
 bool DiskTurns::may_join() {
-  return disk_.held() && now_ns() - request_ns_ >= kHeadStartNs && !disk_.is_wanted();
+  return all_whole_ && disk_.held() && now_ns() - request_ns_ >= kHeadStartNs && !disk_.is_wanted();
 }
 
 void DiskTurns::end() {

@@ -58,15 +58,16 @@ class DiskLock {
 
 // The lock as the readers of one engine use it together: a turn at the disk takes some time or one
 // request, whichever is longer, and goes on while nobody else wants the disk. While nobody does,
-// readers' requests may overlap: the next one then lies in the disk's queue when the one before it
-// ends, and the disk does not wait for us in between.
+// readers' requests may overlap, if each goes to the disk whole: the next one then lies in the disk's
+// queue when the one before it ends, and the disk does not wait for us in between.
 class DiskTurns {
  public:
   explicit DiskTurns(const std::string& path) : exists_(!path.empty()), disk_(path) {}
 
   // Waits until a request may go to the disk; end() must follow it. Returns whether the lock is
-  // held; without it too, requests go ahead: see DiskLock.
-  [[nodiscard]] bool begin(const std::atomic<bool>* cancelled);
+  // held; without it too, requests go ahead: see DiskLock. is_whole: false where it is read in parts,
+  // as through the page cache; those of two would come in turns, with a move of the head each.
+  [[nodiscard]] bool begin(const std::atomic<bool>* cancelled, bool is_whole);
   void end();
   // There is nothing to read: gives the disk to others, unless a request is under way.
   void rest();
@@ -90,6 +91,7 @@ class DiskTurns {
   int64_t next_ticket_ = 0, first_waiting_ = 0;
   int64_t turn_ns_ = 0;     // when the turn began
   int64_t request_ns_ = 0;  // when the last request did
+  bool all_whole_ = true;   // those under way
 };
 
 }  // namespace imseq

@@ -350,7 +350,7 @@ struct imseq_engine {
   bool is_kept(const Run& run, int64_t block) const;
   int64_t begin_block(Run& run);
   void wait_to_read(std::unique_lock<std::mutex>& lock);
-  bool begin_request(const Run& run);
+  bool begin_request(const Run& run, bool is_whole);
   void look_up_window(Run& run, Reading& reading);
   void read_block(Run& run, int64_t block, FileReader& reader);
   int32_t read_file(Run& run, int64_t block, FileReader& reader, int64_t* length,
@@ -1059,9 +1059,9 @@ int64_t imseq_engine::begin_block(Run& run) {
 }
 
 // Waits for the disk; disk_.end() must follow. Returns whether its lock is held.
-bool imseq_engine::begin_request(const Run& run) {
+bool imseq_engine::begin_request(const Run& run, bool is_whole) {
   Timer timer(&counters_.read_lock_wait_ns);
-  return disk_.begin(&run.cancelled);
+  return disk_.begin(&run.cancelled, is_whole);
 }
 
 // Finds out in which order the files of the next window lie on the disk. The plan names them in the
@@ -1083,7 +1083,7 @@ void imseq_engine::look_up_window(Run& run, Reading& reading) {
         reading.block = block;
         reading.began = Clock::now();
       }
-      (void)begin_request(run);
+      (void)begin_request(run, false);
       {
         Timer timer(&counters_.read_ns);
         // What can't be looked up is reported when it is read.
@@ -1163,7 +1163,7 @@ int32_t imseq_engine::read_into(Run& run, int64_t number, FileReader& reader, in
     cached = reader.read_cached(offset, length, memory, &loaded.bytes);
   }
   if (!cached) {
-    locked = begin_request(run);
+    locked = begin_request(run, reader.is_direct());
     int32_t status = IMSEQ_CANCELLED;
     if (!run.cancelled) {
       Timer timer(&counters_.read_ns);

@@ -190,8 +190,8 @@ void a_stopped_process_costs_one_wait() {
 
 void a_turn_goes_on_while_nobody_wants_the_disk() {
   imseq::DiskTurns turns(lock_path());
-  CHECK(turns.begin(&kNotCancelled));
-  CHECK(turns.begin(&kNotCancelled));  // requests overlap
+  CHECK(turns.begin(&kNotCancelled, true));
+  CHECK(turns.begin(&kNotCancelled, true));  // requests overlap
   std::atomic<bool> has_it{false};
   std::thread other([&] {
     DiskLock disk(lock_path());
@@ -208,12 +208,29 @@ void a_turn_goes_on_while_nobody_wants_the_disk() {
   turns.end();
   std::this_thread::sleep_for(milliseconds(100));  // longer than a turn
   CHECK(!has_it);                                  // and nobody has given the disk away
-  CHECK(turns.begin(&kNotCancelled));              // goes behind the one that waits
+  CHECK(turns.begin(&kNotCancelled, true));        // goes behind the one that waits
   CHECK(!has_it);
   other.join();
   turns.end();
   turns.rest();
   CHECK(probe.acquire(&kNotCancelled));
+}
+
+void requests_in_parts_do_not_overlap() {
+  imseq::DiskTurns turns(lock_path());
+  for (const bool first_is_whole : {false, true}) {
+    CHECK(turns.begin(&kNotCancelled, first_is_whole));
+    std::atomic<bool> has_begun{false};
+    std::thread second([&] {
+      CHECK(turns.begin(&kNotCancelled, !first_is_whole));
+      has_begun = true;
+    });
+    std::this_thread::sleep_for(milliseconds(60));
+    CHECK(!has_begun);
+    turns.end();
+    second.join();
+    turns.end();
+  }
 }
 
 void readers_of_an_engine_share_its_turns() {
@@ -224,7 +241,7 @@ void readers_of_an_engine_share_its_turns() {
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, engine = i % 2] {
       for (int k = 0; k < 50; ++k) {
-        CHECK(turns[engine].begin(&kNotCancelled));
+        CHECK(turns[engine].begin(&kNotCancelled, true));
         {
           std::lock_guard lock(mutex);
           ++num_inside[engine];
@@ -246,7 +263,7 @@ void readers_of_an_engine_share_its_turns() {
 void readers_of_an_engine_go_in_the_order_in_which_they_came() {
   imseq::DiskTurns turns(lock_path());
   const int next = ::open((lock_path() + ".next").c_str(), O_RDWR | O_CLOEXEC);
-  CHECK(turns.begin(&kNotCancelled));
+  CHECK(turns.begin(&kNotCancelled, true));
   CHECK(::flock(next, LOCK_EX) == 0);  // the disk is wanted, so that requests don't overlap
   std::mutex mutex;
   std::vector<int> order;
@@ -255,7 +272,7 @@ void readers_of_an_engine_go_in_the_order_in_which_they_came() {
   for (int i = 0; i < 5; ++i) {
     threads.emplace_back([&, i] {
       ++num_started;
-      (void)turns.begin(&kNotCancelled);
+      (void)turns.begin(&kNotCancelled, true);
       {
         std::lock_guard lock(mutex);
         order.push_back(i);
@@ -339,6 +356,7 @@ int main() {
   files_of_another_user_are_locked_too();
   threads_exclude_each_other();
   a_turn_goes_on_while_nobody_wants_the_disk();
+  requests_in_parts_do_not_overlap();
   readers_of_an_engine_share_its_turns();
   readers_of_an_engine_go_in_the_order_in_which_they_came();
   waiting_can_be_cancelled();
