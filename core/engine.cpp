@@ -1036,7 +1036,8 @@ void imseq_engine::wait_to_read(std::unique_lock<std::mutex>& lock) {
 int64_t imseq_engine::cost(const Run& run, int64_t block) const {
   if (is_kept(run, block)) return kBlockOverhead;
   if (run.block_length[block] < 0) return mean_block_bytes_;
-  return FileReader::room(run.block_offset[block], run.block_length[block]) + kBlockOverhead;
+  const int64_t room = FileReader::room(run.block_offset[block], run.block_length[block]);
+  return Buffer::capacity_for(room) + kBlockOverhead;
 }
 
 bool imseq_engine::is_kept(const Run& run, int64_t block) const {

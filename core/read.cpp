@@ -107,8 +107,11 @@ int64_t first_address(int) { return -1; }
 
 }  // namespace
 
-Buffer::Buffer(int64_t size_bytes)
-    : capacity_bytes(round_up(std::max<int64_t>(size_bytes, 1), kGrain)) {
+int64_t Buffer::capacity_for(int64_t size_bytes) {
+  return round_up(std::max<int64_t>(size_bytes, 1), kGrain);
+}
+
+Buffer::Buffer(int64_t size_bytes) : capacity_bytes(capacity_for(size_bytes)) {
   const auto capacity = static_cast<size_t>(capacity_bytes);
   const bool is_large = capacity >= kHugePageBytes;
   void* bytes = nullptr;

@@ -26,6 +26,8 @@ class Buffer {
   explicit Buffer(int64_t size_bytes);
 
   uint8_t* get() const { return bytes_.get(); }
+  // What a new one for so many bytes takes.
+  static int64_t capacity_for(int64_t size_bytes);
 
   int64_t capacity_bytes = 0;
 
