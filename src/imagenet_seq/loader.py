@@ -36,6 +36,7 @@ _ADOPTED_SAMPLERS = {  # samplers whose order is ours, and where they keep what 
 }
 _READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
 _FILE_OVERHEAD_BYTES = 16 * 1024  # memory that a file takes beyond its bytes, about
+_BLOCK_OVERHEAD_BYTES = 32 * 1024  # the same of a block: pages at both ends, steps of 16 KB
 _LONG_PLAN = 100_000  # samples whose plan takes long enough to be made ahead
 _MEAN_FILE_BYTES = 128 * 1024  # of files whose size is not known; ImageNet's are 110 KB
 
@@ -737,7 +738,8 @@ class Loader:
         # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
         streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
         pool_blocks = self._order().pool_blocks
-        return streams * (pool_blocks + max(2, pool_blocks // 2)) * self._block_bytes
+        num_blocks = streams * (pool_blocks + max(2, pool_blocks // 2))
+        return num_blocks * (self._block_bytes + _BLOCK_OVERHEAD_BYTES)
 
     def _mean_bytes(self) -> int:
         num_samples = max(1, len(self._source.index))
