@@ -66,12 +66,12 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror core/*.h core/*.cpp tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
+	$(BIN)/clang-format --dry-run --Werror core/*.h core/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i core/*.h core/*.cpp tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
+	$(BIN)/clang-format -i core/*.h core/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
 
 native-test: export PATH := $(abspath $(BIN)):$(PATH)
 native-test: $(BIN)/python

@@ -21,20 +21,13 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
+#include "processes.h"
+
 namespace {
 
 using imseq::DiskLock;
 using std::chrono::milliseconds;
-
-std::atomic<int> failures{0};
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                               \
-    }                                                                           \
-  } while (0)
 
 const std::atomic<bool> kNotCancelled{false};
 constexpr int64_t kMillisecond = 1'000'000;
@@ -60,21 +53,6 @@ Shared* share() {
   void* memory =
       ::mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANON, -1, 0);
   return new (memory) Shared{};
-}
-
-pid_t start(const std::function<void()>& work) {
-  std::fflush(stdout);
-  const pid_t child = ::fork();
-  if (child != 0) return child;
-  work();
-  std::fflush(stdout);
-  ::_exit(failures == 0 ? 0 : 1);
-}
-
-void expect_success(pid_t child) {
-  int status = -1;
-  CHECK(::waitpid(child, &status, 0) == child);
-  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
 void wait_until(const std::function<bool()>& done) {

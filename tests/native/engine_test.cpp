@@ -23,18 +23,9 @@
 
 #include "../../core/crc32c.h"
 #include "../../core/imagenet_seq.h"
+#include "check.h"
 
 namespace {
-
-std::atomic<int> failures{0};
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                               \
-    }                                                                           \
-  } while (0)
 
 #if defined(__linux__)
 

@@ -7,22 +7,14 @@
 #include <functional>
 #include <vector>
 
+#include "check.h"
+
 namespace {
 
 using imseq::HuffmanCode;
 using imseq::HuffmanKind;
 using Counts = std::array<uint64_t, 256>;
 using Bytes = std::vector<uint8_t>;
-
-int num_failures = 0;
-
-#define CHECK(condition)                                                  \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++num_failures;                                                     \
-    }                                                                     \
-  } while (false)
 
 struct Random {
   uint64_t state;
@@ -332,6 +324,6 @@ int main() {
   test_shorter_codes_than_there_are_are_not_asked_for();
   test_tables_come_back_as_they_were_written();
   test_damaged_tables_are_refused_or_sound();
-  if (num_failures > 0) std::printf("%d checks failed\n", num_failures);
-  return num_failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+  if (failures > 0) std::printf("%d checks failed\n", failures.load());
+  return failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -20,20 +20,12 @@
 #include <vector>
 
 #include "../../core/imagenet_seq.h"
+#include "check.h"
+#include "processes.h"
 
 namespace {
 
 using imseq::KeptBlocks;
-
-std::atomic<int> failures{0};
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                               \
-    }                                                                           \
-  } while (0)
 
 constexpr int64_t kPage = 4096;
 
@@ -57,21 +49,6 @@ class Memory {
   size_t size_;
   void* bytes_;
 };
-
-pid_t start(const std::function<void()>& work) {
-  std::fflush(stdout);
-  const pid_t child = ::fork();
-  if (child != 0) return child;
-  work();
-  std::fflush(stdout);
-  ::_exit(failures == 0 ? 0 : 1);
-}
-
-void expect_success(pid_t child) {
-  int status = -1;
-  CHECK(::waitpid(child, &status, 0) == child);
-  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-}
 
 // Every block has a size, a place in its room and contents of its own.
 int64_t size_of(int64_t key) { return 3000 + key * 37 % 9000; }

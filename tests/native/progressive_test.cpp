@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "check.h"
 #include "jpeg.h"
 
 namespace {
@@ -16,16 +17,6 @@ using Bytes = std::vector<uint8_t>;
 using imseq::JpegCoefficients;
 using imseq::JpegHeader;
 using imseq::JpegKind;
-
-int num_failures = 0;
-
-#define CHECK(condition)                                                  \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++num_failures;                                                     \
-    }                                                                     \
-  } while (false)
 
 // 18 x 11 pixels, 4:2:0, quality 60, a restart interval of 2, 10 scans; written by libjpeg-turbo 3.1.
 const Bytes kProgressive = {
@@ -190,6 +181,6 @@ int main() {
   test_memory_is_reused();
   test_every_truncation();
   test_hostile_bytes();
-  if (num_failures > 0) std::printf("%d checks failed\n", num_failures);
-  return num_failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+  if (failures > 0) std::printf("%d checks failed\n", failures.load());
+  return failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }

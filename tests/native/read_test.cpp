@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../../core/imagenet_seq.h"
+#include "check.h"
 
 namespace {
 
@@ -27,16 +28,6 @@ using imseq::Buffer;
 using imseq::BufferPool;
 using imseq::FileReader;
 using imseq::kPageBytes;
-
-int failures = 0;
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                               \
-    }                                                                           \
-  } while (0)
 
 constexpr int64_t kMegabyte = 1 << 20;
 constexpr int64_t kFileBytes = 3 * kMegabyte + 777;
@@ -433,6 +424,6 @@ int main() {
     ::unlink((folder + "/" + name).c_str());
   }
   ::rmdir(folder.c_str());
-  std::printf(failures == 0 ? "read: ok\n" : "read: %d failures\n", failures);
+  std::printf(failures == 0 ? "read: ok\n" : "read: %d failures\n", failures.load());
   return failures == 0 ? 0 : 1;
 }

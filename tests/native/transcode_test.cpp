@@ -7,21 +7,12 @@
 #include <memory>
 #include <vector>
 
+#include "check.h"
 #include "imagenet_seq.h"
 
 namespace {
 
 using Bytes = std::vector<uint8_t>;
-
-int num_failures = 0;
-
-#define CHECK(condition)                                                  \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++num_failures;                                                     \
-    }                                                                     \
-  } while (false)
 
 // 26 x 19 pixels, 4:2:0, quality 60, optimised tables; written by libjpeg-turbo 3.1.
 const Bytes kImage = {
@@ -206,6 +197,6 @@ int main() {
   test_canonical_form_is_a_fixed_point();
   test_hostile_bytes();
   test_arguments();
-  if (num_failures > 0) std::printf("%d checks failed\n", num_failures);
-  return num_failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
+  if (failures > 0) std::printf("%d checks failed\n", failures.load());
+  return failures > 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }
