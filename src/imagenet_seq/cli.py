@@ -18,6 +18,7 @@ import numpy as np
 
 from imagenet_seq import __version__
 from imagenet_seq.errors import ImagenetSeqError
+from imagenet_seq.ram import UNITS
 from imagenet_seq.sources import SPLITS, Source, open_source
 from imagenet_seq.sources import pack as layout
 
@@ -357,7 +358,7 @@ def _forecast(source: Source, options: argparse.Namespace) -> Forecast:
     index = source.index
     data_bytes = read.source_bytes(source)
     files = read.some_files(index)
-    where = disk.choose_disk(next(filter(os.path.exists, [*files[:1], index.root])))
+    where = read.disk_of([*files[:1], index.root], "auto")
     is_measured = options.measure and data_bytes >= read.MEASURED_BYTES
     speed = disk.speed_of(where, files if is_measured else [])
     where = disk.effective(where, speed)
@@ -498,16 +499,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-_UNITS = {
-    "": 1,
-    **{letter: 1000**power for power, letter in enumerate("KMGT", 1)},
-    **{f"{letter}I": 1024**power for power, letter in enumerate("KMGT", 1)},
-}
-
-
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    unit = _UNITS.get(match[2]) if match else None
+    unit = UNITS.get(match[2]) if match else None
     if not match or unit is None or float(match[1]) * unit < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 1GB or 512MiB, got {text!r}")
     return int(float(match[1]) * unit)

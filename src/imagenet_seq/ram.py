@@ -222,11 +222,12 @@ def _measured_limits() -> Limits:
     return limits()  # `limits` names an argument of budget()
 
 
-_UNITS = {
+UNITS = {
     "": 1,
     **{letter: 1000**power for power, letter in enumerate("KMGT", 1)},
     **{f"{letter}I": 1024**power for power, letter in enumerate("KMGT", 1)},
 }
+"""Bytes of a unit, without the B: "G" is 10**9, "GI" 2**30."""
 
 
 def _wanted_bytes(ram: str | int | float | None, total_bytes: int) -> int | None:
@@ -243,7 +244,7 @@ def _wanted_bytes(ram: str | int | float | None, total_bytes: int) -> int | None
     else:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?I?B?)", ram.strip().upper())
         unit = match and (
-            total_bytes / 100 if match[2] == "%" else _UNITS.get(match[2].removesuffix("B"))
+            total_bytes / 100 if match[2] == "%" else UNITS.get(match[2].removesuffix("B"))
         )
         if not match or unit is None or (match[2] == "%" and float(match[1]) > 100):
             raise ValueError(f"ram: {expected}; got {ram!r}")

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from imagenet_seq.index import Index
     from imagenet_seq.sources import Source
 
-MB = 1 << 20
-
 FORECAST_BYTES = 100 * 10**6
 """Of less there is nothing to forecast: it is read before anybody would know."""
 
@@ -111,14 +109,14 @@ def arrange(
     index = source.index
     data_bytes = source_bytes(source)
     files = some_files(index)
-    where = _disk_of([*files[:1], index.root], wishes.disk)
+    where = disk_of([*files[:1], index.root], wishes.disk)
     speed = disk.speed_of(where, files if data_bytes >= MEASURED_BYTES else [])
     if wishes.disk == "auto":
         where = disk.effective(where, speed)
     budget = ram.budget(wishes.ram, data_bytes)
     notes = list(budget.notes)
     direct = _is_direct(wishes, budget, files, in_blocks, notes)
-    kept = _kept_memory(source, budget, units, num_ranks, notes)
+    kept = _kept_memory(source, budget, data_bytes, units, num_ranks, notes)
     lock = disk.lock_path(where)
     if where.has_one_head and not lock:
         notes.append(
@@ -144,7 +142,7 @@ def arrange(
 
 def _of_foreign(source: Source, wishes: Wishes) -> Reading:
     """Blocks that Python makes are neither read nor kept by the core."""
-    where = _disk_of([source.index.root], wishes.disk)
+    where = disk_of([source.index.root], wishes.disk)
     budget = ram.Budget(page_cache=False, kept_bytes=0, notes=())
     return Reading(where, None, budget, 0, _native.Reading(), window=0, reads_on=False)
 
@@ -212,7 +210,7 @@ def source_bytes(source: Source) -> int:
     return sum(sizes) * len(index) // max(1, len(sizes))
 
 
-def _disk_of(paths: Sequence[str], wish: str) -> Disk:
+def disk_of(paths: Sequence[str], wish: str) -> Disk:
     """Return the disk of the first path that is there; that others are not is said by reading."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
@@ -246,13 +244,18 @@ def _is_direct(
 
 
 def _kept_memory(
-    source: Source, budget: ram.Budget, units: str, num_ranks: int, notes: list[str]
+    source: Source,
+    budget: ram.Budget,
+    data_bytes: int,
+    units: str,
+    num_ranks: int,
+    notes: list[str],
 ) -> ram.KeptMemory | None:
     if budget.kept_bytes <= 0:
         return None
     index = source.index
     # Room is given out in whole pages, and a request begins and ends on one.
-    slack = 2 * 4096 * len(index) if budget.kept_bytes >= source_bytes(source) else 0
+    slack = 2 * 4096 * len(index) if budget.kept_bytes >= data_bytes else 0
     table = _native.kept_table_bytes(len(index))
     memory = ram.open_kept(
         _kept_key(source, units), table + budget.kept_bytes + slack, num_ranks=num_ranks
