@@ -565,9 +565,9 @@ def folder(*files: str) -> Callable[[Path], Path]:
          r"root/val holds 2 files but no class folders; sort the images"),
         (folder("val/1.jpg"), "val", FileNotFoundError, "root/val holds 1 files"),
         (lambda path: path / "nothing", "train", FileNotFoundError,
-         r"nothing/train does not exist\n.*nothing does not exist\nand expected a pack"),
+         r"nothing does not exist\nand expected one of\n  a pack"),
         (lambda path: path, None, FileNotFoundError, "is empty"),
-        (lambda path: Path(__file__), None, FileNotFoundError, "is a file, expected a folder"),
+        (lambda path: Path(__file__), None, FileNotFoundError, "is a file of none of the formats"),
         (folder("a/1.jpg"), "test", ValueError, "expected split 'train' or 'val'"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from imagenet_seq import _native, batch, forecast, plan, read, transforms
 from imagenet_seq.batch import Crew, EpochIterator, Memory, Work
 from imagenet_seq.device import CudaFeeder, PagedMemory, PinnedMemory, pinned, to_device
 from imagenet_seq.errors import StateError
-from imagenet_seq.sources import SPLITS, Source, open_source
+from imagenet_seq.sources import SPLITS, Source, open_source, split_of
 from imagenet_seq.sources.imagefolder import from_samples
+from imagenet_seq.sources.scan import MIN_PERMUTED, OnError
 from imagenet_seq.transforms import Rows
 
 MB = 1 << 20
@@ -152,6 +153,9 @@ class Loader:
         window: samples that are read in the order they lie on the disk and delivered in the order
             of the shuffle, where samples are read one by one. None: 4096 over the node's ranks on a
             hard disk, else 0.
+        on_error: what to do with samples that the source's index can't hold (a tar member that
+            is cut short, a label out of range): "fail" raises a DataError, "skip" leaves them out
+            and says so. It is about indexing; an image that can't be decoded always raises.
         forecast: print one line before the first batch: what the disk allows. For data of less than
             100 MB nothing is printed.
         worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order,
@@ -208,6 +212,7 @@ class Loader:
         num_readers: int | None = None,
         direct: bool | None = None,
         window: int | None = None,
+        on_error: OnError = "fail",
         forecast: bool = True,
     ) -> None:
         _check_arguments(
@@ -223,6 +228,7 @@ class Loader:
             timeout=timeout,
             memory_format=memory_format,
             exact=exact,
+            on_error=on_error,
             block_bytes=block_bytes,
             shuffle_blocks=shuffle_blocks,
             cache=cache,
@@ -235,7 +241,9 @@ class Loader:
         self._wishes.check()
         if worker_init_fn is not None:
             _note("worker_init_fn is not called: there are no worker processes")
-        self._source, split, own_transform, own_target_transform = _resolve_dataset(dataset, split)
+        self._source, split, own_transform, own_target_transform = _resolve_dataset(
+            dataset, split, on_error
+        )
         transform = transform if transform is not None else own_transform
         if transform is None and split is None:
             raise ValueError(
@@ -249,6 +257,8 @@ class Loader:
         if shuffle is None:
             shuffle = split == "train"
         self._shuffle = _shuffle_kind(shuffle, self._source)
+        for note in (*self._source.notes, *_notes_on_order(self._shuffle, self._source)):
+            _note(note)
         if seed is None:
             seed = generator.initial_seed() if generator is not None else 0
         self._seed = int(seed) & 0xFFFF_FFFF_FFFF_FFFF
@@ -884,12 +894,14 @@ def _check_arguments(**given: Any) -> None:
             "expected memory_format torch.contiguous_format or torch.channels_last, got "
             f"{given['memory_format']}"
         )
+    if given["on_error"] not in get_args(OnError):
+        raise ValueError(f"expected on_error 'fail' or 'skip', got {given['on_error']!r}")
     if given["exact"] not in ("crop", "strict"):
         raise ValueError(f"expected exact 'crop' or 'strict', got {given['exact']!r}")
 
 
 def _resolve_dataset(
-    dataset: Any, split: str | None
+    dataset: Any, split: str | None, on_error: OnError
 ) -> tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]:
     """Return (source, split, transform, target_transform) of what the first argument names."""
     if isinstance(dataset, str) and dataset in SPLITS and split is None:
@@ -902,19 +914,29 @@ def _resolve_dataset(
                 "environment variable IMAGENET to the folder that holds train/ and val/"
             )
     if isinstance(dataset, (str, os.PathLike)):
-        source = open_source(dataset, split)
-        name = os.path.basename(os.path.abspath(os.path.expanduser(os.fspath(dataset))))
-        return source, split or (name if name in SPLITS else None), None, None
+        path = os.path.abspath(os.path.expanduser(os.fspath(dataset)))
+        source = open_source(dataset, split, on_error=on_error)
+        return source, split or _split_of_path(path), None, None
     if isinstance(dataset, Source):
         return dataset, split, None, None
-    return _from_torch_dataset(dataset, split)
+    return _from_torch_dataset(dataset, split, on_error)
+
+
+def _split_of_path(path: str) -> str | None:
+    """Return the split of a path that is called "train" or "val", or is of files that are."""
+    name = os.path.basename(path)
+    if os.path.isdir(path):
+        return name if name in SPLITS else None
+    return split_of(name)
 
 
 def _from_torch_dataset(
-    dataset: Any, split: str | None
+    dataset: Any, split: str | None, on_error: OnError
 ) -> tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]:
     if type(dataset) is torch.utils.data.Subset:
-        source, split, transform, target_transform = _resolve_dataset(dataset.dataset, split)
+        source, split, transform, target_transform = _resolve_dataset(
+            dataset.dataset, split, on_error
+        )
         return source.take(np.asarray(dataset.indices)), split, transform, target_transform
     folder = sys.modules.get("torchvision.datasets.folder")
     if folder is None or not isinstance(dataset, folder.DatasetFolder):
@@ -976,6 +998,25 @@ def _shuffle_kind(shuffle: bool | str, source: Source) -> str:
     if not shuffle:
         return "none"
     return "block" if source.permuted else "uniform"
+
+
+def _notes_on_order(shuffle: str, source: Source) -> list[str]:
+    """Say where a shuffle does not suit the order in which samples lie."""
+    if len(source.index) < MIN_PERMUTED:
+        return []
+    where = f"{source.index.root}: "
+    packing = "'imagenet-seq pack' makes a pack of it whose samples lie in random order"
+    if shuffle == "block" and not source.permuted:
+        return [
+            f"{where}shuffle='block' mixes samples that lie close together, and these are not known "
+            f"to lie in random order, so batches may have few classes: {packing}"
+        ]
+    if shuffle == "uniform" and source.foreign:
+        return [
+            f"{where}a uniform shuffle reads a whole block of this {source.kind} for every image: "
+            f"{packing}; or pass shuffle='block' where they do already"
+        ]
+    return []
 
 
 def _cuda_device(device: torch.device | str | int | None) -> torch.device | None:

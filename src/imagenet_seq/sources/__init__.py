@@ -1,18 +1,44 @@
-"""Sources: what lies on disk, recognised by its content and given to plan, loader and pack."""
+"""Sources: what lies on disk, recognised by its content and given to plan, loader and pack.
+
+Each format is one module here; nothing outside it knows the format. It has `LOOKS_FOR`, a line for
+messages, and `find(place)`, which looks at names and a few first bytes and returns
+
+* a `Found`, which `open_source` opens,
+* a string: why something that looks like the format is none, for the message,
+* None: nothing of the kind.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import glob
+import importlib
+import itertools
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.index import Index
+from imagenet_seq.sources.scan import OnError, Visit
 
 SPLITS = ("train", "val")
+
+_SPLIT_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+}  # fmt: skip
+
+_FORMATS = (
+    "pack",
+    "imagefolder",
+)
+"""Modules that are asked, in this order."""
 
 
 class Block(NamedTuple):
@@ -35,12 +61,14 @@ class Source:
         foreign: whether blocks have to be produced by `read_block` instead of being byte ranges of
             files. Then the index's `file` is the number of a sample's block and `offset` its
             ordinal in that block.
+        notes: what the user should know about it: samples left out, for example.
     """
 
     kind: str
     index: Index
     permuted: bool = False
     foreign: bool = False
+    notes: tuple[str, ...] = ()
 
     def read_block(self, number: int) -> Block:
         """Produce foreign block `number`; called from several threads at once.
@@ -56,83 +84,257 @@ class Source:
         return dataclasses.replace(self, index=self.index.take(indices))
 
 
-def open_source(
-    path: str | os.PathLike[str], split: str | None = None, progress: bool = True
-) -> Source:
-    """Open the dataset at `path`, recognised by its content: a pack or an ImageFolder.
+class Opening(NamedTuple):
+    """How a source is opened.
 
-    With a split, `path/split` is looked at first, then `path` itself.
-
-    Args:
-        path: a pack, a folder of class folders, or a root that holds either as train/ and val/.
-        split: "train" or "val"; None where `path` is the split's folder itself.
+    Attributes:
+        on_error: what to do with samples that can't be indexed.
         progress: whether to show progress where indexing takes long.
+        visit: gets the samples, where the index is not there yet and images pass by while it is
+            made.
+    """
+
+    on_error: OnError = "fail"
+    progress: bool = True
+    visit: Visit | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source that was recognised, and not yet opened.
+
+    Attributes:
+        kind: as `Source.kind`.
+        what: what was seen, for messages: "WebDataset shards a.tar to z.tar".
+        files: paths of the files with the data; empty for folders of images.
+        open: opens it.
+    """
+
+    kind: str
+    what: str
+    open: Callable[[Opening], Source]
+    files: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder, a file or a pattern of files, looked at once for all formats.
+
+    Attributes:
+        path: the folder, file or pattern.
+        split: "train", "val" or None.
+        folder: the folder that `files` lie in.
+        files: names of the files in the folder, or of those that the path names; sorted.
+        folders: names of the folders in a folder; sorted.
+    """
+
+    path: str
+    split: str | None
+    folder: str
+    files: tuple[str, ...] = field(repr=False)
+    folders: tuple[str, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def at(cls, path: str, split: str | None) -> Place | None:
+        """Look at a path; None where nothing is there.
+
+        Raises:
+            OSError: where a folder can't be read.
+            ValueError: where a pattern names files in different folders.
+        """
+        if os.path.isdir(path):
+            with os.scandir(path) as entries:
+                is_folder = {e.name: e.is_dir() for e in entries if not _is_ours(e.name)}
+            files = tuple(sorted(name for name, folder in is_folder.items() if not folder))
+            folders = tuple(sorted(name for name, folder in is_folder.items() if folder))
+            return cls(path, split, path, files, folders)
+        paths = [path] if os.path.exists(path) else expand_pattern(path)
+        if not paths:
+            return None
+        parents = sorted({os.path.dirname(found) for found in paths})
+        if len(parents) > 1:
+            raise ValueError(
+                f"{path}: expected files of one folder, found some in {parents[0]} and {parents[1]}"
+            )
+        return cls(path, split, parents[0], tuple(map(os.path.basename, paths)))
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder was given, not files."""
+        return self.path == self.folder
+
+    def below(self, *names: str) -> Place | None:
+        """Look at a folder in this one; None where there is none."""
+        path = os.path.join(self.folder, *names)
+        return Place.at(path, self.split) if self.is_folder and os.path.isdir(path) else None
+
+    def of_split(self, names: Iterable[str]) -> list[str]:
+        """Return the paths of those files that are of the split, told by words in their names.
+
+        Where no name says which split it is of, and where the path names files, all are meant.
+
+        Raises:
+            SplitNeededError: where there are files of both splits and none was asked for.
+        """
+        names = list(names)
+        splits = {split_of(name) for name in names} - {None}
+        if self.split is None and len(splits) > 1 and self.is_folder:
+            raise SplitNeededError(
+                f"{self.path} holds files of train and val, such as {names[0]}: pass "
+                "split='train' or split='val'"
+            )
+        if self.is_folder and self.split is not None and splits:
+            names = [name for name in names if split_of(name) == self.split]
+        return [os.path.join(self.folder, name) for name in names]
+
+
+class SplitNeededError(ValueError):
+    """There are two splits at a path, and none was asked for."""
+
+
+def split_of(name: str) -> str | None:
+    """Tell by a word in a file's name which split it is of: "train", "val" or None."""
+    words = re.findall(r"[a-z]+", os.path.basename(name).lower())
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Return the paths that a pattern names: braces as in webdataset, then * ? [] as in a shell.
+
+    ``imagenet1k-train-{0000..1023}.tar`` counts, with leading zeros where the first number has
+    some; ``{a,b}`` is either. With braces, the order is theirs; what * finds is sorted.
 
     Raises:
-        ValueError: where a split has to be given, or is not one of the two.
+        FileNotFoundError: where a file that braces name is not there.
+    """
+    expanded = list(_expand_braces(pattern))
+    paths: list[str] = []
+    for path in expanded:
+        if glob.has_magic(path) and not os.path.exists(path):
+            paths += sorted(glob.glob(path))
+        elif os.path.exists(path):
+            paths.append(path)
+        elif len(expanded) > 1:
+            raise FileNotFoundError(f"{path}: no such file, but {pattern} names it")
+    return paths
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    found = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    counted = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if counted:
+        width = len(counted[1]) if counted[1].startswith("0") else 0
+        choices = [f"{n:0{width}d}" for n in range(int(counted[1]), int(counted[2]) + 1)]
+    else:
+        choices = found[1].split(",")
+    for choice, rest in itertools.product(choices, _expand_braces(pattern[found.end() :])):
+        yield pattern[: found.start()] + choice + rest
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    split: str | None = None,
+    progress: bool = True,
+    on_error: OnError = "fail",
+) -> Source:
+    """Open the dataset at `path`, recognised by its content.
+
+    With a split, `path/split` is looked at first, then files of that split in `path`.
+
+    Args:
+        path: a folder, a file, or a pattern of files such as ``train-{0000..1023}.tar``.
+        split: "train" or "val"; None where `path` is the split's folder or file itself.
+        progress: whether to show progress where indexing takes long.
+        on_error: what to do with samples that can't be indexed: "fail" raises, "skip" leaves them
+            out and says so in the source's `notes`.
+
+    Raises:
+        ValueError: where a split has to be given, or is not one of the two; where what is there
+            may be read as two different things.
         FileNotFoundError: where nothing is recognised; says what was looked for and what was found.
         DataError: where what is there is damaged.
     """
+    return find_source(path, split).open(Opening(on_error, progress))
+
+
+def find_source(path: str | os.PathLike[str], split: str | None = None) -> Found:
+    """Recognise the dataset at `path` without opening it; arguments and errors of `open_source`."""
     path = os.path.expanduser(os.fspath(path))
     if split is not None and split not in SPLITS:
         raise ValueError(f"expected split 'train' or 'val' (or None), got {split!r}")
     looked_at: list[str] = []
-    for folder in [path] if split is None else [os.path.join(path, split), path]:
-        found = _look_at(folder, split)
-        if found.kind == "pack":
-            from imagenet_seq.sources.pack import open_pack
-
-            return open_pack(folder)
-        if found.kind == "imagefolder":
-            from imagenet_seq.sources.imagefolder import open_imagefolder
-
-            return open_imagefolder(folder, progress)
-        if found.kind == "root" and split is None:
-            raise ValueError(f"{path} {found.text}: pass split='train' or split='val'")
-        looked_at.append(f"  {folder} {found.text}")
-        if folder != path and found.kind != "nothing":
-            break  # what lies at path/split is meant, so `path` must not pass for a class folder
+    for candidate in _candidates(path, split):
+        found = _recognised(candidate, split)
+        if isinstance(found, Found):
+            return found
+        looked_at.append(f"  {candidate} {found}")
+    formats = "\n".join(f"  {module.LOOKS_FOR}" for module in _modules())
     raise FileNotFoundError(
         f"no data set{f' for split {split!r}' if split else ''} at {path}. Looked at\n"
         + "\n".join(looked_at)
-        + "\nand expected a pack (a folder with pack.json, made by 'imagenet-seq pack') "
-        "or an ImageFolder (one folder of images for each class)."
+        + f"\nand expected one of\n{formats}"
     )
 
 
-class _Found(NamedTuple):
-    kind: str  # "pack", "imagefolder", "root" of splits, "other", "nothing"
-    text: str = ""  # for messages, where it can't be opened
+def _candidates(path: str, split: str | None) -> Iterator[str]:
+    """Yield where a split may be: what was made for fast reading first, then what it was made of.
+
+    The original project's LMDB lies beside the folders that it was made of.
+    """
+    if split is not None and os.path.isdir(path):
+        folders = [os.path.join(path, word) for word, of in _SPLIT_WORDS.items() if of == split]
+        there = [folder for folder in folders if os.path.exists(folder)] or folders[:1]
+        lmdb = os.path.join(path, f"ILSVRC-{split}.lmdb")
+        if os.path.exists(lmdb) and not os.path.exists(os.path.join(there[0], "pack.json")):
+            yield lmdb
+        yield from there
+    yield path
 
 
-def _look_at(folder: str, split: str | None) -> _Found:
+def _recognised(path: str, split: str | None) -> Found | str:
+    """Return what lies at a path, or why nothing is recognised there."""
     from imagenet_seq.sources.pack import refuse_unfinished
 
-    refuse_unfinished(folder)
-    if not os.path.exists(folder):
-        return _Found("nothing", "does not exist")
-    if not os.path.isdir(folder):
-        return _Found("other", "is a file, expected a folder")
-    base = os.path.basename(os.path.abspath(folder))
-    if split is not None and base in SPLITS and base != split:
-        return _Found("other", f"is by its name the other split, {base}")
-    if os.path.exists(os.path.join(folder, "pack.json")):
-        return _Found("pack")
-    if splits := [name for name in SPLITS if is_split(os.path.join(folder, name))]:
-        return _Found("root", f"holds {' and '.join(f'{name}/' for name in splits)}")
-    for name in SPLITS:  # their folders must not pass for classes
-        refuse_unfinished(os.path.join(folder, name))
-    with os.scandir(folder) as entries:
-        is_folder = [entry.is_dir() for entry in entries]
-    if any(is_folder):
-        return _Found("imagefolder")
-    if is_folder:
-        return _Found(
-            "other",
-            f"holds {len(is_folder)} files but no class folders; sort the images into one folder "
-            "for each class (torchvision.datasets.ImageNet does it for the official archives)",
+    refuse_unfinished(path)
+    place = Place.at(path, split)
+    if place is None:
+        return "does not exist"
+    by_name = split_of(path) if os.path.basename(path) in _SPLIT_WORDS else None
+    if split is not None and by_name is not None and by_name != split:
+        return f"is by its name the other split, {by_name}"
+    answers = [answer for module in _modules() if (answer := module.find(place)) is not None]
+    found = [answer for answer in answers if isinstance(answer, Found)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} may be read as different things: "
+            + "; ".join(answer.what for answer in found)
+            + ". Pass the path of the one that you mean"
         )
-    return _Found("other", "is empty")
+    if found:
+        return found[0]
+    return "; ".join(answers) or _described(place)
+
+
+def _described(place: Place) -> str:
+    if not place.files and not place.folders:
+        return "is empty"
+    if not place.is_folder:
+        return "is a file of none of the formats"
+    shown = ", ".join((*(f"{name}/" for name in place.folders), *place.files)[:4])
+    return f"holds {len(place.folders)} folders and {len(place.files)} files ({shown}, ...)"
+
+
+@functools.cache
+def _modules() -> tuple[ModuleType, ...]:
+    return tuple(importlib.import_module(f"imagenet_seq.sources.{name}") for name in _FORMATS)
+
+
+def _is_ours(name: str) -> bool:
+    """Tell the files in which indexes are kept beside data."""
+    return name.startswith(".imagenet-seq-")
 
 
 def is_split(folder: str) -> bool:

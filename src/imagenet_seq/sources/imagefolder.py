@@ -23,7 +23,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from imagenet_seq.disk import cache_folder
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names, read_columns, write_columns
-from imagenet_seq.sources import Source
+from imagenet_seq.sources import SPLITS, Found, Place, Source, is_split
+from imagenet_seq.sources.pack import refuse_unfinished
+
+LOOKS_FOR = "an ImageFolder: one folder of images for each class"
 
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
@@ -36,6 +39,35 @@ _RACY_NS = 2_000_000_000
 
 _SCAN_THREADS = 4
 """Directories read at once: the waits of a network file system overlap, a disk can sort them."""
+
+
+def find(place: Place) -> Found | str | None:
+    """Recognise a folder of class folders.
+
+    Raises:
+        ValueError: where it is a root of splits and none was asked for.
+    """
+    if not place.is_folder or "pack.json" in place.files:
+        return None
+    folders = [name for name in SPLITS if is_split(os.path.join(place.path, name))]
+    if folders:
+        holds = f"holds {' and '.join(f'{name}/' for name in folders)}"
+        if place.split is None:
+            raise ValueError(f"{place.path} {holds}: pass split='train' or split='val'")
+        return holds
+    if place.split in place.folders:  # that one is meant, so `path` must not pass for classes
+        return None
+    for name in SPLITS:  # their folders must not pass for classes
+        refuse_unfinished(os.path.join(place.path, name))
+    if place.folders:
+        what = f"an ImageFolder with {len(place.folders)} class folders"
+        return Found("imagefolder", what, lambda how: open_imagefolder(place.path, how.progress))
+    if place.files:
+        return (
+            f"holds {len(place.files)} files but no class folders; sort the images into one folder "
+            "for each class (torchvision.datasets.ImageNet does it for the official archives)"
+        )
+    return None
 
 
 def open_imagefolder(root: str | os.PathLike[str], progress: bool = True) -> Source:

@@ -21,7 +21,9 @@ import numpy.typing as npt
 from imagenet_seq import _native
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names
-from imagenet_seq.sources import Source
+from imagenet_seq.sources import Found, Place, Source
+
+LOOKS_FOR = "a pack: a folder with pack.json, made by 'imagenet-seq pack'"
 
 FORMAT = "imagenet-seq pack"
 FORMAT_VERSION = 1
@@ -101,6 +103,13 @@ class Pack:
     classes: tuple[str, ...]
     shard_bytes: npt.NDArray[np.int64]
     tables: bytes | None
+
+
+def find(place: Place) -> Found | None:
+    """Recognise a pack."""
+    if not place.is_folder or PACK_FILE not in place.files:
+        return None
+    return Found("pack", f"a pack ({PACK_FILE})", lambda _: open_pack(place.path))
 
 
 def open_pack(folder: str | os.PathLike[str]) -> Source:
