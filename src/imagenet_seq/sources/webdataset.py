@@ -74,7 +74,7 @@ def find(place: Place) -> Found | str | None:
     tars = [name for name in place.files if _is_candidate(name, place)]
     if not tars:
         compressed = [name for name in place.files if name.lower().endswith(_COMPRESSED)]
-        if compressed:
+        if compressed and compressed[0] != official.DEVKIT:
             return f"holds {compressed[0]}, which is compressed: decompress it first"
         if place.is_folder:
             return None
