@@ -105,8 +105,8 @@ class FileStream:
 
     def _move(self, offset: int, length: int) -> None:
         """Make the window begin at `offset`, or where a piece with it does, and hold `length`."""
-        kept = [self._window[offset - self._begin :]]  # nothing where it lies further on
         end = self._begin + len(self._window)
+        kept = [self._window[offset - self._begin :]] if offset < end else []
         while end < offset + length or (not length and end < offset):
             piece = self._pieces.get()
             if isinstance(piece, OSError):
@@ -117,9 +117,10 @@ class FileStream:
                 self._digest.update(piece)
             if self._bar is not None:
                 self._bar.update(len(piece))
-            kept.append(piece[max(0, offset - end) :])
             end += len(piece)
-        self._window = b"".join(kept)
+            if end > offset:
+                kept.append(piece)
+        self._window = b"".join(kept)  # no copy of a single one
         self._begin = end - len(self._window)
 
     def _read(self) -> None:
