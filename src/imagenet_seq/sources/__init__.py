@@ -36,6 +36,7 @@ _SPLIT_WORDS = {
 
 _FORMATS = (
     "pack",
+    "beton",
     "imagefolder",
     "tfrecord",
 )
