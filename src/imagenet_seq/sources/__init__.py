@@ -36,8 +36,10 @@ _SPLIT_WORDS = {
 
 _FORMATS = (
     "pack",
+    "beton",
     "imagefolder",
     "official",
+    "tfrecord",
     "webdataset",
 )
 """Modules that are asked, in this order."""
