@@ -36,7 +36,9 @@ _SPLIT_WORDS = {
 
 _FORMATS = (
     "pack",
+    "arrow",
     "imagefolder",
+    "parquet",
 )
 """Modules that are asked, in this order."""
 
