@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.sources import Found, Opening, Place, Source
+from imagenet_seq.sources import Found, Opening, Place, Source, SplitNeededError
 from imagenet_seq.sources import huggingface as hf
 from imagenet_seq.sources.scan import Scanned, indexed, is_permuted, progress_bar
 
@@ -28,9 +28,16 @@ _OF_CACHE = re.compile(r"(?!cache-).+-[a-z]+(-\d{5}-of-\d{5})?\.arrow")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise a folder by the file that describes it, Arrow files by their first bytes."""
+    """Recognise a folder by the file that describes it, Arrow files by their first bytes.
+
+    Raises:
+        SplitNeededError: where there are several splits and none was asked for.
+    """
     if "dataset_dict.json" in place.files:
-        return f"holds {', '.join(place.folders)} of save_to_disk: pass one of them, or a split"
+        splits = ", ".join(place.folders)
+        if place.split is None:
+            raise SplitNeededError(f"{place.path} holds {splits} of save_to_disk: pass a split")
+        return f"holds {splits} of save_to_disk, but no folder of split {place.split!r}"
     for at in hf.places(place):
         if "state.json" in at.files:
             paths = _saved_files(at)

@@ -29,6 +29,7 @@ _MAX_DEPTH = 5
 _OF = re.compile(r"(?P<set>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d)")
 _LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
+_WNID = re.compile(r"n\d{8}")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -391,11 +392,12 @@ class Scan:
 def _name_classes(
     names: tuple[str, ...], label: npt.NDArray[np.int32], samples: Names
 ) -> tuple[str, ...]:
-    """Name the classes as the files do, ImageNet's 1000 by their wnids."""
-    if not names:
-        return classes_of(label, samples)
+    """Name the classes: by wnids where these are known, so that they are torchvision's."""
     if len(names) == 1000 and names[0].startswith("tench") and names[-1].startswith("toilet"):
         return imagenet_classes()
+    by_samples = classes_of(label, samples)
+    if not names or (len(by_samples) == len(names) and all(map(_WNID.fullmatch, by_samples))):
+        return by_samples
     # Two classes of one name, as ImageNet's two cranes, stay two.
     count = Counter(names)
     return tuple(

@@ -26,7 +26,11 @@ _LARGE_GROUP_BYTES = 256 << 20
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise Parquet files by their names and the first one's first bytes."""
+    """Recognise Parquet files by their names and the first one's first bytes.
+
+    Raises:
+        SplitNeededError: where there are several splits and none was asked for.
+    """
     for at in hf.places(place):
         names = [name for name in at.files if name.endswith(".parquet") or not at.is_folder]
         if not names:
