@@ -36,9 +36,11 @@ _SPLIT_WORDS = {
 
 _FORMATS = (
     "pack",
+    "arrow",
     "beton",
     "imagefolder",
     "official",
+    "parquet",
     "tfrecord",
     "webdataset",
 )
