@@ -1,164 +1,33 @@
-"""Every format that people have ImageNet in: the samples and the pixels of the ImageFolder.
+"""Every format that people have ImageNet in gives the samples and the pixels of the ImageFolder.
 
 tests/fixtures holds the same generated images in each of them, written by the format's own library
-(tests/fixtures/make.py).
+(tests/fixtures/make.py); test_live_sources.py writes photos.
 """
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
-import torch
 from fixtures import make
 from PIL import Image
-from torchvision.transforms import v2
-
-from imagenet_seq.loader import ImagenetLoader, Loader
-from imagenet_seq.pack import pack
-from imagenet_seq.sources import Source, open_source
-from imagenet_seq.sources.imagefolder import from_samples
-
-FIXTURES = Path(make.__file__).parent
-BOTH, TRAIN, VAL = ("train", "val"), ("train",), ("val",)
-
-SOURCES = {
-    "images": BOTH,
-    "official": BOTH,
-    "kaggle": BOTH,
-    "flat": VAL,
-    "webdataset": BOTH,
-    "webdataset_variants/png_json": VAL,
-    "webdataset_variants/jpeg_txt_number": VAL,
-    "webdataset_variants/jpeg_txt_wnid": VAL,
-    "tensorpack/msgpack": BOTH,
-    "tensorpack/pickle": BOTH,
-    "tensorpack/pyarrow": BOTH,
-    "lmdb/common/msgpack": BOTH,
-    "lmdb/common/msgpack_old": VAL,
-    "lmdb/common/pickle": BOTH,
-    "lmdb/common/pickle_numpy_label": VAL,
-    "lmdb/common/pickle_protocol2": VAL,
-    "lmdb/pyarrow": BOTH,
-    "parquet": BOTH,
-    "hf_disk": BOTH,
-    "hf_cache": BOTH,
-    "tfrecord/inception": BOTH,
-    "tfrecord/tfds": BOTH,
-    "ffcv": BOTH,
-    "ffcv/train_raw.beton": TRAIN,
-    "ffcv/train_proportion.beton": TRAIN,
-    "mds": BOTH,
-    "mds_zstd": BOTH,
-    "mds_bytes": BOTH,
-    "mds_xy": BOTH,
-}
-"""What is below tests/fixtures, and which splits there are."""
+from same_images import (
+    CENTRE,
+    CROPS,
+    FIXTURES,
+    SOURCES,
+    Case,
+    case_of,
+    epoch_of,
+    in_any_order,
+    resumed_epoch_of,
+    rgb,
+)  # fmt: skip
 
 NUMBERED = ("lmdb/", "tensorpack/", "ffcv", "mds")
 """Formats that have labels and no names for them."""
 
-CROPS = v2.Compose([v2.RandomResizedCrop(32), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-CENTRE = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
-
-Row = tuple[int, bytes]  # label and pixels
-Epoch = list[list[Row]]
-
-
-class Original(NamedTuple):
-    """An image that was put into all formats."""
-
-    path: Path
-    label: int
-    data: bytes
-    pixels: np.ndarray
-
-
-class Case(NamedTuple):
-    """A source, and the ImageFolder of the same images in the same order."""
-
-    place: str
-    split: str
-    source: Source
-    reference: Source
-
-    def loader(self, *arguments: Any, **settings: Any) -> Loader:
-        return Loader(self.source, self.split, *arguments, batch_size=3, **settings)
-
-    def reference_loader(self, *arguments: Any, **settings: Any) -> Loader:
-        return Loader(self.reference, self.split, *arguments, batch_size=3, **settings)
-
-
-def rgb(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def originals_of(images: Path, split: str) -> list[Original]:
-    return [
-        Original(sample.path, sample.label, sample.data, rgb(sample.data))
-        for sample in make.by_class(images, split)
-    ]
-
-
-def original_of(data: bytes, originals: list[Original]) -> Original:
-    """Which image a sample is: by its bytes, or by its pixels where it was encoded again."""
-    for original in originals:
-        if original.data == data:
-            return original
-    pixels = rgb(data).astype(np.int16)
-    of_size = [original for original in originals if original.pixels.shape == pixels.shape]
-    distances = [np.abs(original.pixels - pixels).mean() for original in of_size]
-    order = np.argsort(distances)
-    assert len(order), f"no image of {pixels.shape}"
-    assert distances[order[0]] < 4
-    assert len(order) == 1 or distances[order[1]] > 12
-    return of_size[order[0]]
-
-
-def reference_of(source: Source, images: Path, split: str, stored: Path) -> Source:
-    """The ImageFolder of a source's images in its order, with the labels of the originals.
-
-    Of images that the format's writer encoded again, its bytes are written to the folder `stored`.
-    """
-    dataset = Loader(source, split, CENTRE).dataset
-    originals = originals_of(images, split)
-    samples = []
-    for i in range(len(dataset)):
-        data = dataset.encoded(i)
-        original = original_of(data, originals)
-        path = original.path
-        if data != original.data:
-            path = stored / f"{i}.{Image.open(io.BytesIO(data)).format}"
-            path.write_bytes(data)
-        samples.append((str(path), original.label))
-        originals.remove(original)  # each is there once
-    return from_samples(samples, make.wnids_of(images), images / split)
-
-
-def rows_of(batch: tuple[torch.Tensor, torch.Tensor]) -> list[Row]:
-    images, target = batch
-    return [
-        (int(label), pixels.numpy().tobytes()) for pixels, label in zip(images, target, strict=True)
-    ]
-
-
-def epoch_of(loader: Loader) -> Epoch:
-    return [rows_of(batch) for batch in loader]
-
-
-def resumed_epoch_of(loader: Loader, other: Loader) -> Epoch:
-    """An epoch of which one loader gives two batches and another one the rest."""
-    batches = iter(loader)
-    begun = [rows_of(next(batches)), rows_of(next(batches))]
-    other.load_state_dict(loader.state_dict())
-    return begun + epoch_of(other)
-
-
-def in_any_order(epoch: Epoch) -> list[Row]:
-    return sorted(row for batch in epoch for row in batch)
+IMAGES = FIXTURES / "images"
 
 
 @pytest.fixture(
@@ -167,10 +36,8 @@ def in_any_order(epoch: Epoch) -> list[Row]:
     ids=lambda param: "-".join(param),
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    place, split = request.param
-    source = open_source(FIXTURES / place, split, progress=False)
     stored = tmp_path_factory.mktemp("stored")
-    return Case(place, split, source, reference_of(source, FIXTURES / "images", split, stored))
+    return case_of(FIXTURES, IMAGES, *request.param, stored)
 
 
 def test_every_fixture_is_tested() -> None:
@@ -180,8 +47,8 @@ def test_every_fixture_is_tested() -> None:
 
 
 def test_samples_labels_and_classes_are_those_of_the_images(case: Case) -> None:
-    index, wnids = case.source.index, make.wnids_of(FIXTURES / "images")
-    images = make.by_class(FIXTURES / "images", case.split)
+    index, wnids = case.source.index, make.wnids_of(IMAGES)
+    images = make.by_class(IMAGES, case.split)
     assert list(index.targets) == list(case.reference.index.targets)
     assert len(index) == (4 if "png_json" in case.place else len(images))
     numbered = case.place.startswith(NUMBERED)
