@@ -24,7 +24,7 @@ from same_images import (
     rgb,
 )  # fmt: skip
 
-NUMBERED = ("lmdb/", "tensorpack/", "ffcv", "mds")
+NUMBERED = ("lmdb", "tensorpack", "ffcv", "mds")
 """Formats that have labels and no names for them."""
 
 IMAGES = FIXTURES / "images"
