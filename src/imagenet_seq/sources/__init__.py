@@ -37,6 +37,7 @@ _SPLIT_WORDS = {
 _FORMATS = (
     "pack",
     "imagefolder",
+    "tfrecord",
 )
 """Modules that are asked, in this order."""
 

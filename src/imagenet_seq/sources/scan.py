@@ -192,6 +192,18 @@ class Problems:
 HOW_TO_SKIP = "Repair it, or leave such samples out: on_error='skip' (--on-error skip)"
 
 
+_SIGNATURES = (
+    (b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n\x1a\n", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"),
+    (b"RIFF", ".webp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P6", ".ppm"), (b"P5", ".pgm"),
+)  # fmt: skip
+
+
+def image_extension(data: bytes | memoryview) -> str:
+    """Return the extension that image bytes should have; ".bin" where no format is recognised."""
+    head = bytes(data[:8])
+    return next((found for magic, found in _SIGNATURES if head.startswith(magic)), ".bin")
+
+
 class Rows:
     """Samples in the order in which a scan finds them, in 32 bytes each and their names."""
 
