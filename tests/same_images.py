@@ -41,7 +41,7 @@ SOURCES = {
     "hf_disk": BOTH,
     "hf_cache": BOTH,
     "tfrecord/inception": BOTH,
-    "tfrecord/tfds": BOTH,
+    "tfrecord/tfds/imagenet2012/5.1.0": BOTH,
     "ffcv/train.beton": TRAIN,
     "ffcv/val.beton": VAL,
     "ffcv/val_raw.beton": VAL,
