@@ -30,13 +30,14 @@ SOURCES = {
     "webdataset_variants/jpeg_txt_wnid": VAL,
     "tensorpack/msgpack": BOTH,
     "tensorpack/pickle": BOTH,
+    "tensorpack/pickle4": VAL,
     "tensorpack/pyarrow": BOTH,
-    "lmdb/msgpack": BOTH,
+    "lmdb/msgpack": VAL,
     "lmdb/msgpack_old": VAL,
     "lmdb/pickle": BOTH,
     "lmdb/pickle_numpy_label": VAL,
     "lmdb/pickle_protocol2": VAL,
-    "lmdb_pyarrow": BOTH,
+    "lmdb_pyarrow": VAL,
     "parquet": BOTH,
     "hf_disk": BOTH,
     "hf_cache": BOTH,
@@ -48,8 +49,8 @@ SOURCES = {
     "ffcv/val_proportion.beton": VAL,
     "mds": BOTH,
     "mds_zstd": BOTH,
-    "mds_bytes": BOTH,
-    "mds_xy": BOTH,
+    "mds_variants/bytes": VAL,
+    "mds_variants/ixy": VAL,
 }
 """What is below tests/fixtures, and which splits there are."""
 

@@ -26,6 +26,8 @@ from same_images import (
 
 NUMBERED = ("lmdb", "tensorpack", "ffcv", "mds")
 """Formats that have labels and no names for them."""
+WORDED = ("parquet", "hf_")
+"""Formats whose names of classes are words."""
 
 IMAGES = FIXTURES / "images"
 
@@ -51,8 +53,12 @@ def test_samples_labels_and_classes_are_those_of_the_images(case: Case) -> None:
     images = make.by_class(IMAGES, case.split)
     assert list(index.targets) == list(case.reference.index.targets)
     assert len(index) == (4 if "png_json" in case.place else len(images))
-    numbered = case.place.startswith(NUMBERED)
-    assert list(index.classes) == (list(map(str, range(len(wnids)))) if numbered else wnids)
+    classes = wnids
+    if case.place.startswith(NUMBERED):
+        classes = list(map(str, range(len(wnids))))
+    elif case.place.startswith(WORDED):
+        classes = list(map(make.words_of, wnids))
+    assert list(index.classes) == classes
     assert len(set(index.name)) == len(index)
     assert all(
         Path(name).suffix.lower() in (".jpg", ".jpeg", ".png", ".ppm") for name in index.name
