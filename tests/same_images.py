@@ -54,6 +54,9 @@ SOURCES = {
 }
 """What is below tests/fixtures, and which splits there are."""
 
+OF_FEW = ("webdataset_variants/", "lmdb/msgpack_old", "lmdb/pickle_", "ffcv/val_")
+"""Those of a few samples only."""
+
 CROPS = v2.Compose([v2.RandomResizedCrop(32), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 CENTRE = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
 
@@ -87,6 +90,10 @@ class Case(NamedTuple):
 
 def rgb(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def num_samples(images: Path, place: str, split: str) -> int:
+    return make.FEW if place.startswith(OF_FEW) else len(make.by_class(images, split))
 
 
 def originals_of(images: Path, split: str) -> list[Original]:
