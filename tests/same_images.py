@@ -54,6 +54,9 @@ SOURCES = {
 }
 """What is below tests/fixtures, and which splits there are."""
 
+OWN_CLASSES = "webdataset_variants/jpeg_txt_wnid"
+"""Numbers its classes itself, and only those of its own samples, as ImageFolder does."""
+
 OF_FEW = ("webdataset_variants/", "lmdb/msgpack_old", "lmdb/pickle_", "ffcv/val_")
 """Those of a few samples only."""
 
@@ -68,7 +71,7 @@ class Original(NamedTuple):
     """An image that was put into all formats."""
 
     path: Path
-    label: int
+    wnid: str
     data: bytes
     pixels: np.ndarray
 
@@ -98,7 +101,7 @@ def num_samples(images: Path, place: str, split: str) -> int:
 
 def originals_of(images: Path, split: str) -> list[Original]:
     return [
-        Original(sample.path, sample.label, sample.data, rgb(sample.data))
+        Original(sample.path, sample.wnid, sample.data, rgb(sample.data))
         for sample in make.by_class(images, split)
     ]
 
@@ -118,30 +121,29 @@ def original_of(data: bytes, originals: list[Original]) -> Original:
     return of_size[order[0]]
 
 
-def reference_of(source: Source, images: Path, split: str, stored: Path) -> Source:
-    """The ImageFolder of a source's images in its order, with the labels of the originals.
+def case_of(formats: Path, images: Path, place: str, split: str, stored: Path) -> Case:
+    """Open what a writer made of the ImageFolder `images`, and the same images in its order.
 
     Of images that the format's writer encoded again, its bytes are written to the folder `stored`.
     """
+    source = open_source(formats / place, split, progress=False)
     dataset = Loader(source, split, CENTRE).dataset
     originals = originals_of(images, split)
     samples = []
     for i in range(len(dataset)):
         data = dataset.encoded(i)
         original = original_of(data, originals)
+        originals.remove(original)  # each is there once
         path = original.path
         if data != original.data:
             path = stored / f"{i}.{Image.open(io.BytesIO(data)).format}"
             path.write_bytes(data)
-        samples.append((str(path), original.label))
-        originals.remove(original)  # each is there once
-    return from_samples(samples, make.wnids_of(images), images / split)
-
-
-def case_of(formats: Path, images: Path, place: str, split: str, stored: Path) -> Case:
-    """Open what a writer made of the ImageFolder `images`; `stored` as for `reference_of`."""
-    source = open_source(formats / place, split, progress=False)
-    return Case(place, split, source, reference_of(source, images, split, stored))
+        samples.append((str(path), original.wnid))
+    wnids = make.wnids_of(images)
+    if place == OWN_CLASSES:
+        wnids = sorted({wnid for _, wnid in samples})
+    labelled = [(path, wnids.index(wnid)) for path, wnid in samples]
+    return Case(place, split, source, from_samples(labelled, wnids, images / split))
 
 
 def rows_of(batch: tuple[torch.Tensor, torch.Tensor]) -> list[Row]:

@@ -25,7 +25,7 @@ from same_images import (
     rgb,
 )  # fmt: skip
 
-NUMBERED = ("lmdb", "tensorpack", "ffcv", "mds")
+NUMBERED = ("lmdb", "tensorpack", "ffcv", "mds", "webdataset_variants/jpeg_txt_number")
 """Formats that have labels and no names for them."""
 WORDED = ("parquet", "hf_")
 """Formats whose names of classes are words."""
@@ -51,16 +51,21 @@ def test_every_fixture_is_tested() -> None:
     assert tested == {name.split("/")[0] for name in make.FORMATS}
 
 
+def expected_classes(case: Case) -> list[str]:
+    """The names of a source's classes, as far as the format has them; else numbers."""
+    wnids, labels = case.reference.index.classes, set(case.reference.index.targets)
+    if case.place.startswith(NUMBERED):
+        return [str(label) for label in range(max(labels) + 1)]
+    if case.place.startswith(WORDED):
+        return list(map(make.words_of, wnids))
+    return [wnid if label in labels else str(label) for label, wnid in enumerate(wnids)]
+
+
 def test_samples_labels_and_classes_are_those_of_the_images(case: Case) -> None:
-    index, wnids = case.source.index, make.wnids_of(IMAGES)
+    index = case.source.index
     assert list(index.targets) == list(case.reference.index.targets)
     assert len(index) == num_samples(IMAGES, case.place, case.split)
-    classes = wnids
-    if case.place.startswith(NUMBERED):
-        classes = list(map(str, range(len(wnids))))
-    elif case.place.startswith(WORDED):
-        classes = list(map(make.words_of, wnids))
-    assert list(index.classes) == classes
+    assert list(index.classes) == expected_classes(case)
     assert len(set(index.name)) == len(index)
     assert all(
         Path(name).suffix.lower() in (".jpg", ".jpeg", ".png", ".ppm") for name in index.name
