@@ -27,7 +27,7 @@ from imagenet_seq import lmdb_file as layout
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Names
 from imagenet_seq.sources import Block, Found, Opening, Place, Source
-from imagenet_seq.sources.classes import classes_of
+from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
 from imagenet_seq.sources.lmdb_values import (
     ACCEPTED,
     RAW,
@@ -54,7 +54,6 @@ _DATA_FILE = "data.mdb"
 _SUFFIXES = (".lmdb", ".mdb")
 _MAX_DEPTH = 32
 """LMDB's own bound (CURSOR_STACK)."""
-_MAX_CLASSES = 100_000
 _BLOCK_BYTES = 4 << 20
 
 _EXTENSIONS = (
@@ -91,7 +90,7 @@ def find(place: Place) -> Found | str | None:
 
 def _candidates(place: Place) -> list[str]:
     """Return names of what may be an LMDB: files, or folders with one."""
-    if not place.is_folder:
+    if not place.is_folder and len(place.files) == 1:
         return list(place.files)
     if _DATA_FILE in place.files:
         return [_DATA_FILE]
@@ -424,9 +423,9 @@ class _Scan:
                 f"{where}: expected an image, got {len(image)} bytes that begin with "
                 f"{bytes(image[:8])!r}"
             )
-        elif not 0 <= pair.label < _MAX_CLASSES:
+        elif not 0 <= pair.label < MAX_CLASSES:
             self._problems.report(
-                f"{where}: expected a label in [0, {_MAX_CLASSES}), got {pair.label}"
+                f"{where}: expected a label in [0, {MAX_CLASSES}), got {pair.label}"
             )
         else:
             self._add(key, extension, offset, pair, image)
