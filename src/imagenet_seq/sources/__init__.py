@@ -38,6 +38,7 @@ _FORMATS = (
     "pack",
     "beton",
     "imagefolder",
+    "mds",
     "tfrecord",
 )
 """Modules that are asked, in this order."""
