@@ -44,7 +44,7 @@ from imagenet_seq.disk import choose_disk
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Index, Names
 from imagenet_seq.io_log import NO_LOG, IoLog
-from imagenet_seq.origin import Folder, Origin, Packed
+from imagenet_seq.origin import Folder, LargeFiles, Origin, Packed, known_bytes
 from imagenet_seq.recode import Refused, Settings, encode, keep_damaged
 from imagenet_seq.scratch import (
     DEALT,
@@ -57,7 +57,15 @@ from imagenet_seq.scratch import (
     write_whole,
 )
 from imagenet_seq.shrink import NUM_SAMPLED, Forecast, Pair, smaller_copy
-from imagenet_seq.sources import SPLITS, is_split
+from imagenet_seq.sources import (
+    SPLITS,
+    Found,
+    Opening,
+    SplitNeededError,
+    find_source,
+    is_split,
+    scan,
+)
 from imagenet_seq.sources import pack as layout
 
 __all__ = ["Failure", "OnError", "Settings", "Summary", "pack", "reshuffle", "summary_of"]
@@ -113,6 +121,7 @@ class Summary:
         num_shrunk: those of them that are smaller copies; the others keep their pixels.
         num_as_is: samples whose own bytes are stored.
         failures: samples left out, or kept although damaged.
+        notes: what the source says of itself: samples that could not be indexed, for example.
         was_complete: the pack was there already, and nothing was done.
     """
 
@@ -124,6 +133,7 @@ class Summary:
     num_shrunk: int
     num_as_is: int
     failures: tuple[Failure, ...]
+    notes: tuple[str, ...] = ()
     was_complete: bool = False
 
 
@@ -139,18 +149,18 @@ def pack(
     progress: bool = True,
     io_log: str | os.PathLike[str] | None = None,
 ) -> dict[str, Summary]:
-    """Pack a folder of class folders, or a root with train/ and val/, into `destination`.
+    """Pack a data set of any format that `open_source` reads into `destination`.
 
     Deterministic: the bytes written depend on the source's names, bytes and classes and on
     `settings` alone. When interrupted, the same call continues.
 
     Args:
-        source: a folder of class folders, or a root that holds train/ and/or val/.
+        source: a folder of class folders, a file, a pattern of files, or a folder with both splits.
         destination: the pack to make; of a root, the folder for destination/train and so on.
         settings: what the pack is to be like; None: the defaults.
         on_error: what to do with an image that cannot be read or decoded. "fail" deals all others
-            and then stops, naming them; "skip" leaves them out; "keep" stores their bytes as they
-            are.
+            and then stops, naming them; "skip" leaves them out, as well as what can't be indexed;
+            "keep" stores their bytes as they are.
         splits: which splits of a root to pack; None: those that are there.
         num_workers: threads that re-code; None: one for each available core.
         memory_bytes: bound on the buffers for dealing samples to shards.
@@ -170,11 +180,14 @@ def pack(
         raise ValueError(f"on_error: expected one of {get_args(OnError)}, got {on_error!r}")
     kept = settings or Settings()
 
-    def open_folder(path: str, log: IoLog) -> Origin:
-        return Folder(path, kept, log, progress)
+    def prepare(found: Found, log: IoLog) -> Origin | LargeFiles:
+        indexing: scan.OnError = "skip" if on_error == "skip" else "fail"
+        if found.files:
+            return LargeFiles(found, kept, log, indexing, progress)
+        return Folder(found.open(Opening(indexing, progress)), kept, log, progress)
 
     options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
-    return _pack_all(source, destination, splits, io_log, open_folder, options)
+    return _pack_all(source, destination, splits, io_log, prepare, options)
 
 
 def reshuffle(
@@ -215,11 +228,11 @@ def reshuffle(
         ValueError: where an argument is out of its domain.
     """
 
-    def open_pack(path: str, log: IoLog) -> Origin:
-        return Packed(path, seed, log)
+    def prepare(found: Found, log: IoLog) -> Origin:
+        return Packed(found, seed, log)
 
     options = _RunOptions(None, num_workers or layout.num_cores(), memory_bytes, progress)
-    return _pack_all(source, destination, splits, io_log, open_pack, options)
+    return _pack_all(source, destination, splits, io_log, prepare, options)
 
 
 def _pack_all(
@@ -227,20 +240,20 @@ def _pack_all(
     destination: str | os.PathLike[str],
     splits: Sequence[str] | None,
     io_log: str | os.PathLike[str] | None,
-    open_origin: Callable[[str, IoLog], Origin],
+    prepare: Callable[[Found, IoLog], Origin | LargeFiles],
     options: _RunOptions,
 ) -> dict[str, Summary]:
     source = os.path.abspath(os.path.expanduser(os.fspath(source)))
     destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
     tasks = _tasks(source, destination, splits)
-    _refuse_overlap(source, destination, tasks)
+    _refuse_overlap(source, tasks)
     with IoLog(None if io_log is None else os.fspath(io_log)) as log:
         options = options._replace(log=log)
-        # All are opened before the first is packed for hours.
-        origins = [open_origin(task.source, log) for task in tasks]
+        # All are looked at before the first is packed for hours.
+        prepared = [prepare(task.found, log) for task in tasks]
         return {
             task.split: _pack_one(origin, task.destination, options)
-            for task, origin in zip(tasks, origins, strict=True)
+            for task, origin in zip(tasks, prepared, strict=True)
         }
 
 
@@ -248,7 +261,7 @@ class _Task(NamedTuple):
     """One pack to make; `split` is "" where the source is no root."""
 
     split: str
-    source: str
+    found: Found
     destination: str
 
     @property
@@ -257,32 +270,45 @@ class _Task(NamedTuple):
 
 
 def _tasks(source: str, destination: str, splits: Sequence[str] | None) -> list[_Task]:
-    folders = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
-    if not any(is_split(os.path.join(source, split)) for split in folders):
-        if splits:
-            raise ValueError(f"{source}: expected a folder {' or '.join(splits)} in it, found none")
-        return [_Task("", source, destination)]
-    missing = [split for split in splits or () if split not in folders]
-    if missing:
-        raise ValueError(f"{source}: expected a folder {missing[0]} in it, found {folders}")
     return [
-        _Task(split, os.path.join(source, split), os.path.join(destination, split))
-        for split in splits or folders
+        _Task(split, found, os.path.join(destination, split) if split else destination)
+        for split, found in _found(source, splits).items()
     ]
 
 
-def _refuse_overlap(source: str, destination: str, tasks: Sequence[_Task]) -> None:
+def _found(source: str, splits: Sequence[str] | None) -> dict[str, Found]:
+    """Return the sources of the splits that are wanted, or "" and that of a path without splits."""
+    folders = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
+    if not splits and not any(is_split(os.path.join(source, split)) for split in folders):
+        try:
+            return {"": find_source(source)}
+        except SplitNeededError:
+            pass
+        except FileNotFoundError:
+            if not folders:
+                raise
+    found = {}
+    for split in splits or SPLITS:
+        try:
+            found[split] = find_source(source, split)
+        except FileNotFoundError:
+            if split in (splits or folders):
+                raise
+    return found or {"": find_source(source)}  # which says that there are two
+
+
+def _refuse_overlap(source: str, tasks: Sequence[_Task]) -> None:
     """Refuse folders of which one is, or lies in, another: packing would write to its source."""
-    read = [source, *(task.source for task in tasks)]
-    written = [destination, *(path for task in tasks for path in (task.destination, task.partial))]
+    read = {source, *(file for task in tasks for file in task.found.files)}
+    written = [path for task in tasks for path in (task.destination, task.partial)]
     pairs = [(path, folder) for path in written for folder in read]
     pairs += [(task.partial, task.destination) for task in tasks]
     for path, folder in pairs:
         if _is_inside(path, folder) or _is_inside(folder, path):
             raise ValueError(
-                f"{path} and {folder} are, or lie in, one another: packing {source} to "
-                f"{destination} reads one and writes the other. Nothing was changed: name a "
-                "destination outside the source that does not hold it either"
+                f"{path} and {folder} are, or lie in, one another: packing {source} reads one and "
+                "writes the other. Nothing was changed: name a destination outside the source that "
+                "does not hold it either"
             )
 
 
@@ -307,8 +333,10 @@ class _RunOptions(NamedTuple):
         )  # fmt: skip
 
 
-def _pack_one(origin: Origin, destination: str, options: _RunOptions) -> Summary:
+def _pack_one(origin: Origin | LargeFiles, destination: str, options: _RunOptions) -> Summary:
     partial = destination + layout.PARTIAL_SUFFIX
+    if isinstance(origin, LargeFiles):
+        origin = origin.open()
     plan = _Plan.make(origin, options)
     if os.path.lexists(destination):
         summary = _finished_before(destination, plan, options.on_error)
@@ -327,7 +355,7 @@ def _pack_one(origin: Origin, destination: str, options: _RunOptions) -> Summary
         workshop.deal()
         workshop.finish_shards()
         workshop.finish_pack(destination)
-    return summary_of(destination)
+    return dataclasses.replace(summary_of(destination), notes=origin.notes)
 
 
 def summary_of(folder: str) -> Summary:
@@ -372,7 +400,7 @@ def _finished_before(destination: str, plan: _Plan, on_error: OnError | None) ->
             f"{len(summary.failures) - kept} left out, which --on-error {on_error} would not do. "
             "Nothing was changed: name another destination, or delete it first"
         )
-    return dataclasses.replace(summary, was_complete=True)
+    return dataclasses.replace(summary, notes=plan.origin.notes, was_complete=True)
 
 
 def _clear_scrap(partial: str) -> None:
@@ -598,10 +626,16 @@ def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | N
     if plan.tables or plan.settings.keep_bytes or plan.settings.tables == "image":
         return plan.tables
 
+    # The places in the pack are random, so its first samples are as good as any.
+    samples = plan.order[:_TABLES_SAMPLES]
+    found = plan.origin.some_images[:_TABLES_SAMPLES]
+
     def images() -> Iterator[bytes]:
+        if found:
+            yield from found
+            return
         unreadable: list[Failure] = []
-        for sample in samples.tolist():
-            data = plan.origin.read(sample)
+        for sample, data in plan.origin.read_all(samples):
             if not isinstance(data, Refused):
                 yield data
             elif data.is_read_error:
@@ -612,14 +646,11 @@ def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | N
         copy = smaller_copy(data, plan.settings.shrink) if plan.settings.shrink else None
         return _native.count_symbols(copy or data, plan.settings.restart_interval)
 
-    # The places in the pack are random, so its first samples are as good as any.
-    samples = plan.order[:_TABLES_SAMPLES]
-    samples = plan.origin.in_disk_order(samples)
     options.log.begin_pass("choose tables")
     counts = np.zeros((4, 256), np.uint64)
     with (
         ThreadPoolExecutor(options.num_workers) as threads,
-        options.bar("choose tables", len(samples)) as bar,
+        options.bar("choose tables", len(found or samples)) as bar,
     ):
         for more in _map_ahead(threads, count, images(), 2 * options.num_workers):
             if more is not None:
@@ -687,10 +718,12 @@ class _Plan:
 
     @classmethod
     def make(cls, origin: Origin, options: _RunOptions) -> _Plan:
-        wanted = -(-origin.record["bytes"] // origin.settings.shard_bytes)
-        num_shards = max(1, min(len(origin.index), wanted))
-        most_buckets = max(1, options.memory_bytes // _MIN_BUFFER_BYTES)
-        return cls(origin, num_shards, -(-num_shards // most_buckets), origin.tables)
+        record, shard_bytes = origin.record, origin.settings.shard_bytes
+        num_shards = _num_shards(record.get("file_bytes", record["bytes"]), shard_bytes)
+        if "file_bytes" not in record:
+            num_shards = min(len(origin.index), num_shards)
+        per_bucket = _shards_per_bucket(num_shards, options.memory_bytes)
+        return cls(origin, num_shards, per_bucket, origin.tables)
 
     @property
     def index(self) -> Index:
@@ -703,27 +736,17 @@ class _Plan:
     @property
     def source_bytes(self) -> int:
         """What is read of the source."""
-        return self.origin.stamps.known_bytes
+        return known_bytes(self.origin.lengths)
 
     @functools.cached_property
     def forecast(self) -> Forecast | None:
-        """What smaller copies will come to, from some images; None where none are made.
-
-        Made before the tables of the pack are chosen, which add about 3 %.
-        """
+        """What smaller copies will come to, from some images; None where none are made."""
         if self.settings.shrink is None:
             return None
-        lossless = dataclasses.replace(self.settings, shrink=None)
         num_sampled = min(NUM_SAMPLED, len(self.index))
-        pairs = []
-        for place in range(num_sampled):
-            data = self.origin.read(place * len(self.index) // num_sampled)
-            if isinstance(data, Refused):
-                continue
-            before, after = (encode(data, s, self.tables) for s in (lossless, self.settings))
-            if isinstance(before, Encoded) and isinstance(after, Encoded):
-                pairs.append(Pair(len(data), before, after))
-        return Forecast.measure(pairs, self.settings.shrink) if pairs else None
+        evenly = (place * len(self.index) // num_sampled for place in range(num_sampled))
+        images = self.origin.some_images[:NUM_SAMPLED] or map(self.origin.read, evenly)
+        return _forecast(images, self.settings, self.tables)
 
     @property
     def image_bytes(self) -> int:
@@ -734,11 +757,19 @@ class _Plan:
         return int(self.source_bytes * ratio * (1 + _FORECAST_MARGIN))
 
     @functools.cached_property
+    def _hashes(self) -> npt.NDArray[np.uint64]:
+        return _place_hashes(self.index.name, self.settings.seed)
+
+    @functools.cached_property
     def order(self) -> npt.NDArray[np.int64]:
-        return np.argsort(_place_hashes(self.index.name, self.settings.seed), kind="stable")
+        return np.argsort(self._hashes, kind="stable")
 
     @functools.cached_property
     def shard_begin(self) -> npt.NDArray[np.int64]:
+        if "file_bytes" in self.origin.record:
+            # A sample's name says which shard it goes to, so it can be dealt before all are known.
+            shards = _shard_of_hash(self._hashes[self.order], self.num_shards)
+            return np.searchsorted(shards, np.arange(self.num_shards + 1))
         # Shards of equal numbers of samples, not of bytes: so a place depends on names alone.
         return np.arange(self.num_shards + 1, dtype=np.int64) * len(self.index) // self.num_shards
 
@@ -760,7 +791,7 @@ class _Plan:
         """Return what each bucket will hold, at most, where all images take `image_bytes`."""
         ratio = image_bytes * (1 + _SPACE_MARGIN) / max(self.source_bytes, 1)
         buckets = self.shard_of_sample // self.shards_per_bucket
-        sizes = np.maximum(self.origin.stamps.sizes, 0)
+        sizes = np.maximum(self.origin.lengths, 0)
         source_bytes = np.bincount(buckets, sizes, self.num_buckets)
         return dict(enumerate((source_bytes * ratio).astype(np.int64).tolist()))
 
@@ -774,7 +805,15 @@ class _Plan:
         }
 
 
-def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
+def _num_shards(source_bytes: int, shard_bytes: int) -> int:
+    return max(1, -(-source_bytes // shard_bytes))
+
+
+def _shards_per_bucket(num_shards: int, memory_bytes: int) -> int:
+    return -(-num_shards // max(1, memory_bytes // _MIN_BUFFER_BYTES))
+
+
+def _place_hashes(names: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:
     """Return the number that each sample is sorted by; ties keep the source's order."""
     keyed = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"))
 
@@ -784,6 +823,33 @@ def _place_hashes(names: Names, seed: int) -> npt.NDArray[np.uint64]:
         return state.digest()
 
     return np.frombuffer(b"".join(map(digest, names)), "<u8").astype(np.uint64)
+
+
+def _shard_of_hash(hashes: npt.NDArray[np.uint64], num_shards: int) -> npt.NDArray[np.int64]:
+    """Return floor(hash * num_shards / 2**64), in halves so that nothing overflows."""
+    low = (hashes & np.uint64(2**32 - 1)) * np.uint64(num_shards)
+    high = (hashes >> np.uint64(32)) * np.uint64(num_shards)
+    return ((high + (low >> np.uint64(32))) >> np.uint64(32)).astype(np.int64)
+
+
+def _forecast(
+    images: Iterable[bytes | Refused], settings: Settings, tables: bytes | None
+) -> Forecast | None:
+    """Say from some images what smaller copies will come to; None where there is nothing to go by.
+
+    Made before the tables of the pack are chosen, which add about 3 %.
+    """
+    if settings.shrink is None:
+        return None
+    lossless = dataclasses.replace(settings, shrink=None)
+    pairs = []
+    for data in images:
+        if isinstance(data, Refused):
+            continue
+        before, after = (encode(data, kind, tables) for kind in (lossless, settings))
+        if isinstance(before, Encoded) and isinstance(after, Encoded):
+            pairs.append(Pair(len(data), before, after))
+    return Forecast.measure(pairs, settings.shrink) if pairs else None
 
 
 # ---- the two passes ------------------------------------------------------------------------------
@@ -924,7 +990,7 @@ class _Workshop:
             missing[self._samples_of(shard)] = False
         known = self._plan.origin.known_failures
         missing[[sample for sample, failure in known.items() if not failure["kept"]]] = False
-        samples = self._plan.origin.in_disk_order(np.flatnonzero(missing))
+        samples = np.flatnonzero(missing)
         self._options.log.begin_pass("deal")
         done = len(missing) - len(samples)
         with (
@@ -935,9 +1001,9 @@ class _Workshop:
                 runs = self._read_runs(samples)  # in this thread, in this order
                 ahead = 2 * self._options.num_workers + _RUNS_AHEAD
                 for run in _map_ahead(threads, self._encode_run, runs, ahead):
-                    for sample, length, encoded in run:
-                        self._deal_one(sample, length, encoded)
-                    _advance(bar, len(run), sum(max(length, 0) for _, length, _ in run))
+                    for sample, _, encoded in run:
+                        self._deal_one(sample, encoded)
+                    _advance(bar, len(run), sum(num_bytes for _, num_bytes, _ in run))
             finally:
                 self._buckets.flush()
         self._stop_on_failures()
@@ -947,8 +1013,7 @@ class _Workshop:
     ) -> Iterator[list[tuple[int, bytes | Refused]]]:
         run: list[tuple[int, bytes | Refused]] = []
         run_bytes = 0
-        for sample in samples.tolist():
-            data = self._plan.origin.read(sample)
+        for sample, data in self._plan.origin.read_all(samples):
             run.append((sample, data))
             run_bytes += 0 if isinstance(data, Refused) else len(data)
             if len(run) >= _RUN_SAMPLES or run_bytes >= _RUN_BYTES:
@@ -961,7 +1026,7 @@ class _Workshop:
         self, run: list[tuple[int, bytes | Refused]]
     ) -> list[tuple[int, int, Encoded | Refused]]:
         return [
-            (sample, -1, data)
+            (sample, 0, data)
             if isinstance(data, Refused)
             else (sample, len(data), self._encode(sample, data))
             for sample, data in run
@@ -970,13 +1035,14 @@ class _Workshop:
     def _encode(self, sample: int, data: bytes) -> Encoded | Refused:
         return self._plan.origin.encode(sample, data, self._plan.tables)
 
-    def _deal_one(self, sample: int, length: int, encoded: Encoded | Refused) -> None:
+    def _deal_one(self, sample: int, encoded: Encoded | Refused) -> None:
         if isinstance(encoded, Refused):
             encoded = self._fail(sample, encoded)
         if isinstance(encoded, Encoded):
             bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
-            mtime_ns = int(self._plan.origin.stamps.mtimes_ns[sample])
-            self._buckets.append(bucket, sample, encoded, length, mtime_ns)
+            stamps = self._plan.origin.stamps
+            stamp = (int(stamps.sizes[sample]), int(stamps.mtimes_ns[sample]))
+            self._buckets.append(bucket, sample, encoded, *stamp)
 
     def _fail(self, sample: int, refused: Refused) -> Encoded | Refused:
         """Note a failure; return what is to be stored under on_error="keep"."""
