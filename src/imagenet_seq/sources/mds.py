@@ -290,7 +290,7 @@ def _zstandard() -> Any:
     return zstandard
 
 
-def _decompressed(shard: _Shard, data: bytes | memoryview) -> npt.NDArray[np.uint8]:
+def _decompressed(shard: _Shard, data: bytes) -> npt.NDArray[np.uint8]:
     """Return what is in a compressed shard.
 
     Raises:
@@ -331,6 +331,7 @@ def _open(folder: str, how: Opening) -> Source:
     if not _is_foreign(shards):
         return Source("mds", index, permuted=is_permuted(index), notes=notes)
     blocks = _Blocks(shards, _first_of(index, len(shards)), scanned.extra["begin"], index)
+    blocks.check()
     return _ShardSource(
         "mds", index, permuted=is_permuted(index), foreign=True, notes=notes, blocks=blocks
     )
@@ -369,6 +370,12 @@ def _scan(folder: str, shards: Sequence[_Shard], how: Opening) -> Scanned:
     )
 
 
+def _whole(stream: FileStream) -> bytes:
+    piece = 4 << 20
+    places = range(0, stream.size, piece)
+    return b"".join(stream.take(at, min(piece, stream.size - at)) for at in places)
+
+
 class _Image(NamedTuple):
     """Where an image lies in a sample, and what it is to be."""
 
@@ -405,7 +412,7 @@ class _Scan:
         whole = shard.compression is not None
         with FileStream(shard.path, bar, None if whole else digest) as stream:
             if whole:
-                raw = _decompressed(shard, stream.take(0, stream.size)).data
+                raw = _decompressed(shard, _whole(stream)).data
                 if digest is not None:
                     digest.update(raw)
                 self._add_samples(number, shard, lambda at, length: raw[at : at + length])
@@ -590,6 +597,24 @@ class _Blocks:
     first: npt.NDArray[np.int64]  # of each shard's samples, and the end of the last
     begin: npt.NDArray[np.int64]  # of each sample in its shard
     index: Index
+
+    def check(self) -> None:
+        """Check what comes from a file that may be damaged.
+
+        Raises:
+            DataError: where a sample does not lie in its shard.
+        """
+        index, length = self.index, self.index.length
+        shard_bytes = np.array([shard.raw_bytes for shard in self.shards], np.int64)
+        if (
+            length is None
+            or (np.diff(index.file) < 0).any()
+            or len(self.begin) != len(index)
+            or (
+                (self.begin < 0) | (length < 0) | (self.begin + length > shard_bytes[index.file])
+            ).any()
+        ):
+            raise DataError(f"{index.root}: the index kept of it is damaged: delete it")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
