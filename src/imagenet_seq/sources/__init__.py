@@ -42,6 +42,7 @@ _FORMATS = (
     "flat",
     "imagefolder",
     "lmdb",
+    "mds",
     "official",
     "parquet",
     "tfrecord",
