@@ -1,0 +1,117 @@
+"""Every format that people have ImageNet in gives the samples and the pixels of the ImageFolder.
+
+tests/fixtures holds the same generated images in each of them, written by the format's own library
+(tests/fixtures/make.py); test_live_sources.py writes photos.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fixtures import make
+from PIL import Image
+from same_images import (
+    CENTRE,
+    CROPS,
+    FIXTURES,
+    SOURCES,
+    Case,
+    case_of,
+    epoch_of,
+    in_any_order,
+    num_samples,
+    resumed_epoch_of,
+    rgb,
+)  # fmt: skip
+
+NUMBERED = ("lmdb", "tensorpack", "ffcv", "mds", "webdataset_variants/jpeg_txt_number")
+"""Formats that have labels and no names for them."""
+WORDED = ("parquet", "hf_")
+"""Formats whose names of classes are words."""
+
+IMAGES = FIXTURES / "images"
+
+pytestmark = pytest.mark.filterwarnings("ignore::imagenet_seq.loader.LoaderNote")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(place, split) for place, splits in SOURCES.items() for split in splits],
+    ids=lambda param: "-".join(param),
+)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    stored = tmp_path_factory.mktemp("stored")
+    return case_of(FIXTURES, IMAGES, *request.param, stored)
+
+
+def test_every_fixture_is_tested() -> None:
+    tested = {place.split("/")[0] for place in SOURCES}
+    assert tested == {path.name for path in FIXTURES.iterdir() if path.is_dir()} - {"__pycache__"}
+    assert tested == {name.split("/")[0] for name in make.FORMATS}
+
+
+def expected_classes(case: Case) -> list[str]:
+    """The names of a source's classes, as far as the format has them; else numbers."""
+    wnids, labels = case.reference.index.classes, set(case.reference.index.targets)
+    if case.place.startswith(NUMBERED):
+        return [str(label) for label in range(max(labels) + 1)]
+    if case.place.startswith(WORDED):
+        return list(map(make.words_of, wnids))
+    return [wnid if label in labels else str(label) for label, wnid in enumerate(wnids)]
+
+
+def test_samples_labels_and_classes_are_those_of_the_images(case: Case) -> None:
+    index = case.source.index
+    assert list(index.targets) == list(case.reference.index.targets)
+    assert len(index) == num_samples(IMAGES, case.place, case.split)
+    assert list(index.classes) == expected_classes(case)
+    assert len(set(index.name)) == len(index)
+    assert all(
+        Path(name).suffix.lower() in (".jpg", ".jpeg", ".png", ".ppm") for name in index.name
+    )
+    assert not any("left out" in note for note in case.source.notes)
+    index.validate(case.place)
+
+
+def test_validation_gives_pillows_pixels_in_the_sources_order(case: Case) -> None:
+    loader = case.loader(CENTRE, shuffle=False, num_workers=8)
+    epoch = epoch_of(loader)
+    rows = [row for batch in epoch for row in batch]
+    assert len(rows) == len(case.source.index)
+    for i, (label, pixels) in enumerate(rows):
+        expected = CENTRE(Image.fromarray(rgb(loader.dataset.encoded(i))))
+        assert pixels == expected.numpy().tobytes(), case.source.index.name[i]
+        assert label == case.reference.index.targets[i]
+    other = case.loader(CENTRE, shuffle=False, num_workers=1)
+    assert resumed_epoch_of(other, loader) == epoch
+
+
+def test_random_crops_are_the_imagefolders(case: Case) -> None:
+    reference = case.reference_loader(CROPS, shuffle=True, num_workers=1)
+    loader = case.loader(CROPS, shuffle=True, num_workers=8)
+    first, second = epoch_of(reference), epoch_of(reference)
+    assert first != second
+    assert epoch_of(loader) == first
+    other = case.loader(CROPS, shuffle=True, num_workers=1)
+    assert resumed_epoch_of(loader, other) == second
+
+
+def test_a_block_shuffle_changes_nothing_but_the_order(case: Case) -> None:
+    """The order is that of the source's own blocks; a sample's crop is the same in any order."""
+    settings = {"shuffle": "block", "block_bytes": 8192, "shuffle_blocks": 2}
+    reference = case.reference_loader(CROPS, shuffle=False)
+    loader, other = (case.loader(CROPS, num_workers=n, **settings) for n in (1, 8))
+    epoch = epoch_of(loader)
+    assert in_any_order(epoch) == in_any_order(epoch_of(reference))
+    assert resumed_epoch_of(other, case.loader(CROPS, num_workers=8, **settings)) == epoch
+
+
+def test_two_ranks_together_see_every_sample_once(case: Case) -> None:
+    halves = [
+        epoch_of(case.loader(CENTRE, shuffle=False, num_workers=2, rank=rank, world_size=2))
+        for rank in (0, 1)
+    ]
+    whole = epoch_of(case.reference_loader(CENTRE, shuffle=False))
+    assert len(halves[0]) == len(halves[1])
+    assert in_any_order(halves[0] + halves[1]) == in_any_order(whole)
