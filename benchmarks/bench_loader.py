@@ -1,6 +1,7 @@
 """Measure what the Loader adds to the decoder: both on the same samples in the same run.
 
     python benchmarks/bench_loader.py [DIR] [--images 4000] [--rounds 7] [--cores 2] [--json OUT]
+    python benchmarks/bench_loader.py [DIR] --source KIND[,KIND...]|all [--made CACHE] ...
 
 DIR is an ImageFolder (default: the sample photos); its photos are packed under several names, up to
 --images. The Loader reads that pack, which is in the page cache, in batches of 256; the kernel
@@ -13,6 +14,11 @@ with as many processes of the kernel at once, each pinned to a core of its own.
 
 A ratio is that of images/s on the clock, and beside it that of CPU seconds, within one round; shown
 are medians over the rounds, and the least and the greatest ratio.
+
+With --source, a Loader on each of these kinds of sources takes turns with one on the ImageFolder
+that they were made of: as validation reads, and as training does, from the source by block shuffle.
+Each kind is written by its own library, and left out where that is not installed; --made says where
+sources lie that were made before.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +41,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import photos
 import results
+import sources
 import torch
 from kernel import Kernel
 from photos import Encoded
 
 from imagenet_seq import Loader, transforms
+from imagenet_seq.sources import open_source
 
 BATCH_SIZE = 256
 
@@ -48,6 +57,16 @@ class Case(NamedTuple):
 
     pack: str
     dtype: str
+    num_cores: int
+    rounds: int
+
+
+class SourceCase(NamedTuple):
+    """What one process measures of a source."""
+
+    folder: str
+    path: str
+    split: str
     num_cores: int
     rounds: int
 
@@ -162,6 +181,26 @@ def work(case: Case, core: int) -> None:
 # ---- measuring ----
 
 
+class Ratios(NamedTuple):
+    """How ours went beside the other, over rounds of both: median, least, greatest; of CPU."""
+
+    ratio: float
+    ratio_least: float
+    ratio_greatest: float
+    cpu_ratio: float
+
+
+def compare(ours: Sequence[Cost], others: Sequence[Cost]) -> Ratios:
+    pairs = list(zip(ours, others, strict=True))
+    rates = [our.images_per_second / other.images_per_second for our, other in pairs]
+    cpu = [other.cpu_seconds_per_1000 / our.cpu_seconds_per_1000 for our, other in pairs]
+    return Ratios(statistics.median(rates), min(rates), max(rates), statistics.median(cpu))
+
+
+def median_rate(costs: Sequence[Cost]) -> float:
+    return statistics.median(cost.images_per_second for cost in costs)
+
+
 @dataclass
 class Comparison:
     """Costs of each round."""
@@ -171,20 +210,11 @@ class Comparison:
 
     def describe(self) -> dict[str, Any]:
         """Return what the results keep."""
-        pairs = list(zip(self.loader, self.kernel, strict=True))
-        ratios = [ours.images_per_second / alone.images_per_second for ours, alone in pairs]
-        cpu_ratios = [
-            alone.cpu_seconds_per_1000 / ours.cpu_seconds_per_1000 for ours, alone in pairs
-        ]
-        median = statistics.median
         return {
-            "loader": median(cost.images_per_second for cost in self.loader),
-            "kernel": median(cost.images_per_second for cost in self.kernel),
-            "ratio": median(ratios),
-            "ratio_least": min(ratios),
-            "ratio_greatest": max(ratios),
-            "cpu_ratio": median(cpu_ratios),
-            "rounds": [ours + alone for ours, alone in pairs],
+            "loader": median_rate(self.loader),
+            "kernel": median_rate(self.kernel),
+            **compare(self.loader, self.kernel)._asdict(),
+            "rounds": [ours + alone for ours, alone in zip(self.loader, self.kernel, strict=True)],
         }
 
 
@@ -221,18 +251,81 @@ def measure(case: Case) -> dict[str, Any]:
     return comparison.describe()
 
 
+def apart(mode: str, case: Case | SourceCase) -> dict[str, Any]:
+    """Measure a case in a fresh process."""
+    command = [sys.executable, __file__, mode, json.dumps(case)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return {"cores": case.num_cores, **json.loads(output)}
+
+
 def measure_apart(case: Case) -> dict[str, Any]:
     """Run `measure` in a fresh process and print what it found."""
-    command = [sys.executable, __file__, "--measure", json.dumps(case)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    row: dict[str, Any] = {"dtype": case.dtype, "cores": case.num_cores, **json.loads(output)}
+    row: dict[str, Any] = {"dtype": case.dtype, **apart("--measure", case)}
     name = f"{case.dtype}, {case.num_cores} core{'s' if case.num_cores > 1 else ''}"
-    print(
-        f"{name:18} {row['loader']:9.0f} {row['kernel']:9.0f}   {row['ratio']:6.1%} "
-        f"({row['ratio_least']:.1%} to {row['ratio_greatest']:.1%})  {row['cpu_ratio']:6.1%}",
-        flush=True,
-    )
+    print(f"{name:18} {described(row, 'loader', 'kernel')}", flush=True)
     return row
+
+
+def described(row: dict[str, Any], *rates: str) -> str:
+    return (
+        f"{' '.join(f'{row[rate]:9.0f}' for rate in rates)}   {row['ratio']:6.1%} "
+        f"({row['ratio_least']:.1%} to {row['ratio_greatest']:.1%})  {row['cpu_ratio']:6.1%}"
+    )
+
+
+# ---- sources beside the ImageFolder ----
+
+
+def measure_source(case: SourceCase) -> dict[str, Any]:
+    """Compare a source with the ImageFolder, in this process, which is pinned to as many cores."""
+    results.pin_to(results.available_cores()[-case.num_cores :])
+    source, folder = open_source(case.path, "train"), open_source(case.folder, "train")
+    if len(source.index) != len(folder.index):
+        raise SystemExit(
+            f"{case.path}: expected the {len(folder.index)} images of the ImageFolder, got "
+            f"{len(source.index)}: it was made of others"
+        )
+    options: dict[str, Any] = {
+        "batch_size": BATCH_SIZE,
+        "num_workers": case.num_cores,
+        "forecast": False,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a sorted source is block-shuffled is what we ask for
+        shuffle = "block" if case.split == "train" else False
+        ours = Loader(source, case.split, shuffle=shuffle, **options)
+        other = Loader(folder, case.split, **options)
+        rounds = [(run_loader(ours, e), run_loader(other, e)) for e in range(case.rounds + 1)][1:]
+    costs = [list(of_one) for of_one in zip(*rounds, strict=True)]
+    return {
+        "split": case.split,
+        "source": median_rate(costs[0]),
+        "folder": median_rate(costs[1]),
+        **compare(*costs)._asdict(),
+        "rounds": [ours + other for ours, other in rounds],
+    }
+
+
+def compare_sources(args: argparse.Namespace, images: Path, cache: Path) -> list[dict[str, Any]]:
+    """Measure each source that can be made; print a row for each."""
+    kinds = list(sources.KINDS) if args.source == "all" else args.source.split(",")
+    photos.read_all(images)
+    rows = []
+    print("source              cores      img/s   of ImageFolder (least to greatest)  CPU")
+    for kind in kinds:
+        try:
+            path = sources.make_source(kind, images, cache)
+        except sources.MissingWriterError as error:
+            print(f"{kind:12} left out: {error}", flush=True)
+            continue
+        photos.read_all(path)
+        for split in ("val", "train"):
+            for num_cores in sorted({1, min(args.cores, len(results.available_cores()))}):
+                case = SourceCase(str(images), str(path), split, num_cores, args.rounds)
+                row = {"kind": kind, **apart("--measure-source", case)}
+                rows.append(row)
+                print(f"{kind:12} {split:6} {num_cores:5} {described(row, 'source')}", flush=True)
+    return rows
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -242,11 +335,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=int, default=4000, metavar="N", help="of an epoch (default: 4000)")
     add("--rounds", type=int, default=7, metavar="N", help="alternating measurements (default: 7)")
     add("--cores", type=int, default=2, metavar="N", help="of the comparison on several cores")
+    add(
+        "--source",
+        metavar="KIND",
+        help=f"sources to compare: all, or of {', '.join(sources.KINDS)}",
+    )
+    add("--made", type=Path, metavar="CACHE", help="where sources lie, and are made if missing")
     add("--measure", help=argparse.SUPPRESS)
+    add("--measure-source", help=argparse.SUPPRESS)
     add("--worker", help=argparse.SUPPRESS)
     add("--core", type=int, help=argparse.SUPPRESS)
     results.add_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    unknown = set((args.source or "all").split(",")) - {"all", *sources.KINDS}
+    if unknown:
+        parser.error(f"--source: expected all or some of {', '.join(sources.KINDS)}, got {unknown}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,12 +358,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.measure:
         print(json.dumps(measure(Case(*json.loads(args.measure)))))
         return 0
+    if args.measure_source:
+        print(json.dumps(measure_source(SourceCase(*json.loads(args.measure_source)))))
+        return 0
     if args.worker:
         work(Case(*json.loads(args.worker)), args.core)
         return 0
     origin = results.begin(args)
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
-        folder = photos.link_photos(args.folder, args.images, Path(temporary, "train"))
+        folder = photos.link_photos(
+            args.folder, args.images, Path(temporary, "images", "train"), copies=bool(args.source)
+        )
+        if args.source:
+            rows = compare_sources(args, folder.parent, args.made or Path(temporary))
+            measured = {"images": args.images, "batch_size": BATCH_SIZE, "rows": rows}
+            results.write(args, origin, measured)
+            return 0
         pack = Path(temporary, "pack")
         photos.make_pack(folder, pack)
         photos.read_all(pack)

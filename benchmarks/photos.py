@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,15 +33,24 @@ def find_photos(folder: Path) -> list[Path]:
     return photos
 
 
-def link_photos(folder: Path, num_images: int, destination: Path) -> Path:
-    """Make an ImageFolder of num_images links to the photos of folder, repeating them if needed."""
+def link_photos(folder: Path, num_images: int, destination: Path, copies: bool = False) -> Path:
+    """Make an ImageFolder of num_images links to the photos of folder, repeating them if needed.
+
+    Copies in place of links: for what is compared with formats that hold every image's bytes, so
+    that the processor's caches hold no more of the one than of the other.
+    """
     photos = find_photos(folder)
     if len(photos) > num_images:  # of all classes alike
         photos = [photos[i * len(photos) // num_images] for i in range(num_images)]
     for number, photo in zip(range(num_images), itertools.cycle(photos), strict=False):
-        link = destination / photo.parent.name / f"{number:07d}_{photo.name}"
+        # Each time to another class: copies that are decoded one after the other would be cheaper.
+        of_class = photos[(number + number // len(photos)) % len(photos)].parent.name
+        link = destination / of_class / f"{number:07d}_{photo.name}"
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(photo.resolve())
+        if copies:
+            shutil.copyfile(photo, link)
+        else:
+            link.symlink_to(photo.resolve())
     return destination
 
 
@@ -51,9 +61,10 @@ def make_pack(folder: Path, pack: Path, options: Sequence[str] = ()) -> None:
         raise SystemExit(f"{made.stdout}{made.stderr}{' '.join(command)}: failed")
 
 
-def read_all(folder: Path) -> int:
-    """Bring a folder's files into the page cache; returns their bytes."""
-    return sum(len(path.read_bytes()) for path in folder.rglob("*") if path.is_file())
+def read_all(path: Path) -> int:
+    """Bring a file, or a folder's files, into the page cache; returns their bytes."""
+    paths = path.rglob("*") if path.is_dir() else [path]
+    return sum(len(file.read_bytes()) for file in paths if file.is_file())
 
 
 def read_samples(path: Path, by_name: bool = True) -> list[Encoded]:

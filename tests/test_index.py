@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -18,10 +19,11 @@ from torchvision.datasets import ImageFolder
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names, read_columns, write_columns
-from imagenet_seq.sources import Block, Source, open_source
+from imagenet_seq.sources import Block, Opening, Source, open_source
 from imagenet_seq.sources.imagefolder import from_samples, open_imagefolder
 
 OLD_NS = 1_600_000_000 * 10**9
+SKIP = Opening("skip", progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -353,7 +355,7 @@ def test_a_column_that_lies_about_itself_is_refused(
 
 
 def same_as_torchvision(root: Path) -> Index:
-    ours, theirs = open_imagefolder(root, progress=False).index, ImageFolder(str(root))
+    ours, theirs = open_imagefolder(root).index, ImageFolder(str(root))
     assert list(ours.samples) == theirs.samples
     assert list(ours.classes) == theirs.classes
     assert ours.class_to_idx == theirs.class_to_idx
@@ -411,15 +413,73 @@ def test_class_folders_without_images_are_named(tmp_path: Path) -> None:
     assert str(root) in message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every directory")
-def test_a_directory_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    root = make_tree(tmp_path / "train", ["a/1.jpg", "a/sub/2.jpg"])
-    (root / "a" / "sub").chmod(0)
-    try:
-        with pytest.raises(PermissionError, match="sub"):
+def refuse(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let a folder be one that can't be read; root may read those without permission."""
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+
+
+def test_a_directory_that_cannot_be_read_is_an_error_or_skipped(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_tree(tmp_path / "train", ["a/1.jpg", "a/sub/2.jpg", "b/3.jpg"])
+    refuse(monkeypatch, root / "a" / "sub")
+    with pytest.raises(PermissionError, match="a/sub"):
+        open_imagefolder(root)
+    source = open_imagefolder(root, SKIP)
+    assert list(source.index.name) == ["a/1.jpg", "b/3.jpg"]
+    (note,) = source.notes
+    assert "left out 1 of 3:" in note
+    assert f"{root}/a/sub: can't be read: Permission denied" in note
+    monkeypatch.undo()  # nothing but the permission changes, and no time tells
+    monkeypatch.setenv("IMAGENET_SEQ_CACHE", str(cache))
+    assert len(open_imagefolder(root, SKIP).index) == 3
+
+
+def test_a_class_that_cannot_be_read_stays_a_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_tree(tmp_path / "train", ["a/1.jpg", "b/2.jpg"])
+    refuse(monkeypatch, root / "a")
+    index = open_imagefolder(root, SKIP).index
+    assert (index.classes, list(index.targets)) == (("a", "b"), [1])
+
+
+def test_skipping_keeps_classes_without_images(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "train", ["a/readme.txt", "b/2.jpg"])
+    for _ in range(2):  # the second time from the kept index
+        source = open_imagefolder(root, SKIP)
+        assert (source.index.classes, list(source.index.targets)) == (("a", "b"), [1])
+        assert any("have no images: a" in note for note in source.notes)
+        with pytest.raises(FileNotFoundError, match="found none in: a"):
             open_imagefolder(root)
-    finally:
-        (root / "a" / "sub").chmod(0o700)
+
+
+def test_what_macos_keeps_beside_images_is_named_or_skipped(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "train", ["a/1.jpg", "a/._1.jpg", "a/._image.jpg", "a/._x/2.jpg"])
+    (root / "a" / "._1.jpg").write_bytes(bytes.fromhex("00051607 00020000") + bytes(100))
+    age(root)
+    for _ in range(2):
+        source = open_imagefolder(root, SKIP)
+        assert list(source.index.name) == ["a/._image.jpg", "a/1.jpg", "a/._x/2.jpg"]
+        assert "left out 1 of 4:" in source.notes[0]
+        with pytest.raises(DataError, match=r"a/\._1\.jpg: expected an image.*on_error='skip'"):
+            open_imagefolder(root)
+
+
+def test_files_that_are_no_images_are_ignored_and_counted(tmp_path: Path) -> None:
+    files = ["a/1.jpg", "a/1.txt", "a/1.jpg.part", "b/x/2.png", "b/x/Thumbs.db", "a/.DS_Store"]
+    root = make_tree(tmp_path / "train", files)
+    same_as_torchvision(root)
+    for _ in range(2):
+        (note,) = open_imagefolder(root).notes
+        assert "3 files in its class folders, such as a/1.jpg.part, are no images" in note
 
 
 # ---- the cache of folders ------------------------------------------------------------------------
@@ -430,7 +490,7 @@ def test_an_unchanged_folder_is_not_scanned_again(
 ) -> None:
     root = make_tree(tmp_path / "train", ["a/1.jpg", "b/2.jpg"])
     first = open_imagefolder(root).index
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.index"))) == 1
 
     def refuse(path: object) -> None:
         raise AssertionError(f"scanned {path} again")
@@ -464,13 +524,13 @@ def test_a_folder_changed_just_now_is_not_cached(tmp_path: Path, cache: Path) ->
     root = make_tree(tmp_path / "train", ["a/1.jpg", "b/2.jpg"])
     (root / "b" / "3.jpg").touch()
     assert len(open_imagefolder(root).index) == 3
-    assert not cache.exists()
+    assert not list(cache.glob("*.index"))
 
 
 def test_a_damaged_cache_is_replaced(tmp_path: Path, cache: Path) -> None:
     root = make_tree(tmp_path / "train", ["a/1.jpg", "b/2.jpg"])
     open_imagefolder(root)
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.index")
     whole = file.read_bytes()
     for damaged in (b"", whole[:100], b"x" * len(whole)):
         file.write_bytes(damaged)
@@ -506,7 +566,7 @@ def test_processes_that_index_at_once_do_not_hurt_each_other(tmp_path: Path, cac
     for thread in threads:
         thread.join()
     assert seen == [ImageFolder(str(root)).samples] * 6
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.index"))) == 1
 
 
 # ---- given samples -------------------------------------------------------------------------------
@@ -562,7 +622,8 @@ def folder(*files: str) -> Callable[[Path], Path]:
         (folder("train/a/1.jpg"), "val", FileNotFoundError,
          r"root/val does not exist\n  .*root holds train/\n"),
         (folder("train/a/1.jpg", "val/1.jpg", "val/2.jpg"), "val", FileNotFoundError,
-         r"root/val holds 2 files but no class folders; sort the images"),
+         r"root/val holds 2 files but no class folders, and no list of their labels in it or beside "
+         r"it \(val.txt, labels.csv, .*LOC_val_solution.csv\); sort the images"),
         (folder("val/1.jpg"), "val", FileNotFoundError, "root/val holds 1 files"),
         (lambda path: path / "nothing", "train", FileNotFoundError,
          r"nothing does not exist\nand expected one of\n  a pack"),

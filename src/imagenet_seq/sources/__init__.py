@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index
 from imagenet_seq.sources.scan import OnError, Visit
 
@@ -36,11 +37,21 @@ _SPLIT_WORDS = {
 
 _FORMATS = (
     "pack",
+    "arrow",
+    "beton",
+    "flat",
     "imagefolder",
+    "lmdb",
+    "mds",
     "official",
+    "parquet",
+    "tfrecord",
     "webdataset",
 )
 """Modules that are asked, in this order."""
+
+_NEARBY = 16
+"""Folders that are looked into for what may have been meant."""
 
 
 class Block(NamedTuple):
@@ -149,7 +160,7 @@ class Place:
         """
         if os.path.isdir(path):
             with os.scandir(path) as entries:
-                is_folder = {e.name: e.is_dir() for e in entries if not _is_ours(e.name)}
+                is_folder = {e.name: is_directory(e) for e in entries if not _is_ours(e.name)}
             files = tuple(sorted(name for name, folder in is_folder.items() if not folder))
             folders = tuple(sorted(name for name, folder in is_folder.items() if folder))
             return cls(path, split, path, files, folders)
@@ -277,11 +288,34 @@ def find_source(path: str | os.PathLike[str], split: str | None = None) -> Found
             return found
         looked_at.append(f"  {candidate} {found}")
     formats = "\n".join(f"  {module.LOOKS_FOR}" for module in _modules())
+    nearby = _nearby(path, split)
     raise FileNotFoundError(
-        f"no data set{f' for split {split!r}' if split else ''} at {path}. Looked at\n"
+        f"no data set{f' for split {split!r}' if split else ''} at {path}. "
+        + (f"Did you mean {nearby}? " if nearby else "")
+        + "Looked at\n"
         + "\n".join(looked_at)
         + f"\nand expected one of\n{formats}"
     )
+
+
+def _nearby(path: str, split: str | None) -> str | None:
+    """Return a folder in `path`, or the one above a class's, where there is a data set."""
+    if not os.path.isdir(path):
+        return None
+    with os.scandir(path) as entries:
+        folders = sorted(entry.path for entry in entries if is_directory(entry))[:_NEARBY]
+    if not folders and split_of(path) is None:
+        folders = [os.path.dirname(os.path.abspath(path))]
+    return next((folder for folder in folders if _has_source(folder, split)), None)
+
+
+def _has_source(path: str, split: str | None) -> bool:
+    try:
+        return any(isinstance(_recognised(at, split), Found) for at in _candidates(path, split))
+    except SplitNeededError:
+        return True
+    except (OSError, ValueError, DataError):
+        return False
 
 
 def _candidates(path: str, split: str | None) -> Iterator[str]:
@@ -310,7 +344,12 @@ def _recognised(path: str, split: str | None) -> Found | str:
     by_name = split_of(path) if os.path.basename(path) in _SPLIT_WORDS else None
     if split is not None and by_name is not None and by_name != split:
         return f"is by its name the other split, {by_name}"
-    answers = [answer for module in _modules() if (answer := module.find(place)) is not None]
+    answers: list[Found | str] = []
+    for module in _modules():
+        if (answer := module.find(place)) is not None:
+            answers.append(answer)
+        if isinstance(answer, Found) and answer.kind == "pack":
+            return answer  # its shards are tars, too
     found = [answer for answer in answers if isinstance(answer, Found)]
     if len(found) > 1:
         raise ValueError(
@@ -320,7 +359,7 @@ def _recognised(path: str, split: str | None) -> Found | str:
         )
     if found:
         return found[0]
-    return "; ".join(answers) or _described(place)
+    return "; ".join(map(str, answers)) or _described(place)
 
 
 def _described(place: Place) -> str:
@@ -347,4 +386,12 @@ def is_split(folder: str) -> bool:
     if not os.path.isdir(folder):
         return False
     with os.scandir(folder) as entries:
-        return any(entry.name == "pack.json" or entry.is_dir() for entry in entries)
+        return any(entry.name == "pack.json" or is_directory(entry) for entry in entries)
+
+
+def is_directory(entry: os.DirEntry[str]) -> bool:
+    """Tell a directory, or a link to one, as os.walk does: a link that leads nowhere is a file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -2,17 +2,16 @@
 
 Indexed by scandir alone: no file is opened or stat'ed. The order of classes and samples is exactly
 torchvision's (`find_classes` and `make_dataset` of torchvision/datasets/folder.py, 0.15 to 0.28).
-The result is cached in one memory-mapped file that eight ranks share, and is used again as long as
+The index is kept in one memory-mapped file that eight ranks share, and is used again as long as
 every directory seen has the modification time it had.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import dataclasses
+import itertools
 import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -20,11 +19,20 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from imagenet_seq.disk import cache_folder
-from imagenet_seq.errors import DataError
-from imagenet_seq.index import Index, Names, read_columns, write_columns
-from imagenet_seq.sources import SPLITS, Found, Place, Source, is_split
+from imagenet_seq.index import Index, Names
+from imagenet_seq.sources import (
+    SPLITS,
+    Found,
+    Opening,
+    Place,
+    Source,
+    SplitNeededError,
+    is_directory,
+    is_split,
+    split_of,
+)
 from imagenet_seq.sources.pack import refuse_unfinished
+from imagenet_seq.sources.scan import OnError, Problems, Scanned, Stamps, indexed
 
 LOOKS_FOR = "an ImageFolder: one folder of images for each class"
 
@@ -33,19 +41,21 @@ IMAGE_EXTENSIONS = (
 )  # fmt: skip
 """torchvision.datasets.folder.IMG_EXTENSIONS."""
 
-_RACY_NS = 2_000_000_000
-"""A directory changed this recently may change again without getting another modification time
-(the coarsest common clock, FAT's, ticks every 2 s), so it proves nothing."""
-
 _SCAN_THREADS = 4
 """Directories read at once: the waits of a network file system overlap, a disk can sort them."""
+
+_LOOKED_INTO = 8
+"""Folders that are looked into for images, to tell classes from other folders."""
+
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+"""How the files begin in which macOS keeps what other file systems have no place for."""
 
 
 def find(place: Place) -> Found | str | None:
     """Recognise a folder of class folders.
 
     Raises:
-        ValueError: where it is a root of splits and none was asked for.
+        SplitNeededError: where it is a root of splits and none was asked for.
     """
     if not place.is_folder or "pack.json" in place.files:
         return None
@@ -53,46 +63,77 @@ def find(place: Place) -> Found | str | None:
     if folders:
         holds = f"holds {' and '.join(f'{name}/' for name in folders)}"
         if place.split is None:
-            raise ValueError(f"{place.path} {holds}: pass split='train' or split='val'")
+            raise SplitNeededError(f"{place.path} {holds}: pass split='train' or split='val'")
         return holds
     if place.split in place.folders:  # that one is meant, so `path` must not pass for classes
         return None
     for name in SPLITS:  # their folders must not pass for classes
         refuse_unfinished(os.path.join(place.path, name))
-    if place.folders:
-        what = f"an ImageFolder with {len(place.folders)} class folders"
-        return Found("imagefolder", what, lambda how: open_imagefolder(place.path, how.progress))
-    if place.files:
-        return (
-            f"holds {len(place.files)} files but no class folders; sort the images into one folder "
-            "for each class (torchvision.datasets.ImageNet does it for the official archives)"
-        )
-    return None
+    if not has_classes(place):
+        return None
+    what = f"an ImageFolder with {len(place.folders)} class folders"
+    return Found("imagefolder", what, lambda how: open_imagefolder(place.path, how))
 
 
-def open_imagefolder(root: str | os.PathLike[str], progress: bool = True) -> Source:
+def has_classes(place: Place) -> bool:
+    """Tell class folders from others: there are images in one of the first, or a folder deeper.
+
+    A folder that holds train/ or val/ is a data set of its own, not a class.
+    """
+    for name in place.folders[:_LOOKED_INTO]:
+        path = os.path.join(place.folder, name)
+        try:
+            deeper: list[str] = []
+            for entry in _entries(path):
+                if not is_directory(entry):
+                    if is_image(entry.name):
+                        return True
+                elif split_of(entry.name) == entry.name:
+                    return False
+                elif len(deeper) < _LOOKED_INTO:
+                    deeper.append(entry.path)
+            inside = itertools.chain.from_iterable(map(_entries, deeper))
+            if any(is_image(entry.name) for entry in inside):
+                return True
+        except OSError:
+            return True  # it can't be looked into: opening says so
+    return False
+
+
+def _entries(path: str) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        yield from entries
+
+
+def is_image(name: str) -> bool:
+    """Tell a file of an image by its extension, as torchvision does."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def open_imagefolder(root: str | os.PathLike[str], how: Opening | None = None) -> Source:
     """Index the class folders below `root`.
 
-    1.28 million files take about 3 s when the directories are in memory, and 0.1 s where the cached
+    1.28 million files take about 3 s when the directories are in memory, and 0.1 s where the kept
     index is still valid.
 
     Args:
         root: folder that holds one folder for each class.
-        progress: whether to show a progress bar when it takes more than a second.
+        how: what to do with what can't be indexed, and whether to show a progress bar when it takes
+            more than a second; default: fail and progress. With on_error="skip", classes without
+            images stay classes.
 
     Raises:
         FileNotFoundError: where `root` has no class folders, or one of them has no image.
         OSError: where a directory can't be read (torchvision would skip it without a word).
+        DataError: where a file has an image's name, but was made by macOS beside one.
     """
-    root = os.path.expanduser(os.fspath(root))
-    cache = _cache_path(root)
-    index = _open_cached(cache, root)
-    if index is None:
-        began_ns = time.time_ns()
-        index, directories = _scan(root, progress)
-        if directories.newest_ns < began_ns - _RACY_NS:
-            _write_cache(cache, index, directories)
-    return Source("imagefolder", index)
+    root, how = os.path.expanduser(os.fspath(root)), how or Opening()
+    scanned = indexed("imagefolder", root, [root], lambda: _scan(root, how), how.on_error)
+    index = scanned.index
+    if index.root != root:  # it was kept: as the user calls it now, like torchvision's paths
+        index = dataclasses.replace(index, root=root)
+    notes = (*scanned.notes, *_notes_on_empty_classes(index, how.on_error))
+    return Source("imagefolder", index, notes=notes)
 
 
 def from_samples(
@@ -130,12 +171,20 @@ def from_samples(
             f"sample {wrong[0]} ({paths[wrong[0]]}): expected a label in [0, {len(classes)}), "
             f"got {label_column[wrong[0]]}"
         )
-    return Source("imagefolder", _index_of_files(root, names, label_column, classes))
+    return Source("imagefolder", index_of_files(root, names, label_column, classes))
 
 
-def _index_of_files(
+def index_of_files(
     root: str, names: Names, label: npt.NDArray[np.int32], classes: Sequence[str]
 ) -> Index:
+    """Return the index of samples that are a file each.
+
+    Args:
+        root: folder that `names` are relative to.
+        names: paths of the files.
+        label: of each.
+        classes: class names.
+    """
     return Index(
         file=np.arange(len(names), dtype=np.int32),
         offset=np.broadcast_to(np.int64(0), len(names)),
@@ -150,132 +199,140 @@ def _index_of_files(
 # ---- scanning ------------------------------------------------------------------------------------
 
 
-class _Directories(NamedTuple):
-    """The directories an index was made of: it holds as long as none of them changes."""
-
-    paths: Names  # relative to the root; the root itself is ""
-    mtime_ns: npt.NDArray[np.int64]
-
-    @property
-    def newest_ns(self) -> int:
-        return int(self.mtime_ns.max())
-
-
 class _Directory(NamedTuple):
     path: str  # relative to the root
-    mtime_ns: int
+    mtime_ns: int | None  # None: it can't be read
     files: list[str]  # names of the images, sorted
+    ignored: list[str]  # names of files that are none
+    wrong: list[str]  # messages
 
 
-def _scan(root: str, progress: bool) -> tuple[Index, _Directories]:
+class _Class(NamedTuple):
+    names: Names  # of its images, in torchvision's order
+    directories: list[_Directory]  # without their files
+
+
+def _scan(root: str, how: Opening) -> Scanned:
     top = os.stat(root)  # before reading: a change meanwhile gives another time than the one noted
-    with os.scandir(root) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
+    classes = sorted(entry.name for entry in _entries(root) if is_directory(entry))
     if not classes:
         raise FileNotFoundError(
             f"{root}: expected one folder for each class, found no folder at all"
         )
     names: list[Names] = []
-    paths, times = [""], [top.st_mtime_ns]
+    seen: list[_Directory] = []
     with ThreadPoolExecutor(_SCAN_THREADS) as threads:
-        scanned = threads.map(lambda name: _scan_class(root, name), classes)
-        for part, directories in tqdm(
-            scanned, f"index {root}", len(classes), delay=1, unit="class", disable=not progress
+        scanned = threads.map(lambda name: _scan_class(root, name, how.on_error), classes)
+        for part in tqdm(
+            scanned, f"index {root}", len(classes), delay=1, unit="class", disable=not how.progress
         ):
-            names.append(part)
-            for path, mtime_ns in directories:
-                paths.append(path)
-                times.append(mtime_ns)
+            names.append(part.names)
+            seen += part.directories
+    problems = Problems(how.on_error)
+    for directory in seen:
+        for message in directory.wrong:
+            problems.report(message)
     counts = [len(part) for part in names]
-    _refuse_empty_classes(root, classes, counts)
     label = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    index = _index_of_files(root, Names.concatenate(names), label, classes)
-    return index, _Directories(Names.from_strings(paths), np.array(times, np.int64))
+    return Scanned(
+        index_of_files(root, Names.concatenate(names), label, classes),
+        problems=problems.messages,
+        num_problems=problems.count,
+        remarks=_remarks(root, seen),
+        stamps=_stamps(root, top.st_mtime_ns, seen),
+        lasting=all(directory.mtime_ns is not None for directory in seen),
+    )
 
 
-def _scan_class(root: str, name: str) -> tuple[Names, list[tuple[str, int]]]:
-    """Return the names of a class's images in torchvision's order, and its directories' times.
+def _stamps(root: str, top_ns: int, seen: Sequence[_Directory]) -> Stamps:
+    times = {"": top_ns} | {found.path: found.mtime_ns for found in seen if found.mtime_ns}
+    name = os.path.basename(os.path.abspath(root))
+    return Stamps(
+        Names.from_strings(os.path.join(name, path) for path in times),
+        np.full(len(times), -1, np.int64),
+        np.array(list(times.values()), np.int64),
+    )
 
-    torchvision sorts what os.walk(followlinks=True) yields by directory, then by file name.
+
+def _remarks(root: str, seen: Sequence[_Directory]) -> tuple[str, ...]:
+    """Say what torchvision passes over without a word."""
+    count = sum(len(found.ignored) for found in seen)
+    if not count:
+        return ()
+    first = next(os.path.join(found.path, min(found.ignored)) for found in seen if found.ignored)
+    number = f"{count} files in its class folders, such as {first}, are no images by their names"
+    return (f"{root}: {number}: left out as torchvision does",)
+
+
+def _scan_class(root: str, name: str, on_error: OnError) -> _Class:
+    """Scan a class's folder. torchvision sorts what os.walk(followlinks=True) yields: directories,
+    then file names.
     """
-    found = sorted(_walk(root, name, frozenset()))
-    names = Names.from_strings(f"{path}/{file}" for path, _, files in found for file in files)
-    return names, [(path, mtime_ns) for path, mtime_ns, _ in found]
+    found = sorted(_walk(root, name, frozenset(), on_error))
+    names = Names.from_strings(f"{seen.path}/{file}" for seen in found for file in seen.files)
+    return _Class(names, [seen._replace(files=[]) for seen in found])
 
 
-def _walk(root: str, path: str, above: frozenset[tuple[int, int]]) -> list[_Directory]:
+def _walk(
+    root: str, path: str, above: frozenset[tuple[int, int]], on_error: OnError
+) -> list[_Directory]:
     """Read the directory root/path and those below it; `above`: device and inode of its parents.
 
     Links to directories are followed, but not to one of the parents: there os.walk would go round
     until the operating system refuses.
     """
     full = os.path.join(root, path)
-    stat = os.stat(full)
-    identity = (stat.st_dev, stat.st_ino)
-    if identity in above:
-        return []
-    files: list[str] = []
+    try:
+        stat = os.stat(full)
+        identity = (stat.st_dev, stat.st_ino)
+        if identity in above:
+            return []
+        entries = list(_entries(full))
+    except OSError as error:
+        if on_error == "fail":
+            raise
+        return [_Directory(path, None, [], [], [f"{full}: can't be read: {error.strerror}"])]
+    read = _Directory(path, stat.st_mtime_ns, [], [], [])
     folders: list[str] = []
-    with os.scandir(full) as entries:
-        for entry in entries:
-            if _is_directory(entry):
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
-                files.append(entry.name)
-    files.sort()
-    found = [_Directory(path, stat.st_mtime_ns, files)]
+    for entry in entries:
+        if is_directory(entry):
+            folders.append(entry.name)
+        elif not is_image(entry.name):
+            if not entry.name.startswith("."):  # .DS_Store and its like are nobody's images
+                read.ignored.append(entry.name)
+        elif entry.name.startswith("._") and _is_apple_double(entry.path):
+            read.wrong.append(
+                f"{entry.path}: expected an image, found what macOS keeps beside "
+                f"{entry.name[2:]} (AppleDouble); `dot_clean {root}` removes such files"
+            )
+        else:
+            read.files.append(entry.name)
+    read.files.sort()
+    found = [read]
     for name in folders:
-        found += _walk(root, f"{path}/{name}", above | {identity})
+        found += _walk(root, f"{path}/{name}", above | {identity}, on_error)
     return found
 
 
-def _is_directory(entry: os.DirEntry[str]) -> bool:
+def _is_apple_double(path: str) -> bool:
     try:
-        return entry.is_dir()
-    except OSError:  # a link that leads nowhere counts as a file, as in os.walk
-        return False
+        with open(path, "rb", buffering=0) as file:
+            return file.read(4) == _APPLE_DOUBLE
+    except OSError:
+        return False  # reading says why
 
 
-def _refuse_empty_classes(root: str, classes: Sequence[str], counts: Sequence[int]) -> None:
-    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if empty:
-        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+def _notes_on_empty_classes(index: Index, on_error: OnError) -> Iterator[str]:
+    """Refuse classes without images, or say that there are some."""
+    counts = np.bincount(index.targets, minlength=len(index.classes))
+    empty = [index.classes[label] for label in np.flatnonzero(counts == 0)]
+    if not empty:
+        return
+    shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+    if on_error == "fail":
         raise FileNotFoundError(
-            f"{root}: expected images ({', '.join(IMAGE_EXTENSIONS)}) in each of {len(classes)} "
-            f"class folders, found none in: {shown}. Remove these folders or complete the data set"
+            f"{index.root}: expected images ({', '.join(IMAGE_EXTENSIONS)}) in each of "
+            f"{len(index.classes)} class folders, found none in: {shown}. Remove these folders, "
+            "complete the data set, or keep them as classes: on_error='skip' (--on-error skip)"
         )
-
-
-# ---- the cache -----------------------------------------------------------------------------------
-
-
-def _cache_path(root: str) -> str:
-    key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:32]
-    return os.path.join(cache_folder(), f"{key}.index")
-
-
-def _open_cached(cache: str, root: str) -> Index | None:
-    """Return the cached index of `root`, or None where there is none that is valid."""
-    try:
-        header, columns = read_columns(cache)
-        directories = _Directories(
-            Names(columns["directories.blob"], columns["directories.begin"]),
-            columns["directories.mtime_ns"],
-        )
-        for path, mtime_ns in zip(directories.paths, directories.mtime_ns.tolist(), strict=True):
-            if os.stat(os.path.join(root, path)).st_mtime_ns != mtime_ns:
-                return None
-        return Index.from_columns({**header, "root": root}, columns, cache)
-    except (OSError, DataError, KeyError, TypeError, ValueError):
-        return None
-
-
-def _write_cache(cache: str, index: Index, directories: _Directories) -> None:
-    """Cache an index; where that fails, the next process scans again, and nothing else is lost."""
-    header, columns = index.to_columns()
-    columns["directories.blob"] = directories.paths.blob
-    columns["directories.begin"] = directories.paths.begin
-    columns["directories.mtime_ns"] = directories.mtime_ns
-    with contextlib.suppress(OSError):
-        os.makedirs(os.path.dirname(cache), exist_ok=True)
-        write_columns(cache, header, columns)
+    yield f"{index.root}: these class folders have no images: {shown}"

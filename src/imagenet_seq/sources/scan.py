@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import queue
 import stat
@@ -34,6 +35,11 @@ OnError = Literal["fail", "skip"]
 
 _PIECE_BYTES = 4 << 20
 _PIECES_AHEAD = 4
+_MOST_BYTES = 1 << 30
+"""More than this no sample takes: a length that says so is damaged, and must not cost memory."""
+
+_FORMAT = 1
+"""Of kept indexes. Another one is made anew: raise it when a scan would give another result."""
 
 _RACY_NS = 2_000_000_000
 """A file or folder changed this recently may change again without getting another modification time
@@ -63,7 +69,8 @@ class FileStream:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by __exit__)
         self.size = os.fstat(self._file.fileno()).st_size
         self._bar, self._digest = bar, digest
-        self._pieces: queue.Queue[bytes | OSError] = queue.Queue(_PIECES_AHEAD)
+        self._pieces: queue.Queue[bytes | Exception] = queue.Queue(_PIECES_AHEAD)
+        self._end: bytes | Exception | None = None  # what the thread put last, once it came
         self._stopped = threading.Event()
         self._window, self._begin = b"", 0  # what is in memory, and where in the file it begins
         self._thread = threading.Thread(target=self._read, name="imagenet-seq-scan", daemon=True)
@@ -84,13 +91,18 @@ class FileStream:
         """Return `length` bytes at `offset`, which must not lie before those taken last.
 
         Raises:
-            DataError: where the file ends before them.
+            DataError: where the file ends before them, or they are more than an image can take.
             OSError: where they can't be read.
         """
         if length < 0 or offset + length > self.size:
             raise DataError(
                 f"{self.path}: expected {length} bytes at offset {offset}, but the file ends after "
                 f"{self.size}: it is truncated or damaged"
+            )
+        if length > _MOST_BYTES:
+            raise DataError(
+                f"{self.path}: offset {offset}: expected at most {_MOST_BYTES} bytes at once, got "
+                f"a length of {length}: the file is damaged"
             )
         if offset < self._begin:
             raise ValueError(f"offset {offset}: what lies before {self._begin} is gone")
@@ -107,9 +119,11 @@ class FileStream:
         """Make the window begin at `offset`, or where a piece with it does, and hold `length`."""
         end = self._begin + len(self._window)
         kept = [self._window[offset - self._begin :]] if offset < end else []
-        while end < offset + length or (not length and end < offset):
-            piece = self._pieces.get()
-            if isinstance(piece, OSError):
+        while end < offset + length:
+            piece = self._pieces.get() if self._end is None else self._end
+            if isinstance(piece, Exception) or not piece:
+                self._end = piece
+            if isinstance(piece, Exception):
                 raise piece
             if not piece:
                 raise DataError(f"{self.path}: was cut short to {end} bytes while it was read")
@@ -133,7 +147,7 @@ class FileStream:
                 self._pieces.put(piece)
                 if not piece:
                     return
-        except OSError as error:
+        except Exception as error:  # whatever it is, the parser waits for it
             self._pieces.put(error)
 
 
@@ -193,6 +207,18 @@ class Problems:
 HOW_TO_SKIP = "Repair it, or leave such samples out: on_error='skip' (--on-error skip)"
 
 
+_SIGNATURES = (
+    (b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n\x1a\n", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"),
+    (b"RIFF", ".webp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P6", ".ppm"), (b"P5", ".pgm"),
+)  # fmt: skip
+
+
+def image_extension(data: bytes | memoryview) -> str:
+    """Return the extension that image bytes should have; ".bin" where no format is recognised."""
+    head = bytes(data[:8])
+    return next((found for magic, found in _SIGNATURES if head.startswith(magic)), ".bin")
+
+
 class Rows:
     """Samples in the order in which a scan finds them, in 32 bytes each and their names."""
 
@@ -205,14 +231,24 @@ class Rows:
         return len(self._file)
 
     def add(self, name: str, file: int, offset: int, length: int, label: int = -1) -> int:
-        """Add a sample and return its number; arguments as the columns of `Index`."""
-        encoded = os.fsencode(name)
+        """Add a sample and return its number; arguments as the columns of `Index`.
+
+        Raises:
+            DataError: where the name or the label is none; then nothing was added.
+        """
+        try:
+            encoded = os.fsencode(name)
+            self._label.append(label)
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise DataError(
+                f"file {file} offset {offset}: expected a name of valid characters and a label of "
+                f"32 bits, got {name!r:.200} and {label}"
+            ) from error
         self._names += encoded
         self._name_bytes.append(len(encoded))
         self._file.append(file)
         self._offset.append(offset)
         self._length.append(length)
-        self._label.append(label)
         return len(self._file) - 1
 
     @property
@@ -274,17 +310,35 @@ _MAX_Z, _SORTED_Z = 5.0, 20.0
 
 
 def is_permuted(index: Index) -> bool:
-    """Tell whether samples lie in random order, as far as the runs of their labels tell.
+    """Tell whether samples lie in random order, as far as their labels tell.
 
-    Then blocks of them are mixed, and a block shuffle of them is as good as a uniform one. Where
-    the labels of fewer than 1000 samples, or of one class, couldn't tell: False.
+    Then blocks of them are mixed, and a block shuffle of them is as good as a uniform one. Two
+    tests must not tell them from a random order: of neighbours with one class (sorted data), and of
+    where each class lies on average (shards that are mixed in themselves, but not with each other).
+    Where the labels of fewer than 1000 samples, or of one class, couldn't tell: False.
     """
     label = index.label
     if label is None or len(label) < MIN_PERMUTED or int(label.min()) < 0:
         return False
     in_disk_order = label[np.lexsort((index.offset, index.file))]
-    found = abs(shuffle.label_runs(in_disk_order).z)
-    return found < _MAX_Z and shuffle.label_runs(np.sort(label)).z > _SORTED_Z
+    runs_z = abs(shuffle.label_runs(in_disk_order).z)
+    if runs_z > _MAX_Z or abs(_places_z(in_disk_order)) > _MAX_Z:
+        return False
+    return shuffle.label_runs(np.sort(label)).z > _SORTED_Z
+
+
+def _places_z(label: npt.NDArray[np.int32]) -> float:
+    """Compare the classes' mean places with those of a random order; about standard normal there.
+
+    W. H. Kruskal and W. A. Wallis, JASA 47 (1952) 583: H has nearly the chi-squared distribution of
+    one degree of freedom less than there are classes.
+    """
+    size, counts = len(label), np.bincount(label)
+    sums = np.bincount(label, np.arange(size) - (size - 1) / 2)
+    there = counts > 0
+    degrees = int(there.sum()) - 1
+    h = 12 / (size * (size + 1)) * float((sums[there] ** 2 / counts[there]).sum())
+    return (h - degrees) / math.sqrt(2 * max(degrees, 1))
 
 
 # ---- an index that is kept -----------------------------------------------------------------------
@@ -344,11 +398,14 @@ class Scanned:
 
     Attributes:
         index: its samples.
-        extra: further columns that the source needs, by names of its own.
+        extra: further columns that the source needs, by names of its own (uint8, uint32, int32 or
+            int64). They come from a file: check them before use.
         problems: samples left out: the first messages.
         num_problems: how many.
         remarks: what the user should know besides; shown each time the source is opened.
         stamps: what the index depends on, where only the scan knows.
+        lasting: whether the result may be kept. Not where what was left out may be there next time
+            without any sign: a permission changes no modification time.
     """
 
     index: Index
@@ -357,6 +414,7 @@ class Scanned:
     num_problems: int = 0
     remarks: Sequence[str] = ()
     stamps: Stamps | None = None
+    lasting: bool = True
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -367,7 +425,7 @@ class Scanned:
         shown = "\n  ".join(self.problems)
         more = self.num_problems - len(self.problems)
         tail = f"\n  and {more} more" if more else ""
-        left_out = f"left out {self.num_problems} of {total} samples:\n  {shown}{tail}"
+        left_out = f"left out {self.num_problems} of {total}:\n  {shown}{tail}"
         return (*self.remarks, f"{self.index.root}: {left_out}")
 
 
@@ -392,11 +450,10 @@ def indexed(
         DataError: what the scan raises; where a file changed meanwhile; with on_error="fail" also
             where the kept index is one that samples were left out of.
     """
-    key = _key(kind, place, files)
-    kept_in = _kept_in(key, place)
+    kept_in = _kept_in(_key(kind, place, files), place)
     found = _first_kept(kept_in, place)
     if found is None:
-        with _alone(key):
+        with _alone(kept_in[-1]):
             found = _first_kept(kept_in, place)  # another process may have made it meanwhile
             if found is None:
                 return _scan_and_keep(kept_in, place, files, scan)
@@ -418,7 +475,7 @@ def _scan_and_keep(
             f"{changed}: changed while {place} was indexed: wait until whoever writes there is "
             "done, then open it again"
         )
-    if int(stamps.mtime_ns.max(initial=0)) < began_ns - _RACY_NS:
+    if scanned.lasting and int(stamps.mtime_ns.max(initial=0)) < began_ns - _RACY_NS:
         any(_keep(path, scanned, stamps, place) for path in kept_in)  # in the first that works
     return scanned
 
@@ -437,7 +494,7 @@ def _key(kind: str, place: str, files: Sequence[str]) -> str:
 
 
 def _kept_in(key: str, place: str) -> list[str]:
-    """Return where an index may be kept: the best place first."""
+    """Return where an index may be kept: the best place first, the cache folder last."""
     folder = _folder_of(place)
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     in_cache = os.path.join(cache_folder(), f"{key}-{digest}.index")
@@ -450,10 +507,18 @@ def _first_kept(kept_in: Sequence[str], place: str) -> Scanned | None:
     return next(filter(None, (_open_kept(path, place) for path in kept_in)), None)
 
 
+_DAMAGED = (
+    OSError, DataError, KeyError, TypeError, ValueError, OverflowError, RecursionError, MemoryError,
+)  # fmt: skip
+"""What reading a file may raise that was damaged, or made by somebody else."""
+
+
 def _open_kept(path: str, place: str) -> Scanned | None:
     """Return the index kept in `path`, or None where there is none that is valid."""
     try:
         header, columns = read_columns(path)
+        if header["format"] != _FORMAT:
+            return None
         stamps = Stamps(
             Names(columns["stamps.blob"], columns["stamps.begin"]),
             columns["stamps.size"],
@@ -465,15 +530,19 @@ def _open_kept(path: str, place: str) -> Scanned | None:
         index = Index.from_columns({**header, "root": root}, columns, path)
         said = header["said"]
         problems, remarks = (tuple(map(str, said[key])) for key in ("problems", "remarks"))
+        num_problems = int(said["num_problems"])
+        if (num_problems > 0) != bool(problems):
+            return None
         extra = {name[6:]: column for name, column in columns.items() if name[:6] == "extra."}
-        return Scanned(index, extra, problems, int(said["num_problems"]), remarks, stamps)
-    except (OSError, DataError, KeyError, TypeError, ValueError):
+        return Scanned(index, extra, problems, num_problems, remarks, stamps)
+    except _DAMAGED:
         return None
 
 
 def _keep(path: str, scanned: Scanned, stamps: Stamps, place: str) -> bool:
     """Write an index; where that fails the next process scans again, and nothing else is lost."""
     header, columns = scanned.index.to_columns()
+    header["format"] = _FORMAT
     header["root"] = os.path.relpath(scanned.index.root, _folder_of(place))
     header["said"] = {
         "problems": list(scanned.problems),
@@ -493,14 +562,17 @@ def _keep(path: str, scanned: Scanned, stamps: Stamps, place: str) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(key: str) -> Iterator[None]:
+def _alone(path: str) -> Iterator[None]:
     """Keep other processes of this machine from scanning the same, where there are file locks.
 
     Waits as long as the other one scans; the kernel ends its lock with it.
+
+    Args:
+        path: of the index in the cache folder.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             os.makedirs(cache_folder(), exist_ok=True)
-            lock = stack.enter_context(open(os.path.join(cache_folder(), f"{key}.lock"), "ab"))
+            lock = stack.enter_context(open(f"{path}.lock", "ab"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
