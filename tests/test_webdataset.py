@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -114,6 +116,21 @@ def test_members_are_those_that_tarfile_finds(form: int) -> None:
     data = tar_bytes(files, form)
     assert walk(data) == by_tarfile(data)
     assert len(walk(data)) == 5 + len(long)
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
+@pytest.mark.parametrize("form", ["v7", "ustar", "gnu", "oldgnu", "posix"])
+def test_members_of_what_the_tar_command_writes(form: str, tmp_path: Path) -> None:
+    deep = "d" * (80 if form in ("v7", "ustar") else 180)
+    for name in ("n01/a.JPEG", "n02/b.JPEG", f"n02/{deep}/c.JPEG"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(JPEG * 50)
+    path = tmp_path / "x.tar"
+    command = ["tar", f"--format={form}", "-cf", str(path), "n01", "n02"]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip(f"this tar does not write {form}")
+    assert walk(path.read_bytes()) == by_tarfile(path.read_bytes())
+    assert sorted(names(open_source(path, progress=False)))[0] == "n01/a.JPEG"
 
 
 def test_sizes_in_base_256_and_signed_checksums() -> None:
@@ -414,6 +431,13 @@ def test_compressed_shard_among_others(tmp_path: Path) -> None:
         open_source(tmp_path, progress=False)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_shard_without_permission(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", shard(1)).chmod(0)
+    with pytest.raises(PermissionError, match=r"a\.tar"):
+        open_source(tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("content", [b"", bytes(10240), b"no tar at all" * 100])
 def test_what_is_no_archive_of_images(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(content)
@@ -474,6 +498,7 @@ def test_same_labels_as_the_folder_it_would_be_extracted_to(above: str, tmp_path
 def test_archive_of_both_splits(tmp_path: Path) -> None:
     files = folders("x/train/n01/a.jpg", "x/train/n02/b.jpg", "x/val/n02/c.jpg", "x/val/n01/d.jpg")
     path = write_tar(tmp_path / "x.tar", files)
+    os.utime(path, (1, 1))  # so that indexes are kept, one for each split
     assert names(open_source(path, "train", False)) == ["x/train/n01/a.jpg", "x/train/n02/b.jpg"]
     val = open_source(path, "val", False)
     assert [(name, wnid) for name, wnid, _ in stored(val)] == [
