@@ -273,7 +273,7 @@ def test_wrong_members_are_refused_or_left_out(case: str, tmp_path: Path) -> Non
     assert [name for name, _, _ in stored(source)] == [
         f"{wnid}/{wnid}_1.JPEG" for wnid in ("n00000001", "n00000002")
     ]
-    assert "left out 1 of 3 samples" in source.notes[-1]
+    assert "left out 1 of 3" in source.notes[-1]
 
 
 def test_wrong_members_of_the_val_archive(root: Path) -> None:

@@ -269,7 +269,6 @@ def test_same_samples_as_webdataset(urls: str, extensions: tuple[str, str]) -> N
             )
     source = open_source(FIXTURES / urls, progress=False)
     assert source.kind == "webdataset"
-    assert source.notes == ()
     assert source.index.label is not None
     ours = list(zip(stored(source), source.index.label.tolist(), strict=True))
     assert len(ours) == len(expected)
@@ -386,7 +385,7 @@ def test_wrong_samples_are_refused_or_left_out(case: str, tmp_path: Path) -> Non
     assert "on_error='skip'" in str(raised.value)
     source = open_source(path, progress=False, on_error="skip")
     assert names(source) == ["0000.jpg", "0001.jpg", "0002.jpg", "0003.jpg"]
-    assert "left out 1 of 5 samples" in source.notes[0]
+    assert "left out 1 of 5" in source.notes[0]
 
 
 def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
