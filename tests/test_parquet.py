@@ -151,10 +151,10 @@ def test_without_a_split_files_of_one_only(tmp_path: Path, write: Write, name: s
         open_source(FIXTURES / "parquet" / "data")
     with pytest.raises(ValueError, match="train, validation of save_to_disk: pass a split"):
         open_source(FIXTURES / "hf_disk")
-    write(tmp_path / f"test-00000-of-00001{name[1:]}", rows())
-    write(tmp_path / f"train-00000-of-00001{name[1:]}", rows())
+    write(tmp_path / f"x-test-00000-of-00001{name[1:]}", rows())
+    write(tmp_path / f"x-train-00000-of-00001{name[1:]}", rows())
     (tmp_path / "state.json").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="files of test and train"):
+    with pytest.raises(ValueError, match="files of x-test and x-train"):
         open_source(tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_a_row_without_image(tmp_path: Path, write: Write, name: str, image: Any
         open_source(path)
     source = open_source(path, on_error="skip")
     assert [data for data, _ in samples_of(source)] == IMAGES[:12] + IMAGES[13:]
-    assert "left out 1 of 30 samples" in source.notes[0]
+    assert "left out 1 of 30" in source.notes[0]
 
 
 @WRITERS
