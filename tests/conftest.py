@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import struct
@@ -28,6 +29,17 @@ SAMPLE_FOLDER = Path(
     or Path(__file__).parents[1] / ".." / "shared" / "data" / "imagenet-sample"
 ).resolve()
 
+OPTIONAL_PACKAGES = (
+    "lmdb",
+    "msgpack",
+    "msgpack_numpy",
+    "pyarrow",
+    "scipy",
+    "webdataset",
+    "zstandard",
+)
+"""What the extra "test" installs and some tests can do without."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -42,6 +54,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"NOTE: tests on real photos were SKIPPED: no folder {SAMPLE_FOLDER}/train. "
             "Set IMAGENET_SEQ_SAMPLE to a folder with train/<class>/*.JPEG.",
+            red=True,
+        )
+    missing = [name for name in OPTIONAL_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        terminalreporter.write_line(
+            f"NOTE: tests were SKIPPED or FAILED for want of {', '.join(missing)}. "
+            'pip install "imagenet-seq[test]" brings all of them.',
             red=True,
         )
 

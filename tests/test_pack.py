@@ -323,7 +323,7 @@ def test_root_with_both_splits(make_folder: Callable[..., Path], tmp_path: Path)
     assert {split: summary.num_samples for split, summary in both.items()} == {"train": 6, "val": 2}
     for split in both:
         assert open_source(tmp_path / "pack", split).kind == "pack"
-    with pytest.raises(ValueError, match="expected a folder train"):
+    with pytest.raises(FileNotFoundError, match="is by its name the other split, val"):
         pack(root / "val", tmp_path / "other", splits=["train"], progress=False)
 
 
@@ -1359,7 +1359,7 @@ def test_a_shard_may_lose_all_its_samples(
 
 
 def test_a_pack_is_no_source(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a folder of class folders, found a pack"):
+    with pytest.raises(ValueError, match="is a pack already; --reshuffle makes"):
         make_pack(packed, tmp_path / "again")
 
 

@@ -1008,8 +1008,8 @@ def _notes_on_order(shuffle: str, source: Source) -> list[str]:
     packing = "'imagenet-seq pack' makes a pack of it whose samples lie in random order"
     if shuffle == "block" and not source.permuted:
         return [
-            f"{where}shuffle='block' mixes samples that lie close together, and these are not known "
-            f"to lie in random order, so batches may have few classes: {packing}"
+            f"{where}shuffle='block' mixes samples that lie close together, and these are not "
+            f"known to lie in random order, so batches may have few classes: {packing}"
         ]
     if shuffle == "uniform" and source.foreign:
         return [

@@ -1,14 +1,19 @@
-"""What is packed: a folder of image files, or a pack that is to get another order.
+"""What is packed: folders of image files, large files of any format, or a pack in another order.
 
 Images are read in the order they lie on the disk, so that a hard disk's head moves on and on.
 """
 
 from __future__ import annotations
 
+import bisect
 import errno
 import functools
+import hashlib
+import itertools
 import os
+import re
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -22,22 +27,25 @@ from imagenet_seq.index import Index, Names
 from imagenet_seq.io_log import IoLog
 from imagenet_seq.recode import Refused, Settings, encode
 from imagenet_seq.scratch import Encoded
-from imagenet_seq.sources import open_source
+from imagenet_seq.sources import Block, Found, Opening, Source
 from imagenet_seq.sources import pack as layout
+from imagenet_seq.sources.scan import OnError, Visit
 
 _READ_BYTES = 8 << 20
 
+_GAP_BYTES = 1 << 20
+"""What lies between two samples is read with them up to here: a hard disk reads it in the time of
+half a move."""
+
+Image = tuple[int, "bytes | Refused"]
+"""A sample and its bytes."""
+
 
 class Stamps(NamedTuple):
-    """What tells that a sample's bytes were replaced; -1 where they can't be looked at."""
+    """What tells that a sample's bytes were replaced; -1 where it can't be looked at."""
 
     sizes: npt.NDArray[np.int64]
     mtimes_ns: npt.NDArray[np.int64]
-
-    @property
-    def known_bytes(self) -> int:
-        """Sum of the sizes that are known."""
-        return int(self.sizes[self.sizes > 0].sum())
 
 
 class Origin(Protocol):
@@ -47,11 +55,21 @@ class Origin(Protocol):
         index: all samples, those that are known to be left out included.
         settings: what the pack is to be like.
         tables: its Huffman tables, where they are given.
+        notes: what the user should know about the source.
     """
 
     index: Index
     settings: Settings
     tables: bytes | None
+    notes: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Bytes of each sample, about; -1: not known."""
 
     @property
     def stamps(self) -> Stamps:
@@ -73,68 +91,116 @@ class Origin(Protocol):
     def known_failures(self) -> dict[int, dict[str, Any]]:
         """Samples that an earlier packing left out, or kept although damaged."""
 
-    def in_disk_order(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sort samples by where they lie on the disk."""
+    @property
+    def some_images(self) -> Sequence[bytes]:
+        """Images from all over the source, where they can be had without its index."""
 
     def read(self, sample: int) -> bytes | Refused:
         """Return a sample's bytes."""
+
+    def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
+        """Yield samples and their bytes in the order in which they lie on the disk."""
 
     def encode(self, sample: int, data: bytes, tables: bytes | None) -> Encoded | Refused:
         """Return a sample as it is to be stored in a pack with these tables."""
 
 
-# ---- a folder ------------------------------------------------------------------------------------
+def known_bytes(sizes: npt.NDArray[np.int64]) -> int:
+    """Return the sum of the sizes that are known."""
+    return int(sizes[sizes > 0].sum())
 
 
-class Folder:
-    """An ImageFolder, whose images are re-coded as `settings` say."""
+class _Recoded:
+    """A source whose images are re-coded as `settings` say."""
 
-    def __init__(self, path: str, settings: Settings, log: IoLog, progress: bool) -> None:
-        opened = open_source(path, progress=progress)
-        if opened.kind != "imagefolder":
-            how = "; --reshuffle makes a pack of another order of it" * (opened.kind == "pack")
+    def __init__(self, source: Source, settings: Settings, log: IoLog) -> None:
+        if source.kind == "pack":
             raise ValueError(
-                f"{path}: expected a folder of class folders, found a {opened.kind}{how}"
+                f"{source.index.root}: is a pack already; --reshuffle makes a pack of another "
+                "order of it"
             )
-        self.index = opened.index
+        _refuse_unlabelled(source.index)
+        self.index = source.index
         self.settings = settings
         self.tables: bytes | None = None
+        self.notes = source.notes
         self.known_failures: dict[int, dict[str, Any]] = {}
+        self.some_images: Sequence[bytes] = ()
+        self._kind = source.kind
         self._log = log
-        self._progress = progress
 
     @property
-    def stamps(self) -> Stamps:
-        """Size and time of every file."""
-        return self._looked_at[0]
+    def path(self) -> str:
+        """The folder that the files lie in."""
+        return self.index.root
 
     @property
     def id(self) -> str:
-        """Digest of names and classes."""
+        """Digest of names, labels and classes."""
         return self.index.id
-
-    @functools.cached_property
-    def record(self) -> dict[str, Any]:
-        """What pack.json says of the folder."""
-        return {
-            "kind": "imagefolder",
-            "num_samples": len(self.index),
-            "bytes": self.stamps.known_bytes,
-            "index_id": self.index.id,
-        }
 
     @property
     def settings_record(self) -> dict[str, Any]:
         """What pack.json says of the settings."""
         return self.settings.describe()
 
-    def in_disk_order(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sort samples by address, or by inode where the file system does not tell it.
+    def encode(self, sample: int, data: bytes, tables: bytes | None) -> Encoded | Refused:
+        """Re-code an image."""
+        return encode(data, self.settings, tables)
+
+    def _record(self, lengths: npt.NDArray[np.int64]) -> dict[str, Any]:
+        return {
+            "kind": self._kind,
+            "num_samples": len(self.index),
+            "bytes": known_bytes(lengths),
+            "index_id": self.index.id,
+        }
+
+
+def _refuse_unlabelled(index: Index) -> None:
+    label = np.asarray(index.targets)
+    if int(label.min(initial=0)) < 0:
+        sample = int(label.argmin())
+        raise ValueError(
+            f"{index.root}: sample {sample} ({index.name[sample]}) has no label, and a pack needs "
+            "one for each"
+        )
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+class Folder(_Recoded):
+    """Images in a file each."""
+
+    def __init__(self, source: Source, settings: Settings, log: IoLog, progress: bool) -> None:
+        super().__init__(source, settings, log)
+        self._progress = progress
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Size of every file."""
+        return self.stamps.sizes
+
+    @property
+    def stamps(self) -> Stamps:
+        """Size and time of every file."""
+        return self._looked_at[0]
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """What pack.json says of the folder."""
+        return self._record(self.lengths)
+
+    def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
+        """Read files in the order of their addresses, or inodes where these are not known.
 
         Inodes are given out about in the order of a file system's blocks.
         """
         _, addresses, inodes = self._looked_at
-        return samples[np.lexsort((inodes[samples], addresses[samples]))]
+        order = np.lexsort((inodes[samples], addresses[samples]))
+        for sample in samples[order].tolist():
+            yield sample, self.read(sample)
 
     def read(self, sample: int) -> bytes | Refused:
         """Read a sample's file."""
@@ -147,13 +213,7 @@ class Folder:
         _, addresses, inodes = self._looked_at
         place = {"address": int(addresses[sample]), "inode": int(inodes[sample])}
         self._log.note("read", path, 0, len(data), **place)
-        if len(data) > layout.MAX_IMAGE_BYTES:
-            return Refused(f"{len(data)} bytes are more than a tar member can hold", None)
-        return data
-
-    def encode(self, sample: int, data: bytes, tables: bytes | None) -> Encoded | Refused:
-        """Re-code an image."""
-        return encode(data, self.settings, tables)
+        return _storable(data)
 
     @functools.cached_property
     def _looked_at(self) -> tuple[Stamps, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -165,7 +225,7 @@ class Folder:
         index, slice_size = self.index, 1024
 
         def look(first: int) -> list[tuple[int, int, int, int]]:
-            names = index.files[first : first + slice_size]
+            names = index.files.take(index.file[first : first + slice_size])
             return [_look_at(os.path.join(index.root, name)) for name in names]
 
         table = np.empty((len(index), 4), np.int64)
@@ -202,6 +262,299 @@ def _unreadable(error: OSError) -> Refused:
     return Refused(f"cannot be read: {error.strerror} ({code})", None, is_read_error=True)
 
 
+def _storable(data: bytes) -> bytes | Refused:
+    if len(data) > layout.MAX_IMAGE_BYTES:
+        return Refused(f"{len(data)} bytes are more than a tar member can hold", None)
+    return data
+
+
+# ---- large files ---------------------------------------------------------------------------------
+
+
+class LargeFiles:
+    """A source of large files, which may have to be read to index it.
+
+    Args:
+        found: the source.
+        settings: what the pack is to be like.
+        log: of requests.
+        on_error: what to do with samples that can't be indexed.
+        progress: whether to show progress.
+    """
+
+    def __init__(
+        self, found: Found, settings: Settings, log: IoLog, on_error: OnError, progress: bool
+    ) -> None:
+        self.settings = settings
+        self.paths = list(found.files)
+        self._found = found
+        self._log = log
+        self._on_error = on_error
+        self._progress = progress
+
+    @property
+    def path(self) -> str:
+        """The first of the files."""
+        return self.paths[0]
+
+    @property
+    def settings_record(self) -> dict[str, Any]:
+        """What pack.json says of the settings."""
+        return self.settings.describe()
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(os.path.getsize(path) for path in self.paths)
+
+    @functools.cached_property
+    def mtime_ns(self) -> int:
+        """A number in place of a time, that changes with the size or time of any file.
+
+        Not each sample its own file's: with one more sample in one file, those in the files behind
+        it get other numbers.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for path in self.paths:
+            stat = os.stat(path)
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + os.fsencode(path))
+        return int.from_bytes(digest.digest(), "little") >> 1
+
+    @functools.cached_property
+    def some_images(self) -> list[bytes]:
+        """Images from all over the files, found without an index; none in compressed files.
+
+        The same ones as long as the files are the same, whether they have been indexed or not.
+        """
+        if self._found.some_images is not None:
+            return self._found.some_images(_NUM_IMAGES)
+        return _images_all_over(self.paths, self._log)
+
+    def open(self, visit: Visit | None = None) -> Origin:
+        """Open the source; `visit` gets the samples that pass by where it must be indexed."""
+        source = self._found.open(Opening(self._on_error, self._progress, visit))
+        kind = _Blocks if source.foreign else _Ranges
+        return kind(source, self, self._log)
+
+
+class _InFiles(_Recoded):
+    """Samples in large files."""
+
+    def __init__(self, source: Source, files: LargeFiles, log: IoLog) -> None:
+        super().__init__(source, files.settings, log)
+        self.some_images = files.some_images
+        self._files = files
+
+    @property
+    def path(self) -> str:
+        """The first of the files, which is known without an index."""
+        return self._files.path
+
+    @functools.cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Bytes of each sample; where the index has none, an even share of the files'."""
+        length = self.index.length
+        if length is not None and int(length.min(initial=0)) >= 0:
+            return np.asarray(length)
+        return np.full(len(self.index), self._files.num_bytes // max(1, len(self.index)), np.int64)
+
+    @functools.cached_property
+    def stamps(self) -> Stamps:
+        """Size and time of all files together."""
+        size, mtime_ns = self._files.num_bytes, self._files.mtime_ns
+        return Stamps(np.full(len(self.index), size), np.full(len(self.index), mtime_ns))
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """What pack.json says of the source."""
+        return {**self._record(self.lengths), "file_bytes": self._files.num_bytes}
+
+
+class _Ranges(_InFiles):
+    """Images that are byte ranges of files."""
+
+    @functools.cached_property
+    def _reader(self) -> RangeReader:
+        return RangeReader(self.index, self._log)
+
+    def read(self, sample: int) -> bytes | Refused:
+        """Read a sample's bytes."""
+        return self._checked(sample, self._reader.read(sample))
+
+    def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
+        """Read samples in the order of files and offsets."""
+        for sample, data in self._reader.read_all(samples):
+            yield sample, self._checked(sample, data)
+
+    def _checked(self, sample: int, data: bytes | Refused) -> bytes | Refused:
+        expected = int(self._reader.end[sample] - self._reader.begin[sample])
+        if isinstance(data, Refused) or len(data) == expected:
+            return data if isinstance(data, Refused) else _storable(data)
+        path = self._reader.path(sample)
+        begin = int(self._reader.begin[sample])
+        reason = f"{path} offset {begin}: expected {expected} bytes, the file has {len(data)}"
+        return Refused(reason, None)
+
+
+class _Blocks(_InFiles):
+    """Images whose bytes the source has to produce, a block at a time."""
+
+    def __init__(self, source: Source, files: LargeFiles, log: IoLog) -> None:
+        super().__init__(source, files, log)
+        self._source = source
+        self._held: tuple[int, Block | Refused] = (-1, Refused("", None))
+
+    def read(self, sample: int) -> bytes | Refused:
+        """Return a sample's bytes; its block is held for the next one."""
+        number, ordinal = int(self.index.file[sample]), int(self.index.offset[sample])
+        if self._held[0] != number:
+            self._held = (number, self._produce(number))
+        block = self._held[1]
+        if isinstance(block, Refused):
+            return block
+        if ordinal >= len(block.offsets):
+            return Refused(f"block {number} holds {len(block.offsets)} images, not this one", None)
+        begin = int(block.offsets[ordinal])
+        return _storable(block.bytes[begin : begin + int(block.lengths[ordinal])].tobytes())
+
+    def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
+        """Produce samples block by block."""
+        order = np.lexsort((self.index.offset[samples], self.index.file[samples]))
+        for sample in samples[order].tolist():
+            yield sample, self.read(sample)
+
+    def _produce(self, number: int) -> Block | Refused:
+        try:
+            return self._source.read_block(number)
+        except OSError as error:
+            return _unreadable(error)
+        except DataError as error:
+            return Refused(str(error), None)
+
+
+class RangeReader:
+    """Reads byte ranges of files: many in file order, in pieces of several MB.
+
+    Args:
+        index: whose files, offsets and lengths; -1: up to the file's end.
+        log: of requests.
+    """
+
+    def __init__(self, index: Index, log: IoLog) -> None:
+        self._index = index
+        self._log = log
+        self.begin = np.asarray(index.offset)
+        self.end = self.begin + self._lengths()
+
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        index = self._index
+        length = np.full(len(index), -1, np.int64) if index.length is None else index.length
+        if int(length.min(initial=0)) >= 0:
+            return np.asarray(length)
+        sizes = [os.path.getsize(os.path.join(index.root, name)) for name in index.files]
+        to_end = np.array(sizes, np.int64)[index.file] - index.offset
+        return np.where(length < 0, np.maximum(to_end, 0), length)
+
+    def path(self, sample: int) -> str:
+        """Return the path of the file that holds a sample."""
+        return os.path.join(self._index.root, self._index.files[int(self._index.file[sample])])
+
+    def read(self, sample: int) -> bytes | Refused:
+        """Return a sample's bytes, fewer where the file ends before them."""
+        return next(iter(self._read_piece([sample])))[1]
+
+    def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
+        """Yield samples and their bytes by file and offset."""
+        order = np.lexsort((self.begin[samples], self._index.file[samples]))
+        piece: list[int] = []
+        for sample in samples[order].tolist():
+            if piece and not self._fits(piece, sample):
+                yield from self._read_piece(piece)
+                piece = []
+            piece.append(sample)
+        if piece:
+            yield from self._read_piece(piece)
+
+    def _fits(self, piece: list[int], sample: int) -> bool:
+        """Tell whether a sample is read with those before it."""
+        first, last = piece[0], piece[-1]
+        return bool(
+            self._index.file[first] == self._index.file[sample]
+            and self.begin[sample] - self.end[last] <= _GAP_BYTES
+            and self.end[sample] - self.begin[first] <= _READ_BYTES
+        )
+
+    def _read_piece(self, samples: list[int]) -> Iterator[Image]:
+        begin = int(self.begin[samples[0]])
+        path, end = self.path(samples[0]), int(self.end[samples].max())
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(begin)
+                data = memoryview(file.read(end - begin))
+        except OSError as error:
+            yield from ((sample, _unreadable(error)) for sample in samples)
+            return
+        place = {"address": int(self._index.file[samples[0]]), "inode": 0}
+        self._log.note("read", path, begin, len(data), **place)
+        for sample in samples:
+            yield sample, bytes(data[int(self.begin[sample]) - begin : self.end[sample] - begin])
+
+
+# ---- images found by their markers ---------------------------------------------------------------
+
+_NUM_IMAGES, _NUM_PLACES, _PLACE_BYTES = 512, 64, 2 << 20
+"""Of ImageNet's photos, about 18 lie in 2 MB; where files are sorted by class, 64 classes are seen.
+A hard disk takes 2 s."""
+
+_BEGIN = b"\xff\xd8\xff"
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""What ends entropy-coded data: no stuffed byte, no RSTn, no fill byte (T.81, B.1.1)."""
+
+
+def _images_all_over(paths: Sequence[str], log: IoLog) -> list[bytes]:
+    """Return up to 512 JPEG images from evenly spread places in files."""
+    ends = list(itertools.accumulate(os.path.getsize(path) for path in paths))
+    total = ends[-1] if ends else 0
+    step = max(_PLACE_BYTES, -(-total // _NUM_PLACES))
+    places = range(0, total, step)
+    images: list[bytes] = []
+    for at in places:
+        file = bisect.bisect_right(ends, at)
+        begin = at - (ends[file] - os.path.getsize(paths[file]))
+        with open(paths[file], "rb", buffering=0) as opened:
+            opened.seek(begin)
+            data = opened.read(_PLACE_BYTES)
+        log.note("read", paths[file], begin, len(data), address=file, inode=0)
+        images += itertools.islice(_images_in(data), -(-_NUM_IMAGES // len(places)))
+    return images[:_NUM_IMAGES]
+
+
+def _images_in(data: bytes) -> Iterator[bytes]:
+    """Yield what looks like a whole JPEG image; what is inside of one is part of it."""
+    begin = data.find(_BEGIN)
+    while begin >= 0:
+        end = _end_of_image(data, begin)
+        if end:
+            yield data[begin:end]
+        begin = data.find(_BEGIN, end or begin + 2)
+
+
+def _end_of_image(data: bytes, begin: int) -> int:
+    """Return where an image ends, behind its EOI; 0 where it does not, or is none."""
+    at = begin + 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xD9:  # EOI
+            return at + 2
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA:  # SOS, and entropy-coded data behind it
+            found = _MARKER.search(data, at)
+            if found is None:
+                return 0
+            at = found.start()
+    return at + 2 if data[at : at + 2] == b"\xff\xd9" else 0
+
+
 # ---- a pack --------------------------------------------------------------------------------------
 
 
@@ -212,7 +565,7 @@ class Packed:
     end and what members are called, which then is as if the original images were packed anew.
 
     Args:
-        path: the pack.
+        found: the pack.
         seed: of the new order; None: one more than that of the pack's.
         log: of requests.
 
@@ -220,14 +573,16 @@ class Packed:
         DataError: where the pack is damaged.
     """
 
-    def __init__(self, path: str, seed: int | None, log: IoLog) -> None:
-        opened = open_source(path)
+    def __init__(self, found: Found, seed: int | None, log: IoLog) -> None:
+        opened = found.open(Opening())
+        path = opened.index.root
         if opened.kind != "pack":
             raise ValueError(f"{path}: expected a pack to reshuffle, found a {opened.kind}")
         self._pack = layout.read_pack(path)
-        self._log = log
         self.settings, self.settings_record = _other_order(self._pack, seed)
         self.tables = self._pack.tables
+        self.notes: tuple[str, ...] = ()
+        self.some_images: Sequence[bytes] = ()
         failures = []
         if self._pack.about["counts"]["failures"]:
             failures = layout.read_failures(path)
@@ -239,18 +594,29 @@ class Packed:
             for sample, name in enumerate(self.index.name if failures else ())
             if name in failure_of
         }
-        self._piece = _Piece(-1, 0, b"")
+        self._reader = RangeReader(opened.index, log)
+
+    @property
+    def path(self) -> str:
+        """The pack's folder."""
+        return self.index.root
+
+    @functools.cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Bytes of every image; -1 of those that were left out."""
+        lengths = np.full(len(self.index), -1, np.int64)
+        lengths[: len(self._pack.rows)] = self._pack.rows["length"]
+        return lengths
 
     @functools.cached_property
     def stamps(self) -> Stamps:
         """Size of every image and time of its shard."""
-        rows, num_samples = self._pack.rows, len(self.index)
-        shard_mtimes = [os.stat(self._path(s)).st_mtime_ns for s in range(len(self.index.files))]
-        sizes = np.full(num_samples, -1, np.int64)
-        mtimes_ns = np.full(num_samples, -1, np.int64)
-        sizes[: len(rows)] = rows["length"]
-        mtimes_ns[: len(rows)] = np.array(shard_mtimes, np.int64)[rows["shard"]]
-        return Stamps(sizes, mtimes_ns)
+        rows = self._pack.rows
+        shards = [os.path.join(self.index.root, name) for name in self.index.files]
+        mtimes_ns = np.full(len(self.index), -1, np.int64)
+        shard_mtimes = np.array([os.stat(shard).st_mtime_ns for shard in shards], np.int64)
+        mtimes_ns[: len(rows)] = shard_mtimes[rows["shard"]]
+        return Stamps(self.lengths, mtimes_ns)
 
     @property
     def id(self) -> str:
@@ -262,70 +628,26 @@ class Packed:
         """What the pack says of the source that it was made of."""
         return dict(self._pack.about["source"])
 
-    def in_disk_order(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sort samples by shard and offset: each shard lies in one piece."""
-        return np.sort(samples)
+    def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
+        """Read shard by shard: each lies in one piece."""
+        return self._reader.read_all(samples)
 
     def read(self, sample: int) -> bytes | Refused:
         """Return what lies where the sample should."""
-        row = self._pack.rows[sample]
-        shard, begin = int(row["shard"]), int(row["offset"])
-        end = begin + int(row["length"])
-        if not self._piece.holds(shard, begin, end):
-            try:
-                self._piece = self._read_piece(sample)
-            except OSError as error:
-                return _unreadable(error)
-        piece = self._piece
-        return bytes(memoryview(piece.data)[begin - piece.begin : end - piece.begin])
+        return self._reader.read(sample)
 
     def encode(self, sample: int, data: bytes, tables: bytes | None) -> Encoded | Refused:
         """Return the sample as it is, if it is what the pack promises."""
         row = self._pack.rows[sample]
         length, expected, crc = int(row["length"]), int(row["crc32c"]), _native.crc32c(data)
         if (len(data), crc) != (length, expected):
-            path = self._path(int(row["shard"]))
             return Refused(
-                f"{path} offset {row['offset']}: sample {sample}: expected "
+                f"{self._reader.path(sample)} offset {row['offset']}: sample {sample}: expected "
                 f"{length} bytes with CRC-32C {expected:08x}, got {len(data)} with {crc:08x}",
                 None,
             )
         width, height, flags = (int(row[key]) for key in ("width", "height", "flags"))
         return Encoded(memoryview(data), width, height, crc, flags)
-
-    @functools.cached_property
-    def _shard_end(self) -> npt.NDArray[np.int64]:
-        """Where in the rows each shard's end."""
-        return np.searchsorted(self._pack.rows["shard"], range(len(self.index.files)), "right")
-
-    def _path(self, shard: int) -> str:
-        return os.path.join(self.index.root, layout.shard_file(shard))
-
-    def _read_piece(self, sample: int) -> _Piece:
-        """Read a sample, and with it those behind it up to a few MB of its shard."""
-        rows = self._pack.rows
-        shard, begin = int(rows["shard"][sample]), int(rows["offset"][sample])
-        last = int(self._shard_end[shard])
-        ends = rows["offset"][sample:last] + rows["length"][sample:last]
-        end = int(ends[max(0, np.searchsorted(ends, begin + _READ_BYTES) - 1)])
-        path = self._path(shard)
-        with open(path, "rb", buffering=0) as file:
-            file.seek(begin)
-            data = file.read(end - begin)
-        self._log.note("read", path, begin, len(data), address=shard, inode=0)
-        return _Piece(shard, begin, data)
-
-
-class _Piece(NamedTuple):
-    """Part of a shard in memory."""
-
-    shard: int
-    begin: int
-    data: bytes
-
-    def holds(self, shard: int, begin: int, end: int) -> bool:
-        is_inside = self.begin <= begin and end <= self.begin + len(self.data)
-        return shard == self.shard and is_inside
 
 
 def _other_order(pack: layout.Pack, seed: int | None) -> tuple[Settings, dict[str, Any]]:

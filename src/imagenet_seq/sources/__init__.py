@@ -38,9 +38,15 @@ _SPLIT_WORDS = {
 _FORMATS = (
     "pack",
     "arrow",
+    "beton",
     "flat",
     "imagefolder",
+    "lmdb",
+    "mds",
+    "official",
     "parquet",
+    "tfrecord",
+    "webdataset",
 )
 """Modules that are asked, in this order."""
 
@@ -113,14 +119,17 @@ class Found:
     Attributes:
         kind: as `Source.kind`.
         what: what was seen, for messages: "WebDataset shards a.tar to z.tar".
-        files: paths of the files with the data; empty for folders of images.
         open: opens it.
+        files: paths of the files with the data; empty for folders of images.
+        some_images: returns so many images from all over the data, for estimates without an index;
+            None where only the index tells where images are.
     """
 
     kind: str
     what: str
     open: Callable[[Opening], Source]
     files: Sequence[str] = ()
+    some_images: Callable[[int], list[bytes]] | None = None
 
 
 @dataclass(frozen=True)

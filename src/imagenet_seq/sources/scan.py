@@ -117,8 +117,8 @@ class FileStream:
 
     def _move(self, offset: int, length: int) -> None:
         """Make the window begin at `offset`, or where a piece with it does, and hold `length`."""
-        kept = [self._window[offset - self._begin :]]  # nothing where it lies further on
         end = self._begin + len(self._window)
+        kept = [self._window[offset - self._begin :]] if offset < end else []
         while end < offset + length:
             piece = self._pieces.get() if self._end is None else self._end
             if isinstance(piece, Exception) or not piece:
@@ -131,9 +131,10 @@ class FileStream:
                 self._digest.update(piece)
             if self._bar is not None:
                 self._bar.update(len(piece))
-            kept.append(piece[max(0, offset - end) :])
             end += len(piece)
-        self._window = b"".join(kept)
+            if end > offset:
+                kept.append(piece)
+        self._window = b"".join(kept)  # no copy of a single one
         self._begin = end - len(self._window)
 
     def _read(self) -> None:
@@ -204,6 +205,18 @@ class Problems:
 
 
 HOW_TO_SKIP = "Repair it, or leave such samples out: on_error='skip' (--on-error skip)"
+
+
+_SIGNATURES = (
+    (b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n\x1a\n", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"),
+    (b"RIFF", ".webp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P6", ".ppm"), (b"P5", ".pgm"),
+)  # fmt: skip
+
+
+def image_extension(data: bytes | memoryview) -> str:
+    """Return the extension that image bytes should have; ".bin" where no format is recognised."""
+    head = bytes(data[:8])
+    return next((found for magic, found in _SIGNATURES if head.startswith(magic)), ".bin")
 
 
 class Rows:

@@ -1,0 +1,358 @@
+"""FFCV's .beton files: one file whose tables say where each image lies and what its label is.
+
+    header         version 2, number of fields, page size, number of samples, where the table
+                   of allocations begins
+    fields         of each: type, name (16 bytes), arguments (1024 bytes)
+    metadata       of each sample: its fields, aligned as in C; of an image: mode, width, height,
+                   where its data begin
+    data           in pages; JPEGs, or pixels
+    allocations    of each piece of data: sample, where it begins, its bytes; up to the file's end
+
+The index is made of the tables alone. JPEGs are byte ranges of the file. In a file that has raw
+pixels, all samples come in foreign blocks, pixels as PPM, which Pillow takes as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.errors import DataError
+from imagenet_seq.index import Index, Names
+from imagenet_seq.sources import Block, Found, Opening, Place, Source
+from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
+from imagenet_seq.sources.scan import Problems, Scanned, is_permuted
+
+LOOKS_FOR = "FFCV's files: train.beton, val.beton"
+
+_EXTENSIONS = (".beton", ".ffcv")
+_VERSION = 2
+_HEADER = struct.Struct("<HHIQQ")
+_FIELD = struct.Struct("<B16s1024x")
+
+_IMAGE, _INT = 2, 1
+_JPEG, _RAW = 0, 1
+_IMAGE_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("begin", "<u8")])
+_PIECE_ROW = np.dtype([("begin", "<u8"), ("size", "<u8")])
+_FIELD_ROWS = {
+    0: np.dtype("<f8"), _INT: np.dtype("<i8"), _IMAGE: _IMAGE_ROW, 3: _PIECE_ROW,
+    4: np.dtype("<u8"), 5: _PIECE_ROW, 6: np.dtype("<u8"),
+}  # fmt: skip
+"""What each type of field has in a sample's metadata: float, int, image, bytes, array, JSON,
+tensor."""
+
+_ALLOCATION = np.dtype([("sample", "<u8"), ("begin", "<u8"), ("size", "<u8")])
+
+_MAX_FIELDS = 256
+_BLOCK_BYTES = 8 << 20
+
+
+# ---- finding -------------------------------------------------------------------------------------
+
+
+def find(place: Place) -> Found | str | None:
+    """Recognise a .beton file, alone or in a folder.
+
+    Raises:
+        SplitNeededError: where there are files of both splits and none was asked for.
+        ValueError: where there are several of the split.
+    """
+    names = [name for name in place.files if name.endswith(_EXTENSIONS)]
+    if not place.is_folder and len(place.files) == 1:
+        names = list(place.files)
+    if not names:
+        return None
+    paths = place.of_split(names)
+    if len(paths) > 1:
+        shown = ", ".join(map(os.path.basename, paths))
+        raise ValueError(f"{place.path} holds several .beton files: {shown}. Pass the path of one")
+    [path] = paths
+    try:
+        with open(path, "rb") as file:
+            _header(file)
+    except DataError as error:
+        return str(error) if path.endswith(_EXTENSIONS) else None
+    what = f"FFCV's {os.path.basename(path)}"
+    return Found("beton", what, lambda how: _open(path, how), [path])
+
+
+class _Header(NamedTuple):
+    """What a file says about itself."""
+
+    num_fields: int
+    num_samples: int
+    allocations_begin: int
+    file_bytes: int
+
+
+def _header(file: BinaryIO) -> _Header:
+    """Read the header.
+
+    Raises:
+        DataError: where it is none.
+    """
+    data = file.read(_HEADER.size)
+    file_bytes = os.fstat(file.fileno()).st_size
+    if len(data) < _HEADER.size:
+        raise DataError(f"{file.name}: expected a .beton file, got one of {file_bytes} bytes")
+    version, num_fields, _, num_samples, allocations_begin = _HEADER.unpack(data)
+    if version != _VERSION or not 0 < num_fields <= _MAX_FIELDS:
+        raise DataError(
+            f"{file.name}: expected a .beton file of version {_VERSION} with 1 to {_MAX_FIELDS} "
+            f"fields, got version {version} and {num_fields} fields"
+        )
+    tables_bytes = _HEADER.size + num_fields * _FIELD.size + num_samples
+    if not tables_bytes <= allocations_begin <= file_bytes:
+        raise DataError(
+            f"{file.name}: expected data of {num_samples} samples and then a table of allocations "
+            f"at offset {allocations_begin}, but the file has {file_bytes} bytes: it is truncated, "
+            "or was not written to its end; write it again"
+        )
+    return _Header(num_fields, num_samples, allocations_begin, file_bytes)
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+
+class _Tables(NamedTuple):
+    """What the tables say of each sample; a size of 0: no data."""
+
+    image: npt.NDArray[Any]  # _IMAGE_ROW
+    label: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+
+
+def _read_tables(path: str) -> tuple[_Header, _Tables]:
+    """Read everything but the data.
+
+    Raises:
+        DataError: where a table is not what it should be.
+    """
+    with open(path, "rb") as file:
+        header = _header(file)
+        fields = [_FIELD.unpack(file.read(_FIELD.size)) for _ in range(header.num_fields)]
+        image, label = _places(path, [(number, _name(raw)) for number, raw in fields])
+        row = np.dtype([(f"f{i}", _FIELD_ROWS[field[0]]) for i, field in enumerate(fields)], True)
+        rows = _table(file, row, header.num_samples, header.allocations_begin)
+        file.seek(header.allocations_begin)
+        rest = header.file_bytes - header.allocations_begin
+        count = rest // _ALLOCATION.itemsize
+        if rest % _ALLOCATION.itemsize or count > header.num_samples * header.num_fields:
+            raise DataError(
+                f"{path}: offset {header.allocations_begin}: expected a table of at most "
+                f"{header.num_samples * header.num_fields} allocations of {_ALLOCATION.itemsize} "
+                f"bytes up to the end of the file, got {rest} bytes: it is truncated or damaged"
+            )
+        allocations = _table(file, _ALLOCATION, count, header.file_bytes)
+    images = rows[f"f{image}"]
+    sizes = _sizes(allocations, images["begin"])
+    return header, _Tables(images, rows[f"f{label}"], sizes)
+
+
+def _places(path: str, fields: Sequence[tuple[int, str]]) -> tuple[int, int]:
+    """Return which field is the image and which one the label.
+
+    Raises:
+        DataError: where that can't be told, or a field is of a type that FFCV does not have.
+    """
+    shown = ", ".join(f"'{name}' (type {number})" for number, name in fields)
+    unknown = [name for number, name in fields if number not in _FIELD_ROWS]
+    images = [i for i, (number, _) in enumerate(fields) if number == _IMAGE]
+    labels = [i for i, (number, _) in enumerate(fields) if number == _INT]
+    if len(labels) > 1:
+        labels = [i for i in labels if fields[i][1] == "label"]
+    if unknown or len(images) != 1 or len(labels) != 1:
+        raise DataError(
+            f"{path}: expected fields of FFCV's own types, among them one image (type {_IMAGE}) "
+            f"and one integer (type {_INT}), or one called 'label'; got {shown}"
+        )
+    return images[0], labels[0]
+
+
+def _name(raw: bytes) -> str:
+    return raw.split(b"\0")[0].decode("ascii", "replace")
+
+
+def _table(file: BinaryIO, row: np.dtype[Any], count: int, end: int) -> npt.NDArray[Any]:
+    """Read `count` rows that must end by `end`."""
+    begin = file.tell()
+    if count * row.itemsize > end - begin:
+        raise DataError(
+            f"{file.name}: offset {begin}: expected {count} rows of {row.itemsize} bytes, but "
+            f"there are only {end - begin} bytes: it is damaged"
+        )
+    rows = np.fromfile(file, row, count)
+    if len(rows) != count:
+        raise DataError(f"{file.name}: was cut short while it was read")
+    return rows
+
+
+def _sizes(allocations: npt.NDArray[Any], begin: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Return how many bytes were allocated where each sample's image begins; 0: none."""
+    allocations = allocations[allocations["size"] > 0]  # an empty field begins where the next does
+    order = np.argsort(allocations["begin"], kind="stable")
+    begins, sizes = allocations["begin"][order], allocations["size"][order]
+    if not len(begins):
+        return np.zeros(len(begin), np.int64)
+    found = np.searchsorted(begins, begin).clip(max=len(begins) - 1)
+    sizes = np.minimum(sizes, np.uint64(1 << 62)).astype(np.int64)
+    return np.where(begins[found] == begin, sizes[found], 0)
+
+
+# ---- opening -------------------------------------------------------------------------------------
+
+
+def _open(path: str, how: Opening) -> Source:
+    header, tables = _read_tables(path)
+    problems = Problems(how.on_error)
+    kept = _sound(path, header, tables, problems)
+    if not kept.any():
+        raise DataError(f"{path}: expected images, found none")
+    number = np.flatnonzero(kept)
+    image, size, label = tables.image[kept], tables.size[kept], tables.label[kept]
+    is_raw = image["mode"] == _RAW
+    names = Names.from_strings(
+        f"{i:08d}.{'ppm' if raw else 'jpg'}"
+        for i, raw in zip(number.tolist(), is_raw.tolist(), strict=True)
+    )
+    index = Index(
+        file=np.zeros(len(number), np.int32),
+        offset=image["begin"].astype(np.int64),
+        name=names,
+        root=os.path.dirname(path),
+        files=Names.from_strings([os.path.basename(path)]),
+        classes=classes_of(label.astype(np.int32), names),
+        length=size,
+        label=label.astype(np.int32),
+        width=image["width"].astype(np.int32),
+        height=image["height"].astype(np.int32),
+    )
+    scanned = Scanned(index, problems=problems.messages, num_problems=problems.count)
+    permuted, notes = is_permuted(index), scanned.notes
+    if is_raw.any():
+        return _RawSource.of(path, index, is_raw, permuted, notes)
+    return Source("beton", index, permuted=permuted, notes=notes)
+
+
+def _sound(
+    path: str, header: _Header, tables: _Tables, problems: Problems
+) -> npt.NDArray[np.bool_]:
+    """Report samples that are damaged, and return which ones are not."""
+    image, label, size = tables
+    begin = image["begin"]
+    last = header.allocations_begin - np.minimum(size, header.allocations_begin)
+    pixels_bytes: npt.NDArray[np.int64] = 3 * image["width"].astype(np.int64) * image["height"]
+    has_place = (size > 0) & (begin >= _HEADER.size) & (begin <= last.astype(np.uint64))
+    has_mode = (image["mode"] == _JPEG) | (image["mode"] == _RAW)
+    has_size = (pixels_bytes > 0) & ((image["mode"] != _RAW) | (size == pixels_bytes))
+    has_label = (label >= 0) & (label < MAX_CLASSES)
+    sound: npt.NDArray[np.bool_] = has_place & has_mode & has_size & has_label
+    for i in np.flatnonzero(~sound).tolist():
+        mode, width, height, at = image[i].tolist()
+        if not has_place[i]:
+            what = f"its data, allocated before {header.allocations_begin}, got offset {at}"
+        elif not has_mode[i]:
+            what = f"mode {_JPEG} (JPEG) or {_RAW} (pixels), got {mode}"
+        elif not has_size[i]:
+            what = f"an image, got one of {width} x {height} pixels in {size[i]} bytes"
+        else:
+            what = f"a label in [0, {MAX_CLASSES}), got {label[i]}"
+        problems.report(f"{path}: sample {i}: expected {what}")
+    return sound
+
+
+_PART = np.dtype(
+    [("begin", "i8"), ("size", "i8"), ("width", "i4"), ("height", "i4"), ("is_raw", "?")]
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _RawSource(Source):
+    """A file with pixels: samples that lie together come in blocks.
+
+    Args:
+        path: the file.
+        parts: where the samples' data lie (_PART), in their order in the file.
+        first: which part each block begins with; then the number of parts.
+    """
+
+    path: str
+    parts: npt.NDArray[Any]
+    first: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        index: Index,
+        is_raw: npt.NDArray[np.bool_],
+        permuted: bool,
+        notes: tuple[str, ...],
+    ) -> _RawSource:
+        """Make it of an index of places in the file."""
+        order = np.argsort(index.offset, kind="stable")
+        parts = np.empty(len(index), _PART)
+        parts["begin"], parts["is_raw"] = index.offset, is_raw
+        parts["size"], parts["width"], parts["height"] = index.length, index.width, index.height
+        length = parts["size"] + np.array([len(_ppm_header(part)) for part in parts], np.int64)
+        parts = parts[order]
+        # By the bytes, not by where they lie: many samples could be said to lie at one place.
+        block = (np.cumsum(parts["size"]) - parts["size"]) // _BLOCK_BYTES
+        first = np.flatnonzero(np.diff(block, prepend=-1))
+        number = np.repeat(np.arange(len(first)), np.diff(first, append=len(parts)))
+        file, ordinal = np.empty(len(index), np.int32), np.empty(len(index), np.int64)
+        file[order] = number
+        ordinal[order] = np.arange(len(parts)) - first[number]
+        name = index.files[0]
+        index = dataclasses.replace(
+            index,
+            file=file,
+            offset=ordinal,
+            length=length,
+            files=Names.from_strings([name] * len(first)),  # a file for each block's number
+        )
+        first = np.append(first, len(parts))
+        return cls(
+            "beton", index, permuted=permuted, foreign=True, notes=notes, path=path, parts=parts,
+            first=first,
+        )  # fmt: skip
+
+    def read_block(self, number: int) -> Block:
+        """Read the samples of a block, each into its place."""
+        parts = self.parts[self.first[number] : self.first[number + 1]]
+        headers = [_ppm_header(part) for part in parts]
+        lengths = parts["size"] + [len(header) for header in headers]
+        offsets = np.cumsum(lengths) - lengths
+        data = np.empty(int(lengths.sum()), np.uint8)
+        view = data.data
+        with open(self.path, "rb", buffering=0) as file:
+            for part, header, begin in zip(parts, headers, offsets.tolist(), strict=True):
+                pixels = begin + len(header)
+                view[begin:pixels] = header
+                file.seek(part["begin"])
+                _read_into(file, view[pixels : pixels + int(part["size"])])
+        return Block(data, offsets, lengths)
+
+
+def _ppm_header(part: np.void) -> bytes:
+    """Return what makes pixels a PPM; nothing for a JPEG."""
+    return b"P6\n%d %d\n255\n" % (part["width"], part["height"]) if part["is_raw"] else b""
+
+
+def _read_into(file: io.FileIO, room: memoryview) -> None:
+    while room:
+        num_read = file.readinto(room)
+        if not num_read:
+            raise DataError(
+                f"{file.name}: expected {len(room)} more bytes at offset {file.tell()}, but the "
+                "file ends: it was cut short since it was opened"
+            )
+        room = room[num_read:]

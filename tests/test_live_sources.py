@@ -1,0 +1,101 @@
+"""What the formats' own libraries write of photos, and what tensorpack reads of ours.
+
+A writer runs where its packages are: in this interpreter, or in one of those that
+IMAGENET_SEQ_WRITERS names (paths of Python interpreters, separated by colons).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fixtures import make
+from same_images import (
+    CENTRE,
+    CROPS,
+    SOURCES,
+    case_of,
+    epoch_of,
+    num_samples,
+    resumed_epoch_of,
+)  # fmt: skip
+
+WRITERS = list(filter(None, os.environ.get("IMAGENET_SEQ_WRITERS", "").split(os.pathsep)))
+pytestmark = pytest.mark.filterwarnings("ignore::imagenet_seq.loader.LoaderNote")
+MISSING = ("ImportError", "ModuleNotFoundError")
+
+
+@pytest.fixture(scope="module")
+def images(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos as an ImageFolder of 8 classes, named as ImageNet names its images."""
+    root = tmp_path_factory.mktemp("photos")
+    wnids = [photo.parent.name for photo in photos[:8]]
+    for i, photo in enumerate(photos[:40]):
+        wnid = wnids[i % 8]
+        name = f"{wnid}_{i}" if i < 30 else f"ILSVRC2012_val_{i - 29:08d}"
+        copy = root / ("train" if i < 30 else "val") / wnid / f"{name}.JPEG"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(photo, copy)
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that has a format written and returns the folder; once for each format."""
+    root = tmp_path_factory.mktemp("formats")
+
+    @functools.cache
+    def write(name: str) -> str | None:
+        try:
+            make.FORMATS[name](images, root / name)
+        except ImportError as error:
+            return written_elsewhere(name, images, root, str(error))
+        return None
+
+    def folder(name: str) -> Path:
+        if reason := write(name):
+            pytest.skip(reason)
+        return root
+
+    return folder
+
+
+def written_elsewhere(name: str, images: Path, root: Path, reason: str) -> str | None:
+    """Let another interpreter write a format; return why none did."""
+    for python in WRITERS:
+        shutil.rmtree(root / name, ignore_errors=True)
+        options = ["--images", str(images), "--destination", str(root)]
+        ran = subprocess.run(
+            [python, make.__file__, name, *options], capture_output=True, text=True
+        )
+        if ran.returncode == 0:
+            return None
+        last = (ran.stderr.strip().splitlines() or [""])[-1]
+        if not last.startswith(MISSING):
+            pytest.fail(f"{python}: the writer of {name} failed:\n{ran.stderr}")
+        reason = f"{reason}; {python}: {last}"
+    return f"no writer of {name}: {reason} (IMAGENET_SEQ_WRITERS names more interpreters)"
+
+
+@pytest.mark.parametrize(
+    ("place", "split"),
+    [(p, split) for p, splits in SOURCES.items() for split in splits if p != "images"],
+)
+def test_photos_in_every_format_are_those_of_the_imagefolder(
+    images: Path, written: Callable[[str], Path], tmp_path: Path, place: str, split: str
+) -> None:
+    [name] = [name for name in make.FORMATS if f"{place}/".startswith(f"{name}/")]
+    case = case_of(written(name), images, place, split, tmp_path)
+    assert list(case.source.index.targets) == list(case.reference.index.targets)
+    assert len(case.source.index) == num_samples(images, place, split)
+    for transform, shuffle in ((CROPS, True), (CENTRE, False)):
+        reference = case.reference_loader(transform, shuffle=shuffle)
+        loader, other = (case.loader(transform, shuffle=shuffle, num_workers=n) for n in (8, 1))
+        first, second = epoch_of(reference), epoch_of(reference)
+        assert epoch_of(loader) == first
+        assert resumed_epoch_of(loader, other) == second
