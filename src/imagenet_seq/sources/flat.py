@@ -114,7 +114,7 @@ def _scan(folder: str, lists: Sequence[str], how: Opening) -> Scanned:
     _refuse_disagreement(lists, found)
     labels = found[0]
     for file in files:
-        if file not in labels:
+        if file not in told[0]:
             problems.report(f"{os.path.join(folder, file)}: {lists[0]} has no label for it")
     if not labels:
         raise DataError(f"{folder}: expected images with labels in {lists[0]}, found none")
