@@ -466,10 +466,8 @@ def _verify(options: argparse.Namespace) -> int:
     for split in found or [""]:
         folder = os.path.join(options.pack, split) if split else options.pack
         against = options.against
-        if against and split and os.path.isdir(os.path.join(against, split)):
-            against = os.path.join(against, split)
         layout.refuse_unfinished(folder)
-        report = verify(folder, against, num_workers=options.workers)
+        report = verify(folder, against, split=split or None, num_workers=options.workers)
         for problem in report.problems[: options.problems]:
             print(problem)
         if len(report.problems) > options.problems:
