@@ -41,6 +41,8 @@ _FORMATS = (
     "beton",
     "flat",
     "imagefolder",
+    "lmdb",
+    "mds",
     "official",
     "parquet",
     "tfrecord",

@@ -70,7 +70,7 @@ def stored_bytes(content: memoryview, stored: int) -> bytes:
 
 
 def _unescaped(content: bytes) -> bytes:
-    unescaped: bytes = codecs.escape_decode(content)[0]  # type: ignore[attr-defined]
+    unescaped: bytes = codecs.escape_decode(content)[0]
     return unescaped
 
 
