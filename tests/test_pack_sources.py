@@ -147,9 +147,8 @@ def test_verify_compares_the_pixels_of_foreign_blocks(tmp_path: Path) -> None:
     rows[0]["bytes"] = noise(0)
     column = pyarrow.array(rows, table.schema.field("image").type)
     changed = tmp_path / path.name
-    parquet.write_table(
-        table.set_column(table.schema.get_field_index("image"), "image", column), changed
-    )
+    place = table.schema.get_field_index("image")
+    parquet.write_table(table.set_column(place, "image", column), changed)
     (problem,) = verify(tmp_path / "pack", changed, progress=False).problems
     assert "its pixels differ from the source's" in problem
 
@@ -383,7 +382,7 @@ def test_damaged_images_are_left_out_or_kept(
 
 
 def test_a_truncated_file_stops_the_pass_and_a_whole_one_continues_it(
-    editable: Path, tars: Path, expected: dict[str, str], tmp_path: Path
+    editable: Path, tars: Path, tmp_path: Path
 ) -> None:
     os.truncate(editable / "photos-1.tar", 10**6)
     with pytest.raises(DataError, match=r"photos-1\.tar"):
@@ -392,11 +391,8 @@ def test_a_truncated_file_stops_the_pass_and_a_whole_one_continues_it(
     with pytest.raises(DataError, match=r"photos-1\.tar"):
         make_pack(editable, tmp_path / "pack", on_error="keep")
     shutil.copy2(tars / "photos-1.tar", editable)
-    with pytest.raises(PackError, match="the source changed since the interrupted run"):
-        make_pack(editable, tmp_path / "pack")
-    shutil.rmtree(tmp_path / "pack.partial")
-    make_pack(editable, tmp_path / "pack")
-    assert tree(tmp_path / "pack") == expected
+    assert make_pack(editable, tmp_path / "pack").num_samples == 48
+    assert verify(tmp_path / "pack", tars, progress=False).problems == ()
 
 
 def test_a_source_that_cannot_be_opened_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -414,4 +410,4 @@ def test_what_cannot_be_indexed_is_left_out_and_said(tmp_path: Path) -> None:
         make_pack(tmp_path / "tars", tmp_path / "pack")
     summary = make_pack(tmp_path / "tars", tmp_path / "pack", on_error="skip")
     assert summary.num_samples == 1
-    assert "left out 1 of 2 samples" in "".join(summary.notes)
+    assert "left out 1 of 2" in "".join(summary.notes)
