@@ -183,23 +183,14 @@ class _Tree:
 
     Args:
         path: the file.
-
-    Raises:
-        DataError: where its meta pages are damaged.
-        OSError: where it can't be read.
+        file: its descriptor.
+        meta: what its meta page says.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by __exit__)
-        self.meta = _newer_meta(path, self._file.fileno())
+    def __init__(self, path: str, file: int, meta: _Meta) -> None:
+        self.path, self.meta = path, meta
+        self._file = file
         self._seen: set[int] = set()
-
-    def __enter__(self) -> _Tree:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._file.close()
 
     def values(self, progress: bool) -> _Values:
         """Return all keys and places of values.
@@ -291,7 +282,7 @@ class _Tree:
             raise self._damaged(number, "two pages lead to it")
         self._seen.add(number)
         page_bytes = self.meta.page_bytes
-        content = os.pread(self._file.fileno(), page_bytes, number * page_bytes)
+        content = os.pread(self._file, page_bytes, number * page_bytes)
         if len(content) != page_bytes:
             raise self._damaged(number, "the file ends before it: it is truncated")
         own_number, _, flags, lower, _ = layout.PAGE_HEADER.unpack_from(content)
@@ -346,16 +337,16 @@ def _meta(head: bytes) -> _Meta | None:
 
 def _scan(path: str, how: Opening) -> Scanned:
     """Read the tree, then all values in one pass from the file's begin to its end."""
-    with _Tree(path) as tree:
-        meta, values = tree.meta, tree.values(how.progress)
-    scan = _Scan(path, how, meta, values)
-    scan.read()
-    with _Tree(path) as tree:
-        if tree.meta.transaction != meta.transaction:
-            raise DataError(
-                f"{path}: was written to while it was indexed (transaction {meta.transaction}, now "
-                f"{tree.meta.transaction}): wait until whoever writes there is done"
-            )
+    with open(path, "rb", buffering=0) as file:
+        meta = _newer_meta(path, file.fileno())
+        scan = _Scan(path, how, meta, _Tree(path, file.fileno(), meta).values(how.progress))
+        scan.read()
+        now = _newer_meta(path, file.fileno())
+    if now.transaction != meta.transaction:
+        raise DataError(
+            f"{path}: was written to while it was indexed (transaction {meta.transaction}, now "
+            f"{now.transaction}): wait until whoever writes there is done"
+        )
     return scan.result()
 
 
@@ -371,7 +362,7 @@ class _Scan:
         self._has_keys = False
         self._num_numbers = self._num_samples = 0
         self._offset, self._size = array("q"), array("q")
-        self._stored = array("b")
+        self._stored = array("B")
         self._named = all(
             _has_extension(values.key(i))
             for i in range(len(values))
@@ -479,15 +470,17 @@ class _Scan:
             return [f"{self._path}: {what}"]
         if self._has_keys or not self._num_samples or self._num_numbers < self._num_samples:
             return []
+        what = "has no __keys__, which tensorpack and scripts like it write last"
         process = _in_use_by(self._path)
-        if process is not None:
+        if process is not None and self._how.on_error == "fail":
             raise DataError(
-                f"{self._path}: is in use by a writer: process {process} has it open, and "
-                "__keys__, which is written last, is not there yet; wait until it is done"
+                f"{self._path}: is in use by a writer: process {process} has it open, and it {what}"
+                ". Wait until that is done; if it only reads, pass on_error='skip' "
+                "(--on-error skip)"
             )
         return [
-            f"{self._path}: has no __keys__, which tensorpack and scripts like it write last: "
-            f"check that {self._num_samples} samples are all, or a run was interrupted"
+            f"{self._path}: {what}: check that {self._num_samples} samples are all, or a run was "
+            "interrupted"
         ]
 
     def result(self) -> Scanned:
@@ -496,7 +489,7 @@ class _Scan:
         index = rows.index(
             os.path.dirname(path), [os.path.basename(path)], classes_of(rows.label, rows.names)
         )
-        stored = np.array(self._stored, np.int8)
+        stored = np.array(self._stored, np.uint8)
         extra: dict[str, npt.NDArray[Any]] = {}
         if stored.any():
             extra = {
@@ -581,14 +574,22 @@ class _StoredSource(Source):
     """
 
     path: str
-    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int8]]
+    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
     first: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, path: str, scanned: Scanned, permuted: bool) -> _StoredSource:
         """Make it of what a scan found: samples that lie together come in blocks."""
-        index, extra = scanned.index, scanned.extra
-        block = np.cumsum(extra["size"], dtype=np.int64) // _BLOCK_BYTES
+        index = scanned.index
+        offset, size, stored = (scanned.extra[name] for name in ("offset", "size", "stored"))
+        if not len(offset) == len(size) == len(stored) == len(index) or not _in_order(
+            offset, size, os.path.getsize(path)
+        ):
+            raise DataError(
+                f"{path}: the index kept for it is damaged: remove .imagenet-seq-lmdb-*.index in "
+                "its folder, or the cache folder"
+            )
+        block = offset // _BLOCK_BYTES
         first = np.flatnonzero(np.diff(block, prepend=-1))
         number = np.repeat(np.arange(len(first)), np.diff(first, append=len(index)))
         blocks = dataclasses.replace(
@@ -604,7 +605,7 @@ class _StoredSource(Source):
             foreign=True,
             notes=scanned.notes,
             path=path,
-            places=(extra["offset"], extra["size"], extra["stored"]),
+            places=(offset, size, stored),
             first=np.append(first, len(index)),
         )
 
@@ -628,3 +629,11 @@ class _StoredSource(Source):
         return Block(
             np.frombuffer(b"".join(images), np.uint8), np.cumsum(lengths) - lengths, lengths
         )
+
+
+def _in_order(offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64], file_bytes: int) -> bool:
+    """Tell whether places follow one another inside a file."""
+    if not len(offset):
+        return True
+    follow = (size >= 0) & (offset >= 0) & (size <= file_bytes - offset)
+    return bool(follow.all() and (offset[1:] >= (offset + size)[:-1]).all())
