@@ -361,8 +361,7 @@ class _Scan:
         self._count: int | None = None  # of samples, as the file itself has it
         self._has_keys = False
         self._num_numbers = self._num_samples = 0
-        self._offset, self._size = array("q"), array("q")
-        self._stored = array("B")
+        self._size, self._stored = array("q"), array("B")
         self._named = all(
             _has_extension(values.key(i))
             for i in range(len(values))
@@ -397,29 +396,27 @@ class _Scan:
         self._num_samples += 1
         self._num_numbers += key.isdigit()
         value = self._value(stream, key, offset, length)
-        where = f"{self._path}: key {key!r} (offset {offset})"
         try:
             pair = find_pair(value)
-            image: memoryview = value[pair.offset : pair.offset + pair.length]
+            image = value[pair.offset : pair.offset + pair.length]
             if pair.stored != RAW:
                 image = memoryview(stored_bytes(image, pair.stored))
         except ValueFormError as error:
-            self._problems.report(
-                f"{where}: expected {ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
+            self._report(
+                key, offset, f"{ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
             )
             return
         extension = _extension(image)
         if extension is None:
-            self._problems.report(
-                f"{where}: expected an image, got {len(image)} bytes that begin with "
-                f"{bytes(image[:8])!r}"
-            )
+            got = f"{len(image)} bytes that begin with {bytes(image[:8])!r}"
+            self._report(key, offset, f"an image, got {got}")
         elif not 0 <= pair.label < MAX_CLASSES:
-            self._problems.report(
-                f"{where}: expected a label in [0, {MAX_CLASSES}), got {pair.label}"
-            )
+            self._report(key, offset, f"a label in [0, {MAX_CLASSES}), got {pair.label}")
         else:
             self._add(key, extension, offset, pair, image)
+
+    def _report(self, key: bytes, offset: int, expected: str) -> None:
+        self._problems.report(f"{self._path}: key {key!r} (offset {offset}): expected {expected}")
 
     def _value(self, stream: FileStream, key: bytes, offset: int, length: int) -> memoryview:
         """Return a value, which in overflow pages has to come behind their header."""
@@ -440,9 +437,7 @@ class _Scan:
 
     def _add(self, key: bytes, extension: str, offset: int, pair: Pair, image: memoryview) -> None:
         name = os.fsdecode(key) + ("" if self._named else extension)
-        begin = offset + pair.offset
-        sample = self._rows.add(name, 0, begin, len(image), pair.label)
-        self._offset.append(begin)
+        sample = self._rows.add(name, 0, offset + pair.offset, len(image), pair.label)
         self._size.append(pair.length)
         self._stored.append(pair.stored)
         if self._how.visit is not None:
@@ -492,11 +487,7 @@ class _Scan:
         stored = np.array(self._stored, np.uint8)
         extra: dict[str, npt.NDArray[Any]] = {}
         if stored.any():
-            extra = {
-                "stored": stored,
-                "offset": np.array(self._offset, np.int64),
-                "size": np.array(self._size, np.int64),
-            }
+            extra = {"stored": stored, "size": np.array(self._size, np.int64)}
         problems = self._problems
         return Scanned(index, extra, problems.messages, problems.count, remarks)
 
@@ -515,6 +506,8 @@ _NAMED_EXTENSIONS = {extension.encode() for _, extension in _EXTENSIONS} | {b".j
 
 def _extension(image: memoryview) -> str | None:
     head = bytes(image[:4])
+    if head[:2] == b"\xff\xd8":  # nearly all of them
+        return ".jpg"
     return next((extension for begin, extension in _EXTENSIONS if head.startswith(begin)), None)
 
 
@@ -580,9 +573,9 @@ class _StoredSource(Source):
     @classmethod
     def of(cls, path: str, scanned: Scanned, permuted: bool) -> _StoredSource:
         """Make it of what a scan found: samples that lie together come in blocks."""
-        index = scanned.index
-        offset, size, stored = (scanned.extra[name] for name in ("offset", "size", "stored"))
-        if not len(offset) == len(size) == len(stored) == len(index) or not _in_order(
+        index, size, stored = scanned.index, scanned.extra["size"], scanned.extra["stored"]
+        offset = index.offset
+        if not len(size) == len(stored) == len(index) or not _in_order(
             offset, size, os.path.getsize(path)
         ):
             raise DataError(
