@@ -26,7 +26,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -275,13 +275,13 @@ def _algorithm(about: dict[str, Any]) -> str:
     return algorithm
 
 
-def _decompressor(algorithm: str, file: BinaryIO) -> Any:
-    """Return a file object of what is in a compressed one."""
+def _decompressor(algorithm: str, data: bytes) -> Any:
+    """Return a file object of what is in compressed bytes."""
     if algorithm == "gz":
-        return gzip.GzipFile(fileobj=file)
+        return gzip.GzipFile(fileobj=io.BytesIO(data))
     if algorithm == "bz2":
-        return bz2.BZ2File(file)
-    return _zstandard().ZstdDecompressor().stream_reader(file)
+        return bz2.BZ2File(io.BytesIO(data))
+    return _zstandard().ZstdDecompressor().stream_reader(data)
 
 
 def _zstandard() -> Any:
@@ -306,7 +306,7 @@ def _decompressed(shard: _Shard, data: bytes) -> npt.NDArray[np.uint8]:
         errors = (_zstandard().ZstdError,)
     raw, num_bytes = np.empty(shard.raw_bytes, np.uint8), 0
     try:
-        with _decompressor(shard.compression, io.BytesIO(data)) as file:
+        with _decompressor(shard.compression, data) as file:
             while count := file.readinto(raw.data[num_bytes:]):
                 num_bytes += count
             has_more = bool(file.read(1))
