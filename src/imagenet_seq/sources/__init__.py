@@ -171,7 +171,7 @@ class Place:
             raise ValueError(
                 f"{path}: expected files of one folder, found some in {parents[0]} and {parents[1]}"
             )
-        return cls(path, split, parents[0], tuple(map(os.path.basename, paths)))
+        return cls(path, split, parents[0] or os.curdir, tuple(map(os.path.basename, paths)))
 
     @property
     def is_folder(self) -> bool:
