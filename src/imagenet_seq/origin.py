@@ -64,6 +64,10 @@ class Origin(Protocol):
     notes: tuple[str, ...]
 
     @property
+    def path(self) -> str:
+        """Where it lies."""
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Bytes of each sample, about; -1: not known."""
 
@@ -124,6 +128,11 @@ class _Recoded:
         self.some_images: Sequence[bytes] = ()
         self._kind = source.kind
         self._log = log
+
+    @property
+    def path(self) -> str:
+        """The folder that the files lie in."""
+        return self.index.root
 
     @property
     def id(self) -> str:
@@ -283,6 +292,16 @@ class LargeFiles:
         self._on_error = on_error
         self._progress = progress
 
+    @property
+    def path(self) -> str:
+        """The first of the files."""
+        return self.paths[0]
+
+    @property
+    def settings_record(self) -> dict[str, Any]:
+        """What pack.json says of the settings."""
+        return self.settings.describe()
+
     @functools.cached_property
     def num_bytes(self) -> int:
         """Size of all files together."""
@@ -325,6 +344,11 @@ class _InFiles(_Recoded):
         super().__init__(source, files.settings, log)
         self.some_images = files.some_images
         self._files = files
+
+    @property
+    def path(self) -> str:
+        """The first of the files, which is known without an index."""
+        return self._files.path
 
     @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -571,6 +595,11 @@ class Packed:
             if name in failure_of
         }
         self._reader = RangeReader(opened.index, log)
+
+    @property
+    def path(self) -> str:
+        """The pack's folder."""
+        return self.index.root
 
     @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -41,6 +41,7 @@ _FORMATS = (
     "beton",
     "flat",
     "imagefolder",
+    "lmdb",
     "mds",
     "official",
     "parquet",

@@ -140,12 +140,7 @@ def members(
     ahead: dict[bytes, bytes] = {}  # what extended headers say of the next member
     always: dict[bytes, bytes] = {}  # and of all that follow
     while position < end:
-        if position + _BLOCK > end:
-            raise DataError(
-                f"{archive}: truncated: expected a header of {_BLOCK} bytes at offset {position}, "
-                f"got {end - position}. Copy or download it again"
-            )
-        header = bytes(data.take(position, _BLOCK))
+        header = bytes(data.take(position, min(_BLOCK, end - position)))
         if header == _ZEROS:
             _check_rest(data, archive, position + _BLOCK, end, problems)
             return
@@ -193,6 +188,11 @@ def members(
                 f"got type {chr(kind)!r} (sparse, or part of a multi-volume archive): make the "
                 "archive anew without such options"
             )
+    if position > end:
+        raise DataError(
+            f"{archive}: truncated: expected its last member to be padded to offset {position}, "
+            f"got an end at {end}. Copy or download the archive again"
+        )
     remarks.append(
         f"{archive}: ends without the mark of an archive's end: it may be truncated behind its "
         "last member"
@@ -200,16 +200,23 @@ def members(
 
 
 def first_members(path: str, count: int) -> list[Member]:
-    """Return the first files of an archive, for telling what it is.
+    """Return the first files of an archive, as far as it is sound, for telling what it is.
 
     Raises:
-        DataError: where it is none, or damaged there.
+        DataError: where it is none, or damaged before the first of them.
         OSError: where it can't be read.
     """
+    found: list[Member] = []
     with RandomAccess(path) as data:
         if not any(data.take(0, min(_BLOCK, data.size))):
             return []  # an empty archive, or gigabytes of zeros, which `members` would look at
-        return list(islice(members(data, Problems("skip"), []), count))
+        try:
+            for member in islice(members(data, Problems("skip"), []), count):
+                found.append(member)
+        except DataError:
+            if not found:
+                raise
+    return found
 
 
 def some_images(paths: Sequence[str], count: int) -> list[bytes]:
@@ -223,11 +230,15 @@ def some_images(paths: Sequence[str], count: int) -> list[bytes]:
     for k in range(count):
         place = ends[-1] * k // count
         file = bisect_right(ends, place)
-        begin = ends[file - 1] if file else 0
-        with RandomAccess(paths[file]) as data:
-            member = _image_behind(data, place - begin)
-            if member is not None and (file, member.offset) not in images:
-                images[file, member.offset] = bytes(data.take(member.offset, member.length))
+        in_file = place - (ends[file - 1] if file else 0)
+        # Behind the last image of an archive, the first of the next one.
+        for at, position in ((file, in_file), ((file + 1) % len(paths), 0)):
+            with RandomAccess(paths[at]) as data:
+                member = _image_behind(data, position)
+                if member is not None:
+                    image = bytes(data.take(member.offset, member.length))
+                    images[at, member.offset] = image
+                    break
     return list(images.values())
 
 
@@ -271,6 +282,11 @@ def _no_header(header: bytes, position: int) -> str:
             if header.startswith(magic):
                 return f"is compressed: decompress it first ({command})"
         return "is no tar archive: expected a header at offset 0, got bytes of another kind"
+    if len(header) < _BLOCK:
+        return (
+            f"truncated: expected a header of {_BLOCK} bytes at offset {position}, got "
+            f"{len(header)}. Copy or download it again"
+        )
     return (
         f"damaged: expected a member's header at offset {position}, got bytes whose checksum is "
         "wrong; or the member before lies about its size. Copy or download it again"

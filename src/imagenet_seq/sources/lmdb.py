@@ -1,0 +1,630 @@
+"""LMDB files of images and labels: those of the original project, of tensorpack, of folder2lmdb.
+
+The tree of pages is walked here, through reads of whole pages, because LMDB's own way, a map of the
+file, reads a disk page by page. It yields where each value lies; the values are then read once, in
+the order of the file, to find the image and the label in each (lmdb_values.py). From then on images
+are read as byte ranges of the file, in blocks.
+
+Every number in a file is checked before it is used, pages that are in no tree are never read, and
+nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq import lmdb_file as layout
+from imagenet_seq.errors import DataError
+from imagenet_seq.index import Names
+from imagenet_seq.sources import Block, Found, Opening, Place, Source
+from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
+from imagenet_seq.sources.lmdb_values import (
+    ACCEPTED,
+    RAW,
+    Pair,
+    ValueFormError,
+    find_pair,
+    stored_bytes,
+)
+from imagenet_seq.sources.scan import (
+    HOW_TO_SKIP,
+    FileStream,
+    Problems,
+    Rows,
+    Scanned,
+    Seen,
+    indexed,
+    is_permuted,
+    progress_bar,
+)
+
+LOOKS_FOR = "an LMDB (*.lmdb, or a folder with data.mdb) of images and labels, as tensorpack's"
+
+_DATA_FILE = "data.mdb"
+_SUFFIXES = (".lmdb", ".mdb")
+_MAX_DEPTH = 32
+"""LMDB's own bound (CURSOR_STACK)."""
+_BLOCK_BYTES = 4 << 20
+
+_EXTENSIONS = (
+    (b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"GIF8", ".gif"),
+    (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P5", ".pgm"), (b"P6", ".ppm"), (b"RIFF", ".webp"),
+)  # fmt: skip
+"""By the first bytes of an image."""
+
+
+def find(place: Place) -> Found | str | None:
+    """Recognise an LMDB file, or the folder that LMDB keeps one in.
+
+    Raises:
+        SplitNeededError: where a folder holds those of train and val, and no split was asked for.
+    """
+    names = _candidates(place)
+    if not names:
+        return None
+    paths = place.of_split(names)
+    if len(paths) != 1:
+        shown = ", ".join(map(os.path.basename, paths[:3]))
+        return f"holds {len(paths)} LMDB files ({shown}): pass the path of one" if paths else None
+    path = paths[0]
+    if os.path.isdir(path):
+        path = os.path.join(path, _DATA_FILE)
+    with open(path, "rb") as file:
+        head = file.read(layout.META_BYTES)
+    wrong = _why_none(head)
+    if wrong:
+        return f"holds {os.path.basename(path)}, {wrong}" if path.endswith(_SUFFIXES) else None
+    what = f"an LMDB ({os.path.basename(paths[0])})"
+    return Found("lmdb", what, lambda how: _open(path, how), [path])
+
+
+def _candidates(place: Place) -> list[str]:
+    """Return names of what may be an LMDB: files, or folders with one."""
+    if not place.is_folder and len(place.files) == 1:
+        return list(place.files)
+    if _DATA_FILE in place.files:
+        return [_DATA_FILE]
+    folders = [
+        name
+        for name in place.folders
+        if os.path.isfile(os.path.join(place.folder, name, _DATA_FILE))
+    ]
+    return [name for name in place.files if name.endswith(_SUFFIXES)] + folders
+
+
+def _why_none(head: bytes) -> str | None:
+    """Say why a file that begins with `head` is no LMDB that can be read, or None where it is."""
+    if len(head) < layout.META_BYTES:
+        return f"which is no LMDB: it has {len(head)} bytes"
+    magic, version, *_ = layout.META_HEAD.unpack_from(head, layout.PAGE_HEADER.size)
+    if magic != layout.MAGIC:
+        return (
+            f"which is no LMDB of a 64-bit little-endian machine: expected {layout.MAGIC:#x} at "
+            f"byte {layout.PAGE_HEADER.size}, got {magic:#x}"
+        )
+    if version != layout.VERSION:
+        return f"an LMDB of data version {version}; expected {layout.VERSION} (LMDB 0.9)"
+    return None
+
+
+def _open(path: str, how: Opening) -> Source:
+    scanned = indexed("lmdb", path, [path], lambda: _scan(path, how), how.on_error)
+    permuted, notes = is_permuted(scanned.index), scanned.notes
+    if "stored" in scanned.extra:
+        return _StoredSource.of(path, scanned, permuted)
+    return Source("lmdb", scanned.index, permuted=permuted, notes=notes)
+
+
+# ---- the tree ------------------------------------------------------------------------------------
+
+
+class _Meta(NamedTuple):
+    """What a meta page says.
+
+    Attributes:
+        page_bytes: size of all pages.
+        flags: of the database.
+        depth: levels of pages in the tree.
+        num_values: keys in the tree.
+        root: number of the page that the tree begins with.
+        last_page: number of the last page used.
+        transaction: number of the one that wrote it.
+    """
+
+    page_bytes: int
+    flags: int
+    depth: int
+    num_values: int
+    root: int
+    last_page: int
+    transaction: int
+
+
+class _Values:
+    """Keys and places of values, in the order of the tree's leaves in the file."""
+
+    def __init__(self) -> None:
+        self._keys, self._begin = bytearray(), array("q", [0])
+        self.offset, self.length = array("q"), array("q")
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def add(self, key: bytes, offset: int, length: int) -> None:
+        self._keys += key
+        self._begin.append(len(self._keys))
+        self.offset.append(offset)
+        self.length.append(length)
+
+    def key(self, i: int) -> bytes:
+        return bytes(self._keys[self._begin[i] : self._begin[i + 1]])
+
+
+class _Child(NamedTuple):
+    """A page of the tree: its number, and the keys that its own must lie between, if any."""
+
+    number: int
+    low: bytes
+    high: bytes | None
+
+
+class _Tree:
+    """Walks the pages of an LMDB file, level by level and on each in the order of the file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: where its meta pages are damaged.
+        OSError: where it can't be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by __exit__)
+        self.meta = _newer_meta(path, self._file.fileno())
+        self._seen: set[int] = set()
+
+    def __enter__(self) -> _Tree:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._file.close()
+
+    def values(self, progress: bool) -> _Values:
+        """Return all keys and places of values.
+
+        Raises:
+            DataError: where the tree is damaged, or holds more than keys and values.
+        """
+        meta, found = self.meta, _Values()
+        if meta.flags:
+            raise DataError(
+                f"{self.path}: expected an LMDB of plain keys with one value each, got flags "
+                f"{meta.flags:#x} (DUPSORT, INTEGERKEY or the like)"
+            )
+        if meta.depth > _MAX_DEPTH:
+            raise DataError(f"{self.path}: expected a tree of up to 32 levels, got {meta.depth}")
+        pages = [_Child(meta.root, b"", None)] if meta.root != layout.NO_PAGE else []
+        for _ in range(meta.depth - 1):
+            pages = [child for page in sorted(pages) for child in self._children(page)]
+        size = len(pages) * meta.page_bytes
+        with progress_bar(f"keys of {os.path.basename(self.path)}", size, progress) as bar:
+            for page in sorted(pages):
+                self._add_leaf(page, found)
+                bar.update(meta.page_bytes)
+        if len(found) != meta.num_values:
+            raise DataError(
+                f"{self.path}: expected {meta.num_values} keys as its meta page says, found "
+                f"{len(found)}: it is damaged"
+            )
+        return found
+
+    def _children(self, page: _Child) -> Iterator[_Child]:
+        content, places = self._page(page.number, layout.BRANCH)
+        keys: list[bytes] = []
+        numbers: list[int] = []
+        for place in places:
+            low, middle, high, key_bytes = self._node(content, place, page.number)
+            keys.append(content[place + layout.NODE.size :][:key_bytes])
+            numbers.append(low | middle << 16 | high << 32)
+        keys[:1] = [page.low]  # LMDB ignores the first key of a branch
+        for i, number in enumerate(numbers):
+            yield _Child(number, keys[i], keys[i + 1] if i + 1 < len(keys) else page.high)
+
+    def _add_leaf(self, page: _Child, found: _Values) -> None:
+        content, places = self._page(page.number, layout.LEAF)
+        last = None
+        for place in places:
+            low, high, flags, key_bytes = self._node(content, place, page.number)
+            begin = place + layout.NODE.size + key_bytes
+            key = content[begin - key_bytes : begin]
+            in_order = page.low <= key if last is None else last < key
+            if not in_order or (page.high is not None and key >= page.high):
+                raise self._damaged(page.number, f"key {key!r} is not where it belongs")
+            last = key
+            length = low | high << 16
+            if flags == layout.IN_OVERFLOW and begin + 8 <= len(content):
+                number = int.from_bytes(content[begin : begin + 8], "little")
+                if not 2 <= number <= self.meta.last_page:
+                    raise self._damaged(page.number, f"the value of {key!r} is in page {number}")
+                found.add(key, number * len(content) + layout.PAGE_HEADER.size, length)
+            elif flags == 0 and begin + length <= len(content):
+                found.add(key, page.number * len(content) + begin, length)
+            else:
+                raise self._refused(page.number, key, flags)
+
+    def _refused(self, page: int, key: bytes, flags: int) -> DataError:
+        if flags & layout.SUB_DATABASE:
+            return DataError(
+                f"{self.path}: holds the named database {key!r}; expected keys and values in the "
+                "main one, as tensorpack writes them: copy that database into a file of its own"
+            )
+        return self._damaged(page, f"key {key!r} has flags {flags:#x} or ends behind the page")
+
+    def _node(self, content: bytes, place: int, page: int) -> tuple[int, int, int, int]:
+        if not layout.PAGE_HEADER.size <= place <= len(content) - layout.NODE.size:
+            raise self._damaged(page, f"a node at byte {place}")
+        node: tuple[int, int, int, int] = layout.NODE.unpack_from(content, place)
+        if place + layout.NODE.size + node[3] > len(content):
+            raise self._damaged(page, f"a key of {node[3]} bytes at byte {place}")
+        return node
+
+    def _page(self, number: int, expected: int) -> tuple[bytes, tuple[int, ...]]:
+        """Read a page of a kind; return it, and the places of its nodes."""
+        if not 2 <= number <= self.meta.last_page:
+            raise DataError(
+                f"{self.path}: a page that lies at page {number}: expected 2 to "
+                f"{self.meta.last_page}; it is damaged"
+            )
+        if number in self._seen:
+            raise self._damaged(number, "two pages lead to it")
+        self._seen.add(number)
+        page_bytes = self.meta.page_bytes
+        content = os.pread(self._file.fileno(), page_bytes, number * page_bytes)
+        if len(content) != page_bytes:
+            raise self._damaged(number, "the file ends before it: it is truncated")
+        own_number, _, flags, lower, _ = layout.PAGE_HEADER.unpack_from(content)
+        if own_number != number or flags != expected:
+            raise self._damaged(
+                number,
+                f"expected its number and {expected} (branch {layout.BRANCH}, leaf {layout.LEAF}), "
+                f"got {own_number} and {flags:#x}",
+            )
+        size = lower - layout.PAGE_HEADER.size
+        if size <= 0 or size % 2 or lower > page_bytes:
+            raise self._damaged(number, f"a table of {size} bytes")
+        return content, struct.unpack_from(f"<{size // 2}H", content, layout.PAGE_HEADER.size)
+
+    def _damaged(self, page: int, what: str) -> DataError:
+        offset = page * self.meta.page_bytes
+        return DataError(
+            f"{self.path}: page {page} (offset {offset}): {what}: the file is damaged, or another "
+            "process writes to it: run mdb_stat on it, and copy or write it anew"
+        )
+
+
+def _newer_meta(path: str, file: int) -> _Meta:
+    """Return what the meta page that holds says."""
+    first = os.pread(file, layout.META_BYTES, 0)
+    found = [_meta(first)]
+    page_bytes = found[0].page_bytes if found[0] else 0
+    if page_bytes not in (1 << bits for bits in range(9, 17)):
+        raise DataError(
+            f"{path}: expected an LMDB with pages of 512 to 65536 bytes, got {page_bytes}"
+        )
+    second = _meta(os.pread(file, layout.META_BYTES, page_bytes))
+    if second is not None and second.page_bytes == page_bytes:
+        found.append(second)
+    # As LMDB: the second one only where it is newer.
+    return max((meta for meta in found if meta), key=lambda meta: meta.transaction)
+
+
+def _meta(head: bytes) -> _Meta | None:
+    if _why_none(head) or layout.PAGE_HEADER.unpack_from(head)[2] & layout.META == 0:
+        return None
+    free_at = layout.PAGE_HEADER.size + layout.META_HEAD.size
+    page_bytes = layout.TREE.unpack_from(head, free_at)[0]
+    tree = layout.TREE.unpack_from(head, free_at + layout.TREE.size)
+    _, flags, depth, _, _, _, num_values, root = tree
+    last_page, transaction = layout.META_TAIL.unpack_from(head, free_at + 2 * layout.TREE.size)
+    return _Meta(page_bytes, flags, depth, num_values, root, last_page, transaction)
+
+
+# ---- the values ----------------------------------------------------------------------------------
+
+
+def _scan(path: str, how: Opening) -> Scanned:
+    """Read the tree, then all values in one pass from the file's begin to its end."""
+    with _Tree(path) as tree:
+        meta, values = tree.meta, tree.values(how.progress)
+    scan = _Scan(path, how, meta, values)
+    scan.read()
+    with _Tree(path) as tree:
+        if tree.meta.transaction != meta.transaction:
+            raise DataError(
+                f"{path}: was written to while it was indexed (transaction {meta.transaction}, now "
+                f"{tree.meta.transaction}): wait until whoever writes there is done"
+            )
+    return scan.result()
+
+
+class _Scan:
+    """One pass over the values."""
+
+    def __init__(self, path: str, how: Opening, meta: _Meta, values: _Values) -> None:
+        self._path, self._how, self._values = path, how, values
+        self._page_bytes = meta.page_bytes
+        self._rows = Rows()
+        self._problems = Problems(how.on_error)
+        self._count: int | None = None  # of samples, as the file itself has it
+        self._has_keys = False
+        self._num_numbers = self._num_samples = 0
+        self._offset, self._size = array("q"), array("q")
+        self._stored = array("b")
+        self._named = all(
+            _has_extension(values.key(i))
+            for i in range(len(values))
+            if not _is_about(values.key(i))
+        )
+
+    def read(self) -> None:
+        values = self._values
+        offset = np.array(values.offset, np.int64)
+        length = np.array(values.length, np.int64)
+        order = np.argsort(offset, kind="stable")
+        end = offset[order] + length[order]
+        overlap = np.flatnonzero(offset[order][1:] < end[:-1])
+        if len(overlap):
+            first, second = order[overlap[0]], order[overlap[0] + 1]
+            raise DataError(
+                f"{self._path}: the values of {values.key(int(first))!r} and "
+                f"{values.key(int(second))!r} overlap at offset {offset[second]}: it is damaged"
+            )
+        name = os.path.basename(self._path)
+        with (
+            progress_bar(name, os.path.getsize(self._path), self._how.progress) as bar,
+            FileStream(self._path, bar) as stream,
+        ):
+            for i in order.tolist():
+                self._read_value(stream, values.key(i), values.offset[i], values.length[i])
+
+    def _read_value(self, stream: FileStream, key: bytes, offset: int, length: int) -> None:
+        if _is_about(key):
+            self._read_count(key, stream.take(offset, min(length, 16)), length)
+            return
+        self._num_samples += 1
+        self._num_numbers += key.isdigit()
+        value = self._value(stream, key, offset, length)
+        where = f"{self._path}: key {key!r} (offset {offset})"
+        try:
+            pair = find_pair(value)
+            image: memoryview = value[pair.offset : pair.offset + pair.length]
+            if pair.stored != RAW:
+                image = memoryview(stored_bytes(image, pair.stored))
+        except ValueFormError as error:
+            self._problems.report(
+                f"{where}: expected {ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
+            )
+            return
+        extension = _extension(image)
+        if extension is None:
+            self._problems.report(
+                f"{where}: expected an image, got {len(image)} bytes that begin with "
+                f"{bytes(image[:8])!r}"
+            )
+        elif not 0 <= pair.label < MAX_CLASSES:
+            self._problems.report(
+                f"{where}: expected a label in [0, {MAX_CLASSES}), got {pair.label}"
+            )
+        else:
+            self._add(key, extension, offset, pair, image)
+
+    def _value(self, stream: FileStream, key: bytes, offset: int, length: int) -> memoryview:
+        """Return a value, which in overflow pages has to come behind their header."""
+        if offset % self._page_bytes != layout.PAGE_HEADER.size:
+            return stream.take(offset, length)
+        begin = offset - layout.PAGE_HEADER.size
+        content = stream.take(begin, layout.PAGE_HEADER.size + length)
+        number, _, flags, num_pages = layout.OVERFLOW_HEADER.unpack_from(content)
+        if (number * self._page_bytes, flags) != (begin, layout.OVERFLOW) or (
+            num_pages * self._page_bytes < len(content)
+        ):
+            raise DataError(
+                f"{self._path}: key {key!r}: expected the overflow pages of {length} bytes at "
+                f"offset {begin}, got page {number}, flags {flags:#x}, {num_pages} pages: the file "
+                "is damaged, or another process writes to it"
+            )
+        return content[layout.PAGE_HEADER.size :]
+
+    def _add(self, key: bytes, extension: str, offset: int, pair: Pair, image: memoryview) -> None:
+        name = os.fsdecode(key) + ("" if self._named else extension)
+        begin = offset + pair.offset
+        sample = self._rows.add(name, 0, begin, len(image), pair.label)
+        self._offset.append(begin)
+        self._size.append(pair.length)
+        self._stored.append(pair.stored)
+        if self._how.visit is not None:
+            self._how.visit(Seen(sample, name, image))
+
+    # -- whether it is whole
+
+    def _read_count(self, key: bytes, head: memoryview, length: int) -> None:
+        """Take the number of samples from __len__, or from a list of keys that begins with it."""
+        self._has_keys |= key == layout.KEYS
+        if key == layout.KEYS and length:
+            count = _msgpack_count(bytes(head))
+        elif key == b"__len__":
+            count = _integer(bytes(head[:length]))
+        else:
+            count = None
+        self._count = count if count is not None else self._count
+
+    def _remarks(self) -> list[str]:
+        """Say what is missing, where a run of the writer may have been interrupted."""
+        if self._count is not None and self._count != self._num_samples:
+            what = f"expected {self._count} samples as it says itself, found {self._num_samples}"
+            if self._how.on_error == "fail":
+                raise DataError(f"{self._path}: {what}: it is incomplete. {HOW_TO_SKIP}")
+            return [f"{self._path}: {what}"]
+        if self._has_keys or not self._num_samples or self._num_numbers < self._num_samples:
+            return []
+        process = _in_use_by(self._path)
+        if process is not None:
+            raise DataError(
+                f"{self._path}: is in use by a writer: process {process} has it open, and "
+                "__keys__, which is written last, is not there yet; wait until it is done"
+            )
+        return [
+            f"{self._path}: has no __keys__, which tensorpack and scripts like it write last: "
+            f"check that {self._num_samples} samples are all, or a run was interrupted"
+        ]
+
+    def result(self) -> Scanned:
+        remarks, rows = self._remarks(), self._rows
+        path = os.path.abspath(self._path)
+        index = rows.index(
+            os.path.dirname(path), [os.path.basename(path)], classes_of(rows.label, rows.names)
+        )
+        stored = np.array(self._stored, np.int8)
+        extra: dict[str, npt.NDArray[Any]] = {}
+        if stored.any():
+            extra = {
+                "stored": stored,
+                "offset": np.array(self._offset, np.int64),
+                "size": np.array(self._size, np.int64),
+            }
+        problems = self._problems
+        return Scanned(index, extra, problems.messages, problems.count, remarks)
+
+
+def _is_about(key: bytes) -> bool:
+    """Tell keys that are about the others, such as __keys__ and __len__."""
+    return len(key) > 4 and key[:2] == b"__" == key[-2:]
+
+
+def _has_extension(key: bytes) -> bool:
+    return os.path.splitext(key)[1].lower() in _NAMED_EXTENSIONS
+
+
+_NAMED_EXTENSIONS = {extension.encode() for _, extension in _EXTENSIONS} | {b".jpeg", b".tiff"}
+
+
+def _extension(image: memoryview) -> str | None:
+    head = bytes(image[:4])
+    return next((extension for begin, extension in _EXTENSIONS if head.startswith(begin)), None)
+
+
+def _msgpack_count(head: bytes) -> int | None:
+    """Return the size of a list in msgpack, which it begins with; None where it is no such list."""
+    if head[0] >> 4 == 9:
+        return head[0] & 0xF
+    form = {0xDC: ">H", 0xDD: ">I"}.get(head[0])
+    return struct.unpack_from(form, head, 1)[0] if form and len(head) > 4 else None
+
+
+_PICKLED_INTEGER = re.compile(
+    rb"\x80.(?:\x95.{8})?(?:K(?P<u8>.)|M(?P<u16>..)|J(?P<i32>.{4}))\.", re.DOTALL
+)
+
+
+def _integer(content: bytes) -> int | None:
+    """Return a number that is all of a value, in msgpack or in a pickle; None: another form."""
+    pickled = _PICKLED_INTEGER.fullmatch(content)
+    if pickled is not None:
+        return int.from_bytes(pickled[pickled.lastindex or 0], "little")
+    if len(content) == 1 and content[0] < 0x80:
+        return content[0]
+    size = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(content[0]) if content else None
+    return int.from_bytes(content[1:], "big") if size == len(content) - 1 else None
+
+
+def _in_use_by(path: str) -> int | None:
+    """Return a process that has an LMDB open with LMDB's own lock, where the kernel lists it.
+
+    It keeps the first byte of the lock file locked; a lock file that is left over says nothing.
+    Opening and closing the file here would end the locks of our own process on it.
+    """
+    folder, name = os.path.split(path)
+    lock = os.path.join(folder, "lock.mdb") if name == _DATA_FILE else f"{path}-lock"
+    try:
+        found = os.stat(lock)
+        with open("/proc/locks", encoding="ascii") as locks:
+            lines = [line.split() for line in locks]
+    except OSError:
+        return None
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    return next((int(line[4]) for line in lines if len(line) > 5 and line[5] == device), None)
+
+
+# ---- images that are not stored byte by byte -----------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _StoredSource(Source):
+    """An LMDB of pickles of protocol 0 to 2, where images are text: see lmdb_values.py.
+
+    Args:
+        path: the file.
+        places: offset and size of each image as it is stored, and how; in the order of the file.
+        first: which of them each block begins with; then their number.
+    """
+
+    path: str
+    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int8]]
+    first: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, path: str, scanned: Scanned, permuted: bool) -> _StoredSource:
+        """Make it of what a scan found: samples that lie together come in blocks."""
+        index, extra = scanned.index, scanned.extra
+        block = np.cumsum(extra["size"], dtype=np.int64) // _BLOCK_BYTES
+        first = np.flatnonzero(np.diff(block, prepend=-1))
+        number = np.repeat(np.arange(len(first)), np.diff(first, append=len(index)))
+        blocks = dataclasses.replace(
+            index,
+            file=number.astype(np.int32),
+            offset=np.arange(len(index)) - first[number],
+            files=Names.from_strings([index.files[0]] * len(first)),  # one for each block's number
+        )
+        return cls(
+            "lmdb",
+            blocks,
+            permuted=permuted,
+            foreign=True,
+            notes=scanned.notes,
+            path=path,
+            places=(extra["offset"], extra["size"], extra["stored"]),
+            first=np.append(first, len(index)),
+        )
+
+    def read_block(self, number: int) -> Block:
+        """Read a run of the file, and make of each image's text its bytes."""
+        run = slice(self.first[number], self.first[number + 1])
+        offset, size, stored = (column[run] for column in self.places)
+        begin, end = int(offset[0]), int(offset[-1] + size[-1])
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(begin)
+            content = memoryview(file.read(end - begin))
+        if len(content) != end - begin:
+            raise DataError(f"{self.path}: expected {end} bytes, but it ends before: was it cut?")
+        images = [
+            stored_bytes(content[at : at + length], how)
+            for at, length, how in zip(
+                (offset - begin).tolist(), size.tolist(), stored.tolist(), strict=True
+            )
+        ]
+        lengths = np.fromiter(map(len, images), np.int64, len(images))
+        return Block(
+            np.frombuffer(b"".join(images), np.uint8), np.cumsum(lengths) - lengths, lengths
+        )
