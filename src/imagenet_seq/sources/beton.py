@@ -19,6 +19,7 @@ import io
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,7 +28,7 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names
-from imagenet_seq.sources import Block, Found, Opening, Place, Source
+from imagenet_seq.sources import Block, Found, Opening, Place, Source, turns_at
 from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
 from imagenet_seq.sources.scan import Problems, Scanned, indexed, is_permuted
 
@@ -226,8 +227,9 @@ def _open(path: str, how: Opening) -> Source:
         return Source("beton", index, permuted=permuted, notes=notes)
     parts = _Parts.of(path, index, scanned.extra)
     return _RawSource(
-        "beton", index, permuted=permuted, foreign=True, notes=notes, path=path, parts=parts
-    )
+        "beton", index, permuted=permuted, foreign=True, notes=notes, path=path, parts=parts,
+        turns=turns_at(path),
+    )  # fmt: skip
 
 
 def _scan(path: str, how: Opening) -> Scanned:
@@ -362,6 +364,7 @@ class _RawSource(Source):
 
     path: str
     parts: _Parts
+    turns: AbstractContextManager[Any]
 
     def read_block(self, number: int) -> Block:
         """Read the samples of a block, each into its place."""
@@ -370,7 +373,7 @@ class _RawSource(Source):
         lengths = parts.length[samples]
         offsets = np.cumsum(lengths) - lengths
         data = np.empty(int(lengths.sum()), np.uint8)
-        with open(self.path, "rb", buffering=0) as file:
+        with self.turns, open(self.path, "rb", buffering=0) as file:
             for at, offset, length, skip, width, height in zip(
                 parts.begin[samples].tolist(), offsets.tolist(), lengths.tolist(),
                 parts.header[samples].tolist(), parts.width[samples].tolist(),
