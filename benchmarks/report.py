@@ -4,8 +4,9 @@
 
 Reads benchmarks/results/decode.json, loader.json and compare.json (`make bench` writes them),
 sources.json (bench_loader.py --source all) and read.json (bench_read.py; docs/hard-disk.md says
-how); what is missing is left out. Replaces what stands between the two markers in README.md and docs/hard-disk.md. With --check nothing is written;
-the exit status says whether the pages and the plot are what the results give.
+how); what is missing is left out. Replaces what stands between the two markers in README.md and
+docs/hard-disk.md. With --check nothing is written; the exit status says whether the pages and the
+plot are what the results give.
 """
 
 from __future__ import annotations
