@@ -496,7 +496,7 @@ class _Scan:
         index = rows.index(
             os.path.dirname(path), [os.path.basename(path)], classes_of(rows.label, rows.names)
         )
-        stored = np.array(self._stored, np.int8)
+        stored = np.array(self._stored, np.uint8)
         extra: dict[str, npt.NDArray[Any]] = {}
         if stored.any():
             extra = {
