@@ -6,10 +6,13 @@ IMAGENET_SEQ_WRITERS names (paths of Python interpreters, separated by colons).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
+import signal
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,16 +73,31 @@ def written_elsewhere(name: str, images: Path, root: Path, reason: str) -> str |
     for python in WRITERS:
         shutil.rmtree(root / name, ignore_errors=True)
         options = ["--images", str(images), "--destination", str(root)]
-        ran = subprocess.run(
-            [python, make.__file__, name, *options], capture_output=True, text=True
-        )
-        if ran.returncode == 0:
+        status, said = run(python, make.__file__, name, *options)
+        if status == 0:
             return None
-        last = (ran.stderr.strip().splitlines() or [""])[-1]
+        last = (said.strip().splitlines() or [""])[-1]
         if not last.startswith(MISSING):
-            pytest.fail(f"{python}: the writer of {name} failed:\n{ran.stderr}")
+            pytest.fail(f"{python}: the writer of {name} failed:\n{said}")
         reason = f"{reason}; {python}: {last}"
     return f"no writer of {name}: {reason} (IMAGENET_SEQ_WRITERS names more interpreters)"
+
+
+def run(*command: str) -> tuple[int, str]:
+    """Run a program; return its exit status and what it said. Ends it with its children."""
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        try:
+            status = process.wait(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        said.seek(0)
+        return status, said.read()
 
 
 @pytest.mark.parametrize(
