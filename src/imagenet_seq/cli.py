@@ -98,15 +98,19 @@ def _add_pack(commands: Any) -> None:
         commands,
         "pack",
         _pack,
-        "make a pack of a folder of class folders; run again, it continues where it stopped",
+        "make a pack of a data set of any format; run again, it continues where it stopped",
         "  imagenet-seq pack /data/imagenet /disk/imagenet-pack          # its train/ and val/\n"
-        "  imagenet-seq pack /data/imagenet/train /disk/train-pack\n"
+        "  imagenet-seq pack '/data/imagenet1k-train-{0000..1023}.tar' /disk/train-pack\n"
         "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n"
         "  imagenet-seq pack /data/imagenet /disk/small --max-side 500   # half the bytes; lossy\n"
         "  imagenet-seq pack --reshuffle /disk/pack /disk/pack2          # another order\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
-    command.add_argument("source", help="class folders, or a folder with train/ and/or val/")
+    command.add_argument(
+        "source",
+        help="class folders, the official archives, WebDataset, TFRecord, Parquet, LMDB, ...: a "
+        "folder, a file, a pattern of files, or a folder with both splits",
+    )
     command.add_argument("destination", help="the pack to make, outside SOURCE")
     command.add_argument(
         "--reshuffle",
@@ -260,6 +264,8 @@ def _pack(options: argparse.Namespace) -> int:
             f"  {shrunk}{summary.num_canonical - summary.num_shrunk} re-coded losslessly, "
             f"{summary.num_as_is} stored as they are"
         )
+        for note in summary.notes:
+            print(f"  {note}")
         if summary.failures:
             kept = sum(failure.kept for failure in summary.failures)
             print(
@@ -417,10 +423,8 @@ def _verify(options: argparse.Namespace) -> int:
     for split in found or [""]:
         folder = os.path.join(options.pack, split) if split else options.pack
         against = options.against
-        if against and split and os.path.isdir(os.path.join(against, split)):
-            against = os.path.join(against, split)
         layout.refuse_unfinished(folder)
-        report = verify(folder, against, num_workers=options.workers)
+        report = verify(folder, against, split=split or None, num_workers=options.workers)
         for problem in report.problems[: options.problems]:
             print(problem)
         if len(report.problems) > options.problems:
