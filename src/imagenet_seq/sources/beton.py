@@ -75,11 +75,14 @@ def find(place: Place) -> Found | str | None:
         shown = ", ".join(map(os.path.basename, paths))
         raise ValueError(f"{place.path} holds several .beton files: {shown}. Pass the path of one")
     [path] = paths
+    is_named_so = path.endswith(_EXTENSIONS)
     try:
         with open(path, "rb") as file:
-            _header(file)
+            header = _header(file)
     except DataError as error:
-        return str(error) if path.endswith(_EXTENSIONS) else None
+        return str(error) if is_named_so else None
+    if not is_named_so and not header.is_whole:  # any file may begin with a 2
+        return None
     what = f"FFCV's {os.path.basename(path)}"
     return Found("beton", what, lambda how: _open(path, how), [path])
 
@@ -91,6 +94,12 @@ class _Header(NamedTuple):
     num_samples: int
     allocations_begin: int
     file_bytes: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tables lie where they can."""
+        tables_bytes = _HEADER.size + self.num_fields * _FIELD.size + self.num_samples
+        return tables_bytes <= self.allocations_begin <= self.file_bytes
 
 
 def _header(file: BinaryIO) -> _Header:
@@ -108,13 +117,6 @@ def _header(file: BinaryIO) -> _Header:
         raise DataError(
             f"{file.name}: expected a .beton file of version {_VERSION} with 1 to {_MAX_FIELDS} "
             f"fields, got version {version} and {num_fields} fields"
-        )
-    tables_bytes = _HEADER.size + num_fields * _FIELD.size + num_samples
-    if not tables_bytes <= allocations_begin <= file_bytes:
-        raise DataError(
-            f"{file.name}: expected data of {num_samples} samples and then a table of allocations "
-            f"at offset {allocations_begin}, but the file has {file_bytes} bytes: it is truncated, "
-            "or was not written to its end; write it again"
         )
     return _Header(num_fields, num_samples, allocations_begin, file_bytes)
 
@@ -138,6 +140,13 @@ def _read_tables(path: str) -> tuple[_Header, _Tables]:
     """
     with open(path, "rb") as file:
         header = _header(file)
+        if not header.is_whole:
+            raise DataError(
+                f"{path}: expected data of {header.num_samples} samples and then a table of "
+                f"allocations at offset {header.allocations_begin}, but the file has "
+                f"{header.file_bytes} bytes: it is truncated, or was not written to its end; write "
+                "it again"
+            )
         fields = [_FIELD.unpack(file.read(_FIELD.size)) for _ in range(header.num_fields)]
         image, label = _places(path, [(number, _name(raw)) for number, raw in fields])
         row = np.dtype([(f"f{i}", _FIELD_ROWS[field[0]]) for i, field in enumerate(fields)], True)

@@ -237,7 +237,7 @@ def _short(value: memoryview, found: Any) -> bytes:
 
 
 def _numpy_object(value: memoryview, entries: dict[bytes, Any]) -> _Array | int:
-    """Read what msgpack_numpy makes of an array or a number; releases before 0.4 have no "kind"."""
+    """Read what msgpack_numpy makes of an array or a number; releases up to 0.3.6 have no "kind"."""
     if entries.keys() - {b"nd", b"type", b"kind", b"shape", b"data"}:
         raise ValueFormError(f"a dictionary with the keys {sorted(entries)!r:.60}")
     if b"kind" in entries and _short(value, entries[b"kind"]):

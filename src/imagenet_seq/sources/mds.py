@@ -182,8 +182,11 @@ def _shard(folder: str, about: dict[str, Any]) -> _Shard:
         )
     raw_name, raw_bytes, hashes = _file_of(about, "raw_data")
     num_samples = about.get("samples")
-    if not isinstance(num_samples, int) or not 0 <= num_samples <= raw_bytes // 4:
-        raise _WrongError(f"expected the number of 'samples', got {num_samples!r:.50}")
+    if not isinstance(num_samples, int) or not 0 <= num_samples <= raw_bytes // 4 - 2:
+        raise _WrongError(
+            f"expected a number of 'samples' that fit into {raw_bytes} bytes, got "
+            f"{num_samples!r:.50}"
+        )
     path, size, compression = os.path.join(folder, raw_name), raw_bytes, None
     if not os.path.exists(path) and about.get("zip_data"):
         zip_name, size, _ = _file_of(about, "zip_data")
@@ -509,11 +512,6 @@ def _ends(shard: _Shard, take: Take) -> list[int]:
         DataError: where that can't be.
     """
     table_bytes = 4 * (shard.num_samples + 2)
-    if table_bytes > shard.raw_bytes:
-        raise DataError(
-            f"{shard.path}: expected a table of {shard.num_samples} samples, but the shard has "
-            f"{shard.raw_bytes} bytes: its {_INDEX} is of another one"
-        )
     table = np.frombuffer(take(0, table_bytes), "<u4").astype(np.int64)
     ends = table[1:]
     if (
