@@ -55,6 +55,7 @@ _SUFFIXES = (".lmdb", ".mdb")
 _MAX_DEPTH = 32
 """LMDB's own bound (CURSOR_STACK)."""
 _BLOCK_BYTES = 4 << 20
+_INCOMPLETE = "it is incomplete"
 
 _EXTENSIONS = (
     (b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"GIF8", ".gif"),
@@ -119,6 +120,9 @@ def _why_none(head: bytes) -> str | None:
 
 def _open(path: str, how: Opening) -> Source:
     scanned = indexed("lmdb", path, [path], lambda: _scan(path, how), how.on_error)
+    incomplete = [remark for remark in scanned.remarks if remark.endswith(_INCOMPLETE)]
+    if incomplete and how.on_error == "fail":  # also where a kept index says so
+        raise DataError(f"{incomplete[0]}. {HOW_TO_SKIP}")
     permuted, notes = is_permuted(scanned.index), scanned.notes
     if "stored" in scanned.extra:
         return _StoredSource.of(path, scanned, permuted)
@@ -460,9 +464,7 @@ class _Scan:
         """Say what is missing, where a run of the writer may have been interrupted."""
         if self._count is not None and self._count != self._num_samples:
             what = f"expected {self._count} samples as it says itself, found {self._num_samples}"
-            if self._how.on_error == "fail":
-                raise DataError(f"{self._path}: {what}: it is incomplete. {HOW_TO_SKIP}")
-            return [f"{self._path}: {what}"]
+            return [f"{self._path}: {what}: {_INCOMPLETE}"]
         if self._has_keys or not self._num_samples or self._num_numbers < self._num_samples:
             return []
         what = "has no __keys__, which tensorpack and scripts like it write last"
@@ -590,6 +592,7 @@ class _StoredSource(Source):
             file=number.astype(np.int32),
             offset=np.arange(len(index)) - first[number],
             files=Names.from_strings([index.files[0]] * len(first)),  # one for each block's number
+            known_id=index.id,  # the same, whether the index was kept or has just been made
         )
         return cls(
             "lmdb",
