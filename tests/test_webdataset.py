@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -235,6 +236,17 @@ def test_sparse_members_are_refused() -> None:
         walk(tar_bytes([(info, b"1")], tarfile.PAX_FORMAT))
 
 
+def test_long_headers_take_time_in_proportion() -> None:
+    def headed(kind: bytes, data: bytes) -> bytes:
+        return tar_bytes([(of_type("x", kind)[0], data), ("a.jpg", b"1")])
+
+    began_s = time.thread_time()
+    walk(headed(b"x", b"5 a=\n" * 200_000))
+    found, *_ = walk(headed(b"L", b"./" * 500_000 + b"b.jpg"))
+    assert found
+    assert time.thread_time() - began_s < 4  # it was 7 s and 12 s
+
+
 def test_damaged_pax_header() -> None:
     info = tarfile.TarInfo("a.jpg")
     info.pax_headers = {"comment": "12345"}
@@ -314,6 +326,16 @@ def test_class_names_beside_numbers_are_taken_where_they_are_distinct(tmp_path: 
 
     assert written("a.tar", b"goldfish").index.classes == ("tench", "goldfish")
     assert written("b.tar", b"tench").index.classes == ("0", "1")
+
+
+def test_numbers_as_text_in_json_are_numbers(tmp_path: Path) -> None:
+    files = [
+        member
+        for i in range(12)
+        for member in ((f"{i}.jpg", JPEG), (f"{i}.json", b'{"label": "%d"}' % i))
+    ]
+    source = open_source(write_tar(tmp_path / "a.tar", files), progress=False)
+    assert list(source.index.targets) == list(range(12))  # not as text sorts: 0, 1, 10, 11, 2
 
 
 def test_names_as_labels_are_sorted_over_all_shards(tmp_path: Path) -> None:
@@ -546,6 +568,15 @@ def test_wrong_members_of_class_folders(tmp_path: Path) -> None:
             open_source(path, progress=False)
         source = open_source(path, progress=False, on_error="skip")
         assert names(source) == [name for name, _ in good]
+
+
+def test_an_image_above_the_class_folders_does_not_make_one_class_of_all(tmp_path: Path) -> None:
+    files = folders("train/n01/a.jpg", "train/n02/b.jpg", "train/logo.png")
+    path = write_tar(tmp_path / "x.tar", files)
+    with pytest.raises(DataError, match=r"in class folders alone, found some in train/ and in"):
+        open_source(path, progress=False)
+    path = write_tar(tmp_path / "y.tar", folders("train/n01/a.jpg"))
+    assert open_source(path, progress=False).index.classes == ("n01",)
 
 
 def test_images_without_labels_or_folders(tmp_path: Path) -> None:

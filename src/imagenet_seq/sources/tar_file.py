@@ -8,6 +8,7 @@ as long for a member, seeks, and takes an archive that was cut at a member for a
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd -d",
     b"\x04\x22\x4d\x18": "lz4 -d",
 }
+
+_HERE = re.compile(r"(\./)+")
 
 _NO_FILES = {
     ord("1"): "a hard link", ord("2"): "a symbolic link", ord("3"): "a character device",
@@ -242,8 +245,8 @@ def _headers(
         if (ahead or always) and kind not in _EXTENDED:
             name, length = _overridden({**always, **ahead}, name, length)
             ahead = {}
-        while name.startswith("./"):
-            name = name[2:]
+        if name.startswith("./"):
+            name = _HERE.sub("", name, count=1)
         offset = position + _BLOCK
         if kind in _WITHOUT_DATA:
             length = 0  # some writers give a link the size of what it leads to
@@ -350,14 +353,16 @@ def _extended(
     if kind == ord("K"):  # where a link leads
         return {}
     fields: dict[bytes, bytes] = {}
-    while said.strip(b"\0"):
-        digits = said[:20].partition(b" ")[0]
-        end = int(digits) if digits.isdigit() else 0
-        keyword, equals, value = said[len(digits) + 1 : end].partition(b"=")
+    said = said.rstrip(b"\0")
+    begin = 0
+    while begin < len(said):
+        digits = said[begin : begin + 20].partition(b" ")[0]
+        end = begin + int(digits) if digits.isdigit() else 0
+        keyword, equals, value = said[begin + len(digits) + 1 : end].partition(b"=")
         if not equals or end > len(said) or value[-1:] != b"\n":
             raise DataError(
                 f"{archive}: damaged: expected lines '<length> <key>=<value>' in the PAX header at "
-                f"offset {offset}, got {said[:40]!r}. Copy or download it again"
+                f"offset {offset}, got {said[begin : begin + 40]!r}. Copy or download it again"
             )
         if keyword.startswith(b"GNU.sparse."):
             raise DataError(
@@ -365,7 +370,7 @@ def _extended(
                 "bytes don't lie in one piece. Make the archive anew without --sparse"
             )
         fields[keyword] = value[:-1]
-        said = said[end:]
+        begin = end
     return fields
 
 

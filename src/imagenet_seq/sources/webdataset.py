@@ -326,10 +326,14 @@ def _label_in(data: dict[str, memoryview]) -> int | str:
                 raise _WrongSampleError(
                     f"expected a number or a class name as label in .json, got {value!r:.80}"
                 )
-            return value if isinstance(value, int) else _class_name(value)
+            if isinstance(value, int):
+                return value
+            text = value.encode("utf-8", "surrogatepass")
         number = re.fullmatch(rb"\s*(-?\d{1,18})\s*", text)
         if number:
             return int(number[1])
+        if extension == "json":
+            return _class_name(str(value))
         if extension == "cls":
             raise _WrongSampleError(f"expected a whole number in .cls, got {text[:40]!r}")
         try:
@@ -428,6 +432,13 @@ class _ClassFolders(_Collector):
         above = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
         if any(len(path) == above for path in paths):
             above -= 1
+            if len(paths) > 1:  # one image beside them must not make one class of all
+                inner = max(self._folders, key=lambda folder: folder.count("/"))
+                raise DataError(
+                    f"{self._source}: expected images in class folders alone, found some in "
+                    f"{'/'.join(paths[0][: above + 1])}/ and in folders below it, such as {inner}/:"
+                    " make the archive anew without the former"
+                )
         names = [path[above] for path in paths]
         classes = sorted(set(names))
         place = {name: label for label, name in enumerate(classes)}
