@@ -275,18 +275,12 @@ class _Scan:
 
 
 def _prefixes(files: Sequence[str]) -> list[str]:
-    """Return what makes names in a file unique among all: its own name, where there are several.
-
-    Raises:
-        ValueError: where a file is named twice.
-    """
+    """Return what makes names in a file unique among all: its own name, where there are several."""
     if len(files) == 1:
         return [""]
     names = [os.path.basename(path) for path in files]
     stems = [_NAMED.sub("", re.sub(r"-of-\d+", "", name)) for name in names]
     chosen = stems if len(set(stems)) == len(stems) else names
-    if len(set(chosen)) < len(chosen):
-        raise ValueError(f"{os.path.dirname(files[0])}: the pattern names a file twice")
     return [f"{name}/" for name in chosen]
 
 
@@ -444,16 +438,18 @@ def _listed(keys: Sequence[bytes] | _Features) -> str:
 def _only_bytes(message: memoryview, features: _Features, key: bytes) -> tuple[int, int]:
     """Return where the only value of a feature that is a BytesList begins and ends."""
     begin, end = features.get(key, (0, 0))
-    values = [
+    all_values = (
         (value_begin, value_end)
         for tag, list_begin, list_end in _fields(message, begin, end)
         if tag == _FIRST
         for value_tag, value_begin, value_end in _fields(message, list_begin, list_end)
         if value_tag == _FIRST
-    ]
+    )
+    values = list(itertools.islice(all_values, 2))  # there may be many millions of two bytes
     if len(values) != 1:
         raise _MalformedError(
-            f"feature '{key.decode()}': expected one value of bytes, got {len(values) or 'none'}"
+            f"feature '{key.decode()}': expected one value of bytes, got "
+            f"{'more' if values else 'none'}"
         )
     return values[0]
 
