@@ -234,6 +234,13 @@ def test_a_changed_list_is_noticed(tmp_path: Path) -> None:
     assert labels_of(open_source(folder))["a.jpg"] == 4
 
 
+def test_links_that_lead_round_end(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / name).symlink_to(".")  # 2 ** 40 paths
+    with pytest.raises(SplitNeededError):
+        open_source(tmp_path)
+
+
 def test_class_folders_beside_loose_images_are_an_imagefolder(tmp_path: Path) -> None:
     folder = flat(tmp_path, {"labels.txt": GOOD})
     (folder / "dogs").mkdir()

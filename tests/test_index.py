@@ -405,6 +405,32 @@ def test_links_are_followed_as_torchvision_does(tmp_path: Path) -> None:
     assert len(same_as_torchvision(root)) == 7
 
 
+def test_folders_deeper_than_python_recurses(tmp_path: Path) -> None:
+    folder = tmp_path / "n01"
+    folder.mkdir()
+    (folder / "a.jpg").touch()
+    for _ in range(200):
+        folder /= "d"
+        folder.mkdir()
+    with pytest.raises(DataError, match="folders of at most 128 levels"):
+        open_source(tmp_path)
+
+
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.lmdb", "c.beton", "d.parquet", "e.tfrecord"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="is empty"):
+        open_source(tmp_path)
+    with pytest.raises(ValueError, match="got a pipe or a device"):
+        open_source(tmp_path / "a.tar")
+
+
+def test_a_pattern_that_names_a_file_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(ValueError, match="names a file twice"):
+        open_source(tmp_path / "{a,a}.tar")
+
+
 def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "train", ["a/1.jpg", "a/sub/2.jpg"])
     (root / "a" / "sub" / "up").symlink_to(root / "a")

@@ -167,17 +167,23 @@ class Place:
 
         Raises:
             OSError: where a folder can't be read.
-            ValueError: where a pattern names files in different folders.
+            ValueError: where a pattern names files in different folders, or one twice; where the
+                path is neither a folder nor a file.
         """
         if os.path.isdir(path):
             with os.scandir(path) as entries:
-                is_folder = {e.name: is_directory(e) for e in entries if not _is_ours(e.name)}
+                is_folder = {e.name: is_directory(e) for e in entries if _may_be_data(e)}
             files = tuple(sorted(name for name, folder in is_folder.items() if not folder))
             folders = tuple(sorted(name for name, folder in is_folder.items() if folder))
             return cls(path, split, path, files, folders)
         paths = [path] if os.path.exists(path) else expand_pattern(path)
         if not paths:
             return None
+        for found in paths:
+            if not os.path.isfile(found) and not os.path.isdir(found):
+                raise ValueError(f"{found}: expected a folder or a file, got a pipe or a device")
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"{path}: names a file twice")
         parents = sorted({os.path.dirname(found) for found in paths})
         if len(parents) > 1:
             raise ValueError(
@@ -387,9 +393,17 @@ def _modules() -> tuple[ModuleType, ...]:
     return tuple(importlib.import_module(f"imagenet_seq.sources.{name}") for name in _FORMATS)
 
 
-def _is_ours(name: str) -> bool:
-    """Tell the files in which indexes are kept beside data."""
-    return name.startswith(".imagenet-seq-")
+def _may_be_data(entry: os.DirEntry[str]) -> bool:
+    """Tell what may be from the files that indexes are kept in, and from pipes and devices.
+
+    To open a pipe would wait for its writer. A link that leads nowhere may be data that is missing.
+    """
+    if entry.name.startswith(".imagenet-seq-"):
+        return False
+    try:
+        return entry.is_file() or entry.is_dir() or not os.path.exists(entry.path)
+    except OSError:
+        return True
 
 
 def is_split(folder: str) -> bool:

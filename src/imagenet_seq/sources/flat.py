@@ -8,6 +8,7 @@ order of their names.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,7 +66,9 @@ def find(place: Place) -> Found | str | None:
             return _find_in_kaggle(place, *names)
     if place.split is None:
         for name in set(SPLITS).intersection(place.folders):
-            if (inside := place.below(name)) and isinstance(find(inside), Found):
+            inside = place.below(name)
+            # Asked for a split it looks no deeper: links may lead round.
+            if inside and isinstance(find(dataclasses.replace(inside, split=name)), Found):
                 raise SplitNeededError(
                     f"{place.path} holds images with labels in {name}/: pass split='train' or "
                     "split='val'"

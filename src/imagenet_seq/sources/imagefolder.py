@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names
 from imagenet_seq.sources import (
     SPLITS,
@@ -43,6 +44,9 @@ IMAGE_EXTENSIONS = (
 
 _SCAN_THREADS = 4
 """Directories read at once: the waits of a network file system overlap, a disk can sort them."""
+
+_MAX_DEPTH = 128
+"""More levels than any data set has; Python bounds recursion."""
 
 _LOOKED_INTO = 8
 """Folders that are looked into for images, to tell classes from other folders."""
@@ -287,6 +291,8 @@ def _walk(
         identity = (stat.st_dev, stat.st_ino)
         if identity in above:
             return []
+        if len(above) == _MAX_DEPTH:
+            raise DataError(f"{full}: expected folders of at most {_MAX_DEPTH} levels, got more")
         entries = list(_entries(full))
     except OSError as error:
         if on_error == "fail":
