@@ -264,6 +264,15 @@ def test_a_row_with_a_wrong_label(
 
 
 @WRITERS
+def test_a_label_that_no_data_set_has_does_not_name_so_many_classes(
+    tmp_path: Path, write: Write, name: str
+) -> None:
+    path = write(tmp_path / name, rows(labels=[2_000_000_000] * 30))
+    with pytest.raises(DataError, match=r"a label in \[0, 100000\)"):
+        open_source(path)
+
+
+@WRITERS
 def test_no_row_at_all(tmp_path: Path, write: Write, name: str) -> None:
     with pytest.raises(DataError, match="expected images, found none"):
         open_source(write(tmp_path / name, rows([])))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Names
 from imagenet_seq.sources import Block, Place, SplitNeededError
-from imagenet_seq.sources.classes import classes_of, imagenet_classes
+from imagenet_seq.sources.classes import MAX_CLASSES, classes_of, imagenet_classes
 from imagenet_seq.sources.scan import OnError, Problems, Rows, Scanned
 
 _MAX_DEPTH = 5
@@ -359,7 +359,7 @@ class Scan:
         columns = (part.offset, part.length, part.missing, label, no_label)
         rows = zip(bases, *(column.tolist() for column in columns), strict=True)
         stem = os.path.splitext(os.path.basename(part.path))[0]
-        num_classes = len(self._columns.class_names) or 1 << 31
+        num_classes = len(self._columns.class_names) or MAX_CLASSES
         for i, (base, offset, length, is_missing, number, is_null) in enumerate(rows):
             row = part.first_row + i
             if is_missing or is_null or not -1 <= number < num_classes:

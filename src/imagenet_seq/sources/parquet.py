@@ -224,7 +224,11 @@ def _groups_of(metadata: Any, image: str) -> list[_Group]:
     for number in range(metadata.num_row_groups):
         about = metadata.row_group(number)
         columns = [about.column(i) for i in range(about.num_columns)]
-        data = next(column for column in columns if column.path_in_schema == f"{image}.bytes")
+        wanted = [column for column in columns if column.path_in_schema == f"{image}.bytes"]
+        if [column.physical_type for column in wanted] != ["BYTE_ARRAY"]:
+            # pyarrow would end the process when asked for the statistics of another type.
+            raise ValueError(f"row group {number}: expected one column {image}.bytes of bytes")
+        [data] = wanted
         # Where the file does not say, it shows when the row is read.
         known = data.is_stats_set and data.statistics.has_null_count
         has_nulls = known and data.statistics.null_count > 0
