@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from imagenet_seq import _native
 from imagenet_seq.errors import DataError
 from imagenet_seq.sources import Opening, Source, SplitNeededError, find_source, open_source
+from imagenet_seq.sources.classes import imagenet_classes
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tfrecord"
 INCEPTION, TFDS = FIXTURES / "inception", FIXTURES / "tfds"
@@ -206,6 +207,16 @@ def test_labels_with_0_begin_there(tmp_path: Path) -> None:
     index = open_source(write(tmp_path / "f", *map(example, samples))).index
     assert list(index.targets) == [2, 0]
     assert index.classes == ("n00", "1", "n02")
+
+
+def test_classes_are_imagenets_where_the_synsets_are(tmp_path: Path) -> None:
+    samples = [inception(4, "n01491361", "b.jpg"), inception(1, "n01440764", "a.jpg")]
+    unnamed = inception(6, "", "c.jpg")
+    del unnamed["image/class/synset"]
+    path = write(tmp_path / "f", *map(example, [*samples, unnamed]))
+    index = open_source(path).index
+    assert list(index.targets) == [3, 0, 5]
+    assert index.classes == imagenet_classes()[:6]
 
 
 def test_synsets_in_another_order_are_refused(tmp_path: Path) -> None:

@@ -267,7 +267,8 @@ class _Scan:
             classes = self._label_names
         elif self._wnids:
             wnids = {number - first: wnid for number, wnid in self._wnids.items()}
-            classes = _classes_of_wnids(wnids, self._place.path)
+            num_classes = int(label.max(initial=-1)) + 1
+            classes = _classes_of_wnids(wnids, num_classes, self._place.path)
         else:
             classes = classes_of(label, rows.names)
         names = [os.path.relpath(path, self._place.folder) for path in self._files]
@@ -302,7 +303,7 @@ def _label_names(folder: str) -> tuple[str, ...]:
     return names
 
 
-def _classes_of_wnids(wnids: dict[int, str], where: str) -> tuple[str, ...]:
+def _classes_of_wnids(wnids: dict[int, str], num_classes: int, where: str) -> tuple[str, ...]:
     """Name the classes of labels whose wnids the samples say.
 
     Raises:
@@ -321,8 +322,8 @@ def _classes_of_wnids(wnids: dict[int, str], where: str) -> tuple[str, ...]:
     )
     others = all_classes if as_imagenet else ()
     return tuple(
-        wnids.get(label) or (others[label] if others else str(label))
-        for label in range(max(wnids) + 1)
+        wnids.get(label) or (others[label] if label < len(others) else str(label))
+        for label in range(num_classes)
     )
 
 
