@@ -129,6 +129,12 @@ def test_a_split_is_needed_where_there_are_two() -> None:
         open_source(INCEPTION)
 
 
+def test_a_split_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00001", example(tfds(1)))
+    with pytest.raises(FileNotFoundError, match=r"such as train-00000.*, but none of split val"):
+        find_source(tmp_path, "val")
+
+
 def test_a_file_or_a_pattern_is_what_it_names() -> None:
     assert len(open_source(INCEPTION / "train-00001-of-00002").index) == 10
     assert len(open_source(f"{INCEPTION}/train-{{00000..00001}}-of-00002").index) == 20
@@ -282,7 +288,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, missing_bytes: int) -> None
 def test_a_length_that_no_sample_has_is_refused(tmp_path: Path) -> None:
     length = struct.pack("<Q", 1 << 62)
     (tmp_path / "f").write_bytes(length + masked_crc(length) + b"x" * 99)
-    assert f"a length of {1 << 62}" in refusal(tmp_path / "f")
+    assert f"expected {(1 << 62) + 4} bytes at offset 12" in refusal(tmp_path / "f")
 
 
 PROBLEMS = {

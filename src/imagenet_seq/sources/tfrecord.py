@@ -54,7 +54,6 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _LABEL_NAMES = "label.labels.txt"
 
 _HEADER = struct.Struct("<QI")
-_MAX_SAMPLE_BYTES = 1 << 31  # protobuf's own limit
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -76,6 +75,8 @@ def find(place: Place) -> Found | str | None:
     if reason is not None:  # content that any file may have is no near miss
         return f"{os.path.basename(first)}: {reason}" if any(map(_NAMED.search, names)) else None
     files = place.of_split(names)
+    if not files:
+        return f"holds TFRecord files, such as {names[0]}, but none of split {place.split}"
     what = f"{len(files)} TFRecord files, {os.path.basename(files[0])}, ..."
     return Found("tfrecord", what, functools.partial(_open, place, files), files)
 
@@ -343,11 +344,6 @@ def _message_length(stream: FileStream, at: int) -> int:
         raise DataError(
             f"{stream.path}: offset {at}: the length {length} has CRC-32C {expected:08x} (masked), "
             f"but {crc:08x} is stored with it: the file is damaged from here on; get it again"
-        )
-    if length > _MAX_SAMPLE_BYTES:
-        raise DataError(
-            f"{stream.path}: offset {at}: expected a message of at most {_MAX_SAMPLE_BYTES} bytes, "
-            f"got a length of {length}"
         )
     return int(length)
 
