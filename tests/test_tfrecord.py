@@ -167,6 +167,14 @@ def test_compressed_files_are_refused(tmp_path: Path) -> None:
         find_source(tmp_path)
 
 
+def test_a_length_that_looks_like_gzip_is_none(tmp_path: Path) -> None:
+    rest = 0x8B1F - len(example(tfds(3, image=JPEG + bytes(20_000)))) + 20_000
+    message = example(tfds(3, image=JPEG + bytes(rest)))
+    path = write(tmp_path / "f", message)
+    assert path.read_bytes()[:2] == b"\x1f\x8b"
+    assert list(open_source(path).index.targets) == [3]
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shutil.copytree(INCEPTION, tmp_path / "data")
     (tmp_path / "data" / "train-00001-of-00002").unlink()

@@ -99,13 +99,13 @@ def _why_none(path: str) -> str | None:
     """Return why a file is no TFRecord file; None: it is one."""
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
-    if head[:2] == b"\x1f\x8b":
-        return "a gzip'ed TFRecord file, whose images can't be read in place: gunzip it first"
     if len(head) < _HEADER.size:
         return f"expected a TFRecord file, got one of {len(head)} bytes"
-    if _HEADER.unpack(head)[1] != _masked_crc(head[:8]):
-        return "expected a TFRecord file, but its first bytes are no length with its CRC"
-    return None
+    if _HEADER.unpack(head)[1] == _masked_crc(head[:8]):
+        return None
+    if head[:2] == b"\x1f\x8b":
+        return "a gzip'ed TFRecord file, whose images can't be read in place: gunzip it first"
+    return "expected a TFRecord file, but its first bytes are no length with its CRC"
 
 
 def _open(place: Place, files: Sequence[str], how: Opening) -> Source:
