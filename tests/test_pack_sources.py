@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import jpeg_bytes
+from conftest import jpeg_bytes, photo_like
 from PIL import Image
 from test_pack import FOUR_SHARDS, image_of, pixels, run_until_killed, tree
 
 from imagenet_seq import _native
+from imagenet_seq.cli import main
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.pack import Settings, Summary, pack, reshuffle
 from imagenet_seq.sources import open_source
@@ -411,3 +412,125 @@ def test_what_cannot_be_indexed_is_left_out_and_said(tmp_path: Path) -> None:
     summary = make_pack(tmp_path / "tars", tmp_path / "pack", on_error="skip")
     assert summary.num_samples == 1
     assert "left out 1 of 2" in "".join(summary.notes)
+
+
+# ---- subsets -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images of each of four classes."""
+    root = tmp_path_factory.mktemp("classes")
+    rng = np.random.default_rng(8)
+    for name in ("n01", "n02", "n10", "n20"):
+        (root / name).mkdir()
+        for i in range(10):
+            (root / name / f"{name}_{i}.jpg").write_bytes(jpeg_bytes(photo_like(rng, 24, 20)))
+    return root
+
+
+def chosen(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Classes of a pack, and how many samples each has."""
+    index = open_source(folder).index
+    counts = np.bincount(index.targets, minlength=len(index.classes)).tolist()
+    for name, label in zip(index.name, index.targets, strict=True):
+        assert name.startswith(index.classes[label])
+    return index.classes, dict(zip(index.classes, counts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected_classes"),
+    [
+        ({"include": ["n0*"]}, ("n01", "n02")),
+        ({"include": ["n20", "n01"]}, ("n01", "n20")),
+        ({"exclude": ["*0"]}, ("n01", "n02")),
+        ({"include": ["n[01]*"], "exclude": ["n02"]}, ("n01", "n10")),
+        ({"classes": ["n20 tench, Tinca tinca", "n02"]}, ("n02", "n20")),
+        ({"classes": ["n20", "n02"], "exclude": ["n2*"]}, ("n02",)),
+    ],
+)
+def test_classes_are_chosen_and_numbered_anew(
+    classes: Path, tmp_path: Path, options: dict[str, Any], expected_classes: tuple[str, ...]
+) -> None:
+    make_pack(classes, tmp_path / "pack", **options)
+    assert chosen(tmp_path / "pack") == (expected_classes, dict.fromkeys(expected_classes, 10))
+    assert verify(tmp_path / "pack", classes, progress=False).problems == ()
+
+
+def test_a_subset_is_the_pack_of_a_folder_with_these_classes(classes: Path, tmp_path: Path) -> None:
+    for name in ("n02", "n10"):
+        shutil.copytree(classes / name, tmp_path / "two" / name)
+    make_pack(classes, tmp_path / "subset", include=["n02", "n10"])
+    make_pack(tmp_path / "two", tmp_path / "pack")
+    subset, whole = tree(tmp_path / "subset"), tree(tmp_path / "pack")
+    assert subset.pop("pack.json") != whole.pop("pack.json")  # which records how it was chosen
+    assert subset == whole
+
+
+def test_a_limit_takes_the_same_samples_whatever_the_order(classes: Path, tmp_path: Path) -> None:
+    names = {}
+    for limit, seed in ((3, 0), (3, 1), (5, 0), (50, 0)):
+        folder = tmp_path / f"{limit} {seed}"
+        make_pack(classes, folder, limit=limit, settings=Settings(seed=seed))
+        assert set(chosen(folder)[1].values()) == {min(limit, 10)}
+        names[limit, seed] = set(open_source(folder).index.name)
+    assert names[3, 0] == names[3, 1] < names[5, 0] < names[50, 0]
+    assert {int(name[-5]) for name in names[3, 0]} != {0, 1, 2}
+
+
+def test_a_subset_of_large_files_is_that_of_folders(tmp_path: Path) -> None:
+    for name in ("official", "webdataset", "images", "parquet"):
+        pack(FIXTURES / name, tmp_path / name, limit=2, exclude=["n0144*"], progress=False)
+    for split in ("train", "val"):
+        labels = {
+            name: open_source(tmp_path / name, split).index.classes
+            for name in ("official", "images")
+        }
+        assert labels["official"]
+        assert not any(wnid.startswith("n0144") for wnid in labels["official"])
+        report = verify(
+            tmp_path / "parquet" / split, FIXTURES / "parquet", split=split, progress=False
+        )
+        assert report.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"include": ["x*"]},
+            r"'x\*' matches no class of .*: its 4 classes are n01, n02, n10, ...",
+        ),
+        ({"exclude": ["n3"]}, "'n3' matches no class"),
+        ({"classes": ["n01", "tench"]}, "'tench' is no class of"),
+        ({"exclude": ["*"]}, "no class is left of its 4"),
+        ({"limit": 0}, "limit: expected 1 or more"),
+        ({"classes": []}, "expected names of classes, got none"),
+    ],
+)
+def test_a_selection_that_selects_nothing_is_refused(
+    classes: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_pack(classes, tmp_path / "pack", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_selection_is_another_pack(classes: Path, tmp_path: Path) -> None:
+    make_pack(classes, tmp_path / "pack", limit=2)
+    assert make_pack(classes, tmp_path / "pack", limit=2).was_complete
+    with pytest.raises(PackError, match="limit: 2 before, 3 now"):
+        make_pack(classes, tmp_path / "pack", limit=3)
+    with pytest.raises(PackError, match="is no pack of this source"):
+        make_pack(classes, tmp_path / "pack")
+
+
+def test_a_file_of_classes_on_the_command_line(
+    classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list").write_text("# two of them\nn20\nn02 # a comment\n\nn10 with a name\n")
+    command = ["pack", str(classes), str(tmp_path / "pack"), "--classes", str(tmp_path / "list")]
+    assert main([*command, "--exclude", "n10,n01", "--limit", "4"]) == 0
+    assert chosen(tmp_path / "pack") == (("n02", "n20"), {"n02": 4, "n20": 4})
+    assert main([*command[:3], "--include", "x"]) == 1
+    assert "'x' matches no class" in capsys.readouterr().err

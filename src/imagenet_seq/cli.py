@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -103,6 +104,7 @@ def _add_pack(commands: Any) -> None:
         "  imagenet-seq pack '/data/imagenet1k-train-{0000..1023}.tar' /disk/train-pack\n"
         "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n"
         "  imagenet-seq pack /data/imagenet /disk/small --max-side 500   # half the bytes; lossy\n"
+        "  imagenet-seq pack /data/imagenet /disk/in100 --classes imagenet100.txt   # a subset\n"
         "  imagenet-seq pack --reshuffle /disk/pack /disk/pack2          # another order\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
@@ -124,6 +126,7 @@ def _add_pack(commands: Any) -> None:
         help="of the permutation (default 0; with --reshuffle, the next after the pack's)",
     )
     _add_settings(command)
+    _add_selection(command)
     _add_shrink(command)
     command.add_argument(
         "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
@@ -185,6 +188,44 @@ def _add_settings(command: Any) -> None:
     )
 
 
+def _add_selection(command: Any) -> None:
+    group = command.add_argument_group(
+        "subsets",
+        "Labels of the chosen classes are 0, 1, ... in the order that these have in SOURCE.\n"
+        "Patterns are as in a shell; several in one argument are separated by commas.",
+    )
+    group.add_argument(
+        "--include", action="append", type=_names, metavar="GLOB", help="pack only these classes"
+    )
+    group.add_argument(
+        "--exclude", action="append", type=_names, metavar="GLOB", help="leave these classes out"
+    )
+    group.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="pack only the classes that FILE names, one in a line; words behind a name are "
+        "ignored, # begins a comment",
+    )
+    group.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="pack at most N images of each class: always the same ones, chosen by a hash of their "
+        "names",
+    )
+
+
+def _selection(options: argparse.Namespace) -> dict[str, Any]:
+    from imagenet_seq.origin import read_classes
+
+    return {
+        "include": list(itertools.chain(*options.include or ())),
+        "exclude": list(itertools.chain(*options.exclude or ())),
+        "classes": read_classes(options.classes) if options.classes else None,
+        "limit": options.limit,
+    }
+
+
 def _add_shrink(command: Any) -> None:
     group = command.add_argument_group(
         "smaller copies",
@@ -218,7 +259,7 @@ def _shrink(options: argparse.Namespace) -> Shrink | None:
 
 _FOR_RECODING = (
     "keep_bytes", "strip", "on_error", "shard_size", "restart_interval", "tables", "max_side",
-    "quality", "subsampling",
+    "quality", "subsampling", "include", "exclude", "classes", "limit",
 )  # fmt: skip
 
 
@@ -249,6 +290,7 @@ def _pack(options: argparse.Namespace) -> int:
             options.destination,
             settings=Settings(**settings, shrink=_shrink(options)),
             on_error=given.get("on_error", "fail"),
+            **_selection(options),
             **common,
         )
     for summary in summaries.values():
@@ -336,7 +378,7 @@ def _info(options: argparse.Namespace) -> int:
     all_facts: dict[str, dict[str, Any]] = {}
     for split, found in _found(options.path, options.split).items():
         source = found.open(how)
-        expected = info.forecast_of(source, found, options.ram, options.ranks, options.measure)
+        expected = info.forecast_of(source, options.ram, options.ranks, options.measure)
         facts = info.facts(source, found, expected)
         if options.shuffle:
             facts.update(_shuffle_facts(source, options))
@@ -460,6 +502,10 @@ def _size(text: str) -> int:
     if not match or unit is None or float(match[1]) * unit < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 1GB or 512MiB, got {text!r}")
     return int(float(match[1]) * unit)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _splits(text: str) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ from imagenet_seq.disk import choose_disk
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Index, Names
 from imagenet_seq.io_log import NO_LOG, IoLog
-from imagenet_seq.origin import Folder, LargeFiles, Origin, Packed, known_bytes
+from imagenet_seq.origin import Folder, LargeFiles, Origin, Packed, Selection, known_bytes
 from imagenet_seq.recode import Refused, Settings, encode, keep_damaged
 from imagenet_seq.scratch import (
     DEALT,
@@ -145,6 +145,10 @@ def pack(
     destination: str | os.PathLike[str],
     *,
     settings: Settings | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
     on_error: OnError = "fail",
     splits: Sequence[str] | None = None,
     num_workers: int | None = None,
@@ -161,6 +165,11 @@ def pack(
         source: a folder of class folders, a file, a pattern of files, or a folder with both splits.
         destination: the pack to make; of a root, the folder for destination/train and so on.
         settings: what the pack is to be like; None: the defaults.
+        include: patterns of class names, as in a shell, to pack only these.
+        exclude: patterns of class names to leave out.
+        classes: names of classes to pack only these. What is chosen has the labels 0, 1, ... in the
+            order that the classes have in the source.
+        limit: samples of each class to pack, at most; a hash of their names chooses them.
         on_error: what to do with an image that cannot be read or decoded. "fail" deals all others
             and then stops, naming them; "skip" leaves them out, as well as what can't be indexed;
             "keep" stores their bytes as they are.
@@ -182,12 +191,14 @@ def pack(
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error: expected one of {get_args(OnError)}, got {on_error!r}")
     kept = settings or Settings()
+    names = None if classes is None else tuple(classes)
+    selection = Selection(tuple(include), tuple(exclude), names, limit)
 
     def prepare(found: Found, log: IoLog) -> Origin | LargeFiles:
         indexing: scan.OnError = "skip" if on_error == "skip" else "fail"
         if found.files:
-            return LargeFiles(found, kept, log, indexing, progress)
-        return Folder(found.open(Opening(indexing, progress)), kept, log, progress)
+            return LargeFiles(found, kept, selection, log, indexing, progress)
+        return Folder(found.open(Opening(indexing, progress)), kept, selection, log, progress)
 
     options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
     return _pack_all(source, destination, splits, io_log, prepare, options)
@@ -1000,8 +1011,8 @@ def _take_over(
 
 def _deal_while_indexing(files: LargeFiles, partial: str, options: _RunOptions) -> Origin:
     """Open a source, and deal its samples where they pass by for that."""
-    if _needs_tables(files.settings) and not files.some_images:
-        return files.open()  # tables can be fitted only when it is known where images are
+    if not files.is_whole or (_needs_tables(files.settings) and not files.some_images):
+        return files.open()  # what to pack, or to fit tables to, is known only from the index
     try:
         with _Passing(files, partial, options) as passing:
             return files.open(passing.visit)

@@ -20,6 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from imagenet_seq import _native
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Names
+from imagenet_seq.origin import Selection
 from imagenet_seq.shrink import Shrink, smaller_copy
 from imagenet_seq.sources import Source, open_source
 from imagenet_seq.sources import pack as layout
@@ -82,7 +83,9 @@ def verify(
     problems = list(_check_tables(pack))
     reference = None
     if against is not None:
-        reference = _Reference(pack, open_source(against, split, progress, "skip"))
+        selection = Selection.recorded(pack.about["settings"])
+        source = selection.of(open_source(against, split, progress, "skip"))
+        reference = _Reference(pack, source)
         problems += reference.check_names(pack)
     workers = num_workers or layout.num_cores()
     bar = tqdm(
