@@ -6,6 +6,7 @@ That labels and pixels are those that FFCV stored is in test_sources.py.
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,16 @@ def test_a_folder_has_one_file_of_a_split(tmp_path: Path) -> None:
 
 def test_a_file_of_any_name_is_told_by_content(tmp_path: Path) -> None:
     assert find_source(three().write(tmp_path / "imagenet")).kind == "beton"
+
+
+def test_a_file_in_the_current_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its index is kept: for files that were not changed a moment ago."""
+    os.utime(three().write(tmp_path / "a.beton"), (1_000_000_000, 1_000_000_000))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert stored(open_source("a.beton"), 1) == jpeg_bytes(photo(1))
 
 
 def test_jpegs_are_read_in_place(tmp_path: Path) -> None:
@@ -257,6 +268,21 @@ def test_a_file_cut_short_while_it_is_used_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: DATA_BEGIN + 5000])
     with pytest.raises(DataError, match="cut short since it was opened"):
         source.read_block(0)
+
+
+def test_a_kept_index_that_is_damaged_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Beton([(as_pixels(photo(i)), i) for i in range(2)]).write(tmp_path / "a.beton")
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    monkeypatch.setenv("IMAGENET_SEQ_CACHE", str(tmp_path / "cache"))
+    open_source(path)
+    [kept] = (tmp_path / "cache").glob("*.index")
+    data, begins = kept.read_bytes(), struct.pack("<QQ", DATA_BEGIN, DATA_BEGIN + 3600)
+    assert data.count(begins) == 1
+    kept.write_bytes(data.replace(begins, b"\xff" * 7 + b"\x3f" + begins[8:]))
+    with pytest.raises(DataError, match="the index kept of it is damaged"):
+        open_source(path)
 
 
 @settings(max_examples=300, deadline=None)

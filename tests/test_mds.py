@@ -15,6 +15,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,24 @@ def test_uncompressed_shards_are_preferred(tmp_path: Path) -> None:
     raw = gzip.decompress((tmp_path / "shard.00001.mds.gz").read_bytes())
     (tmp_path / "shard.00001.mds").write_bytes(raw)
     assert not open_source(mds.save()).foreign
+
+
+def test_one_thread_at_a_time_reads_from_a_disk_with_one_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for its turn, whatever the block; elsewhere several threads read."""
+    mds = two_shards(tmp_path, compression="gz", compress=gzip.compress).save()
+    for kind in ("hdd", "ssd"):
+        monkeypatch.setenv("IMAGENET_SEQ_DISK", kind)
+        source: Any = open_source(mds)
+        with source.turns, ThreadPoolExecutor(2) as pool:
+            blocks = [pool.submit(source.read_block, number) for number in (0, 1)]
+            done = wait(blocks, timeout=0.2 if kind == "hdd" else 60).done
+            assert len(done) == (0 if kind == "hdd" else 2)
+            if kind == "hdd":
+                source.turns.release()
+                assert [block.result().bytes is not None for block in blocks] == [True, True]
+                source.turns.acquire()
 
 
 def test_pixels_come_as_they_are(tmp_path: Path) -> None:

@@ -452,6 +452,20 @@ def test_what_should_not_last_is_not_kept(data: Data) -> None:
     assert not data.kept
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.int32, np.int64])
+def test_columns_of_a_source_are_kept(data: Data, dtype: type) -> None:
+    files = [str(file) for file in data.files]
+    scanned = Scanned(data.scan().index, {"extra": np.array([7, 100], dtype)})
+    for _ in range(2):
+        found = indexed("test", files[0], files, lambda: scanned, "fail").extra["extra"]
+        assert (list(found), found.dtype) == ([7, 100], dtype)
+
+
+def test_columns_that_could_not_be_read_again_are_refused() -> None:
+    with pytest.raises(TypeError, match="extra column 'x': can't be kept as int8"):
+        Scanned(index_of(2), {"x": np.zeros(2, np.int8)})
+
+
 def test_an_interrupt_leaves_nothing_behind(data: Data, cache: Path) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt

@@ -142,6 +142,18 @@ def test_files_are_told_by_content(tmp_path: Path) -> None:
         find_source(tmp_path / "b.tfrecord")
 
 
+def test_a_shard_may_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "train-00000-of-00002").touch()
+    assert_is_none(tmp_path)
+    write(tmp_path / "train-00001-of-00002", example(tfds(1)))
+    assert list(open_source(tmp_path, "train").index.targets) == [1]
+
+
+def assert_is_none(path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        find_source(path)
+
+
 def test_compressed_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.tfrecord").write_bytes(gzip.compress(framed(example(tfds(3)))))
     with pytest.raises(FileNotFoundError, match=r"gzip'ed TFRecord file.*gunzip it"):

@@ -174,7 +174,9 @@ def test_member_that_lies_about_its_size() -> None:
         walk(with_field(data, 124, b"77777777777\0"))
     with pytest.raises(DataError, match=r"header at offset 1024.*the member before lies about"):
         walk(with_field(data, 124, b"00000000001\0"))
-    with pytest.raises(DataError, match=r"'a.jpg' at offset 0: expected a size, got b'-0000000001"):
+    with pytest.raises(
+        DataError, match=r"'a.jpg' at offset 512: expected a size, got b'-0000000001"
+    ):
         walk(with_field(data, 124, b"-0000000001\0"))
     with pytest.raises(DataError, match="expected a size"):
         walk(with_field(data, 124, b"\xff" * 12))
@@ -216,7 +218,7 @@ def test_bytes_behind_the_end_are_reported() -> None:
 )
 def test_links_and_devices_are_no_files(kind: bytes, what: str) -> None:
     data = tar_bytes([of_type("a.jpg", kind, "../../etc/passwd"), ("b.jpg", b"2")])
-    with pytest.raises(DataError, match=f"'a.jpg' at offset 0: expected a file, got {what}"):
+    with pytest.raises(DataError, match=f"'a.jpg' at offset 512: expected a file, got {what}"):
         walk(data)
     problems = Problems("skip")
     assert [member.name for member in walk(data, problems)] == ["b.jpg"]
@@ -433,8 +435,21 @@ def test_compressed_shard_among_others(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_shard_without_permission(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", shard(1)).chmod(0)
-    with pytest.raises(PermissionError, match=r"a\.tar"):
+    with pytest.raises(OSError, match=r"Permission denied: '.*a\.tar'"):
         open_source(tmp_path, progress=False)
+    write_tar(tmp_path / "b.tar", shard(1)).chmod(0)
+    (tmp_path / "a.tar").chmod(0o600)
+    with pytest.raises(PermissionError, match=r"b\.tar"):
+        open_source(tmp_path, progress=False)
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*a\.tar'"):
+        open_source(tmp_path, progress=False)
+    (tmp_path / "n01").mkdir()
+    (tmp_path / "n01" / "a.jpg").write_bytes(JPEG)
+    assert open_source(tmp_path, progress=False).kind == "imagefolder"
 
 
 @pytest.mark.parametrize("content", [b"", bytes(10240), b"no tar at all" * 100])

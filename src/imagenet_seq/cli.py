@@ -447,7 +447,7 @@ def _info(options: argparse.Namespace) -> int:
     all_facts: dict[str, dict[str, Any]] = {}
     for split, found in _found(options.path, options.split).items():
         source = found.open(how)
-        expected = info.forecast_of(source, found, options.ram, options.ranks, options.measure)
+        expected = info.forecast_of(source, options.ram, options.ranks, options.measure)
         facts = info.facts(source, found, expected)
         if options.shuffle:
             facts.update(_shuffle_facts(source, options))

@@ -143,7 +143,7 @@ def arrange(
 
 
 def _of_foreign(source: Source, wishes: Wishes) -> Reading:
-    """Blocks that Python makes the core neither reads nor keeps; the system may have their files."""
+    """Blocks that Python makes are not read by the core; the system may keep their files."""
     data_bytes = source_bytes(source)
     files = some_files(source.index)
     where = disk_of([*files[:1], source.index.root], wishes.disk)

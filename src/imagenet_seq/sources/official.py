@@ -128,7 +128,7 @@ def split_in(path: str) -> str | None:
         if _VAL_IMAGE.fullmatch(first[0].name):
             return "val"
         return "train" if _CLASS_TAR.fullmatch(first[0].name) else None
-    except DataError:
+    except (DataError, OSError):
         return None
 
 

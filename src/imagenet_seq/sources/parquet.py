@@ -53,7 +53,13 @@ def find(place: Place) -> Found | str | None:
 
 @dataclass(frozen=True, eq=False)
 class _ParquetSource(Source):
-    """Attributes: group: number in its file of each block's row group. column: of the images."""
+    """A source whose blocks are row groups.
+
+    Attributes:
+        group: number in its file of each block's row group.
+        column: of the images.
+        turns: held while reading from a disk with one head.
+    """
 
     group: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     column: str = "image"
@@ -74,8 +80,7 @@ def _opened(path: str, turns: threading.Lock | None = None) -> Iterator[Any]:
 
 
 class _InTurns:
-    """A file of which one thread at a time reads: a row group is one long read, and a disk with one
-    head that goes to and fro between several is slow."""
+    """A file that threads read in turns: several long reads at once are slow on one head."""
 
     def __init__(self, raw: io.FileIO, turns: threading.Lock) -> None:
         self._raw, self._turns = raw, turns

@@ -85,10 +85,11 @@ def find(place: Place) -> Found | str | None:
         return None
     try:
         kind = _kind_of(paths[0])
-    except DataError as error:
+    except (DataError, OSError) as error:  # a link that leads nowhere may lie beside folders
         return str(error) if tars else None
     if kind is None:
-        return f"{paths[0]}: holds no images with labels (.cls, .json, .txt) or in class folders"
+        without = "holds no images with labels (.cls, .json, .txt) or in class folders"
+        return f"{paths[0]}: {without}" if tars else None
     what = "WebDataset shard" if kind == "webdataset" else "tar of class folders,"
     what += f" {os.path.basename(paths[0])}"
     if len(paths) > 1:
