@@ -388,8 +388,8 @@ def _modules() -> tuple[ModuleType, ...]:
 
 
 def _is_ours(name: str) -> bool:
-    """Tell the files in which indexes are kept beside data."""
-    return name.startswith(".imagenet-seq-")
+    """Tell what is made beside data: kept indexes, and LMDB files that are not finished."""
+    return name.startswith(".imagenet-seq-") or name.endswith(".lmdb.partial")
 
 
 def is_split(folder: str) -> bool:
