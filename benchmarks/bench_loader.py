@@ -285,7 +285,11 @@ def measure_source(case: SourceCase) -> dict[str, Any]:
             f"{case.path}: expected the {len(folder.index)} images of the ImageFolder, got "
             f"{len(source.index)}: it was made of others"
         )
-    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "num_workers": case.num_cores}
+    options: dict[str, Any] = {
+        "batch_size": BATCH_SIZE,
+        "num_workers": case.num_cores,
+        "forecast": False,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a sorted source is block-shuffled is what we ask for
         shuffle = "block" if case.split == "train" else False

@@ -43,7 +43,9 @@ def link_photos(folder: Path, num_images: int, destination: Path, copies: bool =
     if len(photos) > num_images:  # of all classes alike
         photos = [photos[i * len(photos) // num_images] for i in range(num_images)]
     for number, photo in zip(range(num_images), itertools.cycle(photos), strict=False):
-        link = destination / photo.parent.name / f"{number:07d}_{photo.name}"
+        # Each time to another class: copies that are decoded one after the other would be cheaper.
+        of_class = photos[(number + number // len(photos)) % len(photos)].parent.name
+        link = destination / of_class / f"{number:07d}_{photo.name}"
         link.parent.mkdir(parents=True, exist_ok=True)
         if copies:
             shutil.copyfile(photo, link)

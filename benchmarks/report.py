@@ -2,10 +2,11 @@
 
     python benchmarks/report.py [--check]
 
-Reads benchmarks/results/decode.json, loader.json and compare.json (`make bench` writes them) and
-read.json (bench_read.py; docs/hard-disk.md says how); what is missing is left out. Replaces what
-stands between the two markers in README.md and docs/hard-disk.md. With --check nothing is written;
-the exit status says whether the pages and the plot are what the results give.
+Reads benchmarks/results/decode.json, loader.json and compare.json (`make bench` writes them),
+sources.json (bench_loader.py --source all) and read.json (bench_read.py; docs/hard-disk.md says
+how); what is missing is left out. Replaces what stands between the two markers in README.md and
+docs/hard-disk.md. With --check nothing is written; the exit status says whether the pages and the
+plot are what the results give.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ COMMANDS = {
     "decode": "bench_decode.py",
     "loader": "bench_loader.py",
     "compare": "compare.py",
+    "sources": "bench_loader.py --source all",
     "read": "bench_read.py --spindle PROGRAM",
 }
 LABELS = {
@@ -120,6 +122,29 @@ def loader_section(result: Row) -> str:
     )
 
 
+def sources_section(result: Row) -> str:
+    """Each kind of source beside the ImageFolder it was made of, as in training."""
+    lines = [
+        [
+            row["kind"],
+            str(row["cores"]),
+            f"{row['source']:,.0f}",
+            f"**{row['ratio']:.0%}** ({row['ratio_least']:.0%} to {row['ratio_greatest']:.0%})",
+            f"{row['cpu_ratio']:.0%}",
+        ]
+        for row in result["rows"]
+        if row["split"] == "train"
+    ]
+    return "\n\n".join(
+        [
+            f"**Sources**, {result['images']} photos in memory, training crop, images/s beside the "
+            "ImageFolder of the same photos; then the ratio of images in a CPU second:",
+            table(["source", "cores", "img/s", "of ImageFolder", "per CPU second"], lines),
+            origin_line("sources", result),
+        ]
+    )
+
+
 def compare_section(result: Row) -> str:
     """Loaders beside each other: a row a loader, a column a case."""
     cases = list(dict.fromkeys((row["cores"], row["dtype"]) for row in result["rows"]))
@@ -160,7 +185,12 @@ def count_cores(number: int) -> str:
 
 def make_section(results: dict[str, Row]) -> str:
     """Return what stands between the markers."""
-    makers = {"decode": decode_section, "compare": compare_section, "loader": loader_section}
+    makers = {
+        "decode": decode_section,
+        "compare": compare_section,
+        "loader": loader_section,
+        "sources": sources_section,
+    }
     sections = [make(results[name]) for name, make in makers.items() if name in results]
     return "\n\n".join(sections)
 

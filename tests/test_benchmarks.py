@@ -102,6 +102,47 @@ def test_a_way_with_other_pixels_is_not_measured(
         bench_decode._native.use_cpu(level)
 
 
+def test_sources_are_compared_with_their_folder_and_unwritable_ones_left_out(
+    make_folder: Callable[..., Path], readme: Path
+) -> None:
+    folder = make_folder(6, num_classes=2) / "train"
+    absent = readme.parent / "absent"
+    absent.mkdir()
+    (absent / "tensorflow.py").write_text("raise ImportError('tensorflow is not here')\n")
+    paths = os.pathsep.join(filter(None, [str(absent), os.environ.get("PYTHONPATH")]))
+    results = readme.parent / "results"
+    compared = run(
+        "bench_loader.py",
+        *(folder, "--source", "pack,tfrecord", "--images", 8, "--rounds", 1, "--cores", 1),
+        *("--json", results / "sources.json", "--allow-dirty"),
+        PYTHONPATH=paths,
+    )
+    assert compared.returncode == 0, compared.stderr
+    assert "tfrecord     left out: tensorflow is not here" in compared.stdout
+    rows = json.loads((results / "sources.json").read_text())["rows"]
+    assert [(row["kind"], row["split"]) for row in rows] == [("pack", "val"), ("pack", "train")]
+    assert all(row["source"] > 0 and row["folder"] > 0 for row in rows)
+    assert report(readme, results).returncode == 0
+    assert "| source | cores | img/s | of ImageFolder |" in readme.read_text()
+
+
+def test_a_source_of_other_images_is_not_compared(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_folder(6, num_classes=2) / "train"
+    made = ("bench_loader.py", folder, "--source", "pack", "--made", tmp_path, "--allow-dirty")
+    assert run(*made, "--images", 8, "--rounds", 1, "--cores", 1).returncode == 0
+    refused = run(*made, "--images", 7, "--rounds", 1, "--cores", 1)
+    assert refused.returncode != 0
+    assert "expected the 7 images of the ImageFolder, got 8" in refused.stderr
+
+
+def test_an_unknown_source_is_refused() -> None:
+    refused = run("bench_loader.py", "--source", "pack,floppy")
+    assert refused.returncode == 2
+    assert "got {'floppy'}" in refused.stderr
+
+
 def test_loaders_are_compared_and_missing_ones_skipped(
     make_folder: Callable[..., Path], readme: Path
 ) -> None:

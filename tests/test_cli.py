@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,9 +12,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from imagenet_seq import _native, cli, disk, read
+from imagenet_seq import _native, cli, disk, info, read
+from imagenet_seq.index import Index, Names
+from imagenet_seq.sources import Block, Found, Source
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def test_pack_then_info_then_verify(
     assert "strip True" in text
 
     assert cli.main(["verify", destination, "--against", str(root)]) == 0
-    assert f"12 samples, 12 compared with {root}/train: sound" in capsys.readouterr().out
+    assert f"12 samples, 12 compared with {root}: sound" in capsys.readouterr().out
 
 
 def test_info_says_whose_huffman_tables_images_have(
@@ -69,16 +76,134 @@ def test_info_says_whose_huffman_tables_images_have(
         assert f"tables {tables}" in text
 
 
+def info_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.main(["info", *arguments, "--json"]) == 0
+    facts: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return facts
+
+
 def test_info_of_a_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info", str(root / "train"), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    files = sorted((root / "train").rglob("*.jpg"))
+    sizes = [Image.open(io.BytesIO(file.read_bytes())).size for file in files]
+    num_bytes = sum(file.stat().st_size for file in files)
+    facts = info_of(capsys, str(root / "train"))
     assert facts.pop("forecast")["num_samples"] == 12
+    texts = {key: facts.pop(key) for key in ("reading", "training_shuffle", "packing")}
     assert facts == {
         "path": str(root / "train"),
         "kind": "imagefolder",
+        "found": "an ImageFolder with 3 class folders",
         "samples": 12,
         "classes": 3,
+        "bytes": num_bytes,
+        "mean_image_bytes": round(num_bytes / 12),
+        "mean_width_px": pytest.approx(np.mean(sizes, axis=0)[0], abs=0.06),
+        "mean_height_px": pytest.approx(np.mean(sizes, axis=0)[1], abs=0.06),
+        "sampled_images": 12,
+        "jpegs_among_them": 12,
+        "order": "class by class",
+        "notes": [],
     }
+    assert texts["reading"].startswith("files one by one")
+    assert texts["training_shuffle"].startswith("uniform: samples are not known to lie in random")
+    assert len(texts["packing"]) == 3
+    assert cli.main(["info", str(root / "train")]) == 0
+    out = capsys.readouterr().out
+    assert f"mean width px:       {facts['mean_width_px']} (of 12 samples)\n" in out
+    assert "notes:" not in out
+
+
+def test_info_shows_both_splits_wherever_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = info_of(capsys, str(FIXTURES / "kaggle"))
+    assert {split: (of["kind"], of["samples"]) for split, of in facts.items()} == {
+        "train": ("imagefolder", 20),
+        "val": ("flat", 10),
+    }
+    assert cli.main(["info", str(FIXTURES / "kaggle")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("training, as far as the disk allows it:") == 2
+    assert "\n\npath: " in out
+    facts = info_of(capsys, str(FIXTURES / "kaggle"), "--split", "val")
+    assert facts["kind"] == "flat"
+    facts = info_of(capsys, str(FIXTURES / "images"))
+    assert facts["val"]["classes"] == 5
+
+
+def test_info_shows_notes_of_a_source(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data" / "empty").mkdir(parents=True)
+    (tmp_path / "data" / "full").symlink_to(root / "train" / "class_000")
+    assert cli.main(["info", str(tmp_path / "data")]) == 1
+    assert "--on-error skip" in capsys.readouterr().err
+    (note,) = info_of(capsys, str(tmp_path / "data"), "--on-error", "skip")["notes"]
+    assert note.endswith("these class folders have no images: empty")
+
+
+def test_info_says_what_packing_brings(
+    root: Path,
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IMAGENET_SEQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("IMAGENET_SEQ_DISK", "hdd")
+    folder = str(root / "train")
+    unknown = info_of(capsys, folder, "--ram", "0")
+    assert unknown["packing"][0].startswith(
+        "an epoch would take the disk 1 instead of 24 seeks; it"
+    )
+    measured = disk.Speed(100.0, 10.0, date.today().isoformat())
+    monkeypatch.setattr(disk, "measure", lambda files, seed: measured)
+    monkeypatch.setattr(read, "MEASURED_BYTES", 0)
+    known = info_of(capsys, folder, "--ram", "0")
+    now, then = (
+        60 * of["minutes"]
+        for of in (
+            known["forecast"]["later_epochs"],
+            known["forecast"]["choices"][0]["later_epochs"],
+        )
+    )
+    assert now > 5 * then
+    size = f"{known['bytes'] / 1e3:.1f} KB"
+    assert (
+        known["packing"][0] == f"an epoch would read {size} in {then:.1f} s instead of {now:.1f} s"
+    )
+    in_memory = info_of(capsys, folder)["packing"][0]
+    assert in_memory.startswith("the first epoch, the only one that reads the disk, would read")
+    assert "about twice as fast" in known["packing"][1]
+    pack = info_of(capsys, str(packed / "train"))
+    assert "packing" not in pack
+    assert (pack["sampled_images"], pack["training_shuffle"][:6]) == (12, "block:")
+
+
+class Unpacked(Source):
+    """A foreign source of two blocks of two images, of which one is a PNG and one none at all."""
+
+    def read_block(self, number: int) -> Block:
+        images = [io.BytesIO() for _ in range(2)]
+        Image.new("RGB", (30, 20)).save(images[0], "PNG" if number else "JPEG")
+        images[1].write(b"nothing")
+        parts = [image.getvalue() for image in images]
+        lengths = np.array([len(part) for part in parts])
+        bytes_ = np.frombuffer(b"".join(parts), np.uint8)
+        return Block(bytes_, np.array([0, lengths[0]]), lengths)
+
+
+def test_info_reads_headers_of_foreign_blocks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(1000))
+    index = Index(
+        [0, 0, 1, 1], [0, 1, 0, 1], Names.from_strings("abcd"), str(tmp_path),
+        Names.from_strings(["file", "file"]), ("x",), length=[5, 5, 5, 5], label=[0] * 4,
+    )  # fmt: skip
+    source = Unpacked("numbers", index, foreign=True)
+    found = Found("numbers", "numbers", lambda how: source, [str(tmp_path / "file")])
+    facts = info.facts(source, found, info.forecast_of(source, "0", 1, measure=False))
+    assert (facts["bytes"], facts["mean_image_bytes"]) == (1000, 5)
+    assert (facts["mean_width_px"], facts["mean_height_px"]) == (30, 20)
+    assert (facts["sampled_images"], facts["jpegs_among_them"]) == (2, 1)
+    assert "Every image costs a whole block" in facts["training_shuffle"]
 
 
 def test_info_forecasts_training(

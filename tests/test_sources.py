@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures import make
 from PIL import Image
 from same_images import (
@@ -17,21 +18,24 @@ from same_images import (
     FIXTURES,
     SOURCES,
     Case,
+    Row,
     case_of,
     epoch_of,
     in_any_order,
     num_samples,
     resumed_epoch_of,
     rgb,
-)  # fmt: skip
+)
 
-NUMBERED = ("lmdb", "tensorpack", "ffcv", "mds", "webdataset_variants/jpeg_txt_number")
+import imagenet_seq.data
+from imagenet_seq.loader import ImagenetLoader, Loader
+from imagenet_seq.pack import pack
+from imagenet_seq.sources import Source, open_source
+
+NUMBERED = ("flat", "lmdb", "tensorpack", "ffcv", "mds", "webdataset_variants/jpeg_txt_number")
 """Formats that have labels and no names for them."""
-WORDED = ("parquet", "hf_")
-"""Formats whose names of classes are words."""
 
 IMAGES = FIXTURES / "images"
-
 pytestmark = pytest.mark.filterwarnings("ignore::imagenet_seq.loader.LoaderNote")
 
 
@@ -56,8 +60,6 @@ def expected_classes(case: Case) -> list[str]:
     wnids, labels = case.reference.index.classes, set(case.reference.index.targets)
     if case.place.startswith(NUMBERED):
         return [str(label) for label in range(max(labels) + 1)]
-    if case.place.startswith(WORDED):
-        return list(map(make.words_of, wnids))
     return [wnid if label in labels else str(label) for label, wnid in enumerate(wnids)]
 
 
@@ -115,3 +117,55 @@ def test_two_ranks_together_see_every_sample_once(case: Case) -> None:
     whole = epoch_of(case.reference_loader(CENTRE, shuffle=False))
     assert len(halves[0]) == len(halves[1])
     assert in_any_order(halves[0] + halves[1]) == in_any_order(whole)
+
+
+def by_key(source: Source, loader: Loader) -> dict[str, Row]:
+    """Label and pixels of each sample under its name without the extension."""
+    rows = (row for batch in epoch_of(loader) for row in batch)
+    names = (str(Path(name).with_suffix("")) for name in source.index.name)
+    return dict(zip(names, rows, strict=True))
+
+
+def test_a_pack_of_it_has_the_same_samples(case: Case, tmp_path: Path) -> None:
+    pack(FIXTURES / case.place, tmp_path, splits=[case.split], num_workers=2, progress=False)
+    packed = open_source(tmp_path, case.split)
+    assert packed.kind == "pack"
+    assert packed.index.classes == case.source.index.classes
+    loader = Loader(packed, case.split, CENTRE, batch_size=3, shuffle=False)
+    expected = by_key(case.source, case.loader(CENTRE, shuffle=False))
+    assert by_key(packed, loader) == expected
+    assert len(expected) == len(case.source.index)
+
+
+# ---- the original project's ways to say it -------------------------------------------------------
+
+
+@pytest.fixture(params=["msgpack", "pickle", "pyarrow"])
+def lmdbs(request: pytest.FixtureRequest) -> Path:
+    """A folder with ILSVRC-train.lmdb and ILSVRC-val.lmdb, as tensorpack wrote them."""
+    return FIXTURES / "tensorpack" / request.param
+
+
+def test_the_first_versions_line(lmdbs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGENET", str(lmdbs))
+    loader = imagenet_seq.data.Loader("train", batch_size=6, num_workers=2)
+    images, target = next(iter(loader))
+    assert images.shape == (6, 3, 224, 224)
+    assert images.dtype == torch.float32
+    assert target.dtype == torch.int64
+    # The original dropped what does not fill a batch.
+    assert [len(target) for _, target in loader] == [6, 6, 6, 2]
+    labels = [int(label) for _, target in ImagenetLoader("val", batch_size=4) for label in target]
+    assert sorted(labels) == sorted(sample.label for sample in make.by_class(IMAGES, "val"))
+
+
+def test_the_last_versions_line(lmdbs: Path) -> None:
+    arguments = {"batch_size": 3, "num_workers": 2, "shuffle": True, "cache": 50_000}
+    loader = ImagenetLoader(str(lmdbs), "train", CROPS, **arguments)
+    first, second = epoch_of(loader), epoch_of(loader)
+    assert first != second
+    assert [label for label, _ in in_any_order(first)] == [i // 4 for i in range(20)]
+    dropping = ImagenetLoader(str(lmdbs), "train", CROPS, drop_last=True, **arguments)
+    assert [len(batch) for batch in epoch_of(dropping)] == 6 * [3]
+    loader.set_epoch(0)
+    assert epoch_of(loader) == first

@@ -6,24 +6,31 @@ Nothing here imports torch but `pack --max-side`, whose forecast decodes some im
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, get_args
 
 from imagenet_seq import __version__
 from imagenet_seq.errors import ImagenetSeqError
 from imagenet_seq.ram import UNITS
-from imagenet_seq.sources import SPLITS, Source, open_source
+from imagenet_seq.sources import (
+    SPLITS,
+    Found,
+    Opening,
+    Source,
+    SplitNeededError,
+    find_source,
+)
 from imagenet_seq.sources import pack as layout
+from imagenet_seq.sources.scan import OnError
 
 if TYPE_CHECKING:
-    from imagenet_seq.forecast import Forecast
     from imagenet_seq.shrink import Shrink
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -92,15 +99,20 @@ def _add_pack(commands: Any) -> None:
         commands,
         "pack",
         _pack,
-        "make a pack of a folder of class folders; run again, it continues where it stopped",
+        "make a pack of a data set of any format; run again, it continues where it stopped",
         "  imagenet-seq pack /data/imagenet /disk/imagenet-pack          # its train/ and val/\n"
-        "  imagenet-seq pack /data/imagenet/train /disk/train-pack\n"
+        "  imagenet-seq pack '/data/imagenet1k-train-{0000..1023}.tar' /disk/train-pack\n"
         "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n"
         "  imagenet-seq pack /data/imagenet /disk/small --max-side 500   # half the bytes; lossy\n"
+        "  imagenet-seq pack /data/imagenet /disk/in100 --classes imagenet100.txt   # a subset\n"
         "  imagenet-seq pack --reshuffle /disk/pack /disk/pack2          # another order\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
-    command.add_argument("source", help="class folders, or a folder with train/ and/or val/")
+    command.add_argument(
+        "source",
+        help="class folders, the official archives, WebDataset, TFRecord, Parquet, LMDB, ...: a "
+        "folder, a file, a pattern of files, or a folder with both splits",
+    )
     command.add_argument("destination", help="the pack to make, outside SOURCE")
     command.add_argument(
         "--reshuffle",
@@ -114,6 +126,7 @@ def _add_pack(commands: Any) -> None:
         help="of the permutation (default 0; with --reshuffle, the next after the pack's)",
     )
     _add_settings(command)
+    _add_selection(command)
     _add_shrink(command)
     command.add_argument(
         "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
@@ -175,6 +188,44 @@ def _add_settings(command: Any) -> None:
     )
 
 
+def _add_selection(command: Any) -> None:
+    group = command.add_argument_group(
+        "subsets",
+        "Labels of the chosen classes are 0, 1, ... in the order that these have in SOURCE.\n"
+        "Patterns are as in a shell; several in one argument are separated by commas.",
+    )
+    group.add_argument(
+        "--include", action="append", type=_names, metavar="GLOB", help="pack only these classes"
+    )
+    group.add_argument(
+        "--exclude", action="append", type=_names, metavar="GLOB", help="leave these classes out"
+    )
+    group.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="pack only the classes that FILE names, one in a line; words behind a name are "
+        "ignored, # begins a comment",
+    )
+    group.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="pack at most N images of each class: always the same ones, chosen by a hash of their "
+        "names",
+    )
+
+
+def _selection(options: argparse.Namespace) -> dict[str, Any]:
+    from imagenet_seq.origin import read_classes
+
+    return {
+        "include": list(itertools.chain(*options.include or ())),
+        "exclude": list(itertools.chain(*options.exclude or ())),
+        "classes": read_classes(options.classes) if options.classes else None,
+        "limit": options.limit,
+    }
+
+
 def _add_shrink(command: Any) -> None:
     group = command.add_argument_group(
         "smaller copies",
@@ -208,7 +259,7 @@ def _shrink(options: argparse.Namespace) -> Shrink | None:
 
 _FOR_RECODING = (
     "keep_bytes", "strip", "on_error", "shard_size", "restart_interval", "tables", "max_side",
-    "quality", "subsampling",
+    "quality", "subsampling", "include", "exclude", "classes", "limit",
 )  # fmt: skip
 
 
@@ -239,6 +290,7 @@ def _pack(options: argparse.Namespace) -> int:
             options.destination,
             settings=Settings(**settings, shrink=_shrink(options)),
             on_error=given.get("on_error", "fail"),
+            **_selection(options),
             **common,
         )
     for summary in summaries.values():
@@ -254,6 +306,8 @@ def _pack(options: argparse.Namespace) -> int:
             f"  {shrunk}{summary.num_canonical - summary.num_shrunk} re-coded losslessly, "
             f"{summary.num_as_is} stored as they are"
         )
+        for note in summary.notes:
+            print(f"  {note}")
         if summary.failures:
             kept = sum(failure.kept for failure in summary.failures)
             print(
@@ -281,22 +335,29 @@ def _add_info(commands: Any) -> None:
         commands,
         "info",
         _info,
-        "say what a pack or a folder of class folders is, and how fast its disk allows training",
+        "say what a data set is, how it is read, what packing would bring, how fast its disk is",
         "  imagenet-seq info /disk/imagenet-pack --split train\n"
         "  imagenet-seq info /disk/imagenet-pack --split train --ram 64GB --ranks 8\n"
         "  imagenet-seq info /disk/train-pack --json\n"
+        "  imagenet-seq info '/data/imagenet1k-train-{0000..1023}.tar'\n"
         "  imagenet-seq info /disk/train-pack --shuffle    # is it as good as a uniform one?\n",
     )
-    command.add_argument("path", help="a pack, class folders, or a folder with train/ and val/")
+    command.add_argument("path", help="a folder, file or pattern of files: see docs/sources.md")
     command.add_argument("--split", choices=SPLITS, help="which split of a folder with both")
+    command.add_argument(
+        "--on-error",
+        choices=get_args(OnError),
+        default="fail",
+        help="samples that can't be indexed: stop and name the first (default), or leave them out",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument(
         "--ranks", type=_positive, default=1, metavar="N", help="that train (default 1)"
     )
     group = command.add_argument_group(
         "forecast",
-        "No image is decoded. The speed of a disk is measured once in 30 days, where the data is\n"
-        "2 GB or more: parts of some files are read for a second.",
+        "No image is decoded; of 200 the header is read. The speed of a disk is measured once in\n"
+        "30 days, where the data is 2 GB or more: parts of some files are read for a second.",
     )
     group.add_argument(
         "--ram",
@@ -311,102 +372,40 @@ def _add_info(commands: Any) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    folders = [os.path.join(options.path, split) for split in SPLITS]
-    both = options.split is None and all(map(os.path.isdir, folders))
-    splits = SPLITS if both else (options.split,)
-    sources = [open_source(options.path, split, progress=not options.json) for split in splits]
-    all_facts = [_facts(source) for source in sources]
-    forecasts = [_forecast(source, options) for source in sources]
-    if options.shuffle:
-        for source, facts in zip(sources, all_facts, strict=True):
+    from imagenet_seq import info
+
+    how = Opening(options.on_error, progress=not options.json)
+    all_facts: dict[str, dict[str, Any]] = {}
+    for split, found in _found(options.path, options.split).items():
+        source = found.open(how)
+        expected = info.forecast_of(source, options.ram, options.ranks, options.measure)
+        facts = info.facts(source, found, expected)
+        if options.shuffle:
             facts.update(_shuffle_facts(source, options))
-    if options.json:
-        for facts, expected in zip(all_facts, forecasts, strict=True):
+        if options.json:
             facts["forecast"] = expected.to_dict()
-        facts = dict(zip(SPLITS, all_facts, strict=True)) if both else all_facts[0]
-        print(json.dumps(facts, indent=1))
-        return EXIT_OK
-    for number, (facts, expected) in enumerate(zip(all_facts, forecasts, strict=True)):
-        if number:
-            print()
-        for name, value in facts.items():
-            listed = isinstance(value, dict)
-            text = ", ".join(f"{k} {v}" for k, v in value.items()) if listed else value
-            print(f"{name.replace('_', ' ') + ':':20} {text}")
-        print(f"\ntraining, as far as the disk allows it:\n{expected.text()}")
+        else:
+            print("\n" * bool(all_facts) + info.text(facts))
+            print(f"\ntraining, as far as the disk allows it:\n{expected.text()}")
+        all_facts[split] = facts
+    if options.json:
+        only = next(iter(all_facts.values())) if len(all_facts) == 1 else None
+        print(json.dumps(only or all_facts, indent=1))
     return EXIT_OK
 
 
-def _facts(source: Source) -> dict[str, Any]:
-    index = source.index
-    facts: dict[str, Any] = {
-        "path": index.root,
-        "kind": source.kind,
-        "samples": len(index),
-        "classes": len(index.classes),
-    }
-    if source.kind == "pack":
-        facts.update(_pack_facts(layout.read_pack(index.root)))
-    return facts
-
-
-def _forecast(source: Source, options: argparse.Namespace) -> Forecast:
-    """Forecast training as a Loader with its defaults would read the source."""
-    from imagenet_seq import disk, ram, read
-    from imagenet_seq.forecast import Job, forecast
-
-    index = source.index
-    data_bytes = read.source_bytes(source)
-    files = read.some_files(index)
-    where = read.disk_of([*files[:1], index.root], "auto")
-    is_measured = options.measure and data_bytes >= read.MEASURED_BYTES
-    speed = disk.speed_of(where, files if is_measured else [])
-    where = disk.effective(where, speed)
-    budget = ram.budget(options.ram, data_bytes)
-    unpacked = "window" if where.has_one_head else "files"
-    return forecast(
-        Job(
-            name=os.path.basename(os.path.abspath(index.root)),
-            kind=source.kind,
-            num_samples=len(index),
-            data_bytes=data_bytes,
-            order="blocks" if source.permuted else unpacked,
-            disk=where,
-            speed=speed,
-            kept_bytes=budget.kept_bytes,
-            page_cache=budget.page_cache,
-            num_readers=read.num_readers(where, in_blocks=source.permuted),
-            num_ranks=options.ranks,
-            is_estimate=index.length is None,
-        )
-    )
-
-
-def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
-    rows = pack.rows
-    sized = rows[(rows["width"] > 0) & (rows["height"] > 0)]
-    facts = {
-        "shards": len(pack.shard_bytes),
-        "bytes": int(pack.shard_bytes.sum()),
-        "mean_image_bytes": round(float(rows["length"].mean())),
-        "format_version": pack.about["format_version"],
-        "made_by": pack.about.get("created_by"),
-        "settings": pack.about.get("settings"),
-        "huffman_tables": _tables_fact(pack),
-        "source": pack.about.get("source"),
-        "counts": pack.about.get("counts"),
-    }
-    if len(sized):
-        facts["mean_width_px"] = round(float(np.mean(sized["width"])), 1)
-        facts["mean_height_px"] = round(float(np.mean(sized["height"])), 1)
-    return facts
-
-
-def _tables_fact(pack: layout.Pack) -> str:
-    described = layout.describe_tables(pack.tables)
-    if described is None:
-        return "each image's own"
-    return f"chosen for the pack (CRC-32C {described['crc32c']})"
+def _found(path: str, split: str | None) -> dict[str, Found]:
+    """Return what lies at a path: with both splits there and none asked for, both."""
+    try:
+        return {split or "": find_source(path, split)}
+    except SplitNeededError:
+        found = {}
+        for name in SPLITS:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = find_source(path, name)
+        if not found:
+            raise
+        return found
 
 
 def _add_shuffle(command: Any) -> None:
@@ -466,10 +465,8 @@ def _verify(options: argparse.Namespace) -> int:
     for split in found or [""]:
         folder = os.path.join(options.pack, split) if split else options.pack
         against = options.against
-        if against and split and os.path.isdir(os.path.join(against, split)):
-            against = os.path.join(against, split)
         layout.refuse_unfinished(folder)
-        report = verify(folder, against, num_workers=options.workers)
+        report = verify(folder, against, split=split or None, num_workers=options.workers)
         for problem in report.problems[: options.problems]:
             print(problem)
         if len(report.problems) > options.problems:
@@ -505,6 +502,10 @@ def _size(text: str) -> int:
     if not match or unit is None or float(match[1]) * unit < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 1GB or 512MiB, got {text!r}")
     return int(float(match[1]) * unit)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _splits(text: str) -> tuple[str, ...]:

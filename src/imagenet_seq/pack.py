@@ -10,6 +10,9 @@ byte-identical from any disk order, number of threads or restarts. A disk is not
    would not fit in memory; groups are dealt once more).
 3. **finish**: read each shard's scratch whole, put its samples in order in memory, write the shard.
 
+Large files that must be read to index them are dealt on the way (`_Passing`), so that they are read
+once; what is left of the deal is then what an interrupted run leaves.
+
 Everything happens in DESTINATION.partial; the last step is a rename, so a pack is whole or absent.
 A journal of what has been dealt lets a second run continue where a killed one stopped.
 """
@@ -44,7 +47,7 @@ from imagenet_seq.disk import choose_disk
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Index, Names
 from imagenet_seq.io_log import NO_LOG, IoLog
-from imagenet_seq.origin import Folder, LargeFiles, Origin, Packed, known_bytes
+from imagenet_seq.origin import Folder, LargeFiles, Origin, Packed, Selection, known_bytes
 from imagenet_seq.recode import Refused, Settings, encode, keep_damaged
 from imagenet_seq.scratch import (
     DEALT,
@@ -142,6 +145,10 @@ def pack(
     destination: str | os.PathLike[str],
     *,
     settings: Settings | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
     on_error: OnError = "fail",
     splits: Sequence[str] | None = None,
     num_workers: int | None = None,
@@ -158,6 +165,11 @@ def pack(
         source: a folder of class folders, a file, a pattern of files, or a folder with both splits.
         destination: the pack to make; of a root, the folder for destination/train and so on.
         settings: what the pack is to be like; None: the defaults.
+        include: patterns of class names, as in a shell, to pack only these.
+        exclude: patterns of class names to leave out.
+        classes: names of classes to pack only these. What is chosen has the labels 0, 1, ... in the
+            order that the classes have in the source.
+        limit: samples of each class to pack, at most; a hash of their names chooses them.
         on_error: what to do with an image that cannot be read or decoded. "fail" deals all others
             and then stops, naming them; "skip" leaves them out, as well as what can't be indexed;
             "keep" stores their bytes as they are.
@@ -179,12 +191,14 @@ def pack(
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error: expected one of {get_args(OnError)}, got {on_error!r}")
     kept = settings or Settings()
+    names = None if classes is None else tuple(classes)
+    selection = Selection(tuple(include), tuple(exclude), names, limit)
 
     def prepare(found: Found, log: IoLog) -> Origin | LargeFiles:
         indexing: scan.OnError = "skip" if on_error == "skip" else "fail"
         if found.files:
-            return LargeFiles(found, kept, log, indexing, progress)
-        return Folder(found.open(Opening(indexing, progress)), kept, log, progress)
+            return LargeFiles(found, kept, selection, log, indexing, progress)
+        return Folder(found.open(Opening(indexing, progress)), kept, selection, log, progress)
 
     options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
     return _pack_all(source, destination, splits, io_log, prepare, options)
@@ -333,20 +347,20 @@ class _RunOptions(NamedTuple):
         )  # fmt: skip
 
 
-def _pack_one(origin: Origin | LargeFiles, destination: str, options: _RunOptions) -> Summary:
+def _pack_one(source: Origin | LargeFiles, destination: str, options: _RunOptions) -> Summary:
     partial = destination + layout.PARTIAL_SUFFIX
-    if isinstance(origin, LargeFiles):
-        origin = origin.open()
-    plan = _Plan.make(origin, options)
     if os.path.lexists(destination):
-        summary = _finished_before(destination, plan, options.on_error)
+        summary = _finished_before(destination, _Plan.make(_opened(source), options), options)
         _clear_scrap(partial)
         return summary
     with _clear_errors(partial), _claim(partial), _quiet_pillow():
         if os.path.lexists(destination):  # another process finished it just before we got the lock
-            summary = _finished_before(destination, plan, options.on_error)
+            summary = _finished_before(destination, _Plan.make(_opened(source), options), options)
             _delete_scrap(partial)
             return summary
+        if isinstance(source, LargeFiles):
+            source = _deal_while_indexing(source, partial, options)
+        plan = _Plan.make(source, options)
         agreed = _agree_on_plan(partial, plan, options)
         if plan.forecast and plan.settings.shrink and options.progress:
             text = plan.forecast.text(plan.settings.shrink, plan.source_bytes)
@@ -355,7 +369,11 @@ def _pack_one(origin: Origin | LargeFiles, destination: str, options: _RunOption
         workshop.deal()
         workshop.finish_shards()
         workshop.finish_pack(destination)
-    return dataclasses.replace(summary_of(destination), notes=origin.notes)
+    return dataclasses.replace(summary_of(destination), notes=source.notes)
+
+
+def _opened(source: Origin | LargeFiles) -> Origin:
+    return source.open() if isinstance(source, LargeFiles) else source
 
 
 def summary_of(folder: str) -> Summary:
@@ -376,7 +394,7 @@ def summary_of(folder: str) -> Summary:
     )
 
 
-def _finished_before(destination: str, plan: _Plan, on_error: OnError | None) -> Summary:
+def _finished_before(destination: str, plan: _Plan, options: _RunOptions) -> Summary:
     """Accept a pack that the same command made before; refuse everything else that is there."""
     summary, differences = None, ""
     with contextlib.suppress(DataError, OSError):
@@ -393,12 +411,12 @@ def _finished_before(destination: str, plan: _Plan, on_error: OnError | None) ->
             f"these settings.{differences}\nNothing was changed: name another destination, or "
             "delete it first"
         )
-    if not _fits_policy(on_error, [failure.kept for failure in summary.failures]):
+    if not _fits_policy(options.on_error, [failure.kept for failure in summary.failures]):
         kept = sum(failure.kept for failure in summary.failures)
         raise PackError(
             f"{destination}: exists already, with {kept} damaged samples kept and "
-            f"{len(summary.failures) - kept} left out, which --on-error {on_error} would not do. "
-            "Nothing was changed: name another destination, or delete it first"
+            f"{len(summary.failures) - kept} left out, which --on-error {options.on_error} would "
+            "not do. Nothing was changed: name another destination, or delete it first"
         )
     return dataclasses.replace(summary, notes=plan.origin.notes, was_complete=True)
 
@@ -534,28 +552,77 @@ def _remove_empty(folder: str) -> None:
             raise
 
 
+class _Cut(NamedTuple):
+    """How samples are dealt to shards, and the tables that they are re-coded with.
+
+    Attributes:
+        num_shards: shards of the pack.
+        shards_per_bucket: shards that share a scratch file in the first round of dealing.
+        tables: Huffman tables of the pack; None: not chosen yet, or each image has its own.
+    """
+
+    num_shards: int
+    shards_per_bucket: int
+    tables: bytes | None
+
+    @classmethod
+    def of(
+        cls,
+        source_bytes: int,
+        settings: Settings,
+        options: _RunOptions,
+        most_shards: int = sys.maxsize,
+    ) -> _Cut:
+        num_shards = max(1, min(most_shards, -(-source_bytes // settings.shard_bytes)))
+        most_buckets = max(1, options.memory_bytes // _MIN_BUFFER_BYTES)
+        return cls(num_shards, -(-num_shards // most_buckets), None)
+
+    @property
+    def num_buckets(self) -> int:
+        return -(-self.num_shards // self.shards_per_bucket)
+
+
 def _agree_on_plan(partial: str, plan: _Plan, options: _RunOptions) -> _Plan:
     """Compare with the run that is to be continued, and take over its tables and how it cut shards.
 
     Raises:
         PackError: naming each difference.
     """
+
+    def check_space(cut: _Cut) -> None:
+        tar_bytes = _TAR_BYTES * len(plan.index)
+        _check_space(partial, plan.source_bytes, plan.image_bytes, tar_bytes, cut)
+
+    def choose_tables() -> bytes | None:
+        return _choose_tables(partial, plan, options)
+
+    return dataclasses.replace(
+        plan, cut=_agree(partial, plan.describe(), plan.cut, check_space, choose_tables)
+    )
+
+
+def _agree(
+    partial: str,
+    now: dict[str, Any],
+    cut: _Cut,
+    check_space: Callable[[_Cut], None],
+    choose_tables: Callable[[], bytes | None],
+) -> _Cut:
+    """Begin a packing that is described by `now`, or continue it as it was begun."""
     path = os.path.join(partial, layout.SETTINGS_FILE)
-    now = plan.describe()
     try:
         with open(path, "rb") as file:
             before = json.load(file)
     except FileNotFoundError:
-        _check_space(partial, plan)
-        plan = dataclasses.replace(plan, tables=_choose_tables(partial, plan, options))
-        chosen = {
-            "num_shards": plan.num_shards,
-            "shards_per_bucket": plan.shards_per_bucket,
-            "huffman_tables": layout.describe_tables(plan.tables),
-        }
-        write_whole(path, json.dumps({**now, **chosen}, indent=1).encode())
-        sync(partial)
-        return plan
+        check_space(cut)
+        cut = cut._replace(tables=choose_tables())
+        _write_settings(path, now, cut)
+        return cut
+    was_indexed = before.get("source_id") is not None
+    if not was_indexed:
+        before = {**before, "source_id": now["source_id"]}
+    elif now["source_id"] is None:
+        now = {**now, "source_id": before["source_id"]}
     differences = _differences(before, now)
     if differences:
         raise PackError(
@@ -563,23 +630,36 @@ def _agree_on_plan(partial: str, plan: _Plan, options: _RunOptions) -> _Plan:
             f"{differences}\nRun the command with the former settings to continue it, or delete "
             "that folder to begin again"
         )
-    if before["num_shards"] != plan.num_shards:
+    if before["num_shards"] != cut.num_shards:
         # The number of shards follows from the source's bytes, and decides where all samples go.
         raise PackError(
-            f"{partial}: the source changed since the interrupted run: its "
-            f"{_megabytes(plan.source_bytes)} now make {plan.num_shards} shards, "
-            f"{before['num_shards']} before: delete that folder and run again"
+            f"{partial}: the source changed since the interrupted run: it now makes "
+            f"{cut.num_shards} shards, {before['num_shards']} before: delete that folder and run "
+            "again"
         )
     # How scratch is grouped follows from the memory allowed and does not show in the pack.
-    plan = dataclasses.replace(plan, shards_per_bucket=before["shards_per_bucket"])
+    cut = cut._replace(shards_per_bucket=before["shards_per_bucket"])
     try:
-        plan = dataclasses.replace(plan, tables=layout.parse_tables(before["huffman_tables"]))
+        cut = cut._replace(tables=layout.parse_tables(before["huffman_tables"]))
     except (KeyError, ValueError) as error:
         raise PackError(
             f"{path}: 'huffman_tables': {error}: delete the folder {partial} to begin again"
         ) from error
-    _check_space(partial, plan)
-    return plan
+    check_space(cut)
+    if not was_indexed:
+        _write_settings(path, now, cut)
+    return cut
+
+
+def _write_settings(path: str, now: dict[str, Any], cut: _Cut) -> None:
+    chosen = {
+        "num_shards": cut.num_shards,
+        "shards_per_bucket": cut.shards_per_bucket,
+        "huffman_tables": layout.describe_tables(cut.tables),
+    }
+    content = {**now, **chosen}
+    write_whole(path, json.dumps(content, indent=1).encode())
+    sync(os.path.dirname(path))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -590,12 +670,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def _check_space(partial: str, plan: _Plan) -> None:
+def _check_space(
+    partial: str, source_bytes: int, image_bytes: int, tar_bytes: int, cut: _Cut
+) -> None:
     """Refuse to begin where the scratch and the shards cannot fit."""
-    image_bytes = plan.image_bytes
-    shard_bytes = image_bytes // plan.num_shards
-    at_once = shard_bytes * (1 if plan.shards_per_bucket == 1 else plan.shards_per_bucket + 1)
-    tar_bytes = _TAR_BYTES * len(plan.index)
+    shard_bytes = image_bytes // cut.num_shards
+    at_once = shard_bytes * (1 if cut.shards_per_bucket == 1 else cut.shards_per_bucket + 1)
     needed = image_bytes * (1 + _SPACE_MARGIN) + tar_bytes + at_once
     present = sum(
         _allocated_bytes(os.path.join(folder, name))
@@ -605,7 +685,7 @@ def _check_space(partial: str, plan: _Plan) -> None:
     free = shutil.disk_usage(partial).free
     if needed - present > free:
         raise PackError(
-            f"{partial}: not enough room: packing {_megabytes(plan.source_bytes)} of images takes "
+            f"{partial}: not enough room: packing {_megabytes(source_bytes)} of images takes "
             f"{_megabytes(needed)} while it runs, {_megabytes(present)} are there already, and the "
             f"disk has {_megabytes(free)} free: make room for {_megabytes(needed - present - free)}"
         )
@@ -618,22 +698,19 @@ def _allocated_bytes(path: str) -> int:
 
 
 def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | None:
-    """Fit Huffman tables to the first samples of the pack, if there must be some and are none yet.
+    """Fit Huffman tables to some of the images, if there must be some and are none yet.
 
     Raises:
         PackError: where so many of them cannot be read that the disk must be dying.
     """
-    if plan.tables or plan.settings.keep_bytes or plan.settings.tables == "image":
-        return plan.tables
-
+    if plan.origin.tables or not _needs_tables(plan.settings):
+        return plan.origin.tables
+    if found := plan.origin.some_images[:_TABLES_SAMPLES]:
+        return _fit_tables(found, len(found), plan.settings, options)
     # The places in the pack are random, so its first samples are as good as any.
     samples = plan.order[:_TABLES_SAMPLES]
-    found = plan.origin.some_images[:_TABLES_SAMPLES]
 
     def images() -> Iterator[bytes]:
-        if found:
-            yield from found
-            return
         unreadable: list[Failure] = []
         for sample, data in plan.origin.read_all(samples):
             if not isinstance(data, Refused):
@@ -642,17 +719,27 @@ def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | N
                 unreadable.append(Failure(plan.index.name[sample], data.reason, False))
                 _refuse_dying_disk(unreadable, plan.index.root, partial)
 
+    return _fit_tables(images(), len(samples), plan.settings, options)
+
+
+def _needs_tables(settings: Settings) -> bool:
+    return settings.tables == "pack" and not settings.keep_bytes
+
+
+def _fit_tables(
+    images: Iterable[bytes], num_images: int, settings: Settings, options: _RunOptions
+) -> bytes:
     def count(data: bytes) -> npt.NDArray[np.uint64] | None:
-        copy = smaller_copy(data, plan.settings.shrink) if plan.settings.shrink else None
-        return _native.count_symbols(copy or data, plan.settings.restart_interval)
+        copy = smaller_copy(data, settings.shrink) if settings.shrink else None
+        return _native.count_symbols(copy or data, settings.restart_interval)
 
     options.log.begin_pass("choose tables")
     counts = np.zeros((4, 256), np.uint64)
     with (
         ThreadPoolExecutor(options.num_workers) as threads,
-        options.bar("choose tables", len(found or samples)) as bar,
+        options.bar("choose tables", num_images) as bar,
     ):
-        for more in _map_ahead(threads, count, images(), 2 * options.num_workers):
+        for more in _map_ahead(threads, count, images, 2 * options.num_workers):
             if more is not None:
                 counts += more
             bar.update()
@@ -703,27 +790,35 @@ class _Plan:
 
     Attributes:
         origin: what is packed, and what the pack is to be like.
-        num_shards: shards of the pack.
-        shards_per_bucket: shards that share a scratch file in the first round of dealing.
+        cut: how it is dealt to shards.
         order: sample of each place in the pack.
         shard_begin: place where each shard begins, and the number of places.
         shard_of_sample: shard of each sample.
-        tables: Huffman tables of the pack; None: not chosen yet, or each image has its own.
     """
 
     origin: Origin
-    num_shards: int
-    shards_per_bucket: int
-    tables: bytes | None
+    cut: _Cut
 
     @classmethod
     def make(cls, origin: Origin, options: _RunOptions) -> _Plan:
-        record, shard_bytes = origin.record, origin.settings.shard_bytes
-        num_shards = _num_shards(record.get("file_bytes", record["bytes"]), shard_bytes)
-        if "file_bytes" not in record:
-            num_shards = min(len(origin.index), num_shards)
-        per_bucket = _shards_per_bucket(num_shards, options.memory_bytes)
-        return cls(origin, num_shards, per_bucket, origin.tables)
+        record = origin.record
+        if "file_bytes" in record:
+            cut = _Cut.of(record["file_bytes"], origin.settings, options)
+        else:
+            cut = _Cut.of(record["bytes"], origin.settings, options, len(origin.index))
+        return cls(origin, cut._replace(tables=origin.tables))
+
+    @property
+    def num_shards(self) -> int:
+        return self.cut.num_shards
+
+    @property
+    def shards_per_bucket(self) -> int:
+        return self.cut.shards_per_bucket
+
+    @property
+    def tables(self) -> bytes | None:
+        return self.cut.tables
 
     @property
     def index(self) -> Index:
@@ -751,10 +846,7 @@ class _Plan:
     @property
     def image_bytes(self) -> int:
         """What the images will take in the pack, about, and not less."""
-        if self.forecast is None:
-            return self.source_bytes
-        ratio = self.forecast.small_bytes / self.forecast.source_bytes
-        return int(self.source_bytes * ratio * (1 + _FORECAST_MARGIN))
+        return _expected_bytes(self.source_bytes, self.forecast)
 
     @functools.cached_property
     def _hashes(self) -> npt.NDArray[np.uint64]:
@@ -779,10 +871,6 @@ class _Plan:
         shard[self.order] = np.repeat(np.arange(self.num_shards), np.diff(self.shard_begin))
         return shard
 
-    @property
-    def num_buckets(self) -> int:
-        return -(-self.num_shards // self.shards_per_bucket)
-
     def shards_of_bucket(self, bucket: int) -> range:
         first = bucket * self.shards_per_bucket
         return range(first, min(first + self.shards_per_bucket, self.num_shards))
@@ -792,25 +880,18 @@ class _Plan:
         ratio = image_bytes * (1 + _SPACE_MARGIN) / max(self.source_bytes, 1)
         buckets = self.shard_of_sample // self.shards_per_bucket
         sizes = np.maximum(self.origin.lengths, 0)
-        source_bytes = np.bincount(buckets, sizes, self.num_buckets)
+        source_bytes = np.bincount(buckets, sizes, self.cut.num_buckets)
         return dict(enumerate((source_bytes * ratio).astype(np.int64).tolist()))
 
     def describe(self) -> dict[str, Any]:
         """Return what a continued packing must agree on."""
-        return {
-            **self.origin.settings_record,
-            "version": __version__,
-            "source": os.path.abspath(self.index.root),
-            "source_id": self.origin.id,
-        }
+        return _described(self.origin.settings_record, self.origin.path, self.origin.id)
 
 
-def _num_shards(source_bytes: int, shard_bytes: int) -> int:
-    return max(1, -(-source_bytes // shard_bytes))
-
-
-def _shards_per_bucket(num_shards: int, memory_bytes: int) -> int:
-    return -(-num_shards // max(1, memory_bytes // _MIN_BUFFER_BYTES))
+def _described(settings: dict[str, Any], path: str, source_id: str | None) -> dict[str, Any]:
+    """Return what a continued packing must agree on; an id of None: not known yet."""
+    source = os.path.abspath(path)
+    return {**settings, "version": __version__, "source": source, "source_id": source_id}
 
 
 def _place_hashes(names: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:
@@ -852,6 +933,13 @@ def _forecast(
     return Forecast.measure(pairs, settings.shrink) if pairs else None
 
 
+def _expected_bytes(source_bytes: int, forecast: Forecast | None) -> int:
+    if forecast is None:
+        return source_bytes
+    ratio = forecast.small_bytes / forecast.source_bytes
+    return int(source_bytes * ratio * (1 + _FORECAST_MARGIN))
+
+
 # ---- the two passes ------------------------------------------------------------------------------
 
 _RUN_SAMPLES, _RUN_BYTES = 16, 4 << 20
@@ -890,6 +978,156 @@ class _ShardRows(NamedTuple):
     table: npt.NDArray[np.void]
     samples: npt.NDArray[np.int64]
     source_files: npt.NDArray[np.int64]
+
+
+def _take_over(
+    journal: Journal,
+    buckets: Buckets,
+    num_buckets: int,
+    is_good: Callable[[npt.NDArray[np.void]], npt.NDArray[np.bool_]],
+) -> None:
+    """Take over those dealt samples that are good and whole, and cut off what a kill tore."""
+    journal.recover()
+    rows = journal.rows()
+    rows = rows[(rows["bucket"] >= 0) & (rows["bucket"] < num_buckets)]
+    file_size = np.zeros(num_buckets, np.int64)
+    for bucket in range(num_buckets):
+        with contextlib.suppress(FileNotFoundError):
+            file_size[bucket] = os.stat(buckets.path(bucket)).st_size
+    rows = rows[rows["offset"] + rows["length"] <= file_size[rows["bucket"]]]
+    rows = rows[is_good(rows)]
+    # Where a sample was dealt twice, the later one counts.
+    _, last = np.unique(rows["sample"][::-1], return_index=True)
+    rows = rows[len(rows) - 1 - last]
+    journal.rewrite(rows)
+    for bucket in range(num_buckets):
+        mine = rows[rows["bucket"] == bucket]
+        end = int((mine["offset"] + mine["length"]).max()) if len(mine) else 0
+        buckets.set_end(bucket, end)
+
+
+# ---- dealing while a source is indexed -----------------------------------------------------------
+
+
+def _deal_while_indexing(files: LargeFiles, partial: str, options: _RunOptions) -> Origin:
+    """Open a source, and deal its samples where they pass by for that."""
+    if not files.is_whole or (_needs_tables(files.settings) and not files.some_images):
+        return files.open()  # what to pack, or to fit tables to, is known only from the index
+    try:
+        with _Passing(files, partial, options) as passing:
+            return files.open(passing.visit)
+    except BaseException:
+        if not os.path.exists(os.path.join(partial, layout.SETTINGS_FILE)):
+            _delete_scrap(partial)  # nothing was dealt, so there is nothing to continue
+        raise
+
+
+class _Passing:
+    """Deals the samples of large files that pass by while these are indexed.
+
+    It leaves behind what an interrupted deal leaves: scratch and a journal. Images that are none
+    are left to `_Workshop.deal`, which finds them missing.
+    """
+
+    def __init__(self, files: LargeFiles, partial: str, options: _RunOptions) -> None:
+        self._files = files
+        self._partial = partial
+        self._options = options
+        self._cut: _Cut | None = None  # until the first sample passes
+        self._threads = ThreadPoolExecutor(options.num_workers)
+        self._waiting: deque[Future[list[tuple[int, str, Encoded | Refused]]]] = deque()
+        self._run: list[tuple[int, str, bytes]] = []
+        self._run_bytes = 0
+
+    def __enter__(self) -> _Passing:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None and self._run:
+                self._hand_over()
+            while kind is None and self._waiting:
+                self._deal(self._waiting.popleft().result())
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+            if self._cut is not None:
+                self._buckets.flush()
+
+    def visit(self, seen: scan.Seen) -> None:
+        """Take a sample: re-code it in a thread, deal it later; one that is dealt is not taken."""
+        if self._cut is None:
+            self._begin()
+        if seen.sample < len(self._is_dealt) and self._is_dealt[seen.sample]:
+            return
+        self._run.append((seen.sample, seen.name, bytes(seen.data)))
+        self._run_bytes += len(seen.data)
+        if len(self._run) >= _RUN_SAMPLES or self._run_bytes >= _RUN_BYTES:
+            self._hand_over()
+
+    def _begin(self) -> None:
+        """Begin or continue a packing, as `_agree_on_plan` does where the index is known."""
+        files, options = self._files, self._options
+        forecast = _forecast(files.some_images[:NUM_SAMPLED], files.settings, None)
+        image_bytes = _expected_bytes(files.num_bytes, forecast)
+
+        def check_space(cut: _Cut) -> None:
+            _check_space(self._partial, files.num_bytes, image_bytes, 0, cut)
+
+        def choose_tables() -> bytes | None:
+            if not _needs_tables(files.settings):
+                return None
+            images = files.some_images[:_TABLES_SAMPLES]
+            return _fit_tables(images, len(images), files.settings, options)
+
+        now = _described(files.settings_record, files.path, None)
+        cut = _Cut.of(files.num_bytes, files.settings, options)
+        self._cut = cut = _agree(self._partial, now, cut, check_space, choose_tables)
+        self._journal = Journal(os.path.join(self._partial, _JOURNAL_FILE), options.log)
+        bucket_bytes = int(image_bytes * (1 + _SPACE_MARGIN)) // cut.num_buckets
+        self._buckets = Buckets(
+            self._partial,
+            "deal",
+            options.memory_bytes,
+            dict.fromkeys(range(cut.num_buckets), bucket_bytes),
+            self._journal.add,
+            waits=_share_a_head(files.path, self._partial),
+            log=options.log,
+        )
+        _take_over(self._journal, self._buckets, cut.num_buckets, self._is_good)
+        dealt = self._journal.rows()["sample"]
+        self._is_dealt = np.zeros(int(dealt.max(initial=-1)) + 1, np.bool_)
+        self._is_dealt[dealt] = True
+        options.log.begin_pass("deal")
+
+    def _is_good(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Tell rows of the files as they are: then their samples still have the same numbers."""
+        good = (rows["sample"] >= 0) & (rows["source_length"] == self._files.num_bytes)
+        return np.asarray(good & (rows["source_mtime_ns"] == self._files.mtime_ns))
+
+    def _hand_over(self) -> None:
+        self._waiting.append(self._threads.submit(self._encode_run, self._run))
+        self._run, self._run_bytes = [], 0
+        if len(self._waiting) > 2 * self._options.num_workers + _RUNS_AHEAD:
+            self._deal(self._waiting.popleft().result())
+
+    def _encode_run(
+        self, run: list[tuple[int, str, bytes]]
+    ) -> list[tuple[int, str, Encoded | Refused]]:
+        settings, tables = self._files.settings, self._cut.tables if self._cut else None
+        return [(sample, name, encode(data, settings, tables)) for sample, name, data in run]
+
+    def _deal(self, run: list[tuple[int, str, Encoded | Refused]]) -> None:
+        assert self._cut is not None
+        hashes = _place_hashes((name for _, name, _ in run), self._files.settings.seed)
+        shards = _shard_of_hash(hashes, self._cut.num_shards)
+        for (sample, _, encoded), shard in zip(run, shards.tolist(), strict=True):
+            if isinstance(encoded, Encoded):
+                bucket = shard // self._cut.shards_per_bucket
+                stamp = (self._files.num_bytes, self._files.mtime_ns)
+                self._buckets.append(bucket, sample, encoded, *stamp)
+
+
+# ---- the workshop --------------------------------------------------------------------------------
 
 
 class _Workshop:
@@ -947,29 +1185,14 @@ class _Workshop:
 
     def _recover(self) -> None:
         """Take over what earlier runs have dealt, without what a kill tore."""
-        self._journal.recover()
-        rows = self._journal.rows()
-        rows = rows[self._is_good(rows)]
-        # Where a sample was dealt twice, the later one counts.
-        _, last = np.unique(rows["sample"][::-1], return_index=True)
-        rows = rows[len(rows) - 1 - last]
-        self._journal.rewrite(rows)
-        for bucket in range(self._plan.num_buckets):
-            mine = rows[rows["bucket"] == bucket]
-            end = int((mine["offset"] + mine["length"]).max()) if len(mine) else 0
-            self._buckets.set_end(bucket, end)
+        _take_over(self._journal, self._buckets, self._plan.cut.num_buckets, self._is_good)
 
     def _is_good(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
         plan = self._plan
         good = (rows["sample"] >= 0) & (rows["sample"] < len(plan.index))
         sample = np.where(good, rows["sample"], 0)
-        file_size = np.zeros(plan.num_buckets, np.int64)
-        for bucket in range(plan.num_buckets):
-            with contextlib.suppress(FileNotFoundError):
-                file_size[bucket] = os.stat(self._buckets.path(bucket)).st_size
         expected = plan.shard_of_sample[sample] // plan.shards_per_bucket
         good &= rows["bucket"] == expected
-        good &= rows["offset"] + rows["length"] <= file_size[expected]
         good &= rows["source_length"] == plan.origin.stamps.sizes[sample]
         good &= rows["source_mtime_ns"] == plan.origin.stamps.mtimes_ns[sample]
         if self._options.on_error in ("fail", "skip"):
@@ -1089,7 +1312,7 @@ class _Workshop:
         self._options.log.begin_pass("finish")
         done = sum(len(self._samples_of(shard)) for shard in self._finished)
         with self._options.bar("write shards", len(plan.index), done) as bar:
-            for bucket in range(plan.num_buckets):
+            for bucket in range(plan.cut.num_buckets):
                 shards = [s for s in plan.shards_of_bucket(bucket) if s not in self._finished]
                 if not shards:
                     continue

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from imagenet_seq import _native, disk, forecast, ram
 from imagenet_seq.disk import Disk, Speed
@@ -141,10 +143,14 @@ def arrange(
 
 
 def _of_foreign(source: Source, wishes: Wishes) -> Reading:
-    """Blocks that Python makes are neither read nor kept by the core."""
-    where = disk_of([source.index.root], wishes.disk)
-    budget = ram.Budget(page_cache=False, kept_bytes=0, notes=())
-    return Reading(where, None, budget, 0, _native.Reading(), window=0, reads_on=False)
+    """Blocks that Python makes are not read by the core; the system may keep their files."""
+    data_bytes = source_bytes(source)
+    files = some_files(source.index)
+    where = disk_of([*files[:1], source.index.root], wishes.disk)
+    speed = disk.speed_of(where, files if data_bytes >= MEASURED_BYTES else [])
+    fits = ram.budget(wishes.ram, data_bytes).page_cache
+    budget = ram.Budget(page_cache=fits, kept_bytes=0, notes=())
+    return Reading(where, speed, budget, data_bytes, _native.Reading(), window=0, reads_on=False)
 
 
 def forecast_of(
@@ -196,18 +202,28 @@ def some_files(index: Index) -> list[str]:
 
 
 def source_bytes(source: Source) -> int:
-    """Return the bytes of a source's images; of a folder, an estimate from some of its files."""
+    """Return the bytes of a source's images; where lengths are not known, an estimate.
+
+    Of a folder from some of its files; of blocks that Python makes, the bytes of all of them: there
+    is little else in them.
+    """
     index = source.index
-    if index.length is not None:
-        known = index.length[index.length > 0] if (index.length < 0).any() else index.length
-        return int(known.sum()) * len(index) // max(1, len(known))
-    sizes = []
-    for i in _spread(len(index)):
-        try:
-            sizes.append(os.stat(os.path.join(index.root, index.files[index.file[i]])).st_size)
-        except OSError:
-            continue  # reading says why
+    known = np.zeros(0, np.int64) if index.length is None else index.length[index.length >= 0]
+    if len(known):
+        return int(known.sum()) * len(index) // len(known)
+    if source.foreign:
+        return sum(_sizes(index, set(index.files)))
+    sizes = _sizes(index, (index.files[index.file[i]] for i in _spread(len(index))))
     return sum(sizes) * len(index) // max(1, len(sizes))
+
+
+def _sizes(index: Index, names: Iterable[str]) -> list[int]:
+    """Return the sizes of those files that are there; that others are not is said by reading."""
+    sizes = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            sizes.append(os.stat(os.path.join(index.root, name)).st_size)
+    return sizes
 
 
 def disk_of(paths: Sequence[str], wish: str) -> Disk:

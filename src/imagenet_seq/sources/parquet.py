@@ -6,15 +6,19 @@ the unit of reading. Labels and paths are columns of their own: indexing reads t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from imagenet_seq import disk
 from imagenet_seq.sources import Block, Found, Opening, Place, Source
 from imagenet_seq.sources import huggingface as hf
 from imagenet_seq.sources.scan import Scanned, indexed, is_permuted, progress_bar
@@ -49,20 +53,46 @@ def find(place: Place) -> Found | str | None:
 
 @dataclass(frozen=True, eq=False)
 class _ParquetSource(Source):
-    """Attributes: group: number in its file of each block's row group. column: of the images."""
+    """A source whose blocks are row groups.
+
+    Attributes:
+        group: number in its file of each block's row group.
+        column: of the images.
+        turns: held while reading from a disk with one head.
+    """
 
     group: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     column: str = "image"
+    turns: threading.Lock | None = None
 
     def read_block(self, number: int) -> Block:
         path = os.path.join(self.index.root, self.index.files[number])
-        with hf.damage(path, "Parquet"), _open_file(path) as file:
+        with hf.damage(path, "Parquet"), _opened(path, self.turns) as file:
             return _images_of(file, int(self.group[number]), self.column)
 
 
-def _open_file(path: str) -> Any:
+@contextlib.contextmanager
+def _opened(path: str, turns: threading.Lock | None = None) -> Iterator[Any]:
     """Open a file for one thread: what pyarrow opens is not for several at once."""
-    return hf.import_pyarrow(path, "pyarrow.parquet").ParquetFile(path)
+    with open(path, "rb", buffering=0) as raw:
+        file = _InTurns(raw, turns) if turns else raw
+        yield hf.import_pyarrow(path, "pyarrow.parquet").ParquetFile(file)
+
+
+class _InTurns:
+    """A file that threads read in turns: several long reads at once are slow on one head."""
+
+    def __init__(self, raw: io.FileIO, turns: threading.Lock) -> None:
+        self._raw, self._turns = raw, turns
+        self.seek, self.tell, self.close = raw.seek, raw.tell, raw.close
+
+    def read(self, size: int = -1) -> bytes:
+        with self._turns:
+            return self._raw.read(size)
+
+    @property
+    def closed(self) -> bool:
+        return self._raw.closed
 
 
 def _images_of(file: Any, group: int, column: str) -> Block:
@@ -102,7 +132,7 @@ def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
         lambda: _scan(place.folder, paths, how),
         how.on_error,
     )
-    with hf.damage(paths[0], "Parquet"), _open_file(paths[0]) as file:
+    with hf.damage(paths[0], "Parquet"), _opened(paths[0]) as file:
         column = hf.columns_of(file.schema_arrow, paths[0]).image
     return _ParquetSource(
         "parquet",
@@ -112,6 +142,7 @@ def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
         notes=scanned.notes,
         group=scanned.extra["group"].astype(np.int32),
         column=column,
+        turns=threading.Lock() if disk.choose_disk(paths[0]).has_one_head else None,
     )
 
 
@@ -141,7 +172,7 @@ def _scan(root: str, paths: Sequence[str], how: Opening) -> Scanned:
     sizes = [os.path.getsize(path) for path in paths]
     with progress_bar(os.path.basename(root), sum(sizes), how.progress) as bar:
         for path, size in zip(paths, sizes, strict=True):
-            with hf.damage(path, "Parquet"), _open_file(path) as file:
+            with hf.damage(path, "Parquet"), _opened(path) as file:
                 columns = scan.columns(file.schema_arrow, path)
                 found = _groups_of(file.metadata, columns.image)
                 for block, group in enumerate(found, len(groups)):

@@ -68,11 +68,13 @@ def find(place: Place) -> Found | str | None:
     """
     place = _with_files(place)
     names = place.files if not place.is_folder else tuple(filter(_is_named_so, place.files))
-    if not names:
+    paths = (os.path.join(place.folder, name) for name in names)
+    first = next(filter(os.path.getsize, paths), None)  # a shard may be empty
+    if first is None:
         return None
-    reason = _why_none(os.path.join(place.folder, names[0]))
+    reason = _why_none(first)
     if reason is not None:  # content that any file may have is no near miss
-        return f"{names[0]}: {reason}" if any(map(_NAMED.search, names)) else None
+        return f"{os.path.basename(first)}: {reason}" if any(map(_NAMED.search, names)) else None
     files = place.of_split(names)
     what = f"{len(files)} TFRecord files, {os.path.basename(files[0])}, ..."
     return Found("tfrecord", what, functools.partial(_open, place, files), files)
