@@ -123,14 +123,14 @@ def import_pyarrow(path: str, name: str = "pyarrow") -> Any:
 
 @contextlib.contextmanager
 def _memory_kept() -> Iterator[None]:
-    """Let pyarrow's allocator, which asks when it is loaded, give memory back after 1 s, not 10 ms.
+    """Let pyarrow's allocator, which asks when it is loaded, give memory back after 10 s, not 10 ms.
 
     Blocks come ten times a second: to get and clear memory for each anew costs a tenth of decoding.
     """
     if "pyarrow" in sys.modules or _PURGE_DELAY in os.environ:
         yield
         return
-    os.environ[_PURGE_DELAY] = "1000"
+    os.environ[_PURGE_DELAY] = "10000"  # ms
     try:
         yield
     finally:
