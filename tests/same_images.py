@@ -116,8 +116,8 @@ def original_of(data: bytes, originals: list[Original]) -> Original:
     distances = [np.abs(original.pixels - pixels).mean() for original in of_size]
     order = np.argsort(distances)
     assert len(order), f"no image of {pixels.shape}"
-    assert distances[order[0]] < 4
-    assert len(order) == 1 or distances[order[1]] > 12
+    assert distances[order[0]] < 15
+    assert len(order) == 1 or distances[order[1]] > 2 * distances[order[0]]
     return of_size[order[0]]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -19,9 +21,17 @@ from torchvision.datasets import ImageFolder
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names, read_columns, write_columns
-from imagenet_seq.sources import Block, Opening, Source, open_source
+from imagenet_seq.sources import (
+    Block,
+    Opening,
+    Source,
+    SplitNeededError,
+    find_source,
+    open_source,
+)
 from imagenet_seq.sources.imagefolder import from_samples, open_imagefolder
 
+FIXTURES = Path(__file__).parent / "fixtures"
 OLD_NS = 1_600_000_000 * 10**9
 SKIP = Opening("skip", progress=False)
 
@@ -622,8 +632,8 @@ def folder(*files: str) -> Callable[[Path], Path]:
         (folder("train/a/1.jpg"), "val", FileNotFoundError,
          r"root/val does not exist\n  .*root holds train/\n"),
         (folder("train/a/1.jpg", "val/1.jpg", "val/2.jpg"), "val", FileNotFoundError,
-         r"root/val holds 2 files but no class folders, and no list of their labels in it or beside "
-         r"it \(val.txt, labels.csv, .*LOC_val_solution.csv\); sort the images"),
+         r"root/val holds 2 files but no class folders, and no list of their labels in it or "
+         r"beside it \(val.txt, labels.csv, .*LOC_val_solution.csv\); sort the images"),
         (folder("val/1.jpg"), "val", FileNotFoundError, "root/val holds 1 files"),
         (lambda path: path / "nothing", "train", FileNotFoundError,
          r"nothing does not exist\nand expected one of\n  a pack"),
@@ -647,6 +657,115 @@ def test_the_other_splits_folder_is_refused(tmp_path: Path) -> None:
     make_tree(tmp_path, ["train/a/1.jpg"])
     with pytest.raises(FileNotFoundError, match="is by its name the other split, train"):
         open_source(tmp_path / "train", "val")
+
+
+def fixtures(tmp_path: Path, **copies: str) -> Path:
+    """Put copies of fixtures into one root."""
+    for name, source in copies.items():
+        at = tmp_path / "root" / name.replace("__", "/").replace("_dot_", ".")
+        at.parent.mkdir(parents=True, exist_ok=True)
+        path = FIXTURES / source
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, at)
+    return tmp_path / "root"
+
+
+LMDB, TAR = "tensorpack/msgpack/ILSVRC-train.lmdb", "webdataset/imagenet1k-train-0000.tar"
+
+
+def test_what_was_made_for_fast_reading_comes_first(tmp_path: Path) -> None:
+    root = fixtures(tmp_path, train="images/train", val="images/val")
+    assert find_source(root, "train").kind == "imagefolder"
+    shutil.copy(FIXTURES / LMDB, root)
+    assert find_source(root, "train").kind == "lmdb"
+    assert find_source(root / "train").kind == "imagefolder"
+    assert find_source(root, "val").kind == "imagefolder"
+
+
+def test_what_is_no_lmdb_leaves_the_folder(tmp_path: Path) -> None:
+    root = fixtures(tmp_path, train="images/train")
+    (root / "ILSVRC-train.lmdb").write_bytes(b"x" * 10_000)
+    assert find_source(root, "train").kind == "imagefolder"
+
+
+def test_folders_come_before_the_archives_they_were_made_of(tmp_path: Path) -> None:
+    root = fixtures(tmp_path, train="images/train")
+    for archive in (FIXTURES / "official").glob("*.tar*"):
+        shutil.copy(archive, root)
+    assert find_source(root, "train").kind == "imagefolder"
+    assert find_source(root, "val").kind == "ilsvrc2012"
+    assert find_source(root / "ILSVRC2012_img_train.tar").kind == "ilsvrc2012"
+    with pytest.raises(SplitNeededError):
+        find_source(root)
+
+
+def test_content_of_two_formats_is_ambiguous(tmp_path: Path) -> None:
+    root = fixtures(tmp_path, data="images/train", data__0_dot_tar=TAR)
+    with pytest.raises(ValueError, match=r"may be read as different things: an ImageFolder with 5"):
+        find_source(root / "data")
+    assert find_source(root / "data" / "0.tar").kind == "webdataset"
+
+
+def test_the_tars_of_a_pack_are_not_ambiguous(tmp_path: Path) -> None:
+    root = fixtures(tmp_path, data__0_dot_tar=TAR)
+    (root / "data" / "pack.json").write_text("{}")
+    assert find_source(root / "data").kind == "pack"
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "split", "meant"),
+    [
+        ({"imagenet__train": "images/train"}, "", None, "imagenet"),
+        ({"imagenet__train": "images/train"}, "", "train", "imagenet"),
+        ({"other__x": "images/train", "kaggle": "kaggle"}, "", "val", "kaggle"),
+        ({"imagenet__val": "images/val"}, "imagenet/val/n01440764", None, "imagenet/val"),
+        ({"a__shards__0_dot_tar": TAR}, "a", None, "a/shards"),
+    ],
+)
+def test_a_wrong_level_is_pointed_out(
+    tmp_path: Path, make: dict[str, str], path: str, split: str | None, meant: str
+) -> None:
+    root = fixtures(tmp_path, **make)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"Did you mean {root / meant}? Looked")):
+        open_source(root / path, split)
+
+
+def test_nothing_is_meant_where_nothing_is_near(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "a" / "b" / "c"):
+        with pytest.raises(FileNotFoundError) as caught:
+            open_source(path)
+        assert "Did you mean" not in str(caught.value)
+
+
+def test_the_message_lists_every_format(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        open_source(tmp_path, "train")
+    message = str(caught.value)
+    assert f"  {tmp_path}/train does not exist\n" in message
+    assert f"  {tmp_path} is empty\n" in message
+    for word in ("pack.json", "WebDataset", "LMDB", "Parquet", "TFRecord", ".beton", "MDS", "tar"):
+        assert word in message.split("and expected one of\n")[1]
+
+
+def test_folders_of_other_things_are_no_classes(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "root", ["docs/a.txt", "src/b/c.py"])
+    with pytest.raises(FileNotFoundError, match=r"holds 2 folders and 0 files \(docs/, src/"):
+        open_source(root)
+    make_tree(root, ["src/b/1.png"])  # as deep as ImageFolder goes
+    assert find_source(root).kind == "imagefolder"
+
+
+def test_the_other_split_is_no_class(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "root", ["val/1.jpg", "other/2.jpg"])
+    with pytest.raises(FileNotFoundError, match=r"root holds val/\n"):
+        open_source(root, "train")
+
+
+def test_links_that_lead_nowhere_or_round_do_no_harm(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "root", ["a/1.jpg"])
+    (root / "self").symlink_to("self")
+    (root / "nowhere").symlink_to("none")
+    assert open_source(root).index.classes == ("a",)
 
 
 # ---- sources -------------------------------------------------------------------------------------

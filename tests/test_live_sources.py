@@ -6,10 +6,15 @@ IMAGENET_SEQ_WRITERS names (paths of Python interpreters, separated by colons).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +28,16 @@ from same_images import (
     epoch_of,
     num_samples,
     resumed_epoch_of,
-)  # fmt: skip
+)
+
+from imagenet_seq.lmdb_file import (
+    KEYS,
+    LmdbWriter,
+    Serializer,
+    tensorpack_key,
+    tensorpack_keys,
+    tensorpack_value,
+)
 
 WRITERS = list(filter(None, os.environ.get("IMAGENET_SEQ_WRITERS", "").split(os.pathsep)))
 pytestmark = pytest.mark.filterwarnings("ignore::imagenet_seq.loader.LoaderNote")
@@ -70,16 +84,31 @@ def written_elsewhere(name: str, images: Path, root: Path, reason: str) -> str |
     for python in WRITERS:
         shutil.rmtree(root / name, ignore_errors=True)
         options = ["--images", str(images), "--destination", str(root)]
-        ran = subprocess.run(
-            [python, make.__file__, name, *options], capture_output=True, text=True
-        )
-        if ran.returncode == 0:
+        status, said = run(python, make.__file__, name, *options)
+        if status == 0:
             return None
-        last = (ran.stderr.strip().splitlines() or [""])[-1]
+        last = (said.strip().splitlines() or [""])[-1]
         if not last.startswith(MISSING):
-            pytest.fail(f"{python}: the writer of {name} failed:\n{ran.stderr}")
+            pytest.fail(f"{python}: the writer of {name} failed:\n{said}")
         reason = f"{reason}; {python}: {last}"
     return f"no writer of {name}: {reason} (IMAGENET_SEQ_WRITERS names more interpreters)"
+
+
+def run(*command: str) -> tuple[int, str]:
+    """Run a program; return its exit status and what it said. Ends it with its children."""
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        try:
+            status = process.wait(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        said.seek(0)
+        return status, said.read()
 
 
 @pytest.mark.parametrize(
@@ -99,3 +128,56 @@ def test_photos_in_every_format_are_those_of_the_imagefolder(
         first, second = epoch_of(reference), epoch_of(reference)
         assert epoch_of(loader) == first
         assert resumed_epoch_of(loader, other) == second
+
+
+# ---- our LMDBs, read by tensorpack ---------------------------------------------------------------
+
+READ_BY_TENSORPACK = """
+import hashlib, sys
+from tensorpack.dataflow import LMDBData, LMDBSerializer
+
+raw = LMDBData(sys.argv[1], shuffle=False)
+flow = LMDBSerializer.load(sys.argv[1], shuffle=False)
+flow.reset_state()
+pairs = list(flow)
+assert len(raw) == len(flow) == len(pairs)
+for image, label in pairs:
+    assert image.dtype == "uint8" and type(label) is int
+    print("sample", hashlib.sha256(image.tobytes()).hexdigest(), label)
+"""
+
+
+@pytest.fixture(scope="module")
+def python_with_tensorpack() -> str:
+    """An interpreter that has tensorpack."""
+    said = ""
+    for python in (sys.executable, *WRITERS):
+        status, said = run(python, "-c", "import tensorpack.dataflow.format, lmdb")
+        if status == 0:
+            return python
+    pytest.skip(f"no tensorpack here or in IMAGENET_SEQ_WRITERS: {said.strip().splitlines()[-1]}")
+
+
+@pytest.mark.parametrize("serializer", ["pickle", "msgpack"])
+def test_tensorpack_reads_our_lmdb(
+    images: Path,
+    python_with_tensorpack: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    serializer: Serializer,
+) -> None:
+    samples = make.by_name(images, "val")
+    path = tmp_path / "ILSVRC-val.lmdb"
+    with LmdbWriter(path) as file:
+        for i, sample in enumerate(samples):
+            value = tensorpack_value(sample.data, sample.label, serializer)
+            file.append(tensorpack_key(i), value)
+        file.append(KEYS, [tensorpack_keys(len(samples), serializer)])
+    monkeypatch.setenv("TENSORPACK_SERIALIZE", serializer)
+    status, said = run(python_with_tensorpack, "-c", READ_BY_TENSORPACK, str(path))
+    assert status == 0, said
+    read = [line.split()[1:] for line in said.splitlines() if line.startswith("sample ")]
+    assert read == [[hashlib.sha256(s.data).hexdigest(), str(s.label)] for s in samples]
+    (tmp_path / "stored").mkdir()
+    ours = case_of(tmp_path, images, "", "val", tmp_path / "stored")
+    assert list(ours.source.index.targets) == [sample.label for sample in samples]

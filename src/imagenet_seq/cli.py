@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from imagenet_seq.sources import pack as layout
 from imagenet_seq.sources.scan import OnError
 
 if TYPE_CHECKING:
+    from imagenet_seq.pack import Summary
     from imagenet_seq.shrink import Shrink
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"imagenet-seq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_pack(commands)
+    _add_preprocess(commands)
     _add_info(commands)
     _add_verify(commands)
     return parser
@@ -98,16 +101,27 @@ def _add_pack(commands: Any) -> None:
         commands,
         "pack",
         _pack,
-        "make a pack of a folder of class folders; run again, it continues where it stopped",
+        "make a pack of a data set of any format; run again, it continues where it stopped",
         "  imagenet-seq pack /data/imagenet /disk/imagenet-pack          # its train/ and val/\n"
-        "  imagenet-seq pack /data/imagenet/train /disk/train-pack\n"
+        "  imagenet-seq pack '/data/imagenet1k-train-{0000..1023}.tar' /disk/train-pack\n"
         "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n"
         "  imagenet-seq pack /data/imagenet /disk/small --max-side 500   # half the bytes; lossy\n"
+        "  imagenet-seq pack /data/imagenet /disk/in100 --classes imagenet100.txt   # a subset\n"
         "  imagenet-seq pack --reshuffle /disk/pack /disk/pack2          # another order\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
-    command.add_argument("source", help="class folders, or a folder with train/ and/or val/")
+    command.add_argument(
+        "source",
+        help="class folders, the official archives, WebDataset, TFRecord, Parquet, LMDB, ...: a "
+        "folder, a file, a pattern of files, or a folder with both splits",
+    )
     command.add_argument("destination", help="the pack to make, outside SOURCE")
+    command.add_argument(
+        "--format",
+        choices=("pack", "lmdb"),
+        default=argparse.SUPPRESS,
+        help="make a pack (default), or DESTINATION/ILSVRC-train.lmdb and -val.lmdb for tensorpack",
+    )
     command.add_argument(
         "--reshuffle",
         action="store_true",
@@ -120,6 +134,7 @@ def _add_pack(commands: Any) -> None:
         help="of the permutation (default 0; with --reshuffle, the next after the pack's)",
     )
     _add_settings(command)
+    _add_selection(command)
     _add_shrink(command)
     command.add_argument(
         "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
@@ -181,6 +196,44 @@ def _add_settings(command: Any) -> None:
     )
 
 
+def _add_selection(command: Any) -> None:
+    group = command.add_argument_group(
+        "subsets",
+        "Labels of the chosen classes are 0, 1, ... in the order that these have in SOURCE.\n"
+        "Patterns are as in a shell; several in one argument are separated by commas.",
+    )
+    group.add_argument(
+        "--include", action="append", type=_names, metavar="GLOB", help="pack only these classes"
+    )
+    group.add_argument(
+        "--exclude", action="append", type=_names, metavar="GLOB", help="leave these classes out"
+    )
+    group.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="pack only the classes that FILE names, one in a line; words behind a name are "
+        "ignored, # begins a comment",
+    )
+    group.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="pack at most N images of each class: always the same ones, chosen by a hash of their "
+        "names",
+    )
+
+
+def _selection(options: argparse.Namespace) -> dict[str, Any]:
+    from imagenet_seq.origin import read_classes
+
+    return {
+        "include": list(itertools.chain(*options.include or ())),
+        "exclude": list(itertools.chain(*options.exclude or ())),
+        "classes": read_classes(options.classes) if options.classes else None,
+        "limit": options.limit,
+    }
+
+
 def _add_shrink(command: Any) -> None:
     group = command.add_argument_group(
         "smaller copies",
@@ -213,8 +266,8 @@ def _shrink(options: argparse.Namespace) -> Shrink | None:
 
 
 _FOR_RECODING = (
-    "keep_bytes", "strip", "on_error", "shard_size", "restart_interval", "tables", "max_side",
-    "quality", "subsampling",
+    "format", "keep_bytes", "strip", "on_error", "shard_size", "restart_interval", "tables",
+    "max_side", "quality", "subsampling", "include", "exclude", "classes", "limit",
 )  # fmt: skip
 
 
@@ -243,39 +296,103 @@ def _pack(options: argparse.Namespace) -> int:
         summaries = pack(
             options.source,
             options.destination,
+            format=given.get("format", "pack"),
             settings=Settings(**settings, shrink=_shrink(options)),
             on_error=given.get("on_error", "fail"),
+            **_selection(options),
             **common,
         )
     for summary in summaries.values():
+        _print_summary(summary)
+    if given.get("format") != "lmdb":
+        _warn_of_different_classes([summary.folder for summary in summaries.values()])
+    return EXIT_OK
+
+
+def _print_summary(summary: Summary) -> None:
+    is_lmdb = not os.path.isdir(summary.folder)
+    already = ", complete already: nothing was done" if summary.was_complete else ""
+    print(f"{summary.folder}: {summary.num_samples} samples{already}")
+    if not (is_lmdb and summary.was_complete):  # nothing in it says what it was made of
         ratio = summary.pack_bytes / max(summary.source_bytes, 1)
-        already = ", complete already: nothing was done" if summary.was_complete else ""
-        print(f"{summary.folder}: {summary.num_samples} samples{already}")
         print(
             f"  {_bytes(summary.source_bytes)} of images became {_bytes(summary.pack_bytes)} of "
-            f"shards ({ratio:.1%})"
+            f"{'LMDB' if is_lmdb else 'shards'} ({ratio:.1%})"
         )
         shrunk = f"{summary.num_shrunk} encoded anew, " if summary.num_shrunk else ""
         print(
             f"  {shrunk}{summary.num_canonical - summary.num_shrunk} re-coded losslessly, "
             f"{summary.num_as_is} stored as they are"
         )
-        if summary.failures:
-            kept = sum(failure.kept for failure in summary.failures)
-            print(
-                f"  {len(summary.failures)} could not be decoded or read: {kept} kept, "
-                f"{len(summary.failures) - kept} left out; all in "
-                f"{os.path.join(summary.folder, layout.FAILURES_FILE)}:"
-            )
-            for failure in summary.failures[:_SHOWN]:
-                print(f"    {failure.name}: {failure.reason}")
-    classes = {tuple(layout.read_pack(summary.folder).classes) for summary in summaries.values()}
+    for note in summary.notes:
+        print(f"  {note}")
+    if summary.failures:
+        kept = sum(failure.kept for failure in summary.failures)
+        where = "" if is_lmdb else f"; all in {os.path.join(summary.folder, layout.FAILURES_FILE)}"
+        print(
+            f"  {len(summary.failures)} could not be decoded or read: {kept} kept, "
+            f"{len(summary.failures) - kept} left out{where}:"
+        )
+        for failure in summary.failures if is_lmdb else summary.failures[:_SHOWN]:
+            print(f"    {failure.name}: {failure.reason}")
+
+
+def _warn_of_different_classes(folders: Sequence[str]) -> None:
+    classes = {tuple(layout.read_pack(folder).classes) for folder in folders}
     if len(classes) > 1:
         print(
             "imagenet-seq: warning: the splits have different classes, so one label means "
             "different things in them",
             file=sys.stderr,
         )
+
+
+# ---- preprocess ----------------------------------------------------------------------------------
+
+
+def _add_preprocess(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "preprocess",
+        _preprocess,
+        "make ILSVRC-train.lmdb and ILSVRC-val.lmdb, as the original project did; run again, it "
+        "continues",
+        "  imagenet-seq preprocess                                # of $IMAGENET, into it\n"
+        "  imagenet-seq preprocess /data/imagenet /disk/lmdb\n",
+    )
+    command.set_defaults(after_interrupt="; run the same command again to continue")
+    command.add_argument(
+        "source", nargs="?", help="folder with train/ and val/, or any data set (default $IMAGENET)"
+    )
+    command.add_argument("destination", nargs="?", help="folder for the files (default SOURCE)")
+    command.add_argument(
+        "--keep-bytes",
+        action="store_true",
+        help="store every file's own bytes; the Loader decodes them more slowly",
+    )
+    command.add_argument(
+        "--on-error",
+        choices=("fail", "skip", "keep"),
+        default="fail",
+        help="images that cannot be decoded, as for pack",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of train's order (default 0)")
+    _add_workers(command)
+
+
+def _preprocess(options: argparse.Namespace) -> int:
+    from imagenet_seq.preprocess import preprocess
+
+    summaries = preprocess(
+        options.source,
+        options.destination,
+        keep_bytes=options.keep_bytes,
+        seed=options.seed,
+        on_error=options.on_error,
+        num_workers=options.workers,
+    )
+    for summary in summaries.values():
+        _print_summary(summary)
     return EXIT_OK
 
 
@@ -330,7 +447,7 @@ def _info(options: argparse.Namespace) -> int:
     all_facts: dict[str, dict[str, Any]] = {}
     for split, found in _found(options.path, options.split).items():
         source = found.open(how)
-        expected = info.forecast_of(source, found, options.ram, options.ranks, options.measure)
+        expected = info.forecast_of(source, options.ram, options.ranks, options.measure)
         facts = info.facts(source, found, expected)
         if options.shuffle:
             facts.update(_shuffle_facts(source, options))
@@ -417,10 +534,8 @@ def _verify(options: argparse.Namespace) -> int:
     for split in found or [""]:
         folder = os.path.join(options.pack, split) if split else options.pack
         against = options.against
-        if against and split and os.path.isdir(os.path.join(against, split)):
-            against = os.path.join(against, split)
         layout.refuse_unfinished(folder)
-        report = verify(folder, against, num_workers=options.workers)
+        report = verify(folder, against, split=split or None, num_workers=options.workers)
         for problem in report.problems[: options.problems]:
             print(problem)
         if len(report.problems) > options.problems:
@@ -456,6 +571,10 @@ def _size(text: str) -> int:
     if not match or unit is None or float(match[1]) * unit < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 1GB or 512MiB, got {text!r}")
     return int(float(match[1]) * unit)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _splits(text: str) -> tuple[str, ...]:

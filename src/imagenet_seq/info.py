@@ -32,19 +32,18 @@ _BLOCK_BYTES = 16 << 20
 _DECODING_GAIN = "about twice as fast (2.0 times with AVX2, 2.3 with AVX-512: docs/performance.md)"
 
 
-def forecast_of(source: Source, found: Found, ram_wish: str, ranks: int, measure: bool) -> Forecast:
+def forecast_of(source: Source, ram_wish: str, ranks: int, measure: bool) -> Forecast:
     """Forecast training as a Loader with its defaults would read the source.
 
     Args:
         source: the data.
-        found: what `source` was opened from.
         ram_wish: as the Loader's `ram`.
         ranks: that train.
         measure: whether to measure the disk, where that was not done lately.
     """
     index = source.index
-    data_bytes = _data_bytes(source, found)
-    files = list(found.files) if source.foreign else read.some_files(index)
+    data_bytes = _data_bytes(source)
+    files = read.some_files(index)
     where = read.disk_of([*files[:1], index.root], "auto")
     is_measured = measure and data_bytes >= read.MEASURED_BYTES
     speed = disk.speed_of(where, files if is_measured else [])
@@ -79,14 +78,13 @@ def facts(source: Source, found: Found, expected: Forecast) -> dict[str, Any]:
         expected: its forecast.
     """
     index = source.index
-    data_bytes = _data_bytes(source, found)
     known: dict[str, Any] = {
         "path": index.root,
         "kind": source.kind,
         "found": found.what,
         "samples": len(index),
         "classes": len(index.classes),
-        "bytes": data_bytes,
+        "bytes": _data_bytes(source),
         "mean_image_bytes": round(read.source_bytes(source) / max(1, len(index))),
     }
     if source.kind == "pack":
@@ -136,11 +134,12 @@ def size(num_bytes: int) -> str:
 # ---- facts ---------------------------------------------------------------------------------------
 
 
-def _data_bytes(source: Source, found: Found) -> int:
+def _data_bytes(source: Source) -> int:
     """Return what is read for all samples once: of foreign blocks, their files."""
     if not source.foreign:
         return read.source_bytes(source)
-    return sum(map(os.path.getsize, found.files))
+    files = set(source.index.files)
+    return sum(os.path.getsize(os.path.join(source.index.root, name)) for name in files)
 
 
 def _header_facts(source: Source) -> dict[str, Any]:
@@ -268,13 +267,13 @@ def _reading_gain(source: Source, expected: Forecast) -> str:
     now = expected.later if is_read_later else expected.first
     then = packed.later if is_read_later else packed.first
     epoch = "an epoch" if is_read_later else "the first epoch, the only one that reads the disk,"
+    if then.seeks >= now.seeks:
+        return f"{epoch} would be read no faster than now: it is read in blocks already"
     if now.minutes is None or then.minutes is None:
         return (
-            f"{epoch} would take {then.seeks:,} seeks instead of {now.seeks:,}; the disk was not "
-            "measured, so nothing is known about the time"
+            f"{epoch} would take the disk {then.seeks:,} instead of {now.seeks:,} seeks; it was "
+            "not measured, so nothing is known about the time"
         )
-    if then.minutes > 0.95 * now.minutes:
-        return f"{epoch} would be read no faster than now: it is read in blocks already"
     times = f"{_minutes(then.minutes)} instead of {_minutes(now.minutes)}"
     return f"{epoch} would read {size(then.bytes_from_disk)} in {times}"
 

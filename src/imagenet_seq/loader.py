@@ -95,18 +95,19 @@ class Loader:
     Memory: `memory_bytes` says how much the loader may hold at once.
 
     Args:
-        dataset: a path (a pack, an ImageFolder, or a root that holds train/ and val/ of either),
-            or "train" or "val" with the root in $IMAGENET, or a torchvision ImageFolder or
-            ImageNet dataset, or a torch Subset of one.
-        split: "train" or "val"; decides the defaults of shuffle and transform. None: the name of
-            the folder, where it is one of them.
+        dataset: a path, recognised by its content (a pack, class folders, the official archives,
+            LMDB, WebDataset, ...: docs/sources.md; a folder, a file, or a pattern of files), or
+            "train" or "val" with the root in $IMAGENET, or a torchvision ImageFolder or ImageNet
+            dataset, or a torch Subset of one.
+        split: "train" or "val"; chooses among what lies at the path and decides the defaults of
+            shuffle and transform. None: what the name of the folder or file says.
         transform: torchvision transforms (v1 or v2), or any callable from a PIL image. The core
             runs the longest prefix it knows exactly; a note says what runs in Python. None: the
             standard ImageNet transforms of the split, or those of the dataset object.
         batch_size: samples a batch and rank.
-        shuffle: None: True for train, False otherwise. True: block shuffle for packs (their
-            samples already lie in random order), a uniform permutation otherwise; "uniform" and
-            "block" force one.
+        shuffle: None: True for train, False otherwise. True: block shuffle where samples are known
+            to lie in random order (packs, and what their labels' runs show it of), a uniform
+            permutation otherwise; "uniform" and "block" force one.
         sampler: a DistributedSampler's rank, seed, shuffle and drop_last are taken over and its
             set_epoch is followed; the order of any other sampler is executed.
         batch_sampler: its batches are executed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import _native
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Names
+from imagenet_seq.origin import Selection
 from imagenet_seq.shrink import Shrink, smaller_copy
 from imagenet_seq.sources import Source, open_source
 from imagenet_seq.sources import pack as layout
@@ -48,6 +51,7 @@ def verify(
     folder: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     *,
+    split: str | None = None,
     num_workers: int | None = None,
     progress: bool = True,
 ) -> Report:
@@ -60,15 +64,17 @@ def verify(
         folder: the pack.
         against: the source it was made of: then names, labels and pixels are compared too, decoded
             by Pillow on both sides, and smaller copies with those that the source gives again. On a
-            hard disk this reads the source in random order.
+            hard disk this reads the source in random order, or, where the source's blocks have to
+            be unpacked, the pack.
+        split: "train" or "val", where `against` holds both.
         num_workers: threads; None: one for each available core.
         progress: whether to show progress on stderr.
 
     Raises:
         OSError: where the operating system refuses to read `against`.
         FileNotFoundError: where `against` is no data set.
-        ValueError: where `against` can't be compared: it is of another kind, or the pack's smaller
-            copies were encoded by another version of Pillow or libjpeg-turbo.
+        ValueError: where `against` can't be compared: the pack's smaller copies were encoded by
+            another version of Pillow or libjpeg-turbo.
     """
     try:
         pack = layout.read_pack(folder, check_shards=False)
@@ -77,7 +83,9 @@ def verify(
     problems = list(_check_tables(pack))
     reference = None
     if against is not None:
-        reference = _Reference(pack, open_source(against, progress=progress))
+        selection = Selection.recorded(pack.about["settings"])
+        source = selection.of(open_source(against, split, progress, "skip"))
+        reference = _Reference(pack, source)
         problems += reference.check_names(pack)
     workers = num_workers or layout.num_cores()
     bar = tqdm(
@@ -89,6 +97,9 @@ def verify(
         try:
             for found in threads.map(check.run, range(len(pack.shard_bytes))):
                 problems += found
+            if reference is not None and reference.is_foreign:
+                for found in threads.map(check.compare_block, reference.blocks):
+                    problems += found
         except BaseException:
             check.stop.set()
             raise
@@ -209,17 +220,30 @@ class _Reference:
     """The source a pack is compared with."""
 
     def __init__(self, pack: layout.Pack, source: Source) -> None:
-        if source.foreign:
-            raise ValueError(
-                f"{source.index.root}: comparing with a {source.kind} is not supported"
-            )
         self._pack = pack
         self._shrink = _shrink_of(pack)
+        self._source = source
         self._index = source.index
         self._label = np.asarray(source.index.targets)
         self._sample = {name: sample for sample, name in enumerate(source.index.name)}
         self._lock = threading.Lock()
+        self.is_foreign = source.foreign
         self.num_compared = 0
+
+    @functools.cached_property
+    def blocks(self) -> list[npt.NDArray[np.int64]]:
+        """The samples of each foreign block."""
+        order = np.argsort(self._index.file, kind="stable")
+        return np.split(order, np.flatnonzero(np.diff(self._index.file[order])) + 1)
+
+    def images_of(self, samples: npt.NDArray[np.int64]) -> Iterator[tuple[str, bytes]]:
+        """Yield names and bytes of the samples of one foreign block."""
+        block = self._source.read_block(int(self._index.file[samples[0]]))
+        for sample in samples.tolist():
+            ordinal = int(self._index.offset[sample])
+            begin = int(block.offsets[ordinal])
+            data = block.bytes[begin : begin + int(block.lengths[ordinal])].tobytes()
+            yield self._index.name[sample], data
 
     def check_names(self, pack: layout.Pack) -> Iterator[str]:
         """Report the source's samples that the pack lacks, beside those it says it left out."""
@@ -228,19 +252,27 @@ class _Reference:
             yield f"{name}: is in {self._index.root} but not in the pack"
 
     def check(self, name: str, label: int, data: bytes) -> str | None:
-        """Compare one sample; return what is wrong with it."""
+        """Compare one sample; return what is wrong with it. Of foreign samples, all but pixels."""
         sample = self._sample.get(name)
         if sample is None:
             return f"is in the pack but not in {self._index.root}"
         expected = self._index.classes[int(self._label[sample])]
         if not 0 <= label < len(self._pack.classes) or self._pack.classes[label] != expected:
             return f"label {label} does not mean class {expected}, as in the source"
-        path = os.path.join(self._index.root, name)
+        if self.is_foreign:
+            return None
+        path = os.path.join(self._index.root, self._index.files[int(self._index.file[sample])])
+        length = -1 if self._index.length is None else int(self._index.length[sample])
         try:
-            with open(path, "rb") as file:
-                original = file.read()
+            with open(path, "rb", buffering=0) as file:
+                file.seek(int(self._index.offset[sample]))
+                original = file.read(length)
         except OSError as error:
             return f"cannot be compared: {path}: {error.strerror or error}"
+        return self.compare(original, data)
+
+    def compare(self, original: bytes, data: bytes) -> str | None:
+        """Compare a sample's pixels; return what is wrong with them."""
         with self._lock:
             self.num_compared += 1
         if self._shrink is not None:
@@ -319,6 +351,30 @@ class _ShardCheck:
         except OSError as error:
             problems.append(f"{path}: {error.strerror or error}")
         return problems
+
+    def compare_block(self, samples: npt.NDArray[np.int64]) -> list[str]:
+        """Return what differs from the samples of a foreign block."""
+        assert self.reference is not None
+        problems = []
+        try:
+            for name, original in self.reference.images_of(samples):
+                if (row := self._row_of.get(name)) is not None and not self.stop.is_set():
+                    problem = self.reference.compare(original, self._read(row))
+                    problems += [f"{name}: {problem}"] if problem else []
+        except (DataError, OSError) as error:
+            problems.append(f"cannot be compared: {error}")
+        return problems
+
+    @functools.cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.pack.names)}
+
+    def _read(self, sample: int) -> bytes:
+        row = self.pack.rows[sample]
+        path = os.path.join(self.pack.folder, layout.shard_file(int(row["shard"])))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(int(row["offset"]))
+            return file.read(int(row["length"]))
 
     def _problems(self, shard: int, path: str, file: BinaryIO) -> Iterator[str]:
         size = os.fstat(file.fileno()).st_size

@@ -10,6 +10,7 @@ messages, and `find(place)`, which looks at names and a few first bytes and retu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -17,6 +18,7 @@ import importlib
 import itertools
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -25,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from imagenet_seq.disk import choose_disk
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index
 from imagenet_seq.sources.scan import OnError, Visit
@@ -60,6 +63,14 @@ class Block(NamedTuple):
     bytes: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
+
+
+def turns_at(path: str) -> threading.Lock | contextlib.nullcontext[None]:
+    """Return what a thread holds while it reads a foreign block of the file `path`.
+
+    A disk with one head that goes to and fro between several long reads is slow.
+    """
+    return threading.Lock() if choose_disk(path).has_one_head else contextlib.nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +183,7 @@ class Place:
             raise ValueError(
                 f"{path}: expected files of one folder, found some in {parents[0]} and {parents[1]}"
             )
-        return cls(path, split, parents[0], tuple(map(os.path.basename, paths)))
+        return cls(path, split, parents[0] or os.curdir, tuple(map(os.path.basename, paths)))
 
     @property
     def is_folder(self) -> bool:
@@ -377,8 +388,8 @@ def _modules() -> tuple[ModuleType, ...]:
 
 
 def _is_ours(name: str) -> bool:
-    """Tell the files in which indexes are kept beside data."""
-    return name.startswith(".imagenet-seq-")
+    """Tell what is made beside data: kept indexes, and LMDB files that are not finished."""
+    return name.startswith(".imagenet-seq-") or name.endswith(".lmdb.partial")
 
 
 def is_split(folder: str) -> bool:

@@ -18,7 +18,8 @@ import dataclasses
 import io
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,9 +28,9 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names
-from imagenet_seq.sources import Block, Found, Opening, Place, Source
+from imagenet_seq.sources import Block, Found, Opening, Place, Source, turns_at
 from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
-from imagenet_seq.sources.scan import Problems, Scanned, is_permuted
+from imagenet_seq.sources.scan import Problems, Scanned, indexed, is_permuted
 
 LOOKS_FOR = "FFCV's files: train.beton, val.beton"
 
@@ -74,12 +75,17 @@ def find(place: Place) -> Found | str | None:
     if len(paths) > 1:
         shown = ", ".join(map(os.path.basename, paths))
         raise ValueError(f"{place.path} holds several .beton files: {shown}. Pass the path of one")
+    if not paths:
+        return f"holds {', '.join(names)}, but no .beton file of split {place.split}"
     [path] = paths
+    is_named_so = path.endswith(_EXTENSIONS)
     try:
         with open(path, "rb") as file:
-            _header(file)
+            header = _header(file)
     except DataError as error:
-        return str(error) if path.endswith(_EXTENSIONS) else None
+        return str(error) if is_named_so else None
+    if not is_named_so and not header.is_whole:  # any file may begin with a 2
+        return None
     what = f"FFCV's {os.path.basename(path)}"
     return Found("beton", what, lambda how: _open(path, how), [path])
 
@@ -91,6 +97,12 @@ class _Header(NamedTuple):
     num_samples: int
     allocations_begin: int
     file_bytes: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tables lie where they can."""
+        tables_bytes = _HEADER.size + self.num_fields * _FIELD.size + self.num_samples
+        return tables_bytes <= self.allocations_begin <= self.file_bytes
 
 
 def _header(file: BinaryIO) -> _Header:
@@ -108,13 +120,6 @@ def _header(file: BinaryIO) -> _Header:
         raise DataError(
             f"{file.name}: expected a .beton file of version {_VERSION} with 1 to {_MAX_FIELDS} "
             f"fields, got version {version} and {num_fields} fields"
-        )
-    tables_bytes = _HEADER.size + num_fields * _FIELD.size + num_samples
-    if not tables_bytes <= allocations_begin <= file_bytes:
-        raise DataError(
-            f"{file.name}: expected data of {num_samples} samples and then a table of allocations "
-            f"at offset {allocations_begin}, but the file has {file_bytes} bytes: it is truncated, "
-            "or was not written to its end; write it again"
         )
     return _Header(num_fields, num_samples, allocations_begin, file_bytes)
 
@@ -138,6 +143,13 @@ def _read_tables(path: str) -> tuple[_Header, _Tables]:
     """
     with open(path, "rb") as file:
         header = _header(file)
+        if not header.is_whole:
+            raise DataError(
+                f"{path}: expected data of {header.num_samples} samples and then a table of "
+                f"allocations at offset {header.allocations_begin}, but the file has "
+                f"{header.file_bytes} bytes: it is truncated, or was not written to its end; write "
+                "it again"
+            )
         fields = [_FIELD.unpack(file.read(_FIELD.size)) for _ in range(header.num_fields)]
         image, label = _places(path, [(number, _name(raw)) for number, raw in fields])
         row = np.dtype([(f"f{i}", _FIELD_ROWS[field[0]]) for i, field in enumerate(fields)], True)
@@ -211,35 +223,47 @@ def _sizes(allocations: npt.NDArray[Any], begin: npt.NDArray[np.uint64]) -> npt.
 
 
 def _open(path: str, how: Opening) -> Source:
+    scanned = indexed("beton", path, [path], lambda: _scan(path, how), how.on_error)
+    index, permuted, notes = scanned.index, is_permuted(scanned.index), scanned.notes
+    if not scanned.extra:
+        return Source("beton", index, permuted=permuted, notes=notes)
+    parts = _Parts.of(path, index, scanned.extra)
+    return _RawSource(
+        "beton", index, permuted=permuted, foreign=True, notes=notes, path=path, parts=parts,
+        turns=turns_at(path),
+    )  # fmt: skip
+
+
+def _scan(path: str, how: Opening) -> Scanned:
+    """Make the index of the tables; a file with raw pixels has further columns."""
     header, tables = _read_tables(path)
     problems = Problems(how.on_error)
     kept = _sound(path, header, tables, problems)
     if not kept.any():
         raise DataError(f"{path}: expected images, found none")
-    number = np.flatnonzero(kept)
-    image, size, label = tables.image[kept], tables.size[kept], tables.label[kept]
+    image, label = tables.image[kept], tables.label[kept].astype(np.int32)
     is_raw = image["mode"] == _RAW
     names = Names.from_strings(
         f"{i:08d}.{'ppm' if raw else 'jpg'}"
-        for i, raw in zip(number.tolist(), is_raw.tolist(), strict=True)
+        for i, raw in zip(np.flatnonzero(kept).tolist(), is_raw.tolist(), strict=True)
     )
     index = Index(
-        file=np.zeros(len(number), np.int32),
+        file=np.zeros(len(label), np.int32),
         offset=image["begin"].astype(np.int64),
         name=names,
         root=os.path.dirname(path),
         files=Names.from_strings([os.path.basename(path)]),
-        classes=classes_of(label.astype(np.int32), names),
-        length=size,
-        label=label.astype(np.int32),
+        classes=classes_of(label, names),
+        length=tables.size[kept],
+        label=label,
         width=image["width"].astype(np.int32),
         height=image["height"].astype(np.int32),
     )
-    scanned = Scanned(index, problems=problems.messages, num_problems=problems.count)
-    permuted, notes = is_permuted(index), scanned.notes
+    extra: dict[str, npt.NDArray[Any]] = {}
     if is_raw.any():
-        return _RawSource.of(path, index, is_raw, permuted, notes)
-    return Source("beton", index, permuted=permuted, notes=notes)
+        extra = {"begin": index.offset, "is_raw": is_raw.astype(np.uint8)}
+        index = _in_blocks(index, is_raw)
+    return Scanned(index, extra, problems.messages, problems.count)
 
 
 def _sound(
@@ -269,82 +293,99 @@ def _sound(
     return sound
 
 
-_PART = np.dtype(
-    [("begin", "i8"), ("size", "i8"), ("width", "i4"), ("height", "i4"), ("is_raw", "?")]
-)
+def _in_blocks(index: Index, is_raw: npt.NDArray[np.bool_]) -> Index:
+    """Return the index of a foreign source: blocks of samples that lie together."""
+    assert index.length is not None
+    order = np.argsort(index.offset, kind="stable")
+    # By the bytes, not by where they lie: many samples could be said to lie at one place.
+    size = index.length[order]
+    block = (np.cumsum(size) - size) // _BLOCK_BYTES
+    first = np.flatnonzero(np.diff(block, prepend=-1))
+    number = np.repeat(np.arange(len(first)), np.diff(first, append=len(order)))
+    file, ordinal = np.empty(len(order), np.int32), np.empty(len(order), np.int64)
+    file[order] = number
+    ordinal[order] = np.arange(len(order)) - first[number]
+    return dataclasses.replace(
+        index,
+        file=file,
+        offset=ordinal,
+        length=index.length + np.where(is_raw, _header_bytes(index), 0),
+        files=Names.from_strings([index.files[0]] * len(first)),  # one for each block's number
+    )
+
+
+def _header_bytes(index: Index) -> npt.NDArray[np.int64]:
+    """Return how long `_ppm_header` is for each sample."""
+    digits = sum(
+        1 + sum((values >= 10**k).astype(np.int64) for k in range(1, 5))
+        for values in (index.width, index.height)
+        if values is not None
+    )
+    return np.asarray(digits + len(_ppm_header(0, 0)) - 2, np.int64)
+
+
+def _ppm_header(width: int, height: int) -> bytes:
+    """Return what makes pixels a PPM."""
+    return b"P6\n%d %d\n255\n" % (width, height)
+
+
+class _Parts(NamedTuple):
+    """Where the samples of all blocks lie in the file, block after block."""
+
+    begin: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]  # with the header
+    header: npt.NDArray[np.int64]  # bytes of it; 0: a JPEG
+    width: npt.NDArray[np.int32]
+    height: npt.NDArray[np.int32]
+    first: npt.NDArray[np.int64]  # of each block; then their number
+
+    @classmethod
+    def of(cls, path: str, index: Index, extra: Mapping[str, npt.NDArray[Any]]) -> _Parts:
+        """Sort samples by blocks, and check what comes from a file that may be damaged.
+
+        Raises:
+            DataError: where a sample does not lie in the file.
+        """
+        assert index.length is not None
+        assert index.width is not None
+        assert index.height is not None
+        order = np.lexsort((index.offset, index.file))
+        begin, is_raw = extra["begin"][order], extra["is_raw"][order] != 0
+        header = np.where(is_raw, _header_bytes(index)[order], 0)
+        length = index.length[order]
+        end = begin + length - header
+        if (begin < 0).any() or (length < header).any() or (end > os.path.getsize(path)).any():
+            raise DataError(f"{path}: the index kept of it is damaged: delete it")
+        first = np.searchsorted(index.file[order], np.arange(len(index.files) + 1))
+        return cls(begin, length, header, index.width[order], index.height[order], first)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _RawSource(Source):
-    """A file with pixels: samples that lie together come in blocks.
-
-    Args:
-        path: the file.
-        parts: where the samples' data lie (_PART), in their order in the file.
-        first: which part each block begins with; then the number of parts.
-    """
+    """A file with pixels: samples that lie together come in blocks."""
 
     path: str
-    parts: npt.NDArray[Any]
-    first: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(
-        cls,
-        path: str,
-        index: Index,
-        is_raw: npt.NDArray[np.bool_],
-        permuted: bool,
-        notes: tuple[str, ...],
-    ) -> _RawSource:
-        """Make it of an index of places in the file."""
-        order = np.argsort(index.offset, kind="stable")
-        parts = np.empty(len(index), _PART)
-        parts["begin"], parts["is_raw"] = index.offset, is_raw
-        parts["size"], parts["width"], parts["height"] = index.length, index.width, index.height
-        length = parts["size"] + np.array([len(_ppm_header(part)) for part in parts], np.int64)
-        parts = parts[order]
-        # By the bytes, not by where they lie: many samples could be said to lie at one place.
-        block = (np.cumsum(parts["size"]) - parts["size"]) // _BLOCK_BYTES
-        first = np.flatnonzero(np.diff(block, prepend=-1))
-        number = np.repeat(np.arange(len(first)), np.diff(first, append=len(parts)))
-        file, ordinal = np.empty(len(index), np.int32), np.empty(len(index), np.int64)
-        file[order] = number
-        ordinal[order] = np.arange(len(parts)) - first[number]
-        name = index.files[0]
-        index = dataclasses.replace(
-            index,
-            file=file,
-            offset=ordinal,
-            length=length,
-            files=Names.from_strings([name] * len(first)),  # a file for each block's number
-        )
-        first = np.append(first, len(parts))
-        return cls(
-            "beton", index, permuted=permuted, foreign=True, notes=notes, path=path, parts=parts,
-            first=first,
-        )  # fmt: skip
+    parts: _Parts
+    turns: AbstractContextManager[Any]
 
     def read_block(self, number: int) -> Block:
         """Read the samples of a block, each into its place."""
-        parts = self.parts[self.first[number] : self.first[number + 1]]
-        headers = [_ppm_header(part) for part in parts]
-        lengths = parts["size"] + [len(header) for header in headers]
+        samples = slice(self.parts.first[number], self.parts.first[number + 1])
+        parts = self.parts
+        lengths = parts.length[samples]
         offsets = np.cumsum(lengths) - lengths
         data = np.empty(int(lengths.sum()), np.uint8)
-        view = data.data
-        with open(self.path, "rb", buffering=0) as file:
-            for part, header, begin in zip(parts, headers, offsets.tolist(), strict=True):
-                pixels = begin + len(header)
-                view[begin:pixels] = header
-                file.seek(part["begin"])
-                _read_into(file, view[pixels : pixels + int(part["size"])])
+        with self.turns, open(self.path, "rb", buffering=0) as file:
+            for at, offset, length, skip, width, height in zip(
+                parts.begin[samples].tolist(), offsets.tolist(), lengths.tolist(),
+                parts.header[samples].tolist(), parts.width[samples].tolist(),
+                parts.height[samples].tolist(), strict=True,
+            ):  # fmt: skip
+                if skip:
+                    data.data[offset : offset + skip] = _ppm_header(width, height)
+                file.seek(at)
+                _read_into(file, data.data[offset + skip : offset + length])
         return Block(data, offsets, lengths)
-
-
-def _ppm_header(part: np.void) -> bytes:
-    """Return what makes pixels a PPM; nothing for a JPEG."""
-    return b"P6\n%d %d\n255\n" % (part["width"], part["height"]) if part["is_raw"] else b""
 
 
 def _read_into(file: io.FileIO, room: memoryview) -> None:

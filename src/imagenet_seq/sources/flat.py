@@ -53,7 +53,7 @@ _LABEL_HEADS = (
     "predictionstring", "label", "class", "target", "label_id", "class_id", "wnid", "category",
 )  # fmt: skip
 
-_WNID = re.compile(r"n\d{8}")
+_WNID, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"[+-]?[0-9]+")
 
 
 def find(place: Place) -> Found | str | None:
@@ -67,7 +67,8 @@ def find(place: Place) -> Found | str | None:
         for name in set(SPLITS).intersection(place.folders):
             if (inside := place.below(name)) and isinstance(find(inside), Found):
                 raise SplitNeededError(
-                    f"{place.path} holds images with labels in {name}/: pass split={name!r}"
+                    f"{place.path} holds images with labels in {name}/: pass split='train' or "
+                    "split='val'"
                 )
     if not any(map(imagefolder.is_image, place.files)) or imagefolder.has_classes(place):
         return None
@@ -113,7 +114,7 @@ def _scan(folder: str, lists: Sequence[str], how: Opening) -> Scanned:
     _refuse_disagreement(lists, found)
     labels = found[0]
     for file in files:
-        if file not in labels:
+        if file not in told[0]:
             problems.report(f"{os.path.join(folder, file)}: {lists[0]} has no label for it")
     if not labels:
         raise DataError(f"{folder}: expected images with labels in {lists[0]}, found none")
@@ -246,8 +247,9 @@ def _read_list(path: str, images: _Images, problems: Problems) -> dict[str, _Tol
                 problems.report(f"{path}:{line}: expected a name and a label")
                 continue
             where, image = f"{path}:{line.number}", images.find(line.name)
-            if image is None and line.number == 1 and not imagefolder.is_image(line.name):
-                continue  # a header
+            is_header = line.number == 1 and not imagefolder.is_image(line.name)
+            if image is None and is_header and not _NUMBER.fullmatch(line.label):
+                continue
             if image is None:
                 problems.report(f"{where}: there is no image {line.name}")
                 continue
@@ -279,7 +281,7 @@ def _labels(
     labels: dict[str, int] = {}
     for image, (where, text) in told.items():
         number = number_of.get(text, -1)
-        if number < 0 and text.isascii() and text.isdecimal():
+        if number < 0 and _NUMBER.fullmatch(text):
             number = int(text) if len(text) < 10 else end
         if 0 <= number < end:
             labels[image] = number
@@ -317,8 +319,8 @@ def _classes(
     if train := _train_folder(folder):
         return _folders_in(train), train
     texts = {entry.label for entries in told for entry in entries.values()}
-    if all(text.isascii() and text.isdecimal() for text in texts):
-        return [], ""
+    if 2 * sum(1 for text in texts if _NUMBER.fullmatch(text)) > len(texts):
+        return [], ""  # what is no number among them is a mistake, not a class's name
     return sorted(texts), lists[0]
 
 

@@ -65,8 +65,8 @@ def find(place: Place) -> Found | str | None:
         if place.split is None:
             raise SplitNeededError(f"{place.path} {holds}: pass split='train' or split='val'")
         return holds
-    if place.split in place.folders:  # that one is meant, so `path` must not pass for classes
-        return None
+    if place.split is not None and (others := [name for name in SPLITS if name in place.folders]):
+        return f"holds {' and '.join(f'{name}/' for name in others)}"  # which are no classes then
     for name in SPLITS:  # their folders must not pass for classes
         refuse_unfinished(os.path.join(place.path, name))
     if not has_classes(place):

@@ -183,23 +183,14 @@ class _Tree:
 
     Args:
         path: the file.
-
-    Raises:
-        DataError: where its meta pages are damaged.
-        OSError: where it can't be read.
+        file: its descriptor.
+        meta: what its meta page says.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by __exit__)
-        self.meta = _newer_meta(path, self._file.fileno())
+    def __init__(self, path: str, file: int, meta: _Meta) -> None:
+        self.path, self.meta = path, meta
+        self._file = file
         self._seen: set[int] = set()
-
-    def __enter__(self) -> _Tree:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._file.close()
 
     def values(self, progress: bool) -> _Values:
         """Return all keys and places of values.
@@ -217,10 +208,10 @@ class _Tree:
             raise DataError(f"{self.path}: expected a tree of up to 32 levels, got {meta.depth}")
         pages = [_Child(meta.root, b"", None)] if meta.root != layout.NO_PAGE else []
         for _ in range(meta.depth - 1):
-            pages = [child for page in sorted(pages) for child in self._children(page)]
+            pages = [child for page in _in_file_order(pages) for child in self._children(page)]
         size = len(pages) * meta.page_bytes
         with progress_bar(f"keys of {os.path.basename(self.path)}", size, progress) as bar:
-            for page in sorted(pages):
+            for page in _in_file_order(pages):
                 self._add_leaf(page, found)
                 bar.update(meta.page_bytes)
         if len(found) != meta.num_values:
@@ -291,7 +282,7 @@ class _Tree:
             raise self._damaged(number, "two pages lead to it")
         self._seen.add(number)
         page_bytes = self.meta.page_bytes
-        content = os.pread(self._file.fileno(), page_bytes, number * page_bytes)
+        content = os.pread(self._file, page_bytes, number * page_bytes)
         if len(content) != page_bytes:
             raise self._damaged(number, "the file ends before it: it is truncated")
         own_number, _, flags, lower, _ = layout.PAGE_HEADER.unpack_from(content)
@@ -312,6 +303,10 @@ class _Tree:
             f"{self.path}: page {page} (offset {offset}): {what}: the file is damaged, or another "
             "process writes to it: run mdb_stat on it, and copy or write it anew"
         )
+
+
+def _in_file_order(pages: list[_Child]) -> list[_Child]:
+    return sorted(pages, key=lambda page: page.number)
 
 
 def _newer_meta(path: str, file: int) -> _Meta:
@@ -346,16 +341,16 @@ def _meta(head: bytes) -> _Meta | None:
 
 def _scan(path: str, how: Opening) -> Scanned:
     """Read the tree, then all values in one pass from the file's begin to its end."""
-    with _Tree(path) as tree:
-        meta, values = tree.meta, tree.values(how.progress)
-    scan = _Scan(path, how, meta, values)
-    scan.read()
-    with _Tree(path) as tree:
-        if tree.meta.transaction != meta.transaction:
-            raise DataError(
-                f"{path}: was written to while it was indexed (transaction {meta.transaction}, now "
-                f"{tree.meta.transaction}): wait until whoever writes there is done"
-            )
+    with open(path, "rb", buffering=0) as file:
+        meta = _newer_meta(path, file.fileno())
+        scan = _Scan(path, how, meta, _Tree(path, file.fileno(), meta).values(how.progress))
+        scan.read()
+        now = _newer_meta(path, file.fileno())
+    if now.transaction != meta.transaction:
+        raise DataError(
+            f"{path}: was written to while it was indexed (transaction {meta.transaction}, now "
+            f"{now.transaction}): wait until whoever writes there is done"
+        )
     return scan.result()
 
 
@@ -370,8 +365,7 @@ class _Scan:
         self._count: int | None = None  # of samples, as the file itself has it
         self._has_keys = False
         self._num_numbers = self._num_samples = 0
-        self._offset, self._size = array("q"), array("q")
-        self._stored = array("b")
+        self._size, self._stored = array("q"), array("B")
         self._named = all(
             _has_extension(values.key(i))
             for i in range(len(values))
@@ -406,29 +400,27 @@ class _Scan:
         self._num_samples += 1
         self._num_numbers += key.isdigit()
         value = self._value(stream, key, offset, length)
-        where = f"{self._path}: key {key!r} (offset {offset})"
         try:
             pair = find_pair(value)
-            image: memoryview = value[pair.offset : pair.offset + pair.length]
+            image = value[pair.offset : pair.offset + pair.length]
             if pair.stored != RAW:
                 image = memoryview(stored_bytes(image, pair.stored))
         except ValueFormError as error:
-            self._problems.report(
-                f"{where}: expected {ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
+            self._report(
+                key, offset, f"{ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
             )
             return
         extension = _extension(image)
         if extension is None:
-            self._problems.report(
-                f"{where}: expected an image, got {len(image)} bytes that begin with "
-                f"{bytes(image[:8])!r}"
-            )
+            got = f"{len(image)} bytes that begin with {bytes(image[:8])!r}"
+            self._report(key, offset, f"an image, got {got}")
         elif not 0 <= pair.label < MAX_CLASSES:
-            self._problems.report(
-                f"{where}: expected a label in [0, {MAX_CLASSES}), got {pair.label}"
-            )
+            self._report(key, offset, f"a label in [0, {MAX_CLASSES}), got {pair.label}")
         else:
             self._add(key, extension, offset, pair, image)
+
+    def _report(self, key: bytes, offset: int, expected: str) -> None:
+        self._problems.report(f"{self._path}: key {key!r} (offset {offset}): expected {expected}")
 
     def _value(self, stream: FileStream, key: bytes, offset: int, length: int) -> memoryview:
         """Return a value, which in overflow pages has to come behind their header."""
@@ -449,9 +441,7 @@ class _Scan:
 
     def _add(self, key: bytes, extension: str, offset: int, pair: Pair, image: memoryview) -> None:
         name = os.fsdecode(key) + ("" if self._named else extension)
-        begin = offset + pair.offset
-        sample = self._rows.add(name, 0, begin, len(image), pair.label)
-        self._offset.append(begin)
+        sample = self._rows.add(name, 0, offset + pair.offset, len(image), pair.label)
         self._size.append(pair.length)
         self._stored.append(pair.stored)
         if self._how.visit is not None:
@@ -479,15 +469,17 @@ class _Scan:
             return [f"{self._path}: {what}"]
         if self._has_keys or not self._num_samples or self._num_numbers < self._num_samples:
             return []
+        what = "has no __keys__, which tensorpack and scripts like it write last"
         process = _in_use_by(self._path)
-        if process is not None:
+        if process is not None and self._how.on_error == "fail":
             raise DataError(
-                f"{self._path}: is in use by a writer: process {process} has it open, and "
-                "__keys__, which is written last, is not there yet; wait until it is done"
+                f"{self._path}: is in use by a writer: process {process} has it open, and it {what}"
+                ". Wait until that is done; if it only reads, pass on_error='skip' "
+                "(--on-error skip)"
             )
         return [
-            f"{self._path}: has no __keys__, which tensorpack and scripts like it write last: "
-            f"check that {self._num_samples} samples are all, or a run was interrupted"
+            f"{self._path}: {what}: check that {self._num_samples} samples are all, or a run was "
+            "interrupted"
         ]
 
     def result(self) -> Scanned:
@@ -496,14 +488,10 @@ class _Scan:
         index = rows.index(
             os.path.dirname(path), [os.path.basename(path)], classes_of(rows.label, rows.names)
         )
-        stored = np.array(self._stored, np.int8)
+        stored = np.array(self._stored, np.uint8)
         extra: dict[str, npt.NDArray[Any]] = {}
         if stored.any():
-            extra = {
-                "stored": stored,
-                "offset": np.array(self._offset, np.int64),
-                "size": np.array(self._size, np.int64),
-            }
+            extra = {"stored": stored, "size": np.array(self._size, np.int64)}
         problems = self._problems
         return Scanned(index, extra, problems.messages, problems.count, remarks)
 
@@ -522,6 +510,8 @@ _NAMED_EXTENSIONS = {extension.encode() for _, extension in _EXTENSIONS} | {b".j
 
 def _extension(image: memoryview) -> str | None:
     head = bytes(image[:4])
+    if head[:2] == b"\xff\xd8":  # nearly all of them
+        return ".jpg"
     return next((extension for begin, extension in _EXTENSIONS if head.startswith(begin)), None)
 
 
@@ -581,14 +571,22 @@ class _StoredSource(Source):
     """
 
     path: str
-    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int8]]
+    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
     first: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, path: str, scanned: Scanned, permuted: bool) -> _StoredSource:
         """Make it of what a scan found: samples that lie together come in blocks."""
-        index, extra = scanned.index, scanned.extra
-        block = np.cumsum(extra["size"], dtype=np.int64) // _BLOCK_BYTES
+        index, size, stored = scanned.index, scanned.extra["size"], scanned.extra["stored"]
+        offset = index.offset
+        if not len(size) == len(stored) == len(index) or not _in_order(
+            offset, size, os.path.getsize(path)
+        ):
+            raise DataError(
+                f"{path}: the index kept for it is damaged: remove .imagenet-seq-lmdb-*.index in "
+                "its folder, or the cache folder"
+            )
+        block = offset // _BLOCK_BYTES
         first = np.flatnonzero(np.diff(block, prepend=-1))
         number = np.repeat(np.arange(len(first)), np.diff(first, append=len(index)))
         blocks = dataclasses.replace(
@@ -604,7 +602,7 @@ class _StoredSource(Source):
             foreign=True,
             notes=scanned.notes,
             path=path,
-            places=(extra["offset"], extra["size"], extra["stored"]),
+            places=(offset, size, stored),
             first=np.append(first, len(index)),
         )
 
@@ -628,3 +626,11 @@ class _StoredSource(Source):
         return Block(
             np.frombuffer(b"".join(images), np.uint8), np.cumsum(lengths) - lengths, lengths
         )
+
+
+def _in_order(offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64], file_bytes: int) -> bool:
+    """Tell whether places follow one another inside a file."""
+    if not len(offset):
+        return True
+    follow = (size >= 0) & (offset >= 0) & (size <= file_bytes - offset)
+    return bool(follow.all() and (offset[1:] >= (offset + size)[:-1]).all())

@@ -25,8 +25,9 @@ import struct
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ from imagenet_seq.sources import (
     Place,
     Source,
     SplitNeededError,
+    turns_at,
 )
 from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
 from imagenet_seq.sources.scan import (
@@ -182,8 +184,11 @@ def _shard(folder: str, about: dict[str, Any]) -> _Shard:
         )
     raw_name, raw_bytes, hashes = _file_of(about, "raw_data")
     num_samples = about.get("samples")
-    if not isinstance(num_samples, int) or not 0 <= num_samples <= raw_bytes // 4:
-        raise _WrongError(f"expected the number of 'samples', got {num_samples!r:.50}")
+    if not isinstance(num_samples, int) or not 0 <= num_samples <= raw_bytes // 4 - 2:
+        raise _WrongError(
+            f"expected a number of 'samples' that fit into {raw_bytes} bytes, got "
+            f"{num_samples!r:.50}"
+        )
     path, size, compression = os.path.join(folder, raw_name), raw_bytes, None
     if not os.path.exists(path) and about.get("zip_data"):
         zip_name, size, _ = _file_of(about, "zip_data")
@@ -272,13 +277,13 @@ def _algorithm(about: dict[str, Any]) -> str:
     return algorithm
 
 
-def _decompressor(algorithm: str, file: BinaryIO) -> Any:
-    """Return a file object of what is in a compressed one."""
+def _decompressor(algorithm: str, data: bytes) -> Any:
+    """Return a file object of what is in compressed bytes."""
     if algorithm == "gz":
-        return gzip.GzipFile(fileobj=file)
+        return gzip.GzipFile(fileobj=io.BytesIO(data))
     if algorithm == "bz2":
-        return bz2.BZ2File(file)
-    return _zstandard().ZstdDecompressor().stream_reader(file)
+        return bz2.BZ2File(io.BytesIO(data))
+    return _zstandard().ZstdDecompressor().stream_reader(data)
 
 
 def _zstandard() -> Any:
@@ -303,7 +308,7 @@ def _decompressed(shard: _Shard, data: bytes) -> npt.NDArray[np.uint8]:
         errors = (_zstandard().ZstdError,)
     raw, num_bytes = np.empty(shard.raw_bytes, np.uint8), 0
     try:
-        with _decompressor(shard.compression, io.BytesIO(data)) as file:
+        with _decompressor(shard.compression, data) as file:
             while count := file.readinto(raw.data[num_bytes:]):
                 num_bytes += count
             has_more = bool(file.read(1))
@@ -333,8 +338,9 @@ def _open(folder: str, how: Opening) -> Source:
     blocks = _Blocks(shards, _first_of(index, len(shards)), scanned.extra["begin"], index)
     blocks.check()
     return _ShardSource(
-        "mds", index, permuted=is_permuted(index), foreign=True, notes=notes, blocks=blocks
-    )
+        "mds", index, permuted=is_permuted(index), foreign=True, notes=notes, blocks=blocks,
+        turns=turns_at(folder),
+    )  # fmt: skip
 
 
 def _first_of(index: Index, num_shards: int) -> npt.NDArray[np.int64]:
@@ -509,11 +515,6 @@ def _ends(shard: _Shard, take: Take) -> list[int]:
         DataError: where that can't be.
     """
     table_bytes = 4 * (shard.num_samples + 2)
-    if table_bytes > shard.raw_bytes:
-        raise DataError(
-            f"{shard.path}: expected a table of {shard.num_samples} samples, but the shard has "
-            f"{shard.raw_bytes} bytes: its {_INDEX} is of another one"
-        )
     table = np.frombuffer(take(0, table_bytes), "<u4").astype(np.int64)
     ends = table[1:]
     if (
@@ -622,6 +623,7 @@ class _ShardSource(Source):
     """Shards that are compressed, or have pixels."""
 
     blocks: _Blocks
+    turns: AbstractContextManager[Any]
 
     def read_block(self, number: int) -> Block:
         """Read a shard, decompress it, and make PPMs of its pixels."""
@@ -630,8 +632,7 @@ class _ShardSource(Source):
         begin = self.blocks.begin[samples]
         assert index.length is not None
         length = index.length[samples]
-        with open(shard.path, "rb", buffering=0) as file:
-            data = _read(shard, file)
+        data = self._read(shard)
         if _has_pixels(shard):
             assert index.width is not None
             assert index.height is not None
@@ -644,14 +645,19 @@ class _ShardSource(Source):
                 data[at : at + len(header)] = header
         return Block(data, begin, length)
 
+    def _read(self, shard: _Shard) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a shard, decompressed."""
+        with self.turns, open(shard.path, "rb", buffering=0) as file:
+            if shard.compression is None:
+                return _filled(file, shard.raw_bytes)
+            compressed = file.readall()
+        return _decompressed(shard, compressed)
 
-def _read(shard: _Shard, file: io.FileIO) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a shard, decompressed."""
-    if shard.compression is not None:
-        return _decompressed(shard, file.readall())
-    data, num_read = np.empty(shard.raw_bytes, np.uint8), 0
+
+def _filled(file: io.FileIO, num_bytes: int) -> npt.NDArray[np.uint8]:
+    data, num_read = np.empty(num_bytes, np.uint8), 0
     while count := file.readinto(data.data[num_read:]):
         num_read += count
-    if num_read < len(data):
-        raise DataError(f"{shard.path}: expected {len(data)} bytes, got {num_read}")
+    if num_read < num_bytes:
+        raise DataError(f"{file.name}: expected {num_bytes} bytes, got {num_read}")
     return data

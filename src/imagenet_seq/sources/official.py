@@ -22,7 +22,6 @@ import numpy.typing as npt
 from imagenet_seq.errors import DataError
 from imagenet_seq.sources import Found, Opening, Place, Source, SplitNeededError
 from imagenet_seq.sources.scan import (
-    HOW_TO_SKIP,
     FileStream,
     Problems,
     Rows,
@@ -65,6 +64,8 @@ LOOKS_FOR = (
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
+_DAMAGED = "damaged: expected MD5"
+
 _FEW = 4
 """So many renamed archives are looked into in a folder; shards come in hundreds, each a seek."""
 
@@ -105,6 +106,12 @@ def _found(path: str, split: str) -> Found:
             lambda: scan(needed, DOWNLOADS[split], how).result(),
             how.on_error,
         )
+        damaged = [remark for remark in scanned.remarks if _DAMAGED in remark]
+        if damaged and how.on_error == "fail":  # also where a kept index says so
+            raise DataError(
+                f"{damaged[0]}. Download it again, or use it as it is: on_error='skip' "
+                "(--on-error skip)"
+            )
         permuted = is_permuted(scanned.index)
         return Source("ilsvrc2012", scanned.index, permuted=permuted, notes=scanned.notes)
 
@@ -121,7 +128,7 @@ def split_in(path: str) -> str | None:
         if _VAL_IMAGE.fullmatch(first[0].name):
             return "val"
         return "train" if _CLASS_TAR.fullmatch(first[0].name) else None
-    except DataError:
+    except (DataError, OSError):
         return None
 
 
@@ -178,7 +185,10 @@ class _Scan:
             self._read(stream)
             if digest is not None:
                 stream.finish()
-                self._compare(digest.hexdigest())
+                if digest.hexdigest() != self._download.md5:
+                    self._remarks.append(
+                        f"{self._path}: {_DAMAGED} {self._download.md5}, got {digest.hexdigest()}"
+                    )
         label = self._labels()
         folder = os.path.dirname(self._path)
         return Scanned(
@@ -193,14 +203,6 @@ class _Scan:
 
     def _labels(self) -> npt.NDArray[np.int32]:
         return self._rows.label
-
-    def _compare(self, md5: str) -> None:
-        if md5 == self._download.md5:
-            return
-        message = f"{self._path}: damaged: expected MD5 {self._download.md5}, got {md5}"
-        if self._how.on_error == "fail":
-            raise DataError(f"{message}. Download it again; to use what is sound: {HOW_TO_SKIP}")
-        self._remarks.append(message)
 
     def _add(self, stream: FileStream, member: Member, name: str, label: int) -> None:
         wrong = ""

@@ -343,6 +343,8 @@ def _places_z(label: npt.NDArray[np.int32]) -> float:
 
 # ---- an index that is kept -----------------------------------------------------------------------
 
+_KEPT_DTYPES = (np.uint8, np.uint32, np.int32, np.int64)  # of `read_columns`
+
 
 class Stamps(NamedTuple):
     """Files and folders that an index was made of, as they were; it holds while they stay so.
@@ -415,6 +417,11 @@ class Scanned:
     remarks: Sequence[str] = ()
     stamps: Stamps | None = None
     lasting: bool = True
+
+    def __post_init__(self) -> None:
+        for name, column in self.extra.items():
+            if column.dtype not in _KEPT_DTYPES:  # it would be made anew each time, without a word
+                raise TypeError(f"extra column '{name}': can't be kept as {column.dtype}")
 
     @property
     def notes(self) -> tuple[str, ...]:

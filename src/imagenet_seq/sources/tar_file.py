@@ -43,6 +43,7 @@ _NO_FILES = {
 
 _REGULAR = frozenset(b"07\0")
 _FOLDERS_AND_LABELS = frozenset(b"5DV")
+_WITHOUT_DATA = frozenset(b"123456V")
 _EXTENDED = frozenset(b"xXgLK")
 
 
@@ -134,69 +135,24 @@ def members(
         DataError: where the archive is truncated, damaged, or of a kind that has to be converted.
     """
     archive = data.path if within is None else f"{data.path}: {within.name}"
-    position, end = 0, data.size
+    begin, end = 0, data.size
     if within is not None:
-        position, end = within.offset, within.offset + within.length
-    ahead: dict[bytes, bytes] = {}  # what extended headers say of the next member
-    always: dict[bytes, bytes] = {}  # and of all that follow
-    while position < end:
-        header = bytes(data.take(position, min(_BLOCK, end - position)))
-        if header == _ZEROS:
-            _check_rest(data, archive, position + _BLOCK, end, problems)
-            return
-        if not _is_header(header):
-            raise DataError(f"{archive}: {_no_header(header, position)}")
-        kind, name = header[156], _name(header)
-        length = _number(header[124:136])
-        offset = position + _BLOCK
-        fields = {**always, **ahead} if ahead or always else None
-        if fields and kind not in _EXTENDED:
-            name, length = _overridden(fields, name, length)
-            ahead = {}
-        while name.startswith("./"):
-            name = name[2:]
-        if length is None:
-            raise DataError(
-                f"{archive}: damaged: member {name!r} at offset {position}: expected a size, got "
-                f"{header[124:136]!r} in its header. Copy or download it again"
-            )
-        if kind in _FOLDERS_AND_LABELS or (kind in _REGULAR and name.endswith("/")):
-            position = offset + (_padded(length) if kind == ord("D") else 0)
-            continue
+        begin, end = within.offset, within.offset + within.length
+    for kind, name, offset, length in _headers(data, archive, begin, end, problems, remarks):
         if kind in _NO_FILES:
             problems.report(
-                f"{archive}: member {name!r} at offset {position}: expected a file, got "
+                f"{archive}: member {name!r} at offset {offset}: expected a file, got "
                 f"{_NO_FILES[kind]}"
             )
-            position = offset
-            continue
-        if offset + length > end:
-            raise DataError(
-                f"{archive}: truncated: member {name!r} at offset {offset}: expected {length} "
-                f"bytes, got {end - offset}; or its header lies about its size. Copy or download "
-                "the archive again"
-            )
-        position = offset + _padded(length)
-        if kind in _EXTENDED:
-            said = _extended(data, archive, kind, offset, length)
-            (always if kind == ord("g") else ahead).update(said)
         elif kind in _REGULAR:
-            yield Member(name, offset, length)
-        else:
+            if not name.endswith("/"):  # so older archives say that it is a folder
+                yield Member(name, offset, length)
+        elif kind not in _FOLDERS_AND_LABELS:
             raise DataError(
-                f"{archive}: member {name!r} at offset {offset - _BLOCK}: expected a plain file, "
-                f"got type {chr(kind)!r} (sparse, or part of a multi-volume archive): make the "
-                "archive anew without such options"
+                f"{archive}: member {name!r} at offset {offset}: expected a plain file, got type "
+                f"{chr(kind)!r} (sparse, or part of a multi-volume archive): make the archive anew "
+                "without such options"
             )
-    if position > end:
-        raise DataError(
-            f"{archive}: truncated: expected its last member to be padded to offset {position}, "
-            f"got an end at {end}. Copy or download the archive again"
-        )
-    remarks.append(
-        f"{archive}: ends without the mark of an archive's end: it may be truncated behind its "
-        "last member"
-    )
 
 
 def first_members(path: str, count: int) -> list[Member]:
@@ -261,6 +217,55 @@ def _image_behind(data: Readable, position: int) -> Member | None:
 # ---- headers -------------------------------------------------------------------------------------
 
 
+class _Header(NamedTuple):
+    kind: int
+    name: str
+    offset: int  # of the data behind it
+    length: int
+
+
+def _headers(
+    data: Readable, archive: str, begin: int, end: int, problems: Problems, remarks: list[str]
+) -> Iterator[_Header]:
+    """Yield the members of all kinds, with what extended headers say of them."""
+    ahead: dict[bytes, bytes] = {}  # of the next member
+    always: dict[bytes, bytes] = {}  # of all that follow
+    position = begin
+    while position < end:
+        header = bytes(data.take(position, min(_BLOCK, end - position)))
+        if header == _ZEROS:
+            _check_rest(data, archive, position + _BLOCK, end, problems)
+            return
+        if not _is_header(header):
+            raise DataError(f"{archive}: {_no_header(header, position)}")
+        kind, name, length = header[156], _name(header), _number(header[124:136])
+        if (ahead or always) and kind not in _EXTENDED:
+            name, length = _overridden({**always, **ahead}, name, length)
+            ahead = {}
+        while name.startswith("./"):
+            name = name[2:]
+        offset = position + _BLOCK
+        if kind in _WITHOUT_DATA:
+            length = 0  # some writers give a link the size of what it leads to
+        if length is None or offset + length > end:
+            raise DataError(f"{archive}: {_wrong_size(name, header, offset, length, end)}")
+        if kind in _EXTENDED:
+            said = _extended(data, archive, kind, offset, length)
+            (always if kind == ord("g") else ahead).update(said)
+        else:
+            yield _Header(kind, name, offset, length)
+        position = offset + _padded(length)
+    if position > end:
+        raise DataError(
+            f"{archive}: truncated: expected its last member to be padded to offset {position}, "
+            f"got an end at {end}. Copy or download the archive again"
+        )
+    remarks.append(
+        f"{archive}: ends without the mark of an archive's end: it may be truncated behind its "
+        "last member"
+    )
+
+
 def _is_header(header: bytes) -> bool:
     """Compare a header with its checksum: the sum of its bytes, those of the checksum as spaces."""
     expected = _number(header[148:156])
@@ -290,6 +295,19 @@ def _no_header(header: bytes, position: int) -> str:
     return (
         f"damaged: expected a member's header at offset {position}, got bytes whose checksum is "
         "wrong; or the member before lies about its size. Copy or download it again"
+    )
+
+
+def _wrong_size(name: str, header: bytes, offset: int, length: int | None, end: int) -> str:
+    member = f"member {name!r} at offset {offset}"
+    if length is None:
+        return (
+            f"damaged: {member}: expected a size, got {header[124:136]!r} in its header. Copy or "
+            "download the archive again"
+        )
+    return (
+        f"truncated: {member}: expected {length} bytes, got {end - offset}; or its header lies "
+        "about its size. Copy or download the archive again"
     )
 
 

@@ -74,7 +74,7 @@ def find(place: Place) -> Found | str | None:
     tars = [name for name in place.files if _is_candidate(name, place)]
     if not tars:
         compressed = [name for name in place.files if name.lower().endswith(_COMPRESSED)]
-        if compressed:
+        if compressed and compressed[0] != official.DEVKIT:
             return f"holds {compressed[0]}, which is compressed: decompress it first"
         if place.is_folder:
             return None
@@ -85,10 +85,11 @@ def find(place: Place) -> Found | str | None:
         return None
     try:
         kind = _kind_of(paths[0])
-    except DataError as error:
+    except (DataError, OSError) as error:  # a link that leads nowhere may lie beside folders
         return str(error) if tars else None
     if kind is None:
-        return f"{paths[0]}: holds no images with labels (.cls, .json, .txt) or in class folders"
+        without = "holds no images with labels (.cls, .json, .txt) or in class folders"
+        return f"{paths[0]}: {without}" if tars else None
     what = "WebDataset shard" if kind == "webdataset" else "tar of class folders,"
     what += f" {os.path.basename(paths[0])}"
     if len(paths) > 1:
@@ -172,7 +173,7 @@ class _Collector:
     def __init__(self, place: Place, how: Opening) -> None:
         self.rows, self.problems = Rows(), Problems(how.on_error)
         self.remarks: list[str] = []
-        self._split = place.split
+        self._source, self._split = place.path, place.split
         self._visit: Visit | None = how.visit
         self._names_in_file: set[str] = set()
 
@@ -300,8 +301,8 @@ class _Samples(_Collector):
         num_unused = len(classes) - len(np.unique(label))
         if num_unused:
             self.remarks.append(
-                f"{self._path}: labels go up to {len(classes) - 1}, and {num_unused} of them occur "
-                "in no sample"
+                f"{self._source}: labels go up to {len(classes) - 1}, and {num_unused} of them "
+                "occur in no sample"
             )
         return label, classes
 
