@@ -123,7 +123,7 @@ def import_pyarrow(path: str, name: str = "pyarrow") -> Any:
 
 @contextlib.contextmanager
 def _memory_kept() -> Iterator[None]:
-    """Let pyarrow's allocator, which asks when it is loaded, give memory back after 10 s, not 10 ms.
+    """Let pyarrow's allocator, which asks when it is loaded, give memory back late: after 10 s.
 
     Blocks come ten times a second: to get and clear memory for each anew costs a tenth of decoding.
     """
