@@ -20,6 +20,11 @@ CLS_LOC = "ILSVRC/Data/CLS-LOC"
 LABELS = [3, 0, 4, 1, 1, 2, 0, 4, 2, 3]
 
 
+@pytest.fixture(autouse=True)
+def _no_tensorpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TENSORPACK_DATASET", raising=False)
+
+
 def flat(folder: Path, lists: dict[str, str], images: str = "a.jpg b.png c.jpeg") -> Path:
     """Write images (empty: they are only opened when they are read) and lists of labels."""
     (folder / "images").mkdir(parents=True)
