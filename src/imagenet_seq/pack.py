@@ -781,7 +781,7 @@ def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | N
     if found := plan.origin.some_images[:_TABLES_SAMPLES]:
         return _fit_tables(found, len(found), plan.settings, options)
     # The places in the pack are random, so its first samples are as good as any.
-    samples = plan.order[:_TABLES_SAMPLES]
+    samples = plan.origin.first(plan.order, _TABLES_SAMPLES)
 
     def images() -> Iterator[bytes]:
         unreadable: list[Failure] = []
