@@ -233,6 +233,13 @@ def test_classes_are_imagenets_where_the_synsets_are(tmp_path: Path) -> None:
     assert index.classes == imagenet_classes()[:6]
 
 
+def test_labels_that_are_imagenets_from_0_stay_though_none_is_0(tmp_path: Path) -> None:
+    samples = [inception(3, "n01491361", "b.jpg"), inception(1, "n01443537", "a.jpg")]
+    index = open_source(write(tmp_path / "f", *map(example, samples))).index
+    assert list(index.targets) == [3, 1]
+    assert index.classes == imagenet_classes()[:4]
+
+
 def test_synsets_in_another_order_are_refused(tmp_path: Path) -> None:
     samples = [inception(1, "n02", "b.jpg"), inception(2, "n01", "a.jpg")]
     said = refusal(write(tmp_path / "f", *map(example, samples)))

@@ -262,7 +262,7 @@ class _Scan:
         rows = self._rows
         label, first = rows.label, 0
         counts_from_1 = self._keys is not None and self._keys.label == _COUNTS_FROM_1
-        if counts_from_1 and int(label.min(initial=1)) > 0:
+        if counts_from_1 and int(label.min(initial=1)) > 0 and not _are_imagenets(self._wnids):
             label, first = label - 1, 1
         if self._label_names:
             classes = self._label_names
@@ -317,14 +317,18 @@ def _classes_of_wnids(wnids: dict[int, str], num_classes: int, where: str) -> tu
                 f"{label} is {wnid} and {next_label} is {next_wnid} (counted from 0). Write the "
                 "files again with sorted synsets"
             )
-    all_classes = imagenet_classes()
-    as_imagenet = all(
-        label < len(all_classes) and all_classes[label] == wnid for label, wnid in wnids.items()
-    )
-    others = all_classes if as_imagenet else ()
+    others = imagenet_classes() if _are_imagenets(wnids) else ()
     return tuple(
         wnids.get(label) or (others[label] if label < len(others) else str(label))
         for label in range(num_classes)
+    )
+
+
+def _are_imagenets(wnids: dict[int, str]) -> bool:
+    """Tell whether there are wnids, and labels are torchvision's for all of them."""
+    classes = imagenet_classes()
+    return bool(wnids) and all(
+        label < len(classes) and classes[label] == wnid for label, wnid in wnids.items()
     )
 
 
