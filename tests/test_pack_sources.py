@@ -22,6 +22,7 @@ from imagenet_seq import _native
 from imagenet_seq.cli import main
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.pack import Settings, Summary, pack, reshuffle
+from imagenet_seq.shrink import Shrink
 from imagenet_seq.sources import open_source
 from imagenet_seq.verify import verify
 
@@ -232,6 +233,26 @@ def test_threads_and_memory_do_not_matter(
 ) -> None:
     make_pack(tars, tmp_path / "pack", num_workers=5, memory_bytes=2 << 20)
     assert tree(tmp_path / "pack") == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(shard_bytes=1_300_000, shrink=Shrink(200)),
+        Settings(shard_bytes=1_300_000, keep_bytes=True),
+        Settings(shard_bytes=1_300_000, tables="image"),
+    ],
+    ids=["smaller", "own bytes", "own tables"],
+)
+def test_other_settings_give_one_pack_on_both_ways(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    make_pack(tars, tmp_path / "dealt while indexing", settings=settings)
+    monkeypatch.setenv("IMAGENET_SEQ_CACHE", str(tmp_path / "cache"))
+    open_source(tars)
+    make_pack(tars, tmp_path / "indexed", settings=settings)
+    assert tree(tmp_path / "indexed") == tree(tmp_path / "dealt while indexing")
+    assert verify(tmp_path / "indexed", tars, progress=False).problems == ()
 
 
 def test_tables_are_fitted_to_images_of_all_classes(tars: Path, tmp_path: Path) -> None:

@@ -298,3 +298,17 @@ def test_another_form_does_not_go_on_with_a_pack(noisy: Path, tmp_path: Path) ->
     run_until_killed(noisy, path, "os", "rename", 0, 4 << 20)  # a pack of this name
     with pytest.raises(PackError, match="format: None before, 'lmdb' now"):
         make(noisy, path)
+
+
+def test_an_unfinished_file_among_archives_is_no_source(tmp_path: Path) -> None:
+    archives = tmp_path / "archives"
+    shutil.copytree(FIXTURES / "official", archives)
+    run_until_killed(
+        archives, archives, "imagenet_seq.pack", "tensorpack_value", 0, 4 << 20, KILLED
+    )
+    assert (archives / "ILSVRC-train.lmdb.partial").exists()
+    assert open_source(archives, "train").kind == "ilsvrc2012"
+    settings = Settings(shard_bytes=1_300_000)
+    made = pack(archives, archives, format="lmdb", settings=settings, progress=False)
+    assert [summary.num_samples for summary in made.values()] == [20, 10]
+    assert not list(archives.glob("*.partial"))

@@ -1,4 +1,4 @@
-"""The command `imagenet-seq`: pack, info, verify.
+"""The command `imagenet-seq`: pack, preprocess, info, verify.
 
 Nothing here imports torch but `pack --max-side`, whose forecast decodes some images.
 """

@@ -1,4 +1,4 @@
-"""Write packs: the only writer of the format that docs/format.md describes.
+"""Write packs, the only writer of the format that docs/format.md describes, and LMDB files.
 
 The place of every sample in the pack is a function of (seed, name) alone, so packs are
 byte-identical from any disk order, number of threads or restarts. A disk is not read at random:
