@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from imagenet_seq import __version__
@@ -494,10 +494,12 @@ def _add_shuffle(command: Any) -> None:
 
 
 def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    from imagenet_seq import shuffle
+    from imagenet_seq import read, shuffle
     from imagenet_seq.plan import Order
 
     order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)
+    pool = read.blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
+    order = replace(order, shuffle_blocks=pool)
     quality = shuffle.measure(source.index, order, options.batch_size, source.foreign)
     return {"shuffle": asdict(quality)} if options.json else shuffle.describe(quality)
 

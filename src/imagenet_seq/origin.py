@@ -498,8 +498,6 @@ class LargeFiles:
 
         The same ones as long as the files are the same, whether they have been indexed or not.
         """
-        if self._found.some_images is not None:
-            return self._found.some_images(_NUM_IMAGES)
         return _images_all_over(self.paths, self._log)
 
     def open(self, visit: Visit | None = None) -> Origin:

@@ -1,4 +1,4 @@
-"""What the original project's preprocess_sequential.py does: LMDB files beside ImageNet's folders."""
+"""What the original project's preprocess_sequential.py does: LMDBs beside ImageNet's folders."""
 
 from __future__ import annotations
 

@@ -132,15 +132,12 @@ class Found:
         what: what was seen, for messages: "WebDataset shards a.tar to z.tar".
         open: opens it.
         files: paths of the files with the data; empty for folders of images.
-        some_images: returns so many images from all over the data, for estimates without an index;
-            None where only the index tells where images are.
     """
 
     kind: str
     what: str
     open: Callable[[Opening], Source]
     files: Sequence[str] = ()
-    some_images: Callable[[int], list[bytes]] | None = None
 
 
 @dataclass(frozen=True)
