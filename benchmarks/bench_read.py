@@ -20,6 +20,8 @@ one disk. The third makes its data in tmpfs and measures every case of docs/hard
     folder      --images photos in an ImageFolder: ours and torchvision
     large-folder  the same with 1.28 million names of the photos
     webdataset  WebDataset on the shards of `decoded`
+    sources     --images photos as WebDataset shards, as LMDB and as the official tar, each read by
+                our Loader: the pass that indexes it, then three epochs decoded
 
 Every run begins with cold caches, in fresh processes that begin together; times begin when the disk
 is first asked. A run in which late answers of the model may have taken a hundredth of the time is
@@ -40,6 +42,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +50,11 @@ from typing import Any, NamedTuple
 import disks
 import photos
 import results
+import sources
 from disks import Counters, Disk, RealDisk, Spindle
 from reading import MEAN_BYTES, Batch, Reading, Task, write_made_up
+
+from imagenet_seq.sources import open_source
 
 IMAGENET_BYTES = 140 * 10**9
 IMAGENET_IMAGES = 1_281_167
@@ -75,6 +81,14 @@ class Case(NamedTuple):
 
 
 # ---- one run -------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """What was measured of one or several data sets."""
+
+    rows: list[dict[str, Any]]
+    sequential_mb_per_s: list[float]
+    indexing_mb_per_s: dict[str, float]  # by kind of source
 
 
 class Rank:
@@ -387,6 +401,19 @@ def webdataset_cases() -> list[Case]:
     ]
 
 
+def source_cases(kind: str) -> list[Case]:
+    """An official archive lies in the order of its classes: in that order, then shuffled."""
+    if kind != "official":
+        return [Case(kind, pack_task(True, 3, ram=0), readahead_kb=128, skip_epochs=1)]
+    in_order = pack_task(True, 3, ram=0, shuffle=False)
+    shuffled = Task("imagenet_seq", "data", loader_arguments=arguments(ram=0))
+    shuffled = shuffled._replace(most_batches=3 * WINDOW_BATCHES)
+    return [
+        Case(f"{kind}, in order", in_order, readahead_kb=128, skip_epochs=1),
+        Case(f"{kind}, shuffled", shuffled, readahead_kb=128, skip_batches=WINDOW_BATCHES),
+    ]
+
+
 def cases_of_folder(folder: Path, args: argparse.Namespace) -> list[Case]:
     """The cases of a data set of the user's: as bytes and decoded, without and with memory."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -421,6 +448,7 @@ class Scene(NamedTuple):
     backing: Path
     options: list[str]
     cases: list[Case]
+    is_indexed: bool = False  # by reading it, before the first case
 
 
 def make_scenes(chosen: Sequence[str], root: Path, args: argparse.Namespace) -> Iterator[Scene]:
@@ -429,12 +457,15 @@ def make_scenes(chosen: Sequence[str], root: Path, args: argparse.Namespace) -> 
         write_made_up(root / "made-up/data", IMAGENET_BYTES)
         yield Scene(root / "made-up", [], bytes_cases(args.limit))
     of_pack = {"decoded", "training", "ram", "webdataset"} & set(chosen)
-    if of_pack or {"folder", "large-folder"} & set(chosen):
+    if of_pack or {"folder", "large-folder", "sources"} & set(chosen):
         originals = copy_photos(args.photos, root / "photos")
     if of_pack:
         link_names(originals, args.images, num_classes=10, folder=root / "packed")
         photos.make_pack(root / "packed", root / "pack/data", pack_options(args.images))
         yield pack_scene(root / "pack", of_pack)
+    if "sources" in chosen:
+        link_names(originals, args.images, num_classes=100, folder=root / "images/train")
+        yield from source_scenes(root / "images", root / "sources")
     if "folder" in chosen:
         few = f"{args.images:,} files"
         link_names(originals, args.images, num_classes=100, folder=root / "few/data")
@@ -460,6 +491,20 @@ def pack_scene(backing: Path, chosen: Iterable[str]) -> Scene:
         [stretch_of(size)],
         [case for name in cases if name in chosen for case in cases[name]],
     )
+
+
+def source_scenes(images: Path, root: Path) -> Iterator[Scene]:
+    """Make one kind of source after the other, since each takes as much memory as the photos."""
+    for kind in ("webdataset", "lmdb", "official"):
+        backing = root / f"{kind}-disk"
+        backing.mkdir(parents=True)
+        if kind == "lmdb":  # of the photos' own bytes, as the original project has it
+            photos.make_pack(images, backing / "data", ["--format", "lmdb", "--keep-bytes"])
+        else:
+            sources.make_source(kind, images, root).rename(backing / "data")
+        size = sum(path.stat().st_size for path in (backing / "data").iterdir())
+        yield Scene(backing, [stretch_of(size)], source_cases(kind), is_indexed=True)
+        shutil.rmtree(backing)
 
 
 def pack_options(num_images: int) -> list[str]:
@@ -490,9 +535,9 @@ def link_names(originals: Sequence[Path], num_names: int, num_classes: int, fold
         os.link(originals[number % len(originals)], folder / name)
 
 
-def measure_spindle(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float]]:
+def measure_spindle(args: argparse.Namespace) -> Measured:
     """Make the chosen cases' data and measure them."""
-    rows, rates = [], []
+    rows, rates, indexing = Measured([], [], {})
     with tempfile.TemporaryDirectory(prefix="bench-read-", dir=args.memory) as temporary:
         root = Path(temporary)
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")  # indexes of earlier runs
@@ -502,8 +547,22 @@ def measure_spindle(args: argparse.Namespace) -> tuple[list[dict[str, Any]], lis
             options = [*scene.options, *args.spindle_options.split()]
             disk = Spindle(args.spindle, scene.backing, root / "mountpoint", options)
             rates.append(show_rate(disk, SEQUENTIAL_FILE))
+            if scene.is_indexed:
+                indexing |= show_indexing(disk)
             rows += [measure(disk, case) for case in scene.cases]
-    return rows, rates
+    return Measured(rows, rates, indexing)
+
+
+def show_indexing(disk: Disk) -> dict[str, float]:
+    """Return the MB/s at which a source is indexed, which reads all of it once."""
+    with disk.cold() as folder:
+        begin = time.monotonic()
+        source = open_source(folder / "data", "train", progress=False)
+        seconds = time.monotonic() - begin
+        size = sum(path.stat().st_size for path in (folder / "data").iterdir())
+    rate = size / seconds / 1e6
+    print(f"{source.kind}: {len(source.index)} samples indexed at {rate:.1f} MB/s")
+    return {source.kind: rate}
 
 
 def show_rate(disk: Disk, file: str) -> float:
@@ -513,7 +572,7 @@ def show_rate(disk: Disk, file: str) -> float:
     return rate
 
 
-def measure_folder(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float]]:
+def measure_folder(args: argparse.Namespace) -> Measured:
     """Measure a data set of the user's."""
     disk: Disk = RealDisk(args.folder, args.drop_caches)
     with contextlib.ExitStack() as stack:
@@ -525,7 +584,8 @@ def measure_folder(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list
         files = (path for path in args.folder.rglob("*") if path.is_file())
         largest = max(files, key=lambda path: path.stat().st_size)
         rate = show_rate(disk, args.sequential or str(largest.relative_to(args.folder)))
-        return [measure(disk, case) for case in cases_of_folder(args.folder, args)], [rate]
+        rows = [measure(disk, case) for case in cases_of_folder(args.folder, args)]
+        return Measured(rows, [rate], {})
 
 
 # ---- targets -------------------------------------------------------------------------------------
@@ -558,8 +618,10 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
     for row in by_case.get("training", []):
         where = f"{row['ranks']} ranks" if row["ranks"] > 1 else "1 process"
         found.append(at_most(f"longest gap as epochs begin, s, {where}", longest_wait(row), 1.0))
-    for row in by_case.get("decoded", []):
-        found.append(at_most("s for 256 images decoded", row["seconds_per_256"], 0.18))
+    for case in ("decoded", "webdataset", "lmdb", "official, in order"):
+        where = "" if case == "decoded" else f", {case}"
+        for row in by_case.get(case, []):
+            found.append(at_most(f"s for 256 images decoded{where}", row["seconds_per_256"], 0.18))
     found += ram_targets(by_case)
     for case in (name for name in by_case if name.endswith(" files")):
         seconds = {row["reader"]: row["seconds_per_256"] for row in by_case[case]}
@@ -613,7 +675,9 @@ def show_targets(found: Sequence[Target]) -> None:
 
 # ---- main ----------------------------------------------------------------------------------------
 
-CASES = ("bytes", "decoded", "training", "ram", "folder", "large-folder", "webdataset")
+CASES = (
+    "bytes", "decoded", "training", "ram", "folder", "large-folder", "webdataset", "sources",
+)  # fmt: skip
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -652,17 +716,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     origin = results.begin(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unmounts, as Ctrl-C does
     print(HEAD)
-    if args.folder is None:
-        rows, rates = measure_spindle(args)
-    else:
-        rows, rates = measure_folder(args)
-    found = targets(rows) if args.folder is None else []
+    made = measure_spindle(args) if args.folder is None else measure_folder(args)
+    found = targets(made.rows) if args.folder is None else []
     if found:
         show_targets(found)
     measured = {
-        "sequential_mb_per_s": rates,
+        **made._asdict(),
         "limit_bytes": args.limit,
-        "rows": rows,
         "targets": [target._asdict() for target in found],
     }
     results.write(args, origin, measured)

@@ -130,7 +130,7 @@ def make_loader(task: Task) -> Loader:
     folder = Path(task.folder)
     made_up = task.made_up_bytes > 0
     loader = Loader(
-        made_up_source(folder, task.made_up_bytes) if made_up else open_source(folder),
+        made_up_source(folder, task.made_up_bytes) if made_up else open_source(folder, "train"),
         "train",
         batch_size=task.batch_size,
         num_workers=task.num_workers,

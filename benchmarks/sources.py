@@ -17,7 +17,7 @@ KINDS = {
     "kaggle": "kaggle",
     "webdataset": "webdataset",
     "tensorpack": "tensorpack/msgpack",
-    "lmdb": "lmdb/common/pickle",
+    "lmdb": "lmdb/pickle",
     "parquet": "parquet",
     "hf_disk": "hf_disk",
     "tfrecord": "tfrecord/inception",

@@ -126,6 +126,15 @@ def test_sources_are_compared_with_their_folder_and_unwritable_ones_left_out(
     assert "| source | cores | img/s | of ImageFolder |" in readme.read_text()
 
 
+def test_every_kind_of_source_is_where_its_writer_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sources
+
+    fixtures = BENCHMARKS.parent / "tests" / "fixtures"
+    absent = {kind for kind, path in sources.KINDS.items() if not (fixtures / path).exists()}
+    assert absent == {"pack"}
+
+
 def test_a_source_of_other_images_is_not_compared(
     make_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -108,8 +108,10 @@ def refusal(path: Path) -> str:
 
 def test_a_folder_has_one_file_of_a_split(tmp_path: Path) -> None:
     three().write(tmp_path / "train_500_0.50_90.ffcv")
-    Beton([(as_jpeg(photo(9)), 4)]).write(tmp_path / "val.beton")
     assert len(open_source(tmp_path, "train").index) == 3
+    with pytest.raises(FileNotFoundError, match=r"90\.ffcv, but no \.beton file of split val"):
+        open_source(tmp_path, "val")
+    Beton([(as_jpeg(photo(9)), 4)]).write(tmp_path / "val.beton")
     assert len(open_source(tmp_path, "val").index) == 1
     with pytest.raises(SplitNeededError):
         open_source(tmp_path)

@@ -358,10 +358,11 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"imagenet-seq {command}" in capsys.readouterr().out.split("examples:")[1]
 
 
-def test_the_command_line_does_not_import_torch(packed: Path) -> None:
+@pytest.mark.parametrize("command", ["verify", "info"])
+def test_the_command_line_does_not_import_torch(packed: Path, command: str) -> None:
     script = (
         "import sys; from imagenet_seq.cli import main; "
-        f"status = main(['verify', {str(packed)!r}]); "
+        f"status = main([{command!r}, {str(packed)!r}]); "
         "sys.exit(status or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -20,6 +20,11 @@ CLS_LOC = "ILSVRC/Data/CLS-LOC"
 LABELS = [3, 0, 4, 1, 1, 2, 0, 4, 2, 3]
 
 
+@pytest.fixture(autouse=True)
+def _no_tensorpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TENSORPACK_DATASET", raising=False)
+
+
 def flat(folder: Path, lists: dict[str, str], images: str = "a.jpg b.png c.jpeg") -> Path:
     """Write images (empty: they are only opened when they are read) and lists of labels."""
     (folder / "images").mkdir(parents=True)
@@ -91,6 +96,15 @@ def test_classes_come_from_the_mapping_then_from_train_then_from_the_labels(
     assert list(source.index.targets) == LABELS
 
 
+@pytest.mark.parametrize("line", ["\0\0\0", "n0144076", f"{WNIDS[1]} again"])
+def test_a_damaged_list_of_classes_changes_no_label(tmp_path: Path, line: str) -> None:
+    root = copied(tmp_path)
+    with open(root / "LOC_synset_mapping.txt", "a") as file:
+        file.write(line)
+    with pytest.raises(DataError, match=r"LOC_synset_mapping\.txt:6: expected a class of its own"):
+        open_source(root, "val")
+
+
 def test_kaggles_copy_without_one_split_says_so(tmp_path: Path) -> None:
     root = copied(tmp_path, f"{CLS_LOC}/train")
     with pytest.raises(FileNotFoundError, match="holds ILSVRC/Data/CLS-LOC/, but no train/ in it"):
@@ -98,6 +112,16 @@ def test_kaggles_copy_without_one_split_says_so(tmp_path: Path) -> None:
 
 
 # ---- Caffe's and tensorpack's val.txt ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "num_notes"), [(0, 0), (1, 1)])
+def test_labels_that_may_count_from_1_are_remarked(
+    tmp_path: Path, first: int, num_notes: int
+) -> None:
+    lines = f"a.jpg {first + 1}\nb.png {first}\nc.jpeg {first + 2}\n"
+    source = open_source(flat(tmp_path, {"labels.txt": lines}))
+    assert labels_of(source) == {"a.jpg": first + 1, "b.png": first, "c.jpeg": first + 2}
+    assert len([note for note in source.notes if "no image has label 0" in note]) == num_notes
 
 
 def test_a_val_txt_beside_the_folder() -> None:

@@ -30,14 +30,7 @@ from same_images import (
     resumed_epoch_of,
 )
 
-from imagenet_seq.lmdb_file import (
-    KEYS,
-    LmdbWriter,
-    Serializer,
-    tensorpack_key,
-    tensorpack_keys,
-    tensorpack_value,
-)
+from imagenet_seq.preprocess import preprocess
 
 WRITERS = list(filter(None, os.environ.get("IMAGENET_SEQ_WRITERS", "").split(os.pathsep)))
 pytestmark = pytest.mark.filterwarnings("ignore::imagenet_seq.loader.LoaderNote")
@@ -159,25 +152,28 @@ def python_with_tensorpack() -> str:
 
 
 @pytest.mark.parametrize("serializer", ["pickle", "msgpack"])
-def test_tensorpack_reads_our_lmdb(
+@pytest.mark.parametrize("keep_bytes", [False, True])
+def test_tensorpack_reads_what_preprocess_writes(
     images: Path,
     python_with_tensorpack: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    serializer: Serializer,
+    serializer: str,
+    keep_bytes: bool,
 ) -> None:
-    samples = make.by_name(images, "val")
-    path = tmp_path / "ILSVRC-val.lmdb"
-    with LmdbWriter(path) as file:
-        for i, sample in enumerate(samples):
-            value = tensorpack_value(sample.data, sample.label, serializer)
-            file.append(tensorpack_key(i), value)
-        file.append(KEYS, [tensorpack_keys(len(samples), serializer)])
-    monkeypatch.setenv("TENSORPACK_SERIALIZE", serializer)
-    status, said = run(python_with_tensorpack, "-c", READ_BY_TENSORPACK, str(path))
-    assert status == 0, said
-    read = [line.split()[1:] for line in said.splitlines() if line.startswith("sample ")]
-    assert read == [[hashlib.sha256(s.data).hexdigest(), str(s.label)] for s in samples]
-    (tmp_path / "stored").mkdir()
-    ours = case_of(tmp_path, images, "", "val", tmp_path / "stored")
-    assert list(ours.source.index.targets) == [sample.label for sample in samples]
+    monkeypatch.setenv("TENSORPACK_SERIALIZE", serializer)  # decides for both
+    preprocess(images, tmp_path, keep_bytes=keep_bytes, num_workers=2, progress=False)
+    for split in ("train", "val"):
+        path = tmp_path / f"ILSVRC-{split}.lmdb"
+        status, said = run(python_with_tensorpack, "-c", READ_BY_TENSORPACK, str(path))
+        assert status == 0, said
+        read = [line.split()[1:] for line in said.splitlines() if line.startswith("sample ")]
+        (tmp_path / f"stored-{split}").mkdir()
+        ours = case_of(path.parent, images, path.name, split, tmp_path / f"stored-{split}")
+        dataset = ours.loader(CENTRE).dataset
+        stored = [hashlib.sha256(dataset.encoded(i)).hexdigest() for i in range(len(dataset))]
+        labels = ours.reference.index.targets  # those of the original photos
+        assert read == [[*pair] for pair in zip(stored, map(str, labels), strict=True)]
+        originals = [sample.data for sample in make.by_class(images, split)]
+        kept = [hashlib.sha256(data).hexdigest() for data in originals]
+        assert (sorted(stored) == sorted(kept)) == keep_bytes

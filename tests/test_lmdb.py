@@ -468,6 +468,69 @@ def test_what_is_no_pair_is_refused(value: bytes) -> None:
         parsed(value)
 
 
+class _Array:
+    """An array of a shape that is no shape."""
+
+    def __init__(self, shape: Any) -> None:
+        self._shape = shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function, arguments, _ = np.arange(3, dtype=np.uint8).__reduce__()
+        return function, arguments, (1, self._shape, np.dtype(np.uint8), False, b"abc")
+
+
+@pytest.mark.parametrize("wrap", [lambda it: it, lambda it: (it,)])
+def test_messages_do_not_grow_with_what_they_are_about(wrap: Callable[[Any], Any]) -> None:
+    shape: Any = (3, 3)
+    for _ in range(40):
+        shape = (shape, shape)  # 2**40 numbers in 40 tuples
+    with pytest.raises(ValueFormError) as error:
+        parsed(pickle.dumps((_Array(wrap(shape)), 7), 2))
+    assert len(str(error.value)) < 200
+
+
+def _table(fields: dict[int, bytes], rest: bytes = b"") -> bytes:
+    """A flatbuffers table of fields of 4 bytes, its places in front of it; then what it leads to.
+
+    A field that is b"rest" gets the offset of `rest`.
+    """
+    places = struct.pack(f"<{max(fields) + 1}H", *(
+        4 + 4 * list(fields).index(i) if i in fields else 0 for i in range(max(fields) + 1)
+    ))  # fmt: skip
+    places = struct.pack("<HH", 4 + len(places), 4 + 4 * len(fields)) + places
+    table = struct.pack("<i", len(places))
+    for value in fields.values():
+        left = 4 * len(fields) + 4 - len(table)
+        table += struct.pack("<I", left) if value == b"rest" else value
+    return places + table + rest
+
+
+def _at(content: bytes) -> bytes:
+    """Put the offset of a table in front of it."""
+    (size,) = struct.unpack_from("<H", content)
+    return struct.pack("<I", 4 + size) + content
+
+
+def test_a_schema_that_would_be_endless_is_refused() -> None:
+    column = _table({2: struct.pack("<I", 13)})
+    for _ in range(7):
+        # 16 children that are one: each offset counts from its own place.
+        begin = 4 * 16 + struct.unpack_from("<H", column)[0]
+        children = struct.pack("<17I", 16, *(begin - 4 * i for i in range(16)))
+        column = _table({2: struct.pack("<I", 13), 5: b"rest"}, children + column)
+    fields = struct.pack("<I", 1) + _at(column)
+    schema = _table({1: b"rest"}, fields)
+    message = _at(_table({0: struct.pack("<I", 4), 1: struct.pack("<I", 1), 2: b"rest"}, b""))
+    # The header is a table whose places come first, as those of all here do.
+    message = message[:-4] + struct.pack("<I", 4 + struct.unpack_from("<H", schema)[0]) + schema
+    value = (GOLDEN / "10.0.1-list_array.bin").read_bytes()
+    (old_bytes,) = struct.unpack_from("<I", value, 20)
+    message += bytes(-len(message) % 8)
+    crafted = value[:20] + struct.pack("<I", len(message)) + message + value[24 + old_bytes :]
+    with pytest.raises(ValueFormError, match="something else than an array, bytes or an integer"):
+        parsed(crafted)
+
+
 VALID = (
     *(pickle.dumps(pair, protocol) for pair in PAIRS.values() for protocol in (0, 2, 4, 5)),
     *(msgpack_numpy.dumps(pair) for pair in PAIRS.values()),

@@ -176,14 +176,6 @@ def test_visit_gets_the_samples_of_the_index(root: Path) -> None:
         assert seen == [(i, name, data) for i, (name, _, data) in enumerate(stored(source))]
 
 
-def test_some_images_come_from_all_over_without_an_index(root: Path) -> None:
-    found = find_source(root, "train")
-    assert found.some_images is not None
-    source = found.open(Opening(progress=False))
-    class_of = {data: label for _, label, data in stored(source)}
-    assert len({class_of[image] for image in found.some_images(10)}) == len(WNIDS)
-
-
 # ---- whether it is whole -------------------------------------------------------------------------
 
 

@@ -784,11 +784,11 @@ pack(source, destination, settings=settings, **options)
 
 
 def run_until_killed(source: Path, destination: Path, module: str, name: str, count: int,
-                     memory_bytes: int) -> int:  # fmt: skip
+                     memory_bytes: int, program: str = KILLED) -> int:  # fmt: skip
     arguments = [str(source), str(destination), module, name, str(count), str(memory_bytes)]
     # Calls are counted, and a cached scan, written only when the source is 2 s old, would be one.
     environment = {**os.environ, "IMAGENET_SEQ_CACHE": os.devnull}
-    command = [sys.executable, "-c", KILLED, *arguments]
+    command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 
 

@@ -22,13 +22,20 @@ from imagenet_seq import _native
 from imagenet_seq.cli import main
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.pack import Settings, Summary, pack, reshuffle
+from imagenet_seq.shrink import Shrink
 from imagenet_seq.sources import open_source
 from imagenet_seq.verify import verify
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
-SOURCES = ["official", "webdataset", "tfrecord/tfds", "tfrecord/inception", "parquet", "kaggle"]
+SOURCES = [
+    "official", "webdataset", "tfrecord/tfds", "tfrecord/inception", "parquet", "hf_disk", "kaggle",
+    "tensorpack/pickle", "tensorpack/pyarrow",
+]  # fmt: skip
 """The same photos in train and val, as each format's own users have them."""
+
+RECODED_TRAIN = ["mds", "mds_zstd", "lmdb/pickle"]
+"""Sources whose train images are others."""
 
 FEW_BYTES = Settings(shard_bytes=10_000)
 
@@ -44,13 +51,12 @@ def make_pack(source: Path, destination: Path, **options: Any) -> Summary:
     return pack(source, destination, **options)[""]
 
 
-def contents(folder: Path) -> list[tuple[str, bytes]]:
-    """Class and pixels of every sample of a pack."""
-    index = open_source(folder).index
+def contents(folder: Path) -> list[tuple[int, bytes]]:
+    """Label and pixels of every sample of a pack."""
     found = []
-    for sample, label in enumerate(index.targets):
+    for sample, label in enumerate(open_source(folder).index.targets):
         with Image.open(io.BytesIO(image_of(folder, sample))) as image:
-            found.append((index.classes[label], image.convert("RGB").tobytes()))
+            found.append((label, image.convert("RGB").tobytes()))
     return sorted(found)
 
 
@@ -106,11 +112,15 @@ def editable(tars: Path, tmp_path: Path) -> Path:
 # ---- what a pack of each source holds ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_both_splits_of_every_source(name: str, tmp_path: Path) -> None:
-    made = pack(FIXTURES / name, tmp_path / "pack", settings=FEW_BYTES, progress=False)
-    folders = pack(FIXTURES / "images", tmp_path / "folders", settings=FEW_BYTES, progress=False)
-    assert made.keys() == folders.keys() == {"train", "val"}
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [(name, None) for name in SOURCES] + [(name, ["val"]) for name in RECODED_TRAIN],
+)
+def test_both_splits_of_every_source(name: str, splits: list[str] | None, tmp_path: Path) -> None:
+    options = {"settings": FEW_BYTES, "splits": splits, "progress": False}
+    made = pack(FIXTURES / name, tmp_path / "pack", **options)
+    folders = pack(FIXTURES / "images", tmp_path / "folders", **options)
+    assert list(made) == list(folders) == (splits or ["train", "val"])
     for split, summary in made.items():
         assert summary.num_samples == folders[split].num_samples > 5
         assert contents(tmp_path / "pack" / split) == contents(tmp_path / "folders" / split)
@@ -119,6 +129,19 @@ def test_both_splits_of_every_source(name: str, tmp_path: Path) -> None:
         assert report.num_compared == summary.num_samples
         about = json.loads((tmp_path / "pack" / split / "pack.json").read_text())
         assert about["source"]["kind"] == open_source(FIXTURES / name, split).kind
+
+
+def test_a_root_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, destination = str(FIXTURES / "official"), str(tmp_path / "pack")
+    assert main(["pack", source, destination]) == 0
+    assert main(["verify", destination, "--against", source]) == 0
+    said = capsys.readouterr().out
+    assert f"{destination}/train: 20 samples, 20 compared with {source}: sound" in said
+    assert f"{destination}/val: 10 samples, 10 compared with {source}: sound" in said
+    assert main(["pack", "--format", "lmdb", source, f"{destination}.lmdb", "--splits", "val"]) == 0
+    assert f"{destination}.lmdb: 10 samples\n" in capsys.readouterr().out
+    assert main(["pack", "--reshuffle", "--limit", "3", destination, f"{destination}2"]) == 1
+    assert "--limit: is for packing images" in capsys.readouterr().err
 
 
 def test_raw_pixels_are_stored_as_they_are(tmp_path: Path) -> None:
@@ -212,6 +235,26 @@ def test_threads_and_memory_do_not_matter(
     assert tree(tmp_path / "pack") == expected
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(shard_bytes=1_300_000, shrink=Shrink(200)),
+        Settings(shard_bytes=1_300_000, keep_bytes=True),
+        Settings(shard_bytes=1_300_000, tables="image"),
+    ],
+    ids=["smaller", "own bytes", "own tables"],
+)
+def test_other_settings_give_one_pack_on_both_ways(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    make_pack(tars, tmp_path / "dealt while indexing", settings=settings)
+    monkeypatch.setenv("IMAGENET_SEQ_CACHE", str(tmp_path / "cache"))
+    open_source(tars)
+    make_pack(tars, tmp_path / "indexed", settings=settings)
+    assert tree(tmp_path / "indexed") == tree(tmp_path / "dealt while indexing")
+    assert verify(tmp_path / "indexed", tars, progress=False).problems == ()
+
+
 def test_tables_are_fitted_to_images_of_all_classes(tars: Path, tmp_path: Path) -> None:
     make_pack(tars, tmp_path / "pack")
     about = json.loads((tmp_path / "pack/pack.json").read_text())
@@ -277,9 +320,9 @@ def test_killed_then_run_again_gives_the_same_bytes(
 @pytest.fixture
 def half_dealt(editable: Path, tmp_path: Path) -> Path:
     """DESTINATION of a packing that was killed in the middle of the one pass."""
-    code = run_until_killed(
-        editable, tmp_path / "pack", "imagenet_seq._native", "transcode", 45, 2 << 20
-    )
+    # When the buffers are full for the second time.
+    scratch = "imagenet_seq.scratch"
+    code = run_until_killed(editable, tmp_path / "pack", scratch, "write_through", 2, 2 << 20)
     assert code == -signal.SIGKILL
     assert (tmp_path / "pack.partial" / "dealt").stat().st_size > 0
     return tmp_path / "pack"

@@ -35,7 +35,7 @@ from imagenet_seq.index import Index, Names
 from imagenet_seq.loader import Loader, LoaderNote
 from imagenet_seq.pack import pack as make_pack
 from imagenet_seq.plan import EnginePlan, Order, explicit_plan, in_windows, rank_plan
-from imagenet_seq.sources import open_source
+from imagenet_seq.sources import Source, open_source
 from imagenet_seq.transforms import Geometry, Recipe, Rows
 
 BLOCK_BYTES = 20_000
@@ -1215,3 +1215,24 @@ def test_counters_have_names_that_say_their_stage(photos_pack: Path) -> None:
     assert stats["read_s"] > 0
     assert stats["batch_count"] == 8
     loader.close()
+
+
+# ---- blocks that Python makes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_blocks", "pooled"), [(10, 16), (40, 64), (1, 1)])
+def test_a_pool_of_foreign_blocks_takes_the_bytes_that_were_asked_for(
+    num_blocks: int, pooled: int
+) -> None:
+    """Of 40,000 bytes in so many blocks: 16 blocks of 4000 where 64 of 1000 were asked for."""
+    size = 400
+    names = Names.from_strings(map(str, range(size)))
+    index = Index(
+        np.arange(size) * num_blocks // size, np.arange(size), names, "", names[:1],
+        length=np.full(size, 100),
+    )  # fmt: skip
+    source = Source("made here", index, foreign=True)
+    assert read.blocks_of_pool(source, 64, 1000) == pooled
+    assert read.blocks_of_pool(replace(source, foreign=False), 64, 1000) == 64
+    loader = Loader(source, "train", shuffle="block", block_bytes=1000, forecast=False)
+    assert loader.state_dict()["shuffle_blocks"] == pooled

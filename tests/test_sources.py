@@ -137,6 +137,32 @@ def test_a_pack_of_it_has_the_same_samples(case: Case, tmp_path: Path) -> None:
     assert len(expected) == len(case.source.index)
 
 
+@pytest.mark.parametrize(
+    ("path", "place", "split"),
+    [
+        ("webdataset/imagenet1k-train-{0000..0001}.tar", "webdataset", "train"),
+        ("webdataset/imagenet1k-validation-*.tar", "webdataset", "val"),
+        ("official/ILSVRC2012_img_val.tar", "official", "val"),
+        ("tensorpack/msgpack/ILSVRC-train.lmdb", "tensorpack/msgpack", "train"),
+        ("lmdb/pickle/val.lmdb", "lmdb/pickle", "val"),
+        ("parquet/data/train-*.parquet", "parquet", "train"),
+        ("hf_disk/validation", "hf_disk", "val"),
+        ("tfrecord/inception/train-*-of-00002", "tfrecord/inception", "train"),
+        ("tfrecord/tfds", "tfrecord/tfds/imagenet2012/5.1.0", "val"),
+        ("mds/val", "mds", "val"),
+        ("kaggle/ILSVRC/Data/CLS-LOC/val", "kaggle", "val"),
+    ],
+)
+def test_paths_and_patterns_name_the_same_samples(path: str, place: str, split: str) -> None:
+    loaders = [
+        Loader(FIXTURES / name, split, CENTRE, batch_size=3, shuffle=False)
+        for name in (path, place)
+    ]
+    first, second = (list(loader.dataset.targets) for loader in loaders)
+    assert first == second
+    assert epoch_of(loaders[0]) == epoch_of(loaders[1])
+
+
 # ---- the original project's ways to say it -------------------------------------------------------
 
 

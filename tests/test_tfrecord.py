@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from imagenet_seq import _native
 from imagenet_seq.errors import DataError
 from imagenet_seq.sources import Opening, Source, SplitNeededError, find_source, open_source
+from imagenet_seq.sources.classes import imagenet_classes
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tfrecord"
 INCEPTION, TFDS = FIXTURES / "inception", FIXTURES / "tfds"
@@ -128,6 +129,12 @@ def test_a_split_is_needed_where_there_are_two() -> None:
         open_source(INCEPTION)
 
 
+def test_a_split_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00001", example(tfds(1)))
+    with pytest.raises(FileNotFoundError, match=r"such as train-00000.*, but none of split val"):
+        find_source(tmp_path, "val")
+
+
 def test_a_file_or_a_pattern_is_what_it_names() -> None:
     assert len(open_source(INCEPTION / "train-00001-of-00002").index) == 10
     assert len(open_source(f"{INCEPTION}/train-{{00000..00001}}-of-00002").index) == 20
@@ -158,6 +165,14 @@ def test_compressed_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.tfrecord").write_bytes(gzip.compress(framed(example(tfds(3)))))
     with pytest.raises(FileNotFoundError, match=r"gzip'ed TFRecord file.*gunzip it"):
         find_source(tmp_path)
+
+
+def test_a_length_that_looks_like_gzip_is_none(tmp_path: Path) -> None:
+    rest = 0x8B1F - len(example(tfds(3, image=JPEG + bytes(20_000)))) + 20_000
+    message = example(tfds(3, image=JPEG + bytes(rest)))
+    path = write(tmp_path / "f", message)
+    assert path.read_bytes()[:2] == b"\x1f\x8b"
+    assert list(open_source(path).index.targets) == [3]
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -206,6 +221,23 @@ def test_labels_with_0_begin_there(tmp_path: Path) -> None:
     index = open_source(write(tmp_path / "f", *map(example, samples))).index
     assert list(index.targets) == [2, 0]
     assert index.classes == ("n00", "1", "n02")
+
+
+def test_classes_are_imagenets_where_the_synsets_are(tmp_path: Path) -> None:
+    samples = [inception(4, "n01491361", "b.jpg"), inception(1, "n01440764", "a.jpg")]
+    unnamed = inception(6, "", "c.jpg")
+    del unnamed["image/class/synset"]
+    path = write(tmp_path / "f", *map(example, [*samples, unnamed]))
+    index = open_source(path).index
+    assert list(index.targets) == [3, 0, 5]
+    assert index.classes == imagenet_classes()[:6]
+
+
+def test_labels_that_are_imagenets_from_0_stay_though_none_is_0(tmp_path: Path) -> None:
+    samples = [inception(3, "n01491361", "b.jpg"), inception(1, "n01443537", "a.jpg")]
+    index = open_source(write(tmp_path / "f", *map(example, samples))).index
+    assert list(index.targets) == [3, 1]
+    assert index.classes == imagenet_classes()[:4]
 
 
 def test_synsets_in_another_order_are_refused(tmp_path: Path) -> None:
@@ -271,7 +303,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, missing_bytes: int) -> None
 def test_a_length_that_no_sample_has_is_refused(tmp_path: Path) -> None:
     length = struct.pack("<Q", 1 << 62)
     (tmp_path / "f").write_bytes(length + masked_crc(length) + b"x" * 99)
-    assert f"a length of {1 << 62}" in refusal(tmp_path / "f")
+    assert f"expected {(1 << 62) + 4} bytes at offset 12" in refusal(tmp_path / "f")
 
 
 PROBLEMS = {

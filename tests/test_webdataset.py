@@ -493,15 +493,6 @@ def test_visit_gets_the_samples_of_the_index(tmp_path: Path) -> None:
     assert len(seen) == 6
 
 
-def test_some_images_come_from_all_over() -> None:
-    found = find_source(FIXTURES / "webdataset", "train")
-    assert found.some_images is not None
-    images = {data for _, _, data in stored(found.open(Opening(progress=False)))}
-    few, all_of_them = found.some_images(4), found.some_images(500)
-    assert len(few) == 4
-    assert set(few) < set(all_of_them) == images
-
-
 # ---- class folders -------------------------------------------------------------------------------
 
 

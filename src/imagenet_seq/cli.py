@@ -1,4 +1,4 @@
-"""The command `imagenet-seq`: pack, info, verify.
+"""The command `imagenet-seq`: pack, preprocess, info, verify.
 
 Nothing here imports torch but `pack --max-side`, whose forecast decodes some images.
 """
@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from imagenet_seq import __version__
@@ -31,6 +31,7 @@ from imagenet_seq.sources import pack as layout
 from imagenet_seq.sources.scan import OnError
 
 if TYPE_CHECKING:
+    from imagenet_seq.pack import Summary
     from imagenet_seq.shrink import Shrink
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"imagenet-seq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_pack(commands)
+    _add_preprocess(commands)
     _add_info(commands)
     _add_verify(commands)
     return parser
@@ -114,6 +116,12 @@ def _add_pack(commands: Any) -> None:
         "folder, a file, a pattern of files, or a folder with both splits",
     )
     command.add_argument("destination", help="the pack to make, outside SOURCE")
+    command.add_argument(
+        "--format",
+        choices=("pack", "lmdb"),
+        default=argparse.SUPPRESS,
+        help="make a pack (default), or DESTINATION/ILSVRC-train.lmdb and -val.lmdb for tensorpack",
+    )
     command.add_argument(
         "--reshuffle",
         action="store_true",
@@ -258,8 +266,8 @@ def _shrink(options: argparse.Namespace) -> Shrink | None:
 
 
 _FOR_RECODING = (
-    "keep_bytes", "strip", "on_error", "shard_size", "restart_interval", "tables", "max_side",
-    "quality", "subsampling", "include", "exclude", "classes", "limit",
+    "format", "keep_bytes", "strip", "on_error", "shard_size", "restart_interval", "tables",
+    "max_side", "quality", "subsampling", "include", "exclude", "classes", "limit",
 )  # fmt: skip
 
 
@@ -288,42 +296,103 @@ def _pack(options: argparse.Namespace) -> int:
         summaries = pack(
             options.source,
             options.destination,
+            format=given.get("format", "pack"),
             settings=Settings(**settings, shrink=_shrink(options)),
             on_error=given.get("on_error", "fail"),
             **_selection(options),
             **common,
         )
     for summary in summaries.values():
+        _print_summary(summary)
+    if given.get("format") != "lmdb":
+        _warn_of_different_classes([summary.folder for summary in summaries.values()])
+    return EXIT_OK
+
+
+def _print_summary(summary: Summary) -> None:
+    is_lmdb = not os.path.isdir(summary.folder)
+    already = ", complete already: nothing was done" if summary.was_complete else ""
+    print(f"{summary.folder}: {summary.num_samples} samples{already}")
+    if not (is_lmdb and summary.was_complete):  # nothing in it says what it was made of
         ratio = summary.pack_bytes / max(summary.source_bytes, 1)
-        already = ", complete already: nothing was done" if summary.was_complete else ""
-        print(f"{summary.folder}: {summary.num_samples} samples{already}")
         print(
             f"  {_bytes(summary.source_bytes)} of images became {_bytes(summary.pack_bytes)} of "
-            f"shards ({ratio:.1%})"
+            f"{'LMDB' if is_lmdb else 'shards'} ({ratio:.1%})"
         )
         shrunk = f"{summary.num_shrunk} encoded anew, " if summary.num_shrunk else ""
         print(
             f"  {shrunk}{summary.num_canonical - summary.num_shrunk} re-coded losslessly, "
             f"{summary.num_as_is} stored as they are"
         )
-        for note in summary.notes:
-            print(f"  {note}")
-        if summary.failures:
-            kept = sum(failure.kept for failure in summary.failures)
-            print(
-                f"  {len(summary.failures)} could not be decoded or read: {kept} kept, "
-                f"{len(summary.failures) - kept} left out; all in "
-                f"{os.path.join(summary.folder, layout.FAILURES_FILE)}:"
-            )
-            for failure in summary.failures[:_SHOWN]:
-                print(f"    {failure.name}: {failure.reason}")
-    classes = {tuple(layout.read_pack(summary.folder).classes) for summary in summaries.values()}
+    for note in summary.notes:
+        print(f"  {note}")
+    if summary.failures:
+        kept = sum(failure.kept for failure in summary.failures)
+        where = "" if is_lmdb else f"; all in {os.path.join(summary.folder, layout.FAILURES_FILE)}"
+        print(
+            f"  {len(summary.failures)} could not be decoded or read: {kept} kept, "
+            f"{len(summary.failures) - kept} left out{where}:"
+        )
+        for failure in summary.failures if is_lmdb else summary.failures[:_SHOWN]:
+            print(f"    {failure.name}: {failure.reason}")
+
+
+def _warn_of_different_classes(folders: Sequence[str]) -> None:
+    classes = {tuple(layout.read_pack(folder).classes) for folder in folders}
     if len(classes) > 1:
         print(
             "imagenet-seq: warning: the splits have different classes, so one label means "
             "different things in them",
             file=sys.stderr,
         )
+
+
+# ---- preprocess ----------------------------------------------------------------------------------
+
+
+def _add_preprocess(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "preprocess",
+        _preprocess,
+        "make ILSVRC-train.lmdb and ILSVRC-val.lmdb, as the original project did; run again, it "
+        "continues",
+        "  imagenet-seq preprocess                                # of $IMAGENET, into it\n"
+        "  imagenet-seq preprocess /data/imagenet /disk/lmdb\n",
+    )
+    command.set_defaults(after_interrupt="; run the same command again to continue")
+    command.add_argument(
+        "source", nargs="?", help="folder with train/ and val/, or any data set (default $IMAGENET)"
+    )
+    command.add_argument("destination", nargs="?", help="folder for the files (default SOURCE)")
+    command.add_argument(
+        "--keep-bytes",
+        action="store_true",
+        help="store every file's own bytes; the Loader decodes them more slowly",
+    )
+    command.add_argument(
+        "--on-error",
+        choices=("fail", "skip", "keep"),
+        default="fail",
+        help="images that cannot be decoded, as for pack",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of train's order (default 0)")
+    _add_workers(command)
+
+
+def _preprocess(options: argparse.Namespace) -> int:
+    from imagenet_seq.preprocess import preprocess
+
+    summaries = preprocess(
+        options.source,
+        options.destination,
+        keep_bytes=options.keep_bytes,
+        seed=options.seed,
+        on_error=options.on_error,
+        num_workers=options.workers,
+    )
+    for summary in summaries.values():
+        _print_summary(summary)
     return EXIT_OK
 
 
@@ -425,10 +494,12 @@ def _add_shuffle(command: Any) -> None:
 
 
 def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    from imagenet_seq import shuffle
+    from imagenet_seq import read, shuffle
     from imagenet_seq.plan import Order
 
     order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)
+    pool = read.blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
+    order = replace(order, shuffle_blocks=pool)
     quality = shuffle.measure(source.index, order, options.batch_size, source.foreign)
     return {"shuffle": asdict(quality)} if options.json else shuffle.describe(quality)
 

@@ -271,8 +271,8 @@ def _reading_gain(source: Source, expected: Forecast) -> str:
         return f"{epoch} would be read no faster than now: it is read in blocks already"
     if now.minutes is None or then.minutes is None:
         return (
-            f"{epoch} would take the disk {then.seeks:,} instead of {now.seeks:,} seeks; it was not "
-            "measured, so nothing is known about the time"
+            f"{epoch} would take the disk {then.seeks:,} instead of {now.seeks:,} seeks; it was "
+            "not measured, so nothing is known about the time"
         )
     times = f"{_minutes(then.minutes)} instead of {_minutes(now.minutes)}"
     return f"{epoch} would read {size(then.bytes_from_disk)} in {times}"

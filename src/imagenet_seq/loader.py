@@ -134,7 +134,8 @@ class Loader:
         pillow: the Pillow version whose resize rule is followed, such as "12"; None: the installed
             one's.
         block_bytes: size of a read from a pack.
-        shuffle_blocks: blocks pooled and mixed together by a block shuffle, over all ranks.
+        shuffle_blocks: blocks pooled and mixed together by a block shuffle, over all ranks. Where
+            the source decides how large its blocks are (parquet), as many as have those bytes.
         num_streams: independent runs the order is cut into, one for each rank; None: world_size.
             Part of the state: a run that continues on another number of ranks keeps it.
         cache: the original project's name for the samples in the shuffle pool; sets shuffle_blocks.
@@ -265,9 +266,9 @@ class Loader:
         self._seed = int(seed) & 0xFFFF_FFFF_FFFF_FFFF
         self._num_streams = num_streams if num_streams is not None else self._world_size
         self._block_bytes = block_bytes
-        self._shuffle_blocks = (
-            shuffle_blocks if cache is None else self._blocks_of_cache(cache, block_bytes)
-        )
+        if cache is not None:
+            shuffle_blocks = self._blocks_of_cache(cache, block_bytes)
+        self._shuffle_blocks = read.blocks_of_pool(self._source, shuffle_blocks, block_bytes)
         self._device = _cuda_device("cuda" if cuda and device is None else device)
         self._channels_last = memory_format == torch.channels_last
         self._pipeline = transforms.interpret(
@@ -743,14 +744,16 @@ class Loader:
         A block shuffle has a pool, and half as many blocks read ahead of it; windows are two: one
         in use and one being read.
         """
-        if self._shuffle != "block" or self._source.index.length is None:
+        source = self._source
+        if self._shuffle != "block" or (source.index.length is None and not source.foreign):
             window = min(self._arranged().window, len(self._source.index))
             return max(_READ_AHEAD_BYTES, 2 * window * (self._mean_bytes() + _FILE_OVERHEAD_BYTES))
         # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
         streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
         pool_blocks = self._order().pool_blocks
         num_blocks = streams * (pool_blocks + max(2, pool_blocks // 2))
-        return num_blocks * (self._block_bytes + _BLOCK_OVERHEAD_BYTES)
+        block_bytes = read.mean_block_bytes(source, self._block_bytes)
+        return num_blocks * (block_bytes + _BLOCK_OVERHEAD_BYTES)
 
     def _mean_bytes(self) -> int:
         num_samples = max(1, len(self._source.index))

@@ -104,6 +104,9 @@ class Origin(Protocol):
     def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
         """Yield samples and their bytes in the order in which they lie on the disk."""
 
+    def first(self, order: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+        """Return `count` samples that come first in a random order and are cheap to read."""
+
     def encode(self, sample: int, data: bytes, tables: bytes | None) -> Encoded | Refused:
         """Return a sample as it is to be stored in a pack with these tables."""
 
@@ -288,6 +291,10 @@ class _Recoded:
     def settings_record(self) -> dict[str, Any]:
         """What pack.json says of the settings."""
         return {**self.settings.describe(), **self.selection.describe()}
+
+    def first(self, order: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+        """Return the first samples."""
+        return order[:count]
 
     def encode(self, sample: int, data: bytes, tables: bytes | None) -> Encoded | Refused:
         """Re-code an image."""
@@ -491,8 +498,6 @@ class LargeFiles:
 
         The same ones as long as the files are the same, whether they have been indexed or not.
         """
-        if self._found.some_images is not None:
-            return self._found.some_images(_NUM_IMAGES)
         return _images_all_over(self.paths, self._log)
 
     def open(self, visit: Visit | None = None) -> Origin:
@@ -564,6 +569,10 @@ class _Ranges(_InFiles):
         return Refused(reason, None)
 
 
+_SAMPLES_OF_BLOCK = 16
+"""So many images of each block that is looked into: 32 blocks for 512."""
+
+
 class _Blocks(_InFiles):
     """Images whose bytes the source has to produce, a block at a time."""
 
@@ -590,6 +599,12 @@ class _Blocks(_InFiles):
         order = np.lexsort((self.index.offset[samples], self.index.file[samples]))
         for sample in samples[order].tolist():
             yield sample, self.read(sample)
+
+    def first(self, order: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+        """Return the first samples of a few blocks: to have one, a block is unpacked whole."""
+        blocks = self.index.file[order]
+        few = np.unique(blocks[: count // _SAMPLES_OF_BLOCK])
+        return order[np.isin(blocks, few)][:count]
 
     def _produce(self, number: int) -> Block | Refused:
         try:
@@ -799,6 +814,10 @@ class Packed:
     def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
         """Read shard by shard: each lies in one piece."""
         return self._reader.read_all(samples)
+
+    def first(self, order: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+        """Return the first samples."""
+        return order[:count]
 
     def read(self, sample: int) -> bytes | Refused:
         """Return what lies where the sample should."""

@@ -1,4 +1,4 @@
-"""Write packs: the only writer of the format that docs/format.md describes.
+"""Write packs, the only writer of the format that docs/format.md describes, and LMDB files.
 
 The place of every sample in the pack is a function of (seed, name) alone, so packs are
 byte-identical from any disk order, number of threads or restarts. A disk is not read at random:
@@ -47,6 +47,14 @@ from imagenet_seq.disk import choose_disk
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index import Index, Names
 from imagenet_seq.io_log import NO_LOG, IoLog
+from imagenet_seq.lmdb_file import (
+    KEYS,
+    LmdbWriter,
+    Serializer,
+    tensorpack_key,
+    tensorpack_keys,
+    tensorpack_value,
+)
 from imagenet_seq.origin import Folder, LargeFiles, Origin, Packed, Selection, known_bytes
 from imagenet_seq.recode import Refused, Settings, encode, keep_damaged
 from imagenet_seq.scratch import (
@@ -67,13 +75,17 @@ from imagenet_seq.sources import (
     SplitNeededError,
     find_source,
     is_split,
+    open_source,
     scan,
+    split_of,
 )
 from imagenet_seq.sources import pack as layout
 
-__all__ = ["Failure", "OnError", "Settings", "Summary", "pack", "reshuffle", "summary_of"]
+__all__ = ["Failure", "Format", "OnError", "Settings", "Summary", "pack", "reshuffle", "summary_of"]
 
 OnError = Literal["fail", "skip", "keep"]
+
+Format = Literal["pack", "lmdb"]
 
 DEFAULT_MEMORY_BYTES = 512 << 20
 """Bound on the buffers of the deal; finishing a shard takes that shard's size beside."""
@@ -116,10 +128,10 @@ class Summary:
     """What a finished pack holds.
 
     Attributes:
-        folder: the pack.
+        folder: the pack; or the LMDB file.
         num_samples: samples in it.
         source_bytes: bytes of the source's images.
-        pack_bytes: bytes of the shards.
+        pack_bytes: bytes of the shards, or of the LMDB file.
         num_canonical: samples re-coded into canonical form.
         num_shrunk: those of them that are smaller copies; the others keep their pixels.
         num_as_is: samples whose own bytes are stored.
@@ -144,6 +156,7 @@ def pack(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
+    format: Format = "pack",
     settings: Settings | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -164,6 +177,10 @@ def pack(
     Args:
         source: a folder of class folders, a file, a pattern of files, or a folder with both splits.
         destination: the pack to make; of a root, the folder for destination/train and so on.
+        format: "pack", or "lmdb" for destination/ILSVRC-train.lmdb and so on, or for a destination
+            that ends in .lmdb: files as tensorpack has them, whose images are re-coded in the same
+            way; train in the order of the seed, val in that of the source. One that is there
+            already is left as it is.
         settings: what the pack is to be like; None: the defaults.
         include: patterns of class names, as in a shell, to pack only these.
         exclude: patterns of class names to leave out.
@@ -188,6 +205,8 @@ def pack(
         FileNotFoundError: where the source is not recognised.
         ValueError: where an argument is out of its domain.
     """
+    if format not in get_args(Format):
+        raise ValueError(f"format: expected one of {get_args(Format)}, got {format!r}")
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error: expected one of {get_args(OnError)}, got {on_error!r}")
     kept = settings or Settings()
@@ -201,7 +220,7 @@ def pack(
         return Folder(found.open(Opening(indexing, progress)), kept, selection, log, progress)
 
     options = _RunOptions(on_error, num_workers or layout.num_cores(), memory_bytes, progress)
-    return _pack_all(source, destination, splits, io_log, prepare, options)
+    return _pack_all(source, destination, splits, io_log, prepare, options, format)
 
 
 def reshuffle(
@@ -256,38 +275,75 @@ def _pack_all(
     io_log: str | os.PathLike[str] | None,
     prepare: Callable[[Found, IoLog], Origin | LargeFiles],
     options: _RunOptions,
+    format: Format = "pack",
 ) -> dict[str, Summary]:
     source = os.path.abspath(os.path.expanduser(os.fspath(source)))
     destination = os.path.abspath(os.path.expanduser(os.fspath(destination)))
-    tasks = _tasks(source, destination, splits)
-    _refuse_overlap(source, tasks)
+    tasks = _tasks(source, destination, splits, format)
+    if format == "pack":
+        _refuse_overlap([source], tasks)
+    done = {
+        task.split: _finished_lmdb(task)
+        for task in tasks
+        if task.form.is_lmdb and os.path.lexists(task.destination)
+    }
+    tasks = [task for task in tasks if task.split not in done]
     with IoLog(None if io_log is None else os.fspath(io_log)) as log:
         options = options._replace(log=log)
         # All are looked at before the first is packed for hours.
         prepared = [prepare(task.found, log) for task in tasks]
-        return {
-            task.split: _pack_one(origin, task.destination, options)
+        _refuse_overlap([origin.path for origin in prepared], tasks)
+        made = {
+            task.split: _pack_one(origin, task, options)
             for task, origin in zip(tasks, prepared, strict=True)
         }
+    return {**done, **made}
+
+
+class _Form(NamedTuple):
+    """What is made of a source: a pack, or an LMDB file."""
+
+    is_lmdb: bool = False
+    in_source_order: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        return {"format": "lmdb", "in_source_order": self.in_source_order} if self.is_lmdb else {}
 
 
 class _Task(NamedTuple):
-    """One pack to make; `split` is "" where the source is no root."""
+    """One pack or LMDB file to make; `split` is "" where the source is no root."""
 
     split: str
     found: Found
     destination: str
+    form: _Form = _Form()
 
     @property
     def partial(self) -> str:
         return self.destination + layout.PARTIAL_SUFFIX
 
 
-def _tasks(source: str, destination: str, splits: Sequence[str] | None) -> list[_Task]:
-    return [
-        _Task(split, found, os.path.join(destination, split) if split else destination)
-        for split, found in _found(source, splits).items()
-    ]
+def _tasks(
+    source: str, destination: str, splits: Sequence[str] | None, format: Format
+) -> list[_Task]:
+    found = _found(source, splits)
+    if format == "pack":
+        return [
+            _Task(split, found[split], os.path.join(destination, split) if split else destination)
+            for split in found
+        ]
+    is_file = destination.endswith(".lmdb") and not os.path.isdir(destination)
+    if is_file and len(found) > 1:
+        raise ValueError(
+            f"{destination}: expected a folder for the files of {' and '.join(found)}, or one of "
+            "them as splits (--splits)"
+        )
+    tasks = []
+    for split in found:
+        meant = split or split_of(source) or "train"
+        path = destination if is_file else os.path.join(destination, f"ILSVRC-{meant}.lmdb")
+        tasks.append(_Task(split, found[split], path, _Form(True, meant == "val")))
+    return tasks
 
 
 def _found(source: str, splits: Sequence[str] | None) -> dict[str, Found]:
@@ -311,18 +367,18 @@ def _found(source: str, splits: Sequence[str] | None) -> dict[str, Found]:
     return found or {"": find_source(source)}  # which says that there are two
 
 
-def _refuse_overlap(source: str, tasks: Sequence[_Task]) -> None:
-    """Refuse folders of which one is, or lies in, another: packing would write to its source."""
-    read = {source, *(file for task in tasks for file in task.found.files)}
+def _refuse_overlap(read: Sequence[str], tasks: Sequence[_Task]) -> None:
+    """Refuse paths of which one is, or lies in, another: packing would write to its source."""
+    read = [*read, *(file for task in tasks for file in task.found.files)]
     written = [path for task in tasks for path in (task.destination, task.partial)]
-    pairs = [(path, folder) for path in written for folder in read]
+    pairs = [(path, folder) for path in written for folder in dict.fromkeys(read)]
     pairs += [(task.partial, task.destination) for task in tasks]
     for path, folder in pairs:
         if _is_inside(path, folder) or _is_inside(folder, path):
             raise ValueError(
-                f"{path} and {folder} are, or lie in, one another: packing {source} reads one and "
-                "writes the other. Nothing was changed: name a destination outside the source that "
-                "does not hold it either"
+                f"{path} and {folder} are, or lie in, one another: packing reads one and writes "
+                "the other. Nothing was changed: name a destination outside the source that does "
+                "not hold it either"
             )
 
 
@@ -347,29 +403,29 @@ class _RunOptions(NamedTuple):
         )  # fmt: skip
 
 
-def _pack_one(source: Origin | LargeFiles, destination: str, options: _RunOptions) -> Summary:
-    partial = destination + layout.PARTIAL_SUFFIX
+def _pack_one(source: Origin | LargeFiles, task: _Task, options: _RunOptions) -> Summary:
+    destination, partial = task.destination, task.partial
     if os.path.lexists(destination):
-        summary = _finished_before(destination, _Plan.make(_opened(source), options), options)
+        summary = _finished_before(source, task, options)
         _clear_scrap(partial)
         return summary
     with _clear_errors(partial), _claim(partial), _quiet_pillow():
         if os.path.lexists(destination):  # another process finished it just before we got the lock
-            summary = _finished_before(destination, _Plan.make(_opened(source), options), options)
+            summary = _finished_before(source, task, options)
             _delete_scrap(partial)
             return summary
         if isinstance(source, LargeFiles):
-            source = _deal_while_indexing(source, partial, options)
-        plan = _Plan.make(source, options)
+            source = _deal_while_indexing(source, task, options)
+        plan = _Plan.make(source, task.form, options)
         agreed = _agree_on_plan(partial, plan, options)
         if plan.forecast and plan.settings.shrink and options.progress:
             text = plan.forecast.text(plan.settings.shrink, plan.source_bytes)
             tqdm.write(f"{destination}: {text}", file=sys.stderr)
-        workshop = _Workshop(partial, agreed, plan.image_bytes, options)
+        make_workshop = _LmdbWorkshop if task.form.is_lmdb else _Workshop
+        workshop = make_workshop(partial, agreed, plan.image_bytes, options)
         workshop.deal()
-        workshop.finish_shards()
-        workshop.finish_pack(destination)
-    return dataclasses.replace(summary_of(destination), notes=source.notes)
+        summary = workshop.finish(destination)
+    return dataclasses.replace(summary, notes=source.notes)
 
 
 def _opened(source: Origin | LargeFiles) -> Origin:
@@ -394,8 +450,21 @@ def summary_of(folder: str) -> Summary:
     )
 
 
-def _finished_before(destination: str, plan: _Plan, options: _RunOptions) -> Summary:
+def _finished_lmdb(task: _Task) -> Summary:
+    """Accept an LMDB file, whatever made it: nothing in it says how."""
+    _clear_scrap(task.partial)
+    path = task.destination
+    source = open_source(path)
+    size, num_samples = os.path.getsize(path), len(source.index)
+    return Summary(path, num_samples, size, size, 0, 0, num_samples, (), source.notes, True)
+
+
+def _finished_before(source: Origin | LargeFiles, task: _Task, options: _RunOptions) -> Summary:
     """Accept a pack that the same command made before; refuse everything else that is there."""
+    destination = task.destination
+    if task.form.is_lmdb:
+        return _finished_lmdb(task)
+    plan = _Plan.make(_opened(source), task.form, options)
     summary, differences = None, ""
     with contextlib.suppress(DataError, OSError):
         about = layout.read_pack(destination).about
@@ -465,7 +534,9 @@ def _megabytes(size: float) -> str:
 
 _LOCK_FILE, _JOURNAL_FILE, _PACK_FOLDER = "lock", "dealt", "pack"
 
-_OURS = re.compile(r"(dealt|(deal|split|rows)-\d{6,}|settings\.json)(\.tmp)?")
+_LMDB_FILE = "lmdb"
+
+_OURS = re.compile(r"(dealt|lmdb|(deal|split|rows)-\d{6,}|settings\.json)(\.tmp)?")
 """What packing writes into DESTINATION.partial, beside the lock and the folder `pack`."""
 
 _OURS_IN_PACK = re.compile(
@@ -591,7 +662,7 @@ def _agree_on_plan(partial: str, plan: _Plan, options: _RunOptions) -> _Plan:
 
     def check_space(cut: _Cut) -> None:
         tar_bytes = _TAR_BYTES * len(plan.index)
-        _check_space(partial, plan.source_bytes, plan.image_bytes, tar_bytes, cut)
+        _check_space(partial, plan.source_bytes, plan.image_bytes, tar_bytes, cut, plan.form)
 
     def choose_tables() -> bytes | None:
         return _choose_tables(partial, plan, options)
@@ -671,11 +742,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _check_space(
-    partial: str, source_bytes: int, image_bytes: int, tar_bytes: int, cut: _Cut
+    partial: str, source_bytes: int, image_bytes: int, tar_bytes: int, cut: _Cut, form: _Form
 ) -> None:
     """Refuse to begin where the scratch and the shards cannot fit."""
     shard_bytes = image_bytes // cut.num_shards
     at_once = shard_bytes * (1 if cut.shards_per_bucket == 1 else cut.shards_per_bucket + 1)
+    if form.is_lmdb:  # all scratch stays until the file is whole
+        at_once = image_bytes
     needed = image_bytes * (1 + _SPACE_MARGIN) + tar_bytes + at_once
     present = sum(
         _allocated_bytes(os.path.join(folder, name))
@@ -708,7 +781,7 @@ def _choose_tables(partial: str, plan: _Plan, options: _RunOptions) -> bytes | N
     if found := plan.origin.some_images[:_TABLES_SAMPLES]:
         return _fit_tables(found, len(found), plan.settings, options)
     # The places in the pack are random, so its first samples are as good as any.
-    samples = plan.order[:_TABLES_SAMPLES]
+    samples = plan.origin.first(plan.order, _TABLES_SAMPLES)
 
     def images() -> Iterator[bytes]:
         unreadable: list[Failure] = []
@@ -790,6 +863,7 @@ class _Plan:
 
     Attributes:
         origin: what is packed, and what the pack is to be like.
+        form: what is made of it; scratch goes by shards also where there will be none.
         cut: how it is dealt to shards.
         order: sample of each place in the pack.
         shard_begin: place where each shard begins, and the number of places.
@@ -797,16 +871,17 @@ class _Plan:
     """
 
     origin: Origin
+    form: _Form
     cut: _Cut
 
     @classmethod
-    def make(cls, origin: Origin, options: _RunOptions) -> _Plan:
+    def make(cls, origin: Origin, form: _Form, options: _RunOptions) -> _Plan:
         record = origin.record
         if "file_bytes" in record:
             cut = _Cut.of(record["file_bytes"], origin.settings, options)
         else:
             cut = _Cut.of(record["bytes"], origin.settings, options, len(origin.index))
-        return cls(origin, cut._replace(tables=origin.tables))
+        return cls(origin, form, cut._replace(tables=origin.tables))
 
     @property
     def num_shards(self) -> int:
@@ -854,11 +929,13 @@ class _Plan:
 
     @functools.cached_property
     def order(self) -> npt.NDArray[np.int64]:
+        if self.form.in_source_order:
+            return np.arange(len(self.index))
         return np.argsort(self._hashes, kind="stable")
 
     @functools.cached_property
     def shard_begin(self) -> npt.NDArray[np.int64]:
-        if "file_bytes" in self.origin.record:
+        if "file_bytes" in self.origin.record and not self.form.in_source_order:
             # A sample's name says which shard it goes to, so it can be dealt before all are known.
             shards = _shard_of_hash(self._hashes[self.order], self.num_shards)
             return np.searchsorted(shards, np.arange(self.num_shards + 1))
@@ -885,7 +962,8 @@ class _Plan:
 
     def describe(self) -> dict[str, Any]:
         """Return what a continued packing must agree on."""
-        return _described(self.origin.settings_record, self.origin.path, self.origin.id)
+        settings = {**self.origin.settings_record, **self.form.describe()}
+        return _described(settings, self.origin.path, self.origin.id)
 
 
 def _described(settings: dict[str, Any], path: str, source_id: str | None) -> dict[str, Any]:
@@ -1009,16 +1087,18 @@ def _take_over(
 # ---- dealing while a source is indexed -----------------------------------------------------------
 
 
-def _deal_while_indexing(files: LargeFiles, partial: str, options: _RunOptions) -> Origin:
+def _deal_while_indexing(files: LargeFiles, task: _Task, options: _RunOptions) -> Origin:
     """Open a source, and deal its samples where they pass by for that."""
+    if task.form.in_source_order:
+        return files.open()  # where a sample goes is known only when all have been counted
     if not files.is_whole or (_needs_tables(files.settings) and not files.some_images):
         return files.open()  # what to pack, or to fit tables to, is known only from the index
     try:
-        with _Passing(files, partial, options) as passing:
+        with _Passing(files, task, options) as passing:
             return files.open(passing.visit)
     except BaseException:
-        if not os.path.exists(os.path.join(partial, layout.SETTINGS_FILE)):
-            _delete_scrap(partial)  # nothing was dealt, so there is nothing to continue
+        if not os.path.exists(os.path.join(task.partial, layout.SETTINGS_FILE)):
+            _delete_scrap(task.partial)  # nothing was dealt, so there is nothing to continue
         raise
 
 
@@ -1029,9 +1109,10 @@ class _Passing:
     are left to `_Workshop.deal`, which finds them missing.
     """
 
-    def __init__(self, files: LargeFiles, partial: str, options: _RunOptions) -> None:
+    def __init__(self, files: LargeFiles, task: _Task, options: _RunOptions) -> None:
         self._files = files
-        self._partial = partial
+        self._form = task.form
+        self._partial = task.partial
         self._options = options
         self._cut: _Cut | None = None  # until the first sample passes
         self._threads = ThreadPoolExecutor(options.num_workers)
@@ -1071,7 +1152,7 @@ class _Passing:
         image_bytes = _expected_bytes(files.num_bytes, forecast)
 
         def check_space(cut: _Cut) -> None:
-            _check_space(self._partial, files.num_bytes, image_bytes, 0, cut)
+            _check_space(self._partial, files.num_bytes, image_bytes, 0, cut, self._form)
 
         def choose_tables() -> bytes | None:
             if not _needs_tables(files.settings):
@@ -1079,7 +1160,7 @@ class _Passing:
             images = files.some_images[:_TABLES_SAMPLES]
             return _fit_tables(images, len(images), files.settings, options)
 
-        now = _described(files.settings_record, files.path, None)
+        now = _described({**files.settings_record, **self._form.describe()}, files.path, None)
         cut = _Cut.of(files.num_bytes, files.settings, options)
         self._cut = cut = _agree(self._partial, now, cut, check_space, choose_tables)
         self._journal = Journal(os.path.join(self._partial, _JOURNAL_FILE), options.log)
@@ -1305,7 +1386,13 @@ class _Workshop:
 
     # ---- finish
 
-    def finish_shards(self) -> None:
+    def finish(self, destination: str) -> Summary:
+        """Make the pack of what was dealt."""
+        self._finish_shards()
+        self._finish_pack(destination)
+        return summary_of(destination)
+
+    def _finish_shards(self) -> None:
         """Make every shard that is not there yet, each from one sequential read of its scratch."""
         plan = self._plan
         rows = self._journal.rows()
@@ -1321,7 +1408,11 @@ class _Workshop:
                     self._finish_shard(shards[0], self._buckets.load(bucket), mine, bar)
                 else:
                     self._finish_group(bucket, shards, mine, bar)
-                self._buckets.remove(bucket)
+                self._forget(bucket)
+
+    def _forget(self, bucket: int) -> None:
+        """Delete scratch that is not needed any more."""
+        self._buckets.remove(bucket)
 
     def _finish_group(
         self, bucket: int, shards: list[int], rows: npt.NDArray[np.void], bar: Any
@@ -1465,7 +1556,7 @@ class _Workshop:
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
-    def finish_pack(self, destination: str) -> None:
+    def _finish_pack(self, destination: str) -> None:
         """Write the tables, then give the pack its name: the moment it comes to exist."""
         abouts: list[dict[str, Any]] = []
         failures: list[dict[str, Any]] = []
@@ -1537,6 +1628,64 @@ class _Workshop:
             },
             "shards": shards,
         }
+
+
+class _LmdbWorkshop(_Workshop):
+    """Deals as for a pack, and makes of it one LMDB file, as tensorpack has it.
+
+    An interrupted run begins the file again, so its scratch stays until the file is whole.
+    """
+
+    def __init__(self, partial: str, plan: _Plan, image_bytes: int, options: _RunOptions) -> None:
+        super().__init__(partial, plan, image_bytes, options)
+        # tensorpack decides by this how it reads a file.
+        named = os.environ.get("TENSORPACK_SERIALIZE")
+        self._serializer: Serializer = "msgpack" if named == "msgpack" else "pickle"
+        self._num_samples = self._num_canonical = self._num_shrunk = 0
+
+    def _keep_finished(self) -> set[int]:
+        return set()
+
+    def _forget(self, bucket: int) -> None:
+        pass
+
+    def finish(self, destination: str) -> Summary:
+        """Make the file of what was dealt."""
+        path = os.path.join(self._partial, _LMDB_FILE)
+        with LmdbWriter(path) as self._file:
+            self._finish_shards()
+            if not self._num_samples:
+                raise PackError(f"{self._plan.index.root}: no image is left to pack")
+            self._file.append(KEYS, [tensorpack_keys(self._num_samples, self._serializer)])
+        os.rename(path, destination)
+        sync(os.path.dirname(destination))
+        _delete_scrap(self._partial)
+        return Summary(
+            destination,
+            self._num_samples,
+            self._plan.origin.record["bytes"],
+            os.path.getsize(destination),
+            self._num_canonical,
+            self._num_shrunk,
+            self._num_samples - self._num_canonical,
+            tuple(sorted(self._failures.values(), key=lambda failure: failure.name)),
+        )
+
+    def _finish_shard(
+        self, shard: int, scratch: memoryview, rows: npt.NDArray[np.void], bar: Any
+    ) -> None:
+        """Append the samples of what would be a shard."""
+        dealt = {int(row["sample"]): row for row in rows}
+        for sample in self._samples_of(shard).tolist():
+            encoded = self._take_dealt(scratch, dealt.get(sample), sample)
+            if encoded is not None:
+                key = tensorpack_key(self._num_samples)
+                label = int(self._label[sample])
+                self._file.append(key, tensorpack_value(encoded.data, label, self._serializer))
+                self._num_samples += 1
+                self._num_canonical += bool(encoded.flags & layout.FLAG_CANONICAL)
+                self._num_shrunk += bool(encoded.flags & layout.FLAG_SHRUNK)
+            _advance(bar, 1, 0 if encoded is None else len(encoded.data))
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:

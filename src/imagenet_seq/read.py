@@ -217,6 +217,26 @@ def source_bytes(source: Source) -> int:
     return sum(sizes) * len(index) // max(1, len(sizes))
 
 
+def mean_block_bytes(source: Source, block_bytes: int) -> int:
+    """Return about how much memory a block takes: of foreign ones, what the source decides."""
+    if not source.foreign:
+        return block_bytes
+    num_blocks = 1 + int(source.index.file.max(initial=0))
+    return max(1, source_bytes(source) // num_blocks)
+
+
+def blocks_of_pool(source: Source, shuffle_blocks: int, block_bytes: int) -> int:
+    """Return how many of a source's blocks a shuffle pools.
+
+    Where the source decides how large its blocks are, as many as take the memory of
+    `shuffle_blocks` blocks of `block_bytes`: 64 blocks may be 700 MB (parquet) or 4 GB (MDS).
+    Follows from the data and the arguments alone, as everything that an order depends on.
+    """
+    if not source.foreign:
+        return shuffle_blocks
+    return max(1, shuffle_blocks * block_bytes // mean_block_bytes(source, block_bytes))
+
+
 def _sizes(index: Index, names: Iterable[str]) -> list[int]:
     """Return the sizes of those files that are there; that others are not is said by reading."""
     sizes = []

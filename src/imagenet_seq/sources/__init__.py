@@ -132,15 +132,12 @@ class Found:
         what: what was seen, for messages: "WebDataset shards a.tar to z.tar".
         open: opens it.
         files: paths of the files with the data; empty for folders of images.
-        some_images: returns so many images from all over the data, for estimates without an index;
-            None where only the index tells where images are.
     """
 
     kind: str
     what: str
     open: Callable[[Opening], Source]
     files: Sequence[str] = ()
-    some_images: Callable[[int], list[bytes]] | None = None
 
 
 @dataclass(frozen=True)
@@ -394,11 +391,12 @@ def _modules() -> tuple[ModuleType, ...]:
 
 
 def _may_be_data(entry: os.DirEntry[str]) -> bool:
-    """Tell what may be from the files that indexes are kept in, and from pipes and devices.
+    """Tell what may be from what is made beside data, and from pipes and devices.
 
-    To open a pipe would wait for its writer. A link that leads nowhere may be data that is missing.
+    Beside it lie kept indexes, and LMDB files that are not finished. To open a pipe would wait for
+    its writer. A link that leads nowhere may be data that is missing.
     """
-    if entry.name.startswith(".imagenet-seq-"):
+    if entry.name.startswith(".imagenet-seq-") or entry.name.endswith(".lmdb.partial"):
         return False
     try:
         return entry.is_file() or entry.is_dir() or not os.path.exists(entry.path)

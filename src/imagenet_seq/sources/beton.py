@@ -75,6 +75,8 @@ def find(place: Place) -> Found | str | None:
     if len(paths) > 1:
         shown = ", ".join(map(os.path.basename, paths))
         raise ValueError(f"{place.path} holds several .beton files: {shown}. Pass the path of one")
+    if not paths:
+        return f"holds {', '.join(names)}, but no .beton file of split {place.split}"
     [path] = paths
     is_named_so = path.endswith(_EXTENSIONS)
     try:

@@ -126,6 +126,11 @@ def _scan(folder: str, lists: Sequence[str], how: Opening) -> Scanned:
     label = np.array([labels[file] for file in chosen], np.int32)
     index = imagefolder.index_of_files(folder, names, label, classes or classes_of(label, names))
     remarks = _remarks(folder, index.classes, from_where)
+    if not classes and label.min() > 0:
+        remarks += (
+            f"{lists[0]}: no image has label 0. Labels are taken as they stand there: if they "
+            "count from 1, write them again from 0",
+        )
     return Scanned(index, problems=problems.messages, num_problems=problems.count, remarks=remarks)
 
 
@@ -317,14 +322,36 @@ def _classes(
     ImageNet's labels are places in its sorted wnids, whatever order a list has them in.
     """
     if path := _class_list(folder, lists):
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return sorted({line.split()[0] for line in file if line.strip()}), path
+        return sorted(_wnids_in(path)), path
     if train := _train_folder(folder):
         return _folders_in(train), train
     texts = {entry.label for entries in told for entry in entries.values()}
     if 2 * sum(1 for text in texts if _NUMBER.fullmatch(text)) > len(texts):
         return [], ""  # what is no number among them is a mistake, not a class's name
     return sorted(texts), lists[0]
+
+
+def _wnids_in(path: str) -> set[str]:
+    """Return the first words of a file's lines.
+
+    Raises:
+        DataError: where one that is no wnid, or comes twice, is among wnids: labels count from the
+            sorted ones, so that a single wrong one would change the labels of others.
+    """
+    wnids: dict[str, None] = {}
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            name = line.split()[0]
+            first = next(iter(wnids), name)
+            is_wrong = bool(_WNID.fullmatch(first)) and not _WNID.fullmatch(name)
+            if is_wrong or name in wnids:
+                raise DataError(
+                    f"{path}:{number}: expected a class of its own, such as {first}, got {name!r}"
+                )
+            wnids[name] = None
+    return set(wnids)
 
 
 def _class_list(folder: str, lists: Sequence[str]) -> str | None:

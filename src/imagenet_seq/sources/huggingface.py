@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from imagenet_seq.sources.classes import MAX_CLASSES, classes_of, imagenet_class
 from imagenet_seq.sources.scan import OnError, Problems, Rows, Scanned
 
 _MAX_DEPTH = 5
+_PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
 _OF = re.compile(r"(?P<set>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d)")
 _LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -111,11 +113,28 @@ def import_pyarrow(path: str, name: str = "pyarrow") -> Any:
         ImportError: where it is not installed; says what it is needed for.
     """
     try:
-        return importlib.import_module(name)
+        with _memory_kept():
+            return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
             f"{path}: Parquet and Arrow files are read through pyarrow: pip install pyarrow"
         ) from error
+
+
+@contextlib.contextmanager
+def _memory_kept() -> Iterator[None]:
+    """Let pyarrow's allocator, which asks when it is loaded, give memory back late: after 10 s.
+
+    Blocks come ten times a second: to get and clear memory for each anew costs a tenth of decoding.
+    """
+    if "pyarrow" in sys.modules or _PURGE_DELAY in os.environ:
+        yield
+        return
+    os.environ[_PURGE_DELAY] = "10000"  # ms
+    try:
+        yield
+    finally:
+        del os.environ[_PURGE_DELAY]
 
 
 @contextlib.contextmanager

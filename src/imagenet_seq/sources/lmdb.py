@@ -212,10 +212,10 @@ class _Tree:
             raise DataError(f"{self.path}: expected a tree of up to 32 levels, got {meta.depth}")
         pages = [_Child(meta.root, b"", None)] if meta.root != layout.NO_PAGE else []
         for _ in range(meta.depth - 1):
-            pages = [child for page in sorted(pages) for child in self._children(page)]
+            pages = [child for page in _in_file_order(pages) for child in self._children(page)]
         size = len(pages) * meta.page_bytes
         with progress_bar(f"keys of {os.path.basename(self.path)}", size, progress) as bar:
-            for page in sorted(pages):
+            for page in _in_file_order(pages):
                 self._add_leaf(page, found)
                 bar.update(meta.page_bytes)
         if len(found) != meta.num_values:
@@ -307,6 +307,10 @@ class _Tree:
             f"{self.path}: page {page} (offset {offset}): {what}: the file is damaged, or another "
             "process writes to it: run mdb_stat on it, and copy or write it anew"
         )
+
+
+def _in_file_order(pages: list[_Child]) -> list[_Child]:
+    return sorted(pages, key=lambda page: page.number)
 
 
 def _newer_meta(path: str, file: int) -> _Meta:

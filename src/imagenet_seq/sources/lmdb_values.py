@@ -139,16 +139,16 @@ class _Array:
     def content(self) -> _Bytes:
         if not isinstance(self.dtype, _Type) or self.dtype.code != "u1":
             raise ValueFormError("an image that is an array of another type than uint8")
-        shape = tuple(self.shape) if isinstance(self.shape, (list, tuple)) else ()
-        if len(shape) != 1:
+        shape = self.shape if isinstance(self.shape, (list, tuple)) else ()
+        if len(shape) != 1 or not isinstance(shape[0], int):
             raise ValueFormError(
-                f"an image that is an array of shape {shape!r:.40}: decoded pixels, not a file"
+                f"an image that is an array of {len(shape)} dimensions: decoded pixels, not a file"
             )
         if not isinstance(self.data, _Bytes):
             raise ValueFormError("an image that is an array without its bytes")
         if self.data.stored == RAW and shape[0] != self.data.end - self.data.begin:
             raise ValueFormError(
-                f"an array of {shape[0]!r:.20} bytes in {self.data.end - self.data.begin}"
+                f"an array of {shape[0]} bytes in {self.data.end - self.data.begin}"
             )
         return self.data
 
@@ -237,7 +237,7 @@ def _short(value: memoryview, found: Any) -> bytes:
 
 
 def _numpy_object(value: memoryview, entries: dict[bytes, Any]) -> _Array | int:
-    """Read what msgpack_numpy makes of an array or a number; releases up to 0.3.6 have no "kind"."""
+    """Read what msgpack_numpy makes of an array or a number; up to release 0.3.6 without a kind."""
     if entries.keys() - {b"nd", b"type", b"kind", b"shape", b"data"}:
         raise ValueFormError(f"a dictionary with the keys {sorted(entries)!r:.60}")
     if b"kind" in entries and _short(value, entries[b"kind"]):
@@ -720,17 +720,19 @@ def _schema(message: bytes) -> tuple[_Column, bool]:
     fields, num_fields = _vector(message, table, 1)
     if num_fields != 1:
         raise ValueFormError(f"pyarrow's serialisation of {num_fields} columns")
-    return _column(message, _indirect(message, fields), 0), version < 4
+    return _column(message, _indirect(message, fields), []), version < 4
 
 
-def _column(message: bytes, table: int, depth: int) -> _Column:
+def _column(message: bytes, table: int, so_far: list[int]) -> _Column:
+    """Return a column; `so_far`: places of all before it, which bounds their number and depth."""
     kind = message[_field(message, table, 2)]
-    if (kind != _UNION and kind not in _NUM_BUFFERS) or depth > 2 * _MAX_DEPTH:
+    so_far.append(table)
+    if (kind != _UNION and kind not in _NUM_BUFFERS) or len(so_far) > _MAX_COLUMNS:
         raise ValueFormError("something else than an array, bytes or an integer")
     bits = _integer_type(message, table, 3)[0] if kind == _INT else 0
     begin, num_children = _vector(message, table, 5) if _has(message, table, 5) else (0, 0)
     children = tuple(
-        _column(message, _indirect(message, begin + 4 * i), depth + 1) for i in range(num_children)
+        _column(message, _indirect(message, begin + 4 * i), so_far) for i in range(num_children)
     )
     if kind == _LIST and len(children) != 1:
         raise ValueFormError("pyarrow's serialisation, damaged")

@@ -31,7 +31,7 @@ from imagenet_seq.sources.scan import (
     is_permuted,
     progress_bar,
 )
-from imagenet_seq.sources.tar_file import InMemory, Member, first_members, members, some_images
+from imagenet_seq.sources.tar_file import InMemory, Member, first_members, members
 
 
 class Download(NamedTuple):
@@ -116,7 +116,7 @@ def _found(path: str, split: str) -> Found:
         return Source("ilsvrc2012", scanned.index, permuted=permuted, notes=scanned.notes)
 
     what = f"the archive of ILSVRC2012's {split} images {os.path.basename(path)}"
-    return Found("ilsvrc2012", what, open_archive, [path], lambda n: some_images([path], n))
+    return Found("ilsvrc2012", what, open_archive, [path])
 
 
 def split_in(path: str) -> str | None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from imagenet_seq.errors import DataError
@@ -26,9 +25,6 @@ _MAX_EXTENDED_BYTES = 1 << 20
 """A long name or a PAX header takes some hundred bytes; a lying size must not fill the memory."""
 
 _LOOK_BYTES = 1 << 20
-_MAX_LOOKS = 8
-"""So far `some_images` looks for a header: images are a tenth of a megabyte."""
-
 _COMPRESSED = {
     b"\x1f\x8b": "gzip -d",
     b"BZh": "bzip2 -d",
@@ -176,45 +172,6 @@ def first_members(path: str, count: int) -> list[Member]:
             if not found:
                 raise
     return found
-
-
-def some_images(paths: Sequence[str], count: int) -> list[bytes]:
-    """Return up to `count` images from evenly spaced places of archives (also of nested ones).
-
-    They are found without reading what lies between: behind each place, the next block that is an
-    image's header.
-    """
-    ends = list(accumulate(map(os.path.getsize, paths)))
-    images: dict[tuple[int, int], bytes] = {}
-    for k in range(count):
-        place = ends[-1] * k // count
-        file = bisect_right(ends, place)
-        in_file = place - (ends[file - 1] if file else 0)
-        # Behind the last image of an archive, the first of the next one.
-        for at, position in ((file, in_file), ((file + 1) % len(paths), 0)):
-            with RandomAccess(paths[at]) as data:
-                member = _image_behind(data, position)
-                if member is not None:
-                    image = bytes(data.take(member.offset, member.length))
-                    images[at, member.offset] = image
-                    break
-    return list(images.values())
-
-
-def _image_behind(data: Readable, position: int) -> Member | None:
-    position -= position % _BLOCK
-    for begin in range(position, min(position + _MAX_LOOKS * _LOOK_BYTES, data.size), _LOOK_BYTES):
-        looked_at = bytes(data.take(begin, min(_LOOK_BYTES, data.size - begin)))
-        magic = looked_at.find(b"ustar")
-        while magic >= 0:
-            header = looked_at[magic - 257 : magic - 257 + _BLOCK] if magic >= 257 else b""
-            length = _number(header[124:136]) if _is_header(header) else None
-            if (magic - 257) % _BLOCK == 0 and length and header[156] in _REGULAR:
-                member = Member(_name(header), begin + magic - 257 + _BLOCK, length)
-                if member.is_image and member.offset + length <= data.size:
-                    return member
-            magic = looked_at.find(b"ustar", magic + 1)
-    return None
 
 
 # ---- headers -------------------------------------------------------------------------------------

@@ -54,7 +54,6 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _LABEL_NAMES = "label.labels.txt"
 
 _HEADER = struct.Struct("<QI")
-_MAX_SAMPLE_BYTES = 1 << 31  # protobuf's own limit
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -76,6 +75,8 @@ def find(place: Place) -> Found | str | None:
     if reason is not None:  # content that any file may have is no near miss
         return f"{os.path.basename(first)}: {reason}" if any(map(_NAMED.search, names)) else None
     files = place.of_split(names)
+    if not files:
+        return f"holds TFRecord files, such as {names[0]}, but none of split {place.split}"
     what = f"{len(files)} TFRecord files, {os.path.basename(files[0])}, ..."
     return Found("tfrecord", what, functools.partial(_open, place, files), files)
 
@@ -98,13 +99,13 @@ def _why_none(path: str) -> str | None:
     """Return why a file is no TFRecord file; None: it is one."""
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
-    if head[:2] == b"\x1f\x8b":
-        return "a gzip'ed TFRecord file, whose images can't be read in place: gunzip it first"
     if len(head) < _HEADER.size:
         return f"expected a TFRecord file, got one of {len(head)} bytes"
-    if _HEADER.unpack(head)[1] != _masked_crc(head[:8]):
-        return "expected a TFRecord file, but its first bytes are no length with its CRC"
-    return None
+    if _HEADER.unpack(head)[1] == _masked_crc(head[:8]):
+        return None
+    if head[:2] == b"\x1f\x8b":
+        return "a gzip'ed TFRecord file, whose images can't be read in place: gunzip it first"
+    return "expected a TFRecord file, but its first bytes are no length with its CRC"
 
 
 def _open(place: Place, files: Sequence[str], how: Opening) -> Source:
@@ -261,13 +262,14 @@ class _Scan:
         rows = self._rows
         label, first = rows.label, 0
         counts_from_1 = self._keys is not None and self._keys.label == _COUNTS_FROM_1
-        if counts_from_1 and int(label.min(initial=1)) > 0:
+        if counts_from_1 and int(label.min(initial=1)) > 0 and not _are_imagenets(self._wnids):
             label, first = label - 1, 1
         if self._label_names:
             classes = self._label_names
         elif self._wnids:
             wnids = {number - first: wnid for number, wnid in self._wnids.items()}
-            classes = _classes_of_wnids(wnids, self._place.path)
+            num_classes = int(label.max(initial=-1)) + 1
+            classes = _classes_of_wnids(wnids, num_classes, self._place.path)
         else:
             classes = classes_of(label, rows.names)
         names = [os.path.relpath(path, self._place.folder) for path in self._files]
@@ -296,7 +298,7 @@ def _label_names(folder: str) -> tuple[str, ...]:
     return names
 
 
-def _classes_of_wnids(wnids: dict[int, str], where: str) -> tuple[str, ...]:
+def _classes_of_wnids(wnids: dict[int, str], num_classes: int, where: str) -> tuple[str, ...]:
     """Name the classes of labels whose wnids the samples say.
 
     Raises:
@@ -309,14 +311,18 @@ def _classes_of_wnids(wnids: dict[int, str], where: str) -> tuple[str, ...]:
                 f"{label} is {wnid} and {next_label} is {next_wnid} (counted from 0). Write the "
                 "files again with sorted synsets"
             )
-    all_classes = imagenet_classes()
-    as_imagenet = all(
-        label < len(all_classes) and all_classes[label] == wnid for label, wnid in wnids.items()
-    )
-    others = all_classes if as_imagenet else ()
+    others = imagenet_classes() if _are_imagenets(wnids) else ()
     return tuple(
-        wnids.get(label) or (others[label] if others else str(label))
-        for label in range(max(wnids) + 1)
+        wnids.get(label) or (others[label] if label < len(others) else str(label))
+        for label in range(num_classes)
+    )
+
+
+def _are_imagenets(wnids: dict[int, str]) -> bool:
+    """Tell whether there are wnids, and labels are torchvision's for all of them."""
+    classes = imagenet_classes()
+    return bool(wnids) and all(
+        label < len(classes) and classes[label] == wnid for label, wnid in wnids.items()
     )
 
 
@@ -336,11 +342,6 @@ def _message_length(stream: FileStream, at: int) -> int:
         raise DataError(
             f"{stream.path}: offset {at}: the length {length} has CRC-32C {expected:08x} (masked), "
             f"but {crc:08x} is stored with it: the file is damaged from here on; get it again"
-        )
-    if length > _MAX_SAMPLE_BYTES:
-        raise DataError(
-            f"{stream.path}: offset {at}: expected a message of at most {_MAX_SAMPLE_BYTES} bytes, "
-            f"got a length of {length}"
         )
     return int(length)
 

@@ -40,7 +40,7 @@ from imagenet_seq.sources.scan import (
     is_permuted,
     progress_bar,
 )
-from imagenet_seq.sources.tar_file import Member, first_members, members, some_images
+from imagenet_seq.sources.tar_file import Member, first_members, members
 
 LOOKS_FOR = (
     "WebDataset shards: *.tar with .jpg, .jpeg or .png and .cls, .json or .txt of the same name; "
@@ -99,7 +99,6 @@ def find(place: Place) -> Found | str | None:
         what,
         lambda how: _open(kind, place, paths, how),
         paths,
-        lambda count: some_images(paths, count),
     )
 
 
