@@ -468,6 +468,15 @@ def test_what_is_no_pair_is_refused(value: bytes) -> None:
         parsed(value)
 
 
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*")), ids=lambda path: path.name)
+def test_places_of_64_bits_are_refused(path: Path) -> None:
+    value = path.read_bytes()
+    for at in range(0, len(value) - 8, 4):
+        damaged = value[:at] + b"\xff" * 7 + b"\x7f" + value[at + 8 :]
+        with contextlib.suppress(ValueFormError):
+            parsed(damaged)
+
+
 class _Array:
     """An array of a shape that is no shape."""
 

@@ -383,11 +383,15 @@ def test_damage_gives_an_error_or_bytes_of_the_file(
 ) -> None:
     path = write(tmp_path_factory.mktemp("damaged") / name, rows(IMAGES[:20]))
     damaged = bytearray(path.read_bytes())
+    end = len(damaged)
+    if write is write_parquet:
+        # Some damage to the description of columns, at the end, makes pyarrow end the process.
+        end -= 8 + int.from_bytes(damaged[-8:-4], "little")
     if data.draw(st.booleans()):
         del damaged[data.draw(st.integers(4, len(damaged) - 1)) :]
     else:
         for _ in range(data.draw(st.integers(1, 4))):
-            place = data.draw(st.integers(4, len(damaged) - 1))
+            place = data.draw(st.integers(4, end - 1))
             damaged[place] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(damaged)
     try:

@@ -87,7 +87,7 @@ def find_pair(value: memoryview) -> Pair:
         raise ValueFormError(f"none of these: it begins with {bytes(value[:16])!r}")
     try:
         image, label = _two(parse(value))
-    except (IndexError, struct.error):
+    except (IndexError, struct.error, OverflowError):  # the last: a place beyond 63 bits
         raise ValueFormError("cut short or damaged") from None
     if isinstance(image, _Array):
         image = image.content()
