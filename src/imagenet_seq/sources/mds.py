@@ -640,7 +640,7 @@ class _ShardSource(Source):
             for (width, height), at, size in zip(
                 sizes, begin.tolist(), length.tolist(), strict=True
             ):
-                is_rgb = size > 3 * width * height
+                is_rgb = size == 3 * width * height + len(_ppm_header(width, height, True))
                 header = np.frombuffer(_ppm_header(width, height, is_rgb), np.uint8)
                 data[at : at + len(header)] = header
         return Block(data, begin, length)
