@@ -427,6 +427,20 @@ def test_a_file_that_changes_meanwhile_is_refused(data: Data) -> None:
     data.open()
 
 
+def test_who_waits_long_for_an_index_is_told_why_it_is_not_kept(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "_LONG_SCAN_NS", 0)
+    (data.folder / "file").touch()
+    monkeypatch.setenv("IMAGENET_SEQ_CACHE", str(data.folder / "file" / "no_folder"))
+    assert "set IMAGENET_SEQ_CACHE" in data.open().notes[-1]
+    monkeypatch.delenv("IMAGENET_SEQ_CACHE")
+    os.utime(data.files[0], ns=(OLD_NS, time.time_ns() + 10**12))
+    assert "in the future as its time has it" in data.open().notes[-1]
+    os.utime(data.files[0], ns=(OLD_NS, OLD_NS))
+    assert data.open().notes == ("a remark",)
+
+
 def test_a_file_changed_just_now_proves_nothing(data: Data) -> None:
     data.files[0].write_bytes(b"new")
     data.open()

@@ -8,6 +8,7 @@ the order their classes lie in (`is_permuted`), and the index kept beside the da
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import math
@@ -44,6 +45,9 @@ _FORMAT = 1
 _RACY_NS = 2_000_000_000
 """A file or folder changed this recently may change again without getting another modification time
 (the coarsest common clock, FAT's, ticks every 2 s), so it proves nothing."""
+
+_LONG_SCAN_NS = 10_000_000_000
+"""Who waits longer for an index is told why it is not kept."""
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -482,9 +486,20 @@ def _scan_and_keep(
             f"{changed}: changed while {place} was indexed: wait until whoever writes there is "
             "done, then open it again"
         )
-    if scanned.lasting and int(stamps.mtime_ns.max(initial=0)) < began_ns - _RACY_NS:
-        any(_keep(path, scanned, stamps, place) for path in kept_in)  # in the first that works
-    return scanned
+    newest_ns = int(stamps.mtime_ns.max(initial=0))
+    if not scanned.lasting:
+        why = "what was left out may be there next time"
+    elif newest_ns >= began_ns - _RACY_NS:
+        why = "a file of it was changed just now, or in the future as its time has it"
+    elif any(_keep(path, scanned, stamps, place) for path in kept_in):  # in the first that works
+        return scanned
+    else:
+        folders = " or ".join(map(os.path.dirname, kept_in))
+        why = f"it can't be written in {folders}: set IMAGENET_SEQ_CACHE to a folder where it can"
+    if time.time_ns() - began_ns < _LONG_SCAN_NS:
+        return scanned
+    remark = f"{place}: the index is not kept, so the next process makes it anew: {why}"
+    return dataclasses.replace(scanned, remarks=(*scanned.remarks, remark))
 
 
 def _folder_of(place: str) -> str:
