@@ -293,6 +293,20 @@ def test_the_order_on_disk_counts_not_that_of_the_index() -> None:
     assert not scan.is_permuted(index_of(2000))
 
 
+def notes_on(labels: list[int], classes: tuple[str, ...]) -> tuple[str, ...]:
+    rows = Rows()
+    for number, label in enumerate(labels):
+        rows.add(f"{number}.jpg", 0, number, 1, label)
+    return Scanned(rows.index("root", ["a"], classes)).notes
+
+
+def test_labels_that_are_not_torchvisions_are_told() -> None:
+    assert "count from 1" in notes_on([1, 2], ("0", "1", "2"))[0]
+    assert notes_on([0, 2], ("0", "1", "2")) == notes_on([1], ("a", "b")) == ()
+    assert "another order than torchvision" in notes_on([0], ("n00000002", "n00000001"))[0]
+    assert notes_on([0], ("n00000001", "n00000002")) == notes_on([0], ("b", "a")) == ()
+
+
 # ---- a kept index --------------------------------------------------------------------------------
 
 

@@ -28,6 +28,11 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(text.split())
 
 
+def is_wnid(name: str) -> bool:
+    """Whether a name is a WordNet id, as ImageNet's classes are called."""
+    return re.fullmatch(r"n\d{8}", name) is not None
+
+
 def classes_of(label: npt.NDArray[np.int32], names: Names) -> tuple[str, ...]:
     """Name the classes of labels that come without names.
 

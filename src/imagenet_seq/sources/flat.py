@@ -29,7 +29,7 @@ from imagenet_seq.sources import (
     is_directory,
     split_of,
 )
-from imagenet_seq.sources.classes import classes_of
+from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
 from imagenet_seq.sources.scan import Problems, Scanned, indexed
 
 LOOKS_FOR = (
@@ -44,8 +44,6 @@ _LEVELS = 4
 
 _KINDS = ("csv", "txt", "tsv")
 _PEEK_BYTES = 64 << 10
-_MOST_CLASSES = 100_000
-"""A greater number is no label."""
 
 _NAME_HEADS = (
     "imageid", "image_id", "image", "filename", "file_name", "file", "name", "path", "id",
@@ -284,7 +282,7 @@ def _labels(
 ) -> dict[str, int]:
     """Return the label of each image."""
     number_of = {name: number for number, name in enumerate(classes)}
-    end = len(classes) or _MOST_CLASSES
+    end = len(classes) or MAX_CLASSES
     of_classes = f" (of {from_where})" if from_where else ""
     labels: dict[str, int] = {}
     for image, (where, text) in told.items():

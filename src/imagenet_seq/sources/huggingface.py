@@ -23,7 +23,7 @@ import numpy.typing as npt
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Names
 from imagenet_seq.sources import Block, Place, SplitNeededError
-from imagenet_seq.sources.classes import MAX_CLASSES, classes_of, imagenet_classes
+from imagenet_seq.sources.classes import MAX_CLASSES, classes_of, imagenet_classes, is_wnid
 from imagenet_seq.sources.scan import OnError, Problems, Rows, Scanned
 
 _MAX_DEPTH = 5
@@ -31,7 +31,6 @@ _PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
 _OF = re.compile(r"(?P<set>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d)")
 _LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
-_WNID = re.compile(r"n\d{8}")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -415,7 +414,7 @@ def _name_classes(
     if len(names) == 1000 and names[0].startswith("tench") and names[-1].startswith("toilet"):
         return imagenet_classes()
     by_samples = classes_of(label, samples)
-    if not names or (len(by_samples) == len(names) and all(map(_WNID.fullmatch, by_samples))):
+    if not names or (len(by_samples) == len(names) and all(map(is_wnid, by_samples))):
         return by_samples
     # Two classes of one name, as ImageNet's two cranes, stay two.
     count = Counter(names)

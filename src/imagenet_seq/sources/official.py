@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.sources import Found, Opening, Place, Source, SplitNeededError
+from imagenet_seq.sources.classes import is_wnid
 from imagenet_seq.sources.scan import (
     FileStream,
     Problems,
@@ -130,11 +131,6 @@ def split_in(path: str) -> str | None:
         return "train" if _CLASS_TAR.fullmatch(first[0].name) else None
     except (DataError, OSError):
         return None
-
-
-def is_wnid(name: str) -> bool:
-    """Whether a name is a WordNet id, as ImageNet's classes are called."""
-    return re.fullmatch(r"n\d{8}", name) is not None
 
 
 def _devkit_of(archive: str) -> str:

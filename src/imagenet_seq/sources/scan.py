@@ -30,6 +30,7 @@ from imagenet_seq import shuffle
 from imagenet_seq.disk import cache_folder
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names, read_columns, write_columns
+from imagenet_seq.sources.classes import is_wnid
 
 OnError = Literal["fail", "skip"]
 """What to do with a sample that can't be indexed: raise, or leave it out, count and report it."""
@@ -430,14 +431,31 @@ class Scanned:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user is told when the source is opened."""
+        remarks = (*self.remarks, *_notes_on_labels(self.index))
         if not self.num_problems:
-            return tuple(self.remarks)
+            return remarks
         total = self.num_problems + len(self.index)
         shown = "\n  ".join(self.problems)
         more = self.num_problems - len(self.problems)
         tail = f"\n  and {more} more" if more else ""
         left_out = f"left out {self.num_problems} of {total}:\n  {shown}{tail}"
-        return (*self.remarks, f"{self.index.root}: {left_out}")
+        return (*remarks, f"{self.index.root}: {left_out}")
+
+
+def _notes_on_labels(index: Index) -> Iterator[str]:
+    """Say where labels are probably not those of torchvision's ImageNet."""
+    classes, label = index.classes, index.label
+    if label is not None and classes[:1] == ("0",) and len(label) and int(label.min()) == 1:
+        yield (
+            f"{index.root}: no sample has label 0, and labels go up to {len(classes) - 1}: if they "
+            f"count from 1, pass target_transform to subtract it, or train with {len(classes)} "
+            "classes"
+        )
+    if all(map(is_wnid, classes)) and list(classes) != sorted(classes):
+        yield (
+            f"{index.root}: its labels number the classes in another order than torchvision does, "
+            "which sorts their wnids: models trained elsewhere take them for other classes"
+        )
 
 
 def indexed(

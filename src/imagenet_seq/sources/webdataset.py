@@ -27,7 +27,7 @@ from imagenet_seq.sources import (
     official,
     split_of,
 )
-from imagenet_seq.sources.classes import classes_of
+from imagenet_seq.sources.classes import MAX_CLASSES, classes_of, is_wnid
 from imagenet_seq.sources.imagefolder import IMAGE_EXTENSIONS
 from imagenet_seq.sources.scan import (
     FileStream,
@@ -53,7 +53,6 @@ _LABEL_KEYS = ("label", "cls", "class")
 _NAME_KEYS = ("wnid", "class_name")
 
 _MAX_LABEL_BYTES = 1 << 20
-_MAX_CLASSES = 100_000  # ImageNet-21K has 21,843; beyond, labels are captions or damaged
 _MAX_NAME_LENGTH = 200
 
 _SIDECAR = re.compile(
@@ -131,7 +130,7 @@ def _key_and_extension(name: str) -> tuple[str, str]:
 def _folder_of(name: str, path: str) -> str:
     """Return the folder of an image; without one, the archive is it if it is named by a class."""
     stem = os.path.splitext(os.path.basename(path))[0]
-    return name.rpartition("/")[0] or (stem if official.is_wnid(stem) else "")
+    return name.rpartition("/")[0] or (stem if is_wnid(stem) else "")
 
 
 def _open(kind: str, place: Place, paths: list[str], how: Opening) -> Source:
@@ -279,8 +278,8 @@ class _Samples(_Collector):
             )
         if isinstance(value, str):
             value = self._numbers.setdefault(value, len(self._numbers))
-        if not 0 <= value < _MAX_CLASSES:
-            raise _WrongSampleError(f"expected a label in [0, {_MAX_CLASSES}), got {value}")
+        if not 0 <= value < MAX_CLASSES:
+            raise _WrongSampleError(f"expected a label in [0, {MAX_CLASSES}), got {value}")
         if not is_name and value not in self._named:
             self._named[value] = _class_name_in(data)
         return value
