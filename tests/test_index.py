@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import shutil
 import sys
+import tarfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -405,6 +407,14 @@ def test_links_are_followed_as_torchvision_does(tmp_path: Path) -> None:
     assert len(same_as_torchvision(root)) == 7
 
 
+def write_shard(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("a.jpg", b"\xff\xd8\xff"), ("a.cls", b"0")):
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+
+
 def test_folders_deeper_than_python_recurses(tmp_path: Path) -> None:
     folder = tmp_path / "n01"
     folder.mkdir()
@@ -423,6 +433,14 @@ def test_pipes_are_not_opened(tmp_path: Path) -> None:
         open_source(tmp_path)
     with pytest.raises(ValueError, match="got a pipe or a device"):
         open_source(tmp_path / "a.tar")
+
+
+def test_files_of_a_test_split_are_not_mixed_into_those_of_train(tmp_path: Path) -> None:
+    for name in ("train-0.tar", "test-0.tar"):
+        write_shard(tmp_path / name)
+    with pytest.raises(SplitNeededError, match=r"of train and others, such as test-0\.tar"):
+        open_source(tmp_path)
+    assert list(open_source(tmp_path, "train").index.files) == ["train-0.tar"]
 
 
 def test_a_pattern_that_names_a_file_twice(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_without_a_split_files_of_one_only(tmp_path: Path, write: Write, name: s
     write(tmp_path / f"x-test-00000-of-00001{name[1:]}", rows())
     write(tmp_path / f"x-train-00000-of-00001{name[1:]}", rows())
     (tmp_path / "state.json").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="files of x-test and x-train"):
+    with pytest.raises(ValueError, match="files of train and others, such as x-test"):
         open_source(tmp_path)
 
 

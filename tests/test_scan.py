@@ -302,7 +302,8 @@ def notes_on(labels: list[int], classes: tuple[str, ...]) -> tuple[str, ...]:
 
 def test_labels_that_are_not_torchvisions_are_told() -> None:
     assert "count from 1" in notes_on([1, 2], ("0", "1", "2"))[0]
-    assert notes_on([0, 2], ("0", "1", "2")) == notes_on([1], ("a", "b")) == ()
+    assert notes_on([0, 2], ("0", "1", "2")) == notes_on([1, 2], ("a", "b", "c")) == ()
+    assert notes_on([1], ("0", "1")) == notes_on([1, 3], ("0", "1", "2", "3")) == ()
     assert "another order than torchvision" in notes_on([0], ("n00000002", "n00000001"))[0]
     assert notes_on([0], ("n00000001", "n00000002")) == notes_on([0], ("b", "a")) == ()
 

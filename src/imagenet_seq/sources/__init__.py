@@ -204,7 +204,8 @@ class Place:
         Where no name says which split it is of, and where the path names files, all are meant.
 
         Raises:
-            SplitNeededError: where there are files of both splits and none was asked for.
+            SplitNeededError: where there are files of both splits, or of one and of none, and none
+                was asked for.
         """
         names = list(names)
         splits = {split_of(name) for name in names} - {None}
@@ -213,6 +214,14 @@ class Place:
                 f"{self.path} holds files of train and val, such as {names[0]}: pass "
                 "split='train' or split='val'"
             )
+        if self.split is None and splits and self.is_folder:
+            other = next((name for name in names if split_of(name) is None), None)
+            if other is not None:  # of a test split, say
+                [split] = splits
+                raise SplitNeededError(
+                    f"{self.path} holds files of {split} and others, such as {other}: pass "
+                    f"split='{split}', or a pattern of the files that you mean"
+                )
         if self.is_folder and self.split is not None and splits:
             names = [name for name in names if split_of(name) == self.split]
         return [os.path.join(self.folder, name) for name in names]

@@ -444,8 +444,9 @@ class Scanned:
 
 def _notes_on_labels(index: Index) -> Iterator[str]:
     """Say where labels are probably not those of torchvision's ImageNet."""
-    classes, label = index.classes, index.label
-    if label is not None and classes[:1] == ("0",) and len(label) and int(label.min()) == 1:
+    classes = index.classes
+    occur = np.unique(np.asarray(index.targets)) if classes[:1] == ("0",) else np.zeros(0)
+    if len(occur) > 1 and np.array_equal(occur, np.arange(1, len(classes))):
         yield (
             f"{index.root}: no sample has label 0, and labels go up to {len(classes) - 1}: if they "
             f"count from 1, pass target_transform to subtract it, or train with {len(classes)} "
