@@ -18,7 +18,7 @@ from conftest import jpeg_bytes, photo_like
 from PIL import Image
 from test_pack import FOUR_SHARDS, image_of, pixels, run_until_killed, tree
 
-from imagenet_seq import _native
+from imagenet_seq import Loader, _native, origin
 from imagenet_seq.cli import main
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.pack import Settings, Summary, pack, reshuffle
@@ -255,16 +255,21 @@ def test_other_settings_give_one_pack_on_both_ways(
     assert verify(tmp_path / "indexed", tars, progress=False).problems == ()
 
 
-def test_tables_are_fitted_to_images_of_all_classes(tars: Path, tmp_path: Path) -> None:
+def test_tables_are_fitted_to_images_of_all_classes(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bytes] = []
+    look = origin._images_all_over
+    monkeypatch.setattr(
+        origin, "_images_all_over", lambda paths, log: found.extend(look(paths, log)) or found
+    )
     make_pack(tars, tmp_path / "pack")
     about = json.loads((tmp_path / "pack/pack.json").read_text())
-    counts = np.zeros((4, 256), np.uint64)
-    index = open_source(tars).index
-    assert index.length is not None
-    for file, offset, length in zip(index.file, index.offset, index.length, strict=True):
-        data = (tars / index.files[int(file)]).read_bytes()[offset : offset + length]
-        counts += _native.count_symbols(data)
+    counts = sum(_native.count_symbols(data) for data in found)
     assert about["huffman_tables"]["dht"] == _native.fit_tables(counts).hex()
+    loader = Loader(tars, "val", forecast=False)
+    label_of = {loader.dataset.encoded(i): label for i, label in enumerate(loader.dataset.targets)}
+    assert {label_of[data] for data in found} == set(loader.dataset.targets)
 
 
 def test_another_order_of_such_a_pack_is_the_pack_of_another_seed(
