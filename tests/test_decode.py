@@ -633,6 +633,7 @@ def test_crc32c() -> None:
     data = np.random.default_rng(19).bytes(1000)
     for cut in range(0, 40):
         assert _native.crc32c(data[cut:], _native.crc32c(data[:cut])) == _native.crc32c(data)
+        assert _native.crc32c(memoryview(data)[cut:]) == _native.crc32c(data[cut:])
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -541,7 +541,7 @@ def test_a_schema_that_would_be_endless_is_refused() -> None:
 
 
 VALID = (
-    *(pickle.dumps(pair, protocol) for pair in PAIRS.values() for protocol in (0, 2, 4, 5)),
+    *(pickle.dumps(pair, protocol) for pair in PAIRS.values() for protocol in (0, 2, 3, 4, 5)),
     *(msgpack_numpy.dumps(pair) for pair in PAIRS.values()),
     *(path.read_bytes() for path in sorted(GOLDEN.glob("*.bin"))),
 )
@@ -560,6 +560,29 @@ def test_damaged_values_give_an_error_or_a_pair_inside(value: bytes, data: st.Da
         return
     assert len(image) <= len(cut)
     assert isinstance(label, int)
+
+
+def outcome(value: bytes) -> tuple[bytes, int] | None:
+    with contextlib.suppress(ValueFormError):
+        return parsed(value)
+    return None
+
+
+USUAL = [
+    *(pickle.dumps([ARRAY, label], 3) for label in (7, 300, 70_000, -7)),
+    *(b"".join(tensorpack_value(IMAGE, label)) for label in (0, 999)),
+]
+
+
+@given(st.sampled_from(USUAL), st.data())
+@settings(max_examples=400, deadline=None)
+def test_the_usual_pickle_is_understood_as_any_other(value: bytes, data: st.DataObject) -> None:
+    """Protocol 3 is recognised as a whole; told to be of protocol 4, it is followed by opcodes."""
+    damaged = bytearray(value)
+    for _ in range(data.draw(st.integers(0, 2))):
+        damaged[data.draw(st.integers(2, len(value) - 1))] = data.draw(st.integers(0, 255))
+    rest = bytes(damaged[2 : data.draw(st.sampled_from([None, None, -1]))])
+    assert outcome(b"\x80\x03" + rest) == outcome(b"\x80\x04" + rest)
 
 
 @given(st.binary(max_size=60))

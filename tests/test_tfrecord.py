@@ -124,6 +124,14 @@ def test_the_newest_version_is_taken(tmp_path: Path) -> None:
     assert list(open_source(tmp_path, "train").index.targets) == [2]
 
 
+@pytest.mark.parametrize("size", [5, 123, 124, 125, 126, 127, 128, 1024])
+def test_names_of_all_lengths(tmp_path: Path, size: int) -> None:
+    """Up to 125 bytes, the length of the list around a name takes one byte."""
+    name = "n" * (size - 4) + ".jpg"
+    path = write(tmp_path / "a.tfrecord", example(tfds(1, name)))
+    assert list(open_source(path).index.name) == [name]
+
+
 def test_a_split_is_needed_where_there_are_two() -> None:
     with pytest.raises(SplitNeededError, match="pass split='train'"):
         open_source(INCEPTION)

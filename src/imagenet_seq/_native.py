@@ -695,6 +695,8 @@ def fit_tables(counts: np.ndarray) -> bytes:
 
 def crc32c(data: bytes | memoryview | np.ndarray, crc: int = 0) -> int:
     """Return the CRC-32C (Castagnoli, RFC 3720) of data, continuing from crc."""
+    if isinstance(data, bytes):  # ctypes takes their address: spares 1.5 us
+        return int(_lib.imseq_crc32c(crc, data, len(data)))
     address, size, _keep = _address(data)
     return int(_lib.imseq_crc32c(crc, address, size))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import functools
 import itertools
+import re
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -555,7 +556,38 @@ _PICKLE_STEPS: dict[int, Callable[[_Pickle], None]] = {
 
 
 def _parse_pickle(value: memoryview) -> Any:
-    return _Pickle(value).run()
+    return _usual_pair(value) or _Pickle(value).run()
+
+
+_USUAL_BEGIN, _USUAL_END = (
+    re.compile(pattern.replace(b" ", rb"(?:q.)?"), re.DOTALL)
+    for pattern in (
+        rb"\x80\x03\] \(cnumpy\._?core\.multiarray\n_reconstruct\n cnumpy\nndarray\n K\x00\x85 "
+        rb"C\x01b \x87 R \(K\x01(?P<shape>K.|M..|J....)\x85 cnumpy\ndtype\n X\x02\x00\x00\x00u1 "
+        rb"\x89\x88\x87 R \(K\x03X\x01\x00\x00\x00\| NNNJ\xff{4}J\xff{4}K\x00t b\x89"
+        rb"B(?P<size>....)",
+        rb" t b(?P<label>K.|M..|J...[\x00-\x7f])e\.",
+    )
+)
+"""[uint8 array, label] in protocol 3 before and behind the image; a blank is a PUT, which nothing
+here needs, or nothing. So `lmdb_file` writes them, and so did Python 3 by default up to 3.7."""
+_USUAL_BEGIN_BYTES, _USUAL_END_BYTES = 256, 16
+
+
+def _usual_pair(value: memoryview) -> list[Any] | None:
+    """Find image and label in the pickle that most files have; None where it is another one.
+
+    Its 40 opcodes take 25 us one by one, and a data set has 1.3 million of them.
+    """
+    head = _USUAL_BEGIN.match(bytes(value[:_USUAL_BEGIN_BYTES]))
+    if head is None:
+        return None
+    size = int.from_bytes(head["size"], "little")
+    begin, end = head.end(), head.end() + size
+    tail = _USUAL_END.fullmatch(bytes(value[end : end + _USUAL_END_BYTES]))
+    if tail is None or int.from_bytes(head["shape"][1:], "little") != size:
+        return None
+    return [_Bytes(begin, end), int.from_bytes(tail["label"][1:], "little")]
 
 
 # ---- pyarrow -------------------------------------------------------------------------------------

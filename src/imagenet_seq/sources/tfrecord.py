@@ -337,7 +337,7 @@ def _message_length(stream: FileStream, at: int) -> int:
     """
     header = stream.take(at, _HEADER.size)
     length, crc = _HEADER.unpack(header)
-    expected = _masked_crc(header[:8])
+    expected = _masked_crc(bytes(header[:8]))
     if crc != expected:
         raise DataError(
             f"{stream.path}: offset {at}: the length {length} has CRC-32C {expected:08x} (masked), "
@@ -439,6 +439,10 @@ def _listed(keys: Sequence[bytes] | _Features) -> str:
 def _only_bytes(message: memoryview, features: _Features, key: bytes) -> tuple[int, int]:
     """Return where the only value of a feature that is a BytesList begins and ends."""
     begin, end = features.get(key, (0, 0))
+    # Names are as short as the list around them: spares a message in a message, 2 us.
+    rest = end - begin - 4
+    if 0 <= rest < 0x7E and message[begin : begin + 4] == bytes((_FIRST, rest + 2, _FIRST, rest)):
+        return begin + 4, end
     all_values = (
         (value_begin, value_end)
         for tag, list_begin, list_end in _fields(message, begin, end)
@@ -488,7 +492,9 @@ def _ints(message: memoryview, begin: int, end: int) -> Iterator[int]:
 def _fields(message: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yield tag, begin and end of each field of the message in [at, end)."""
     while at < end:
-        tag, at = _varint(message, at, end)
+        tag, at = message[at], at + 1
+        if tag >= 0x80:
+            tag, at = _varint(message, at - 1, end)
         wire_type = tag & 7
         if wire_type == 2:
             length, at = _varint(message, at, end)
