@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -653,6 +654,21 @@ def test_images_that_are_stored_as_text(tmp_path: Path, protocol: int) -> None:
             assert block.bytes[begin : begin + 3].tobytes() == images[150][:3]
         else:
             assert [image for image, _ in samples_of(source).values()] == images
+
+
+def test_one_thread_at_a_time_reads_from_a_disk_with_one_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.lmdb", {b"0": pickle.dumps((IMAGE, 0), 2)})
+    for kind in ("hdd", "ssd"):
+        monkeypatch.setenv("IMAGENET_SEQ_DISK", kind)
+        source: Any = opened(path)
+        with ThreadPoolExecutor(1) as pool:
+            with source.turns:
+                block = pool.submit(source.read_block, 0)
+                done = wait([block], timeout=0.2 if kind == "hdd" else 60).done
+                assert len(done) == (kind == "ssd")
+            assert block.result().bytes.tobytes() == IMAGE
 
 
 # ---- files that are not whole --------------------------------------------------------------------

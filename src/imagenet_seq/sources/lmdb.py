@@ -17,6 +17,7 @@ import re
 import struct
 from array import array
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from imagenet_seq import lmdb_file as layout
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Names
-from imagenet_seq.sources import Block, Found, Opening, Place, Source
+from imagenet_seq.sources import Block, Found, Opening, Place, Source, turns_at
 from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
 from imagenet_seq.sources.lmdb_values import (
     ACCEPTED,
@@ -570,11 +571,13 @@ class _StoredSource(Source):
         path: the file.
         places: offset and size of each image as it is stored, and how; in the order of the file.
         first: which of them each block begins with; then their number.
+        turns: held while reading from a disk with one head.
     """
 
     path: str
     places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
     first: npt.NDArray[np.int64]
+    turns: AbstractContextManager[Any]
 
     @classmethod
     def of(cls, path: str, scanned: Scanned, permuted: bool) -> _StoredSource:
@@ -607,6 +610,7 @@ class _StoredSource(Source):
             path=path,
             places=(offset, size, stored),
             first=np.append(first, len(index)),
+            turns=turns_at(path),
         )
 
     def read_block(self, number: int) -> Block:
@@ -614,7 +618,7 @@ class _StoredSource(Source):
         run = slice(self.first[number], self.first[number + 1])
         offset, size, stored = (column[run] for column in self.places)
         begin, end = int(offset[0]), int(offset[-1] + size[-1])
-        with open(self.path, "rb", buffering=0) as file:
+        with self.turns, open(self.path, "rb", buffering=0) as file:
             file.seek(begin)
             content = memoryview(file.read(end - begin))
         if len(content) != end - begin:

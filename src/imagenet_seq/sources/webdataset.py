@@ -257,7 +257,7 @@ class _Samples(_Collector):
                 return
         try:
             if len(fields.images) != 1:
-                found = " and ".join(repr(image.name) for image in fields.images) or "none"
+                found = " and ".join(repr(image.name) for image in fields.images[:3]) or "none"
                 raise _WrongSampleError(f"expected one image, got {found}")
             if fields.twice:
                 raise _WrongSampleError(f"expected one member .{fields.twice}, got two")
