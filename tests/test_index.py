@@ -697,6 +697,17 @@ def test_what_is_not_a_dataset_is_explained(
         open_source(make(tmp_path), split)
 
 
+def test_the_other_splits_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ILSVRC-val.lmdb").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="is by its name the other split, val"):
+        open_source(tmp_path / "ILSVRC-val.lmdb", "train")
+
+
+def test_a_pattern_of_too_many_files_is_refused() -> None:
+    with pytest.raises(ValueError, match="names more than 1000000 files"):
+        open_source("train-{0..99999999}.tar")
+
+
 def test_the_other_splits_folder_is_refused(tmp_path: Path) -> None:
     make_tree(tmp_path, ["train/a/1.jpg"])
     with pytest.raises(FileNotFoundError, match="is by its name the other split, train"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagenet_seq import Loader
+from imagenet_seq import Loader, disk
 from imagenet_seq.errors import DataError
 from imagenet_seq.read import source_bytes
 from imagenet_seq.sources import Source, open_source
@@ -355,9 +357,18 @@ def test_an_empty_image(tmp_path: Path) -> None:
 def test_files_are_read_in_turns_from_a_disk_with_one_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also in turns with other processes, which hold the disk's lock."""
     path = write_parquet(tmp_path / "a.parquet", rows())
     monkeypatch.setenv("IMAGENET_SEQ_DISK", "hdd")
-    assert [data for data, _ in samples_of(open_source(path))] == IMAGES
+    source = open_source(path)
+    with open(disk.lock_path(disk.choose_disk(path)), "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(1) as pool:
+            block = pool.submit(source.read_block, 0)
+            assert not wait([block], timeout=0.2).done
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert len(block.result().offsets)
+    assert [data for data, _ in samples_of(source)] == IMAGES
 
 
 def test_the_size_of_a_source_without_lengths_is_that_of_its_files(tmp_path: Path) -> None:

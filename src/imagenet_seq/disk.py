@@ -512,7 +512,7 @@ def speed_of(disk: Disk, files: Sequence[str], *, remeasure: bool = False) -> Sp
         return kept
     if not files:
         return None
-    with _turn(_lock_file(disk.device)) as is_mine:
+    with turn(_lock_file(disk.device)) as is_mine:
         if not is_mine:
             return None
         if not remeasure and (kept := _kept_speeds().get(key)):
@@ -631,7 +631,7 @@ def _lock_file(device: str) -> str:
 
 
 @contextlib.contextmanager
-def _turn(lock: str) -> Iterator[bool]:
+def turn(lock: str) -> Iterator[bool]:
     """Hold a lock where there is one; yields False where others held it for all of 3 s."""
     with contextlib.ExitStack() as stack:
         try:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from imagenet_seq.disk import choose_disk
+from imagenet_seq.disk import choose_disk, lock_path, turn
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index
 from imagenet_seq.sources.scan import OnError, Visit
@@ -65,12 +65,32 @@ class Block(NamedTuple):
     lengths: npt.NDArray[np.int64]
 
 
-def turns_at(path: str) -> threading.Lock | contextlib.nullcontext[None]:
-    """Return what a thread holds while it reads a foreign block of the file `path`.
+class Turns:
+    """What a thread holds while it reads for a foreign block: its turn at the disk of `path`.
 
-    A disk with one head that goes to and fro between several long reads is slow.
+    A disk with one head that goes to and fro between several long reads is slow, whichever threads
+    and processes they are of. Other disks need no turns.
     """
-    return threading.Lock() if choose_disk(path).has_one_head else contextlib.nullcontext()
+
+    def __init__(self, path: str) -> None:
+        where = choose_disk(path)
+        self.are_needed = where.has_one_head
+        self._threads = threading.Lock()
+        self._processes = lock_path(where)
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        if not self.are_needed:
+            return
+        held = contextlib.ExitStack()
+        held.enter_context(self._threads)
+        with held:
+            held.enter_context(turn(self._processes))
+            self._held = held.pop_all()
+
+    def __exit__(self, *unused: object) -> None:
+        if self.are_needed:
+            self._held.close()
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,8 +253,12 @@ class SplitNeededError(ValueError):
 
 def split_of(name: str) -> str | None:
     """Tell by a word in a file's name which split it is of: "train", "val" or None."""
+    return next(iter(_splits_in(name)), None)
+
+
+def _splits_in(name: str) -> list[str]:
     words = re.findall(r"[a-z]+", os.path.basename(name).lower())
-    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+    return [_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS]
 
 
 def expand_pattern(pattern: str) -> list[str]:
@@ -258,6 +282,9 @@ def expand_pattern(pattern: str) -> list[str]:
     return paths
 
 
+_MOST_FILES = 10**6
+
+
 def _expand_braces(pattern: str) -> Iterator[str]:
     found = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
     if found is None:
@@ -266,7 +293,10 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     counted = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     if counted:
         width = len(counted[1]) if counted[1].startswith("0") else 0
-        choices = [f"{n:0{width}d}" for n in range(int(counted[1]), int(counted[2]) + 1)]
+        numbers = range(int(counted[1]), int(counted[2]) + 1)
+        if len(numbers) > _MOST_FILES:
+            raise ValueError(f"{pattern}: names more than {_MOST_FILES} files")
+        choices = [f"{n:0{width}d}" for n in numbers]
     else:
         choices = found[1].split(",")
     for choice, rest in itertools.product(choices, _expand_braces(pattern[found.end() :])):
@@ -364,9 +394,10 @@ def _recognised(path: str, split: str | None) -> Found | str:
     place = Place.at(path, split)
     if place is None:
         return "does not exist"
-    by_name = split_of(path) if os.path.basename(path) in _SPLIT_WORDS else None
-    if split is not None and by_name is not None and by_name != split:
-        return f"is by its name the other split, {by_name}"
+    if not place.is_folder or os.path.basename(path) in _SPLIT_WORDS:
+        by_name = _splits_in(path)
+        if split is not None and by_name and split not in by_name:
+            return f"is by its name the other split, {by_name[0]}"
     answers: list[Found | str] = []
     for module in _modules():
         if (answer := module.find(place)) is not None:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Index, Names
-from imagenet_seq.sources import Block, Found, Opening, Place, Source, turns_at
+from imagenet_seq.sources import Block, Found, Opening, Place, Source, Turns
 from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
 from imagenet_seq.sources.scan import Problems, Scanned, indexed, is_permuted
 
@@ -230,7 +230,7 @@ def _open(path: str, how: Opening) -> Source:
     parts = _Parts.of(path, index, scanned.extra)
     return _RawSource(
         "beton", index, permuted=permuted, foreign=True, notes=notes, path=path, parts=parts,
-        turns=turns_at(path),
+        turns=Turns(path),
     )  # fmt: skip
 
 

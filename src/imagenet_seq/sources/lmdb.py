@@ -27,7 +27,7 @@ import numpy.typing as npt
 from imagenet_seq import lmdb_file as layout
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import Names
-from imagenet_seq.sources import Block, Found, Opening, Place, Source, turns_at
+from imagenet_seq.sources import Block, Found, Opening, Place, Source, Turns
 from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
 from imagenet_seq.sources.lmdb_values import (
     ACCEPTED,
@@ -610,7 +610,7 @@ class _StoredSource(Source):
             path=path,
             places=(offset, size, stored),
             first=np.append(first, len(index)),
-            turns=turns_at(path),
+            turns=Turns(path),
         )
 
     def read_block(self, number: int) -> Block:

@@ -42,7 +42,7 @@ from imagenet_seq.sources import (
     Place,
     Source,
     SplitNeededError,
-    turns_at,
+    Turns,
 )
 from imagenet_seq.sources.classes import MAX_CLASSES, classes_of
 from imagenet_seq.sources.scan import (
@@ -339,7 +339,7 @@ def _open(folder: str, how: Opening) -> Source:
     blocks.check()
     return _ShardSource(
         "mds", index, permuted=is_permuted(index), foreign=True, notes=notes, blocks=blocks,
-        turns=turns_at(folder),
+        turns=Turns(folder),
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import io
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,8 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from imagenet_seq import disk
-from imagenet_seq.sources import Block, Found, Opening, Place, Source
+from imagenet_seq.sources import Block, Found, Opening, Place, Source, Turns
 from imagenet_seq.sources import huggingface as hf
 from imagenet_seq.sources.scan import Scanned, indexed, is_permuted, progress_bar
 
@@ -64,7 +62,7 @@ class _ParquetSource(Source):
 
     group: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     column: str = "image"
-    turns: threading.Lock | None = None
+    turns: Turns | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def read_block(self, number: int) -> Block:
@@ -76,17 +74,17 @@ class _ParquetSource(Source):
 
 
 @contextlib.contextmanager
-def _opened(path: str, turns: threading.Lock | None = None, metadata: Any = None) -> Iterator[Any]:
+def _opened(path: str, turns: Turns | None = None, metadata: Any = None) -> Iterator[Any]:
     """Open a file for one thread: what pyarrow opens is not for several at once."""
     with open(path, "rb", buffering=0) as raw:
-        file = _InTurns(raw, turns) if turns else raw
+        file = _InTurns(raw, turns) if turns and turns.are_needed else raw
         yield hf.import_pyarrow(path, "pyarrow.parquet").ParquetFile(file, metadata=metadata)
 
 
 class _InTurns:
     """A file that threads read in turns: several long reads at once are slow on one head."""
 
-    def __init__(self, raw: io.FileIO, turns: threading.Lock) -> None:
+    def __init__(self, raw: io.FileIO, turns: Turns) -> None:
         self._raw, self._turns = raw, turns
         self.seek, self.tell, self.close = raw.seek, raw.tell, raw.close
 
@@ -146,7 +144,7 @@ def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
         notes=scanned.notes,
         group=scanned.extra["group"].astype(np.int32),
         column=column,
-        turns=threading.Lock() if disk.choose_disk(paths[0]).has_one_head else None,
+        turns=Turns(paths[0]),
     )
 
 
