@@ -105,6 +105,12 @@ def test_a_damaged_list_of_classes_changes_no_label(tmp_path: Path, line: str) -
         open_source(root, "val")
 
 
+def test_kaggles_copy_with_training_images_only(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "kaggle", tmp_path / "kaggle")
+    shutil.rmtree(tmp_path / "kaggle" / CLS_LOC / "val")
+    assert open_source(tmp_path / "kaggle", "train").kind == "imagefolder"
+
+
 def test_kaggles_copy_without_one_split_says_so(tmp_path: Path) -> None:
     root = copied(tmp_path, f"{CLS_LOC}/train")
     with pytest.raises(FileNotFoundError, match="holds ILSVRC/Data/CLS-LOC/, but no train/ in it"):

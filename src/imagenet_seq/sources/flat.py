@@ -60,7 +60,7 @@ def find(place: Place) -> Found | str | None:
     if not place.is_folder or "pack.json" in place.files:
         return None
     for names in _KAGGLE:
-        if os.path.isdir(os.path.join(place.path, *names, "val")):
+        if any(os.path.isdir(os.path.join(place.path, *names, split)) for split in SPLITS):
             return _find_in_kaggle(place, *names)
     if place.split is None:
         for name in set(SPLITS).intersection(place.folders):
