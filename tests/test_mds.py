@@ -239,19 +239,6 @@ def test_uncompressed_shards_are_preferred(tmp_path: Path) -> None:
     assert not open_source(mds.save()).foreign
 
 
-def test_blocks_that_are_held_keep_their_bytes(tmp_path: Path) -> None:
-    """Memory is used again, but only where no array or view refers to it any more."""
-    source = open_source(two_shards(tmp_path, compression="gz", compress=gzip.compress).save())
-    blocks = [source.read_block(number) for number in (0, 1, 0, 1)]
-    kept = [block.bytes.tobytes() for block in blocks]
-    views = [block.bytes[1:-1] for block in blocks[:2]]
-    del blocks
-    for number in (0, 1, 0, 1, 0):
-        source.read_block(number)
-    assert [view.tobytes() for view in views] == [data[1:-1] for data in kept[:2]]
-    assert kept[:2] == kept[2:]
-
-
 def test_one_thread_at_a_time_reads_from_a_disk_with_one_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ their writer said otherwise, so the 64 blocks of a block shuffle take 4 GB; pack
 from __future__ import annotations
 
 import bz2
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -23,7 +22,6 @@ import itertools
 import json
 import os
 import struct
-import weakref
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -279,7 +277,7 @@ def _algorithm(about: dict[str, Any]) -> str:
     return algorithm
 
 
-def _decompressor(algorithm: str, data: bytes | memoryview) -> Any:
+def _decompressor(algorithm: str, data: bytes) -> Any:
     """Return a file object of what is in compressed bytes."""
     if algorithm == "gz":
         return gzip.GzipFile(fileobj=io.BytesIO(data))
@@ -297,37 +295,7 @@ def _zstandard() -> Any:
     return zstandard
 
 
-class _Memory:
-    """Memory for shards, used again when nothing refers to it any more.
-
-    Fresh memory costs a page fault for every 4 KB, which is more than decompressing takes.
-    """
-
-    _MOST_FREE = 4
-
-    def __init__(self) -> None:
-        self._free: list[bytearray] = []
-
-    def take(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Return so many bytes (uint8); views keep them, too."""
-        memory = bytearray()
-        with contextlib.suppress(IndexError):
-            memory = self._free.pop()
-        if not num_bytes <= len(memory) <= 2 * num_bytes:
-            memory = bytearray(num_bytes)
-        taken = np.frombuffer(memory, np.uint8, num_bytes)
-        weakref.finalize(taken, self._give_back, memory).atexit = False
-        return taken
-
-    def _give_back(self, memory: bytearray) -> None:
-        if len(self._free) < self._MOST_FREE:
-            self._free.append(memory)
-
-
-_memory = _Memory()
-
-
-def _decompressed(shard: _Shard, data: bytes | memoryview) -> npt.NDArray[np.uint8]:
+def _decompressed(shard: _Shard, data: bytes) -> npt.NDArray[np.uint8]:
     """Return what is in a compressed shard.
 
     Raises:
@@ -338,7 +306,7 @@ def _decompressed(shard: _Shard, data: bytes | memoryview) -> npt.NDArray[np.uin
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if shard.compression == "zstd":
         errors = (_zstandard().ZstdError,)
-    raw, num_bytes = _memory.take(shard.raw_bytes), 0
+    raw, num_bytes = np.empty(shard.raw_bytes, np.uint8), 0
     try:
         with _decompressor(shard.compression, data) as file:
             while count := file.readinto(raw.data[num_bytes:]):
@@ -682,12 +650,12 @@ class _ShardSource(Source):
         with self.turns, open(shard.path, "rb", buffering=0) as file:
             if shard.compression is None:
                 return _filled(file, shard.raw_bytes)
-            compressed = _filled(file, os.fstat(file.fileno()).st_size)
-        return _decompressed(shard, compressed.data)
+            compressed = file.readall()
+        return _decompressed(shard, compressed)
 
 
 def _filled(file: io.FileIO, num_bytes: int) -> npt.NDArray[np.uint8]:
-    data, num_read = _memory.take(num_bytes), 0
+    data, num_read = np.empty(num_bytes, np.uint8), 0
     while count := file.readinto(data.data[num_read:]):
         num_read += count
     if num_read < num_bytes:
