@@ -123,23 +123,22 @@ def loader_section(result: Row) -> str:
 
 
 def sources_section(result: Row) -> str:
-    """Each kind of source beside the ImageFolder it was made of, as in training."""
+    """Each kind of source beside the ImageFolder it was made of: a row a kind, a column a case."""
+    cases = list(dict.fromkeys((row["split"], row["cores"]) for row in result["rows"]))
+    by_kind: dict[str, dict[Any, Row]] = {}
+    for row in result["rows"]:
+        by_kind.setdefault(row["kind"], {})[row["split"], row["cores"]] = row
     lines = [
-        [
-            row["kind"],
-            str(row["cores"]),
-            f"{row['source']:,.0f}",
-            f"**{row['ratio']:.0%}** ({row['ratio_least']:.0%} to {row['ratio_greatest']:.0%})",
-            f"{row['cpu_ratio']:.0%}",
-        ]
-        for row in result["rows"]
-        if row["split"] == "train"
+        [kind, *(f"{rows[case]['ratio']:.0%} / {rows[case]['cpu_ratio']:.0%}" for case in cases)]
+        for kind, rows in by_kind.items()
     ]
+    names = [f"{split}, {cores} core{'s' * (cores > 1)}" for split, cores in cases]
     return "\n\n".join(
         [
-            f"**Sources**, {result['images']} photos in memory, training crop, images/s beside the "
-            "ImageFolder of the same photos; then the ratio of images in a CPU second:",
-            table(["source", "cores", "img/s", "of ImageFolder", "per CPU second"], lines),
+            f"**Sources**, {result['images']} photos in memory: images/s beside the ImageFolder of "
+            "the same photos / the same for a CPU second. Training: from the source by block "
+            "shuffle, from the folder by a uniform one. FFCV's writer makes smaller images:",
+            table(["source", *names], lines),
             origin_line("sources", result),
         ]
     )
