@@ -141,10 +141,12 @@ def test_found_at_the_archives_and_by_content(root: Path) -> None:
     assert len(open_source(root / VAL, "val", progress=False).index) == 10
     with pytest.raises(SplitNeededError, match="split='train' or split='val'"):
         open_source(root, progress=False)
-    with pytest.raises(FileNotFoundError, match="holds the archive of val only"):
+    with pytest.raises(FileNotFoundError, match="is by its name the other split, val"):
         open_source(root / VAL, "train", progress=False)
     (root / TRAIN).rename(root / "a.tar")
     (root / VAL).rename(root / "b.tar")
+    with pytest.raises(FileNotFoundError, match="holds the archive of val only"):
+        open_source(root / "b.tar", "train", progress=False)
     assert len(open_source(root, "train", progress=False).index) == 20
     assert len(open_source(root, "val", progress=False).index) == 10
     shutil.copy(root / "a.tar", root / "c.tar")
