@@ -371,6 +371,15 @@ def test_files_are_read_in_turns_from_a_disk_with_one_head(
     assert [data for data, _ in samples_of(source)] == IMAGES
 
 
+def test_a_file_that_is_replaced_while_it_is_open_is_refused(tmp_path: Path) -> None:
+    """Its rows would come with the labels of the rows before."""
+    path = write_parquet(tmp_path / "a.parquet", rows())
+    source = open_source(path)
+    write_parquet(path, rows(IMAGES[::-1]))
+    with pytest.raises(DataError, match=r"a\.parquet: was replaced or written to since"):
+        source.read_block(0)
+
+
 def test_the_size_of_a_source_without_lengths_is_that_of_its_files(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", rows())
     assert source_bytes(open_source(path)) == path.stat().st_size

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from imagenet_seq.errors import DataError
 from imagenet_seq.sources import Block, Found, Opening, Place, Source, Turns
 from imagenet_seq.sources import huggingface as hf
 from imagenet_seq.sources.scan import Scanned, indexed, is_permuted, progress_bar
@@ -58,19 +59,34 @@ class _ParquetSource(Source):
         column: of the images.
         turns: held while reading from a disk with one head.
         metadata: of the files read so far, which takes as long to parse as 20 photos to read.
+        versions: of the files when they were opened: another one's rows have other labels.
     """
 
     group: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     column: str = "image"
     turns: Turns | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, _Version] = field(default_factory=dict)
 
     def read_block(self, number: int) -> Block:
         path = os.path.join(self.index.root, self.index.files[number])
+        if _version(path) != self.versions[path]:
+            raise DataError(
+                f"{path}: was replaced or written to since it was opened: open the data set again"
+            )
         known = self.metadata.get(path)
         with hf.damage(path, "Parquet"), _opened(path, self.turns, known) as file:
             self.metadata[path] = file.metadata
             return _images_of(file, int(self.group[number]), self.column)
+
+
+_Version = tuple[int, int]
+
+
+def _version(path: str) -> _Version:
+    """Return size and modification time (ns) of a file."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -134,6 +150,10 @@ def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
         lambda: _scan(place.folder, paths, how),
         how.on_error,
     )
+    versions = {
+        os.path.join(scanned.index.root, name): _version(os.path.join(scanned.index.root, name))
+        for name in set(scanned.index.files)
+    }
     with hf.damage(paths[0], "Parquet"), _opened(paths[0]) as file:
         column = hf.columns_of(file.schema_arrow, paths[0]).image
     return _ParquetSource(
@@ -145,6 +165,7 @@ def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
         group=scanned.extra["group"].astype(np.int32),
         column=column,
         turns=Turns(paths[0]),
+        versions=versions,
     )
 
 
