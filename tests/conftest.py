@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from imagenet_seq.sources import Source
+
 # A torchvision whose compiled part was built for another torch (there is no CPU build) fails to
 # import only for want of these two operators, which its transforms don't use.
 try:
@@ -138,3 +140,14 @@ def add_split(root: Path, num_samples: int, num_classes: int, split: str, seed: 
             image = image.convert("L")
         options = {"quality": int(rng.integers(40, 98)), "subsampling": int(i % 3)}
         (folder / f"image_{i:05d}.jpg").write_bytes(jpeg_bytes(image, **options))
+
+
+def stored_bytes(source: Source) -> list[bytes]:
+    """Each sample's bytes, read from where the index says they are."""
+    index, found = source.index, []
+    assert index.length is not None
+    for file, offset, length in zip(index.file, index.offset, index.length, strict=True):
+        with open(os.path.join(index.root, index.files[file]), "rb") as opened:
+            opened.seek(offset)
+            found.append(opened.read(length))
+    return found

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
+from conftest import stored_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,16 +74,9 @@ def write_devkit(root: Path, files: dict[str, bytes]) -> None:
 
 
 def stored(source: Source) -> list[tuple[str, int, bytes]]:
-    """Name, label and bytes of each sample, read from where the index says they are."""
-    index, found = source.index, []
-    assert index.length is not None
-    assert index.label is not None
-    for i in range(len(index)):
-        with open(os.path.join(index.root, index.files[index.file[i]]), "rb") as file:
-            file.seek(index.offset[i])
-            data = file.read(index.length[i])
-        found.append((index.name[i], int(index.label[i]), data))
-    return found
+    """Name, label and bytes of each sample."""
+    index = source.index
+    return list(zip(index.name, index.targets, stored_bytes(source), strict=True))
 
 
 # ---- what is found -------------------------------------------------------------------------------

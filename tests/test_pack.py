@@ -767,7 +767,7 @@ KILLED = """
 import importlib, os, signal, sys
 from pathlib import Path
 from imagenet_seq.pack import Settings, pack
-source, destination, module, name, count, memory = sys.argv[1:]
+source, destination, module, name, count, memory, format = sys.argv[1:]
 module, left = importlib.import_module(module), int(count)
 original = getattr(module, name)
 def dying(*arguments, **options):
@@ -779,16 +779,16 @@ def dying(*arguments, **options):
 setattr(module, name, dying)
 settings = Settings(shard_bytes=1_300_000)
 options = {"num_workers": 2, "memory_bytes": int(memory), "progress": False}
-pack(source, destination, settings=settings, **options)
+pack(source, destination, settings=settings, format=format, **options)
 """
 
 
 def run_until_killed(source: Path, destination: Path, module: str, name: str, count: int,
-                     memory_bytes: int, program: str = KILLED) -> int:  # fmt: skip
-    arguments = [str(source), str(destination), module, name, str(count), str(memory_bytes)]
+                     memory_bytes: int, format: str = "pack") -> int:  # fmt: skip
+    arguments = [source, destination, module, name, count, memory_bytes, format]
     # Calls are counted, and a cached scan, written only when the source is 2 s old, would be one.
     environment = {**os.environ, "IMAGENET_SEQ_CACHE": os.devnull}
-    command = [sys.executable, "-c", program, *arguments]
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
     return subprocess.run(command, env=environment, check=False).returncode
 
 

@@ -216,23 +216,6 @@ def test_earlier_releases_of_tensorpack_get_msgpack(
 
 # ---- interrupted ---------------------------------------------------------------------------------
 
-KILLED = """
-import importlib, os, signal, sys
-from imagenet_seq.pack import Settings, pack
-source, destination, module, name, count, memory = sys.argv[1:]
-module, left = importlib.import_module(module), int(count)
-original = getattr(module, name)
-def dying(*arguments, **options):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **options)
-setattr(module, name, dying)
-pack(source, destination, format="lmdb", settings=Settings(shard_bytes=1_300_000), num_workers=2,
-     memory_bytes=int(memory), progress=False)
-"""
-
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -285,7 +268,7 @@ def test_killed_then_run_again_gives_the_same_bytes(
     memory_bytes: int,
 ) -> None:
     path = tmp_path / "all.lmdb"
-    code = run_until_killed(noisy, path, module, name, count, memory_bytes, KILLED)
+    code = run_until_killed(noisy, path, module, name, count, memory_bytes, "lmdb")
     assert code == -signal.SIGKILL
     assert path.exists() == (name == "rmdir")
     make(noisy, path, memory_bytes=memory_bytes)
@@ -304,7 +287,7 @@ def test_an_unfinished_file_among_archives_is_no_source(tmp_path: Path) -> None:
     archives = tmp_path / "archives"
     shutil.copytree(FIXTURES / "official", archives)
     run_until_killed(
-        archives, archives, "imagenet_seq.pack", "tensorpack_value", 0, 4 << 20, KILLED
+        archives, archives, "imagenet_seq.pack", "tensorpack_value", 0, 4 << 20, "lmdb"
     )
     assert (archives / "ILSVRC-train.lmdb.partial").exists()
     assert open_source(archives, "train").kind == "ilsvrc2012"

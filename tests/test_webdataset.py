@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
+from conftest import stored_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,16 +61,9 @@ def shard(num_samples: int, first: int = 0) -> list[tuple[str, bytes]]:
 
 
 def stored(source: Source) -> list[tuple[str, str, bytes]]:
-    """Name, class and bytes of each sample, read from where the index says they are."""
-    index, found = source.index, []
-    assert index.length is not None
-    assert index.label is not None
-    for i in range(len(index)):
-        with open(os.path.join(index.root, index.files[index.file[i]]), "rb") as file:
-            file.seek(index.offset[i])
-            data = file.read(index.length[i])
-        found.append((index.name[i], index.classes[index.label[i]], data))
-    return found
+    """Name, class and bytes of each sample."""
+    classes = [source.index.classes[label] for label in source.index.targets]
+    return list(zip(source.index.name, classes, stored_bytes(source), strict=True))
 
 
 def names(source: Source) -> list[str]:
