@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(abspath $(CONSTRAINTS))) $(BIN)/pip --disable-pip-version-check
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard core/* src/imagenet_seq/*.py src/imagenet_seq/sources/*.py)
+SOURCES := pyproject.toml CMakeLists.txt $(shell find core src -type f -not -name "*.pyc")
 NATIVE_SANITIZE ?= address,undefined
 # A regular expression that chooses among the native tests.
 NATIVE_TESTS ?= .
@@ -66,12 +66,12 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror core/*.h core/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
+	$(BIN)/clang-format --dry-run --Werror core/*.h core/*/*.h core/*/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i core/*.h core/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
+	$(BIN)/clang-format -i core/*.h core/*/*.h core/*/*.cpp tests/native/*.h tests/native/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp
 
 native-test: export PATH := $(abspath $(BIN)):$(PATH)
 native-test: $(BIN)/python

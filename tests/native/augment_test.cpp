@@ -1,7 +1,7 @@
 // draw_view and check_recipe. Distributions, and equality with NumPy's Philox and with torchvision,
 // are tests/test_augment.py's; here are exact cases, invariants and refusals, so that sanitizers
 // see them.
-#include "augment.h"
+#include "sample/augment.h"
 
 #include <cmath>
 #include <cstdio>

@@ -1,6 +1,6 @@
 // PixelStore at every level this processor has, against storing value by value; and nothing beside
 // the row is written.
-#include "batch.h"
+#include "sample/store.h"
 
 #include <cstdio>
 #include <cstdlib>

@@ -1,6 +1,6 @@
 // Every level of chroma upsampling and colour conversion against libjpeg-turbo's formulas written
 // down plainly, in memory of exactly the promised size (for sanitizers).
-#include "colour.h"
+#include "jpeg/colour.h"
 
 #include <algorithm>
 #include <cstdio>

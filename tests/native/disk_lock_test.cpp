@@ -1,6 +1,6 @@
 // DiskLock between real processes: one at a time, in turns, and what happens when one is killed or
 // stopped while it has the disk.
-#include "../../core/disk_lock.h"
+#include "read/disk_lock.h"
 
 #include <fcntl.h>
 #include <signal.h>

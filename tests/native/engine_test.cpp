@@ -21,8 +21,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../core/crc32c.h"
-#include "../../core/imagenet_seq.h"
+#include "read/crc32c.h"
+#include "imagenet_seq.h"
 #include "check.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // Huffman codes: optimal within their limits, complete, and never believed blindly.
-#include "huffman.h"
+#include "pack/huffman.h"
 
 #include <algorithm>
 #include <cstdio>

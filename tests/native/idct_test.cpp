@@ -1,7 +1,7 @@
 // Every level of the inverse DCT against libjpeg's C code, to which the reference adds what
 // libjpeg-turbo's SIMD code does out of range. Everything there must be defined, and all levels
 // agree.
-#include "idct.h"
+#include "jpeg/idct.h"
 
 #include <algorithm>
 #include <cstdio>

@@ -1,6 +1,6 @@
 // The JPEG decoder by itself: entropy coding there and back, regions against the whole image, and damage that must neither be accepted nor read past the
 // bytes (for sanitizers). Equality with Pillow is tests/test_decode.py's.
-#include "jpeg.h"
+#include "jpeg/header.h"
 
 #include <algorithm>
 #include <bit>
@@ -12,9 +12,9 @@
 #include <random>
 #include <vector>
 
-#include "crc32c.h"
-#include "decode.h"
-#include "region.h"
+#include "read/crc32c.h"
+#include "sample/decode.h"
+#include "jpeg/region.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // KeptBlocks among threads and processes; a process that dies while it fills a block; a table whose
 // numbers are wrong.
-#include "../../core/kept.h"
+#include "read/kept.h"
 
 #include <signal.h>
 #include <sys/mman.h>
@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../core/imagenet_seq.h"
+#include "imagenet_seq.h"
 #include "check.h"
 #include "processes.h"
 

@@ -1,6 +1,6 @@
 // Look-ups of bits: whatever tables say of any bits, at any place of a block, is what codes say one
 // symbol after the other.
-#include "lookup.h"
+#include "jpeg/lookup.h"
 
 #include <algorithm>
 #include <cstdio>

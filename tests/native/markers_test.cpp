@@ -1,7 +1,7 @@
 // Markers and byte stuffing: every level against code that looks at one byte after the other, in
 // memory that ends where the bytes do (for sanitizers), at every size and alignment that a vector
 // can tell apart.
-#include "markers.h"
+#include "jpeg/markers.h"
 
 #include <algorithm>
 #include <cstdio>

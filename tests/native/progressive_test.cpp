@@ -1,6 +1,6 @@
 // Images in several scans against hostile bytes; what is decoded from scans of every kind is checked in
 // tests/test_progressive.py.
-#include "progressive.h"
+#include "jpeg/progressive.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "jpeg.h"
+#include "jpeg/header.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // FileReader against a disk that refuses: pread is replaced by one with bad sectors, short reads
 // and interrupts, and every request is written down. Bytes always come from a real file.
-#include "../../core/read.h"
+#include "read/file_reader.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "../../core/imagenet_seq.h"
+#include "imagenet_seq.h"
 #include "check.h"
 
 namespace {

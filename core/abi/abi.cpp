@@ -1,0 +1,210 @@
+// The C functions that need no engine and no transcoder.
+#include <fcntl.h>
+
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "sample/augment.h"
+#include "cpu/cpu.h"
+#include "read/crc32c.h"
+#include "sample/decode.h"
+#include "imagenet_seq.h"
+#include "jpeg/header.h"
+#include "read/kept.h"
+#include "read/file_reader.h"
+#include "abi/status.h"
+
+namespace imseq {
+
+namespace {
+
+#if defined(__clang__)
+#define IMSEQ_COMPILER "Clang " __clang_version__
+#else
+#define IMSEQ_COMPILER "GCC " __VERSION__
+#endif
+
+#if defined(__x86_64__)
+#define IMSEQ_ARCHITECTURE "x86-64"
+#elif defined(__aarch64__)
+#define IMSEQ_ARCHITECTURE "ARM64"
+#else
+#define IMSEQ_ARCHITECTURE "another architecture"
+#endif
+
+void describe(const JpegHeader& header, JpegKind kind, imseq_header* out) {
+  *out = imseq_header{};
+  out->width = header.width;
+  out->height = header.height;
+  out->num_components = header.num_components;
+  for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
+    out->h_sampling[c] = header.components[c].h_sampling;
+    out->v_sampling[c] = header.components[c].v_sampling;
+  }
+  out->restart_interval = header.restart_interval;
+  out->progressive = header.frame_marker == 0xC2 ? 1 : 0;
+  out->supported = kind == JpegKind::kBaseline ? 1 : 0;
+  out->entropy_offset = static_cast<int64_t>(header.entropy_offset);
+}
+
+int32_t is_null(imseq_error* error, const char* function) {
+  return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "%s: expected pointers, got NULL", function);
+}
+
+int32_t out_of_memory(imseq_error* error, const char* function) {
+  return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "%s: no memory", function);
+}
+
+// A decoder keeps scratch memory from sample to sample; one a thread makes single calls cheap too.
+SampleDecoder& decoder_of_thread() {
+  static thread_local const auto decoder = std::make_unique<SampleDecoder>();
+  return *decoder;
+}
+
+// 0, or what the system refuses with. Systems and file systems that can't do it are not asked for
+// more: it makes reading faster, nothing depends on it.
+int set_aside([[maybe_unused]] int fd, [[maybe_unused]] int64_t size_bytes) {
+#if defined(__linux__)
+  while (::fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size_bytes) != 0) {
+    if (errno == EOPNOTSUPP || errno == ENOSYS) return 0;
+    if (errno != EINTR) return errno;
+  }
+#endif
+  return 0;
+}
+
+}  // namespace
+
+}  // namespace imseq
+
+int32_t imseq_abi(void) { return IMSEQ_ABI; }
+
+const char* imseq_build_info(void) {
+  return IMSEQ_VERSION ", " IMSEQ_COMPILER ", " IMSEQ_ARCHITECTURE;
+}
+
+const char* imseq_cpu(void) { return imseq::cpu_level_name(imseq::cpu_level()); }
+
+int32_t imseq_use_cpu(const char* level, imseq_error* error) {
+  using imseq::CpuLevel;
+  if (level == nullptr) return imseq::is_null(error, "imseq_use_cpu");
+  std::string supported;
+  for (const CpuLevel known :
+       {CpuLevel::kPortable, CpuLevel::kAvx2, CpuLevel::kAvx512, CpuLevel::kNeon}) {
+    if (!imseq::cpu_has(known)) continue;
+    const char* name = imseq::cpu_level_name(known);
+    if (std::strcmp(level, name) == 0) {
+      imseq::use_cpu_level(known);
+      return IMSEQ_OK;
+    }
+    supported += supported.empty() ? name : std::string(", ") + name;
+  }
+  return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                     "kernels '%s': expected one that this processor has (%s)", level,
+                     supported.c_str());
+}
+
+int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
+                          imseq_error* error) try {
+  if (bytes == nullptr || out == nullptr) return imseq::is_null(error, "imseq_read_header");
+  imseq::JpegHeader header;
+  const imseq::JpegKind kind = imseq::parse_jpeg(bytes, size, &header);
+  if (kind == imseq::JpegKind::kDamaged) return IMSEQ_FOREIGN;
+  imseq::describe(header, kind, out);
+  return IMSEQ_OK;
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_read_header");
+}
+
+int32_t imseq_draw(const imseq_recipe* recipe, const imseq_key* key, int32_t width, int32_t height,
+                   imseq_view* out, imseq_error* error) {
+  if (recipe == nullptr || key == nullptr || out == nullptr) {
+    return imseq::is_null(error, "imseq_draw");
+  }
+  const int32_t status = imseq::check_recipe(*recipe, error);
+  return status != IMSEQ_OK ? status : imseq::draw_view(*recipe, *key, width, height, out);
+}
+
+int32_t imseq_decode(const imseq_recipe* recipe, const imseq_key* key, const uint8_t* bytes,
+                     size_t size, uint32_t flags, void* row, imseq_error* error) try {
+  if (recipe == nullptr || key == nullptr || bytes == nullptr || row == nullptr) {
+    return imseq::is_null(error, "imseq_decode");
+  }
+  const int32_t status = imseq::check_recipe(*recipe, error);
+  if (status != IMSEQ_OK) return status;
+  imseq_sample sample{*key, bytes, static_cast<int64_t>(size), row, flags, IMSEQ_OK};
+  const int32_t error_status =
+      imseq::decoder_of_thread().decode(*recipe, &sample, 1, nullptr, error);
+  return error_status < 0 ? error_status : sample.status;
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_decode");
+}
+
+int32_t imseq_decode_group(const imseq_recipe* recipe, imseq_sample* samples, int32_t num_samples,
+                           imseq_times* times, imseq_error* error) try {
+  if (recipe == nullptr || samples == nullptr) return imseq::is_null(error, "imseq_decode_group");
+  if (num_samples < 0 || num_samples > IMSEQ_MAX_GROUP) {
+    return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                       "num_samples: expected 0 to %d, got %d", IMSEQ_MAX_GROUP, num_samples);
+  }
+  for (int32_t i = 0; i < num_samples; ++i) {
+    if (samples[i].bytes == nullptr || samples[i].row == nullptr || samples[i].size < 0) {
+      return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, samples[i].key.sample, -1, 0,
+                         "expected bytes, a size and a row, got NULL or a negative size");
+    }
+  }
+  const int32_t status = imseq::check_recipe(*recipe, error);
+  if (status != IMSEQ_OK) return status;
+  return imseq::decoder_of_thread().decode(*recipe, samples, num_samples, times, error);
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_decode_group");
+}
+
+int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key, const uint8_t* pixels,
+                    int32_t width, int32_t height, void* row, imseq_error* error) try {
+  if (recipe == nullptr || key == nullptr || pixels == nullptr || row == nullptr) {
+    return imseq::is_null(error, "imseq_apply");
+  }
+  const int32_t status = imseq::check_recipe(*recipe, error);
+  if (status != IMSEQ_OK) return status;
+  return imseq::decoder_of_thread().apply(*recipe, *key, pixels, width, height, row, error);
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_apply");
+}
+
+uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size) {
+  return imseq::crc32c(crc, bytes, size);
+}
+
+int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
+                      imseq_error* error) try {
+  if (path == nullptr || size_bytes == nullptr || address == nullptr) {
+    return imseq::is_null(error, "imseq_look_up");
+  }
+  imseq::FilePlace place;
+  const int32_t status = imseq::look_up(path, &place, error);
+  *size_bytes = place.size_bytes;
+  *address = place.address;
+  return status;
+} catch (const std::bad_alloc&) {
+  return imseq::out_of_memory(error, "imseq_look_up");
+}
+
+int32_t imseq_preallocate(int32_t fd, int64_t size_bytes, imseq_error* error) {
+  if (size_bytes < 0) {
+    return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                       "size_bytes: expected 0 or more, got %lld",
+                       static_cast<long long>(size_bytes));
+  }
+  const int os_errno = size_bytes == 0 ? 0 : imseq::set_aside(fd, size_bytes);
+  if (os_errno == 0) return IMSEQ_OK;
+  return imseq::fail(error, IMSEQ_ERROR_READ, -1, -1, os_errno, "cannot set aside %lld bytes",
+                     static_cast<long long>(size_bytes));
+}
+
+int64_t imseq_kept_table_bytes(int64_t num_keys) {
+  return imseq::KeptBlocks::table_bytes(num_keys);
+}

@@ -1,0 +1,75 @@
+#include "cpu/cpu.h"
+
+#include <atomic>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace imseq {
+
+namespace {
+
+#if defined(__x86_64__)
+// Older compilers' __builtin_cpu_supports does not know it.
+bool has_movbe() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_MOVBE) != 0;
+}
+#endif
+
+CpuLevel best_level() {
+  for (const CpuLevel level : {CpuLevel::kAvx512, CpuLevel::kAvx2, CpuLevel::kNeon}) {
+    if (cpu_has(level)) return level;
+  }
+  return CpuLevel::kPortable;
+}
+
+std::atomic<CpuLevel>& level_in_use() {
+  static std::atomic<CpuLevel> level{best_level()};
+  return level;
+}
+
+}  // namespace
+
+CpuLevel cpu_level() { return level_in_use().load(std::memory_order_relaxed); }
+
+void use_cpu_level(CpuLevel level) { level_in_use().store(level, std::memory_order_relaxed); }
+
+bool cpu_has(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::kPortable:
+      return true;
+#if defined(__x86_64__)
+    // The compiler's runtime also asks whether the system saves the wide registers.
+    case CpuLevel::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+             __builtin_cpu_supports("bmi2") && has_movbe();
+    case CpuLevel::kAvx512:
+      return cpu_has(CpuLevel::kAvx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+             __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__)
+    case CpuLevel::kNeon:
+      return true;
+#endif
+    default:
+      return false;
+  }
+}
+
+const char* cpu_level_name(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::kAvx2:
+      return "avx2";
+    case CpuLevel::kAvx512:
+      return "avx512";
+    case CpuLevel::kNeon:
+      return "neon";
+    default:
+      return "portable";
+  }
+}
+
+}  // namespace imseq

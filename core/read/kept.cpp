@@ -1,0 +1,206 @@
+#include "read/kept.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <limits>
+
+#include "read/file_reader.h"
+
+namespace imseq {
+
+namespace {
+
+constexpr int32_t kEmpty = 0;
+constexpr int32_t kThere = -1;
+constexpr int32_t kBad = -2;  // every other state is the process that fills the entry
+constexpr int64_t kMaxKeys = int64_t{1} << 40;
+constexpr int64_t kMemoryCheckNs = 20'000'000;
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+bool is_dead(int32_t process) { return ::kill(process, 0) != 0 && errno == ESRCH; }
+
+// MemAvailable of /proc/meminfo; without limit where the system does not say.
+int64_t available_bytes() {
+  int64_t kilobytes = -1;
+  if (std::FILE* file = std::fopen("/proc/meminfo", "re")) {
+    char line[128];
+    long long value;
+    while (kilobytes < 0 && std::fgets(line, sizeof(line), file) != nullptr) {
+      if (std::sscanf(line, "MemAvailable: %lld kB", &value) == 1) kilobytes = value;
+    }
+    std::fclose(file);
+  }
+  return kilobytes >= 0 ? kilobytes * 1024 : std::numeric_limits<int64_t>::max();
+}
+
+}  // namespace
+
+// Shared between processes, so only lock-free atomics, for which zero bytes are the number zero.
+struct KeptBlocks::Header {
+  std::atomic<int64_t> used_bytes;  // of the arena
+  std::atomic<int64_t> num_blocks;
+  std::atomic<int64_t> checked_ns;  // when the machine's memory was last looked at
+  std::atomic<int64_t> is_short;
+  int64_t unused[4];
+};
+
+// Order of writing: the room, then the block's bytes, its place and its size, then kThere.
+struct KeptBlocks::Entry {
+  std::atomic<int32_t> state;
+  std::atomic<uint32_t> lead_bytes;  // of the room before the block
+  std::atomic<int64_t> room_offset;  // in the arena
+  std::atomic<int64_t> room_bytes;   // 0: none yet
+  std::atomic<int64_t> size_bytes;
+};
+
+KeptBlocks::KeptBlocks(uint8_t* memory, int64_t memory_bytes, int64_t num_keys,
+                       int64_t floor_bytes) {
+  static_assert(std::atomic<int64_t>::is_always_lock_free);
+  static_assert(std::atomic<int32_t>::is_always_lock_free);
+  static_assert(sizeof(Header) == 64 && sizeof(Entry) == 32);
+  const int64_t table = table_bytes(num_keys);
+  if (memory == nullptr || num_keys <= 0 || memory_bytes <= table) return;
+  memory_ = memory;
+  arena_ = memory + table;
+  arena_bytes_ = memory_bytes - table;
+  num_keys_ = num_keys;
+  floor_bytes_ = floor_bytes;
+}
+
+int64_t KeptBlocks::table_bytes(int64_t num_keys) {
+  const int64_t num_entries = std::clamp<int64_t>(num_keys, 0, kMaxKeys);
+  return FileReader::room(
+      0, static_cast<int64_t>(sizeof(Header)) + num_entries * static_cast<int64_t>(sizeof(Entry)));
+}
+
+KeptBlocks::Header& KeptBlocks::header() const { return *reinterpret_cast<Header*>(memory_); }
+
+KeptBlocks::Entry* KeptBlocks::entry(int64_t key) const {
+  if (key < 0 || key >= num_keys_) return nullptr;
+  return reinterpret_cast<Entry*>(memory_ + sizeof(Header)) + key;
+}
+
+bool KeptBlocks::find(int64_t key, const uint8_t** bytes, int64_t* size_bytes) const {
+  const Entry* const found = entry(key);
+  if (found == nullptr || found->state.load(std::memory_order_acquire) != kThere) return false;
+  Room room;
+  if (!room_of(*found, &room)) return false;
+  const int64_t lead = found->lead_bytes.load(std::memory_order_relaxed);
+  const int64_t size = found->size_bytes.load(std::memory_order_relaxed);
+  if (size < 0 || size > room.size_bytes - lead) return false;
+  *bytes = arena_ + room.offset + lead;
+  *size_bytes = size;
+  return true;
+}
+
+uint8_t* KeptBlocks::claim(int64_t key, int64_t room_bytes) {
+  Entry* const claimed = entry(key);
+  if (claimed == nullptr || room_bytes <= 0) return nullptr;
+  int32_t state = claimed->state.load(std::memory_order_relaxed);
+  if (state != kEmpty && (state < 0 || !is_dead(state))) return nullptr;
+  if (!claimed->state.compare_exchange_strong(state, ::getpid(), std::memory_order_acquire)) {
+    return nullptr;
+  }
+  Room room;
+  if (room_of(*claimed, &room) && room.size_bytes >= room_bytes) return arena_ + room.offset;
+  if (is_memory_short() || !take_room(room_bytes, &room)) {
+    give_up(key);
+    return nullptr;
+  }
+  // The size last: should this process die in between, there is no room yet.
+  claimed->room_offset.store(room.offset, std::memory_order_relaxed);
+  claimed->room_bytes.store(room.size_bytes, std::memory_order_release);
+  return arena_ + room.offset;
+}
+
+void KeptBlocks::publish(int64_t key, const uint8_t* bytes, int64_t size_bytes) {
+  Entry* const filled = entry(key);
+  Room room;
+  if (filled == nullptr || !room_of(*filled, &room)) return;
+  const int64_t lead = bytes - (arena_ + room.offset);
+  filled->lead_bytes.store(static_cast<uint32_t>(lead), std::memory_order_relaxed);
+  filled->size_bytes.store(size_bytes, std::memory_order_relaxed);
+  int32_t state = ::getpid();
+  if (filled->state.compare_exchange_strong(state, kThere, std::memory_order_release)) {
+    header().num_blocks.fetch_add(1, std::memory_order_relaxed);
+  }
+}
+
+void KeptBlocks::discard(int64_t key) {
+  Entry* const bad = entry(key);
+  int32_t state = kThere;
+  if (bad != nullptr &&
+      bad->state.compare_exchange_strong(state, kBad, std::memory_order_relaxed)) {
+    header().num_blocks.fetch_sub(1, std::memory_order_relaxed);
+  }
+}
+
+void KeptBlocks::give_up(int64_t key) {
+  Entry* const failed = entry(key);
+  int32_t state = ::getpid();
+  if (failed != nullptr) {
+    failed->state.compare_exchange_strong(state, kEmpty, std::memory_order_release);
+  }
+}
+
+int64_t KeptBlocks::used_bytes() const {
+  if (memory_ == nullptr) return 0;
+  const int64_t used = header().used_bytes.load(std::memory_order_relaxed);
+  return std::clamp<int64_t>(used, 0, arena_bytes_);
+}
+
+int64_t KeptBlocks::num_blocks() const {
+  if (memory_ == nullptr) return 0;
+  return std::clamp<int64_t>(header().num_blocks.load(std::memory_order_relaxed), 0, num_keys_);
+}
+
+// The entry's room, if it has one and that lies in the arena.
+bool KeptBlocks::room_of(const Entry& entry, Room* room) const {
+  const int64_t size = entry.room_bytes.load(std::memory_order_acquire);
+  const int64_t offset = entry.room_offset.load(std::memory_order_relaxed);
+  if (size <= 0 || offset < 0 || offset % kPageBytes != 0) return false;
+  if (offset > arena_bytes_ - size) return false;
+  *room = {offset, size};
+  return true;
+}
+
+bool KeptBlocks::take_room(int64_t size_bytes, Room* room) {
+  if (size_bytes > arena_bytes_) return false;
+  const int64_t whole_pages = FileReader::room(0, size_bytes);
+  int64_t used = header().used_bytes.load(std::memory_order_relaxed);
+  do {
+    if (used < 0 || used % kPageBytes != 0 || whole_pages > arena_bytes_ - used) return false;
+  } while (!header().used_bytes.compare_exchange_weak(used, used + whole_pages,
+                                                      std::memory_order_relaxed));
+  *room = {used, whole_pages};
+  return true;
+}
+
+// Looks every 20 ms at most, all processes together: looking costs as much as reading a small file
+// from memory does.
+bool KeptBlocks::is_memory_short() const {
+  if (floor_bytes_ <= 0) return false;
+  Header& shared = header();
+  const int64_t now = now_ns();
+  int64_t checked = shared.checked_ns.load(std::memory_order_acquire);
+  // A time in the future is none that a process wrote.
+  const bool is_old = checked > now || now - kMemoryCheckNs >= checked;
+  if (checked == 0 || is_old) {
+    shared.is_short.store(available_bytes() < floor_bytes_, std::memory_order_relaxed);
+    shared.checked_ns.store(now, std::memory_order_release);
+  }
+  return shared.is_short.load(std::memory_order_relaxed) != 0;
+}
+
+}  // namespace imseq
