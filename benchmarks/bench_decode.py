@@ -45,12 +45,14 @@ from peers.torchvision import import_torchvision
 from photos import Encoded
 from PIL import Image
 
-from imagenet_seq import _native, transforms
+from imagenet_seq import native
+from imagenet_seq.decode import transforms
+from imagenet_seq.native.recipe import Recipe
 
 SMALL = "smaller copies"
 SMALL_OPTIONS = ("--max-side", "500", "--quality", "90")
 NUM_STAGE_PASSES = 5
-STAGES = [field[0] for field in _native.Times._fields_]
+STAGES = [field[0] for field in native.Times._fields_]
 
 
 class Work(NamedTuple):
@@ -60,7 +62,7 @@ class Work(NamedTuple):
     dtype: str = "uint8"
     size: int = 224
 
-    def recipe(self) -> transforms.Recipe:
+    def recipe(self) -> Recipe:
         """Return the recipe that a Loader makes of the standard transform, for other sizes too."""
         dtype = getattr(torch, self.dtype)
         recipe = transforms.interpret(None, train=self.split == "train", dtype=dtype).recipe
@@ -89,7 +91,7 @@ class Way(NamedTuple):
 # ---- the baseline ----
 
 
-def pillow_image(data: bytes, view: _native.View, size: int) -> Image.Image:
+def pillow_image(data: bytes, view: native.View, size: int) -> Image.Image:
     """Decode as torchvision's transforms do, with the geometry of a view."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     box = (view.left, view.top, view.left + view.width, view.top + view.height)
@@ -125,9 +127,9 @@ class Baseline:
         """Take the crops of another epoch."""
         self._jobs = [(sample.data, self._view(sample, epoch)) for sample in self._samples]
 
-    def _view(self, sample: Encoded, epoch: int) -> _native.View:
+    def _view(self, sample: Encoded, epoch: int) -> native.View:
         with Image.open(io.BytesIO(sample.data)) as image:
-            view = _native.draw(self._recipe, 0, epoch, sample.sample, *image.size)
+            view = native.draw(self._recipe, 0, epoch, sample.sample, *image.size)
         if view is None:
             raise SystemExit(f"sample {sample.sample}: the core can't draw its crop")
         return view
@@ -178,7 +180,7 @@ def prepare_sources(folder: Path, num_images: int) -> dict[str, list[Encoded]]:
 
 def sampling_class(data: bytes) -> str:
     """Name a JPEG's chroma subsampling."""
-    header = _native.read_header(data)
+    header = native.read_header(data)
     if header is None or header.num_components not in (1, 3):
         return "other"
     if header.num_components == 1:
@@ -246,7 +248,7 @@ def cpu_seconds(run: Callable[[], None]) -> float:
 def verify(work: Work, kernels: dict[Way, Kernel], baseline: Baseline) -> None:
     """Compare every image of every way with the baseline's; end the run where one differs."""
     for way, kernel in kernels.items():
-        _native.use_cpu(way.level)
+        native.use_cpu(way.level)
         pairs = zip(kernel.outputs(), baseline.outputs(), strict=True)
         for place, (ours, expected) in enumerate(pairs):
             if ours is None:
@@ -273,7 +275,7 @@ def measure(
         baseline.set_epoch(epoch)
         baseline_seconds.append(cpu_seconds(baseline.run))
         for way, kernel in kernels.items():
-            _native.use_cpu(way.level)
+            native.use_cpu(way.level)
             kernel.set_epoch(epoch)
             measured[way].seconds.append(cpu_seconds(kernel.run))
     return measured
@@ -287,9 +289,9 @@ def measure_stages(
     They count time on the clock, so each stage's is the median of several passes.
     """
     kernel, ticks = Kernel(work.recipe(), samples, way.group), []
-    _native.use_cpu(way.level)
+    native.use_cpu(way.level)
     for _ in range(NUM_STAGE_PASSES):
-        times = _native.Times()
+        times = native.Times()
         kernel.run(times)
         ticks.append([getattr(times, name) for name in STAGES])
     medians = [statistics.median(column) for column in zip(*ticks, strict=True)]
@@ -389,14 +391,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--group",
         type=int,
-        default=_native.MAX_GROUP,
+        default=native.MAX_GROUP,
         metavar="N",
-        help=f"samples decoded together (default: as the engine, {_native.MAX_GROUP})",
+        help=f"samples decoded together (default: as the engine, {native.MAX_GROUP})",
     )
     results.add_arguments(parser)
     args = parser.parse_args(argv)
-    if not 1 <= args.group <= _native.MAX_GROUP:
-        parser.error(f"--group: expected 1 to {_native.MAX_GROUP}, got {args.group}")
+    if not 1 <= args.group <= native.MAX_GROUP:
+        parser.error(f"--group: expected 1 to {native.MAX_GROUP}, got {args.group}")
     return args
 
 

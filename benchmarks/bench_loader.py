@@ -46,8 +46,10 @@ import torch
 from kernel import Kernel
 from photos import Encoded
 
-from imagenet_seq import Loader, transforms
-from imagenet_seq.sources import open_source
+from imagenet_seq.decode import transforms
+from imagenet_seq.loader import Loader
+from imagenet_seq.native.recipe import Recipe
+from imagenet_seq.sources.recognise import open_source
 
 BATCH_SIZE = 256
 
@@ -78,7 +80,7 @@ class Cost(NamedTuple):
     cpu_seconds_per_1000: float
 
 
-def recipe_of(dtype: str) -> transforms.Recipe:
+def recipe_of(dtype: str) -> Recipe:
     return transforms.interpret(None, train=True, dtype=getattr(torch, dtype)).recipe
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import photos
 
-from imagenet_seq.pack import Settings, pack
+from imagenet_seq.pack.encode import Settings
+from imagenet_seq.pack.packing import pack
 
 
 def main() -> int:

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from imagenet_seq import plan
-from imagenet_seq.index import Index, Names
+from imagenet_seq.index.columns import Index, Names
+from imagenet_seq.plan import epoch as plan
 
 IMAGENET_1K, IMAGENET_21K = 1_281_167, 14_197_122
 LIMIT_S = {IMAGENET_1K: 1.0, IMAGENET_21K: 8.0}

@@ -54,7 +54,7 @@ import sources
 from disks import Counters, Disk, RealDisk, Spindle
 from reading import MEAN_BYTES, Batch, Reading, Task, write_made_up
 
-from imagenet_seq.sources import open_source
+from imagenet_seq.sources.recognise import open_source
 
 IMAGENET_BYTES = 140 * 10**9
 IMAGENET_IMAGES = 1_281_167

@@ -17,8 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from imagenet_seq import pack, plan, shuffle
-from imagenet_seq.index import Index, Names
+from imagenet_seq.index.columns import Index, Names
+from imagenet_seq.index.mixing import IntArray, label_runs
+from imagenet_seq.pack.plan import place_hashes
+from imagenet_seq.plan import epoch as plan
+from imagenet_seq.plan import quality as shuffle
 
 IMAGENET_SAMPLES = 1_281_167
 SHARD_BYTES, MEAN_BYTES, HEADER_BYTES = 10**9, 110_000, 1536
@@ -31,12 +34,12 @@ class Row(NamedTuple):
 
     name: str
     index: Index
-    epoch_order: Callable[[int], shuffle.IntArray]
+    epoch_order: Callable[[int], IntArray]
     order: plan.Order | None = None  # of this project's loader
-    moves: shuffle.IntArray | None = None  # of every sample: what it moves with as a whole
+    moves: IntArray | None = None  # of every sample: what it moves with as a whole
 
 
-def class_sizes(num_samples: int) -> shuffle.IntArray:
+def class_sizes(num_samples: int) -> IntArray:
     """Sizes as ImageNet's: most classes have 1300 samples, the smallest of 1000 has 732."""
     sizes = np.full(1000, 1300)
     sizes[:105] = np.linspace(942, 1290, 105)
@@ -54,7 +57,7 @@ def made_up_index(num_samples: int, *, permuted: bool) -> Index:
     label = np.repeat(np.arange(len(class_sizes(num_samples))), class_sizes(num_samples))
     names = Names.from_strings(f"n{c:08d}/n{c:08d}_{i}.JPEG" for i, c in enumerate(label.tolist()))
     if permuted:
-        place = np.argsort(pack._place_hashes(names, seed=0), kind="stable")
+        place = np.argsort(place_hashes(names, seed=0), kind="stable")
         label, names = label[place], names.take(place)
     sigma = 0.6
     rng = np.random.default_rng(0)
@@ -74,9 +77,7 @@ def made_up_index(num_samples: int, *, permuted: bool) -> Index:
     )
 
 
-def buffered(
-    samples: shuffle.IntArray, buffer_size: int, rng: np.random.Generator
-) -> shuffle.IntArray:
+def buffered(samples: IntArray, buffer_size: int, rng: np.random.Generator) -> IntArray:
     """Shuffle as a shuffle buffer does: a random sample of it goes out, the next one comes in.
 
     As tf.data.Dataset.shuffle defines it, and close to webdataset's `shuffle`, which also gives out
@@ -95,16 +96,16 @@ def rows(packed: Index, by_class: Index) -> list[Row]:
     """All ways that are compared."""
     num_samples, num_shards = len(by_class), len(by_class.files)
 
-    def torch_order(epoch: int) -> shuffle.IntArray:
+    def torch_order(epoch: int) -> IntArray:
         sampler = torch.utils.data.RandomSampler(
             range(num_samples), generator=torch.Generator().manual_seed(epoch)
         )
         return np.fromiter(sampler, np.int64, num_samples)
 
-    def of_buffer(size: int) -> Callable[[int], shuffle.IntArray]:
+    def of_buffer(size: int) -> Callable[[int], IntArray]:
         return lambda epoch: buffered(np.arange(num_samples), size, np.random.default_rng(epoch))
 
-    def of_shards(epoch: int) -> shuffle.IntArray:
+    def of_shards(epoch: int) -> IntArray:
         rng = np.random.default_rng(epoch)
         place = rng.permutation(num_shards)[by_class.file]
         return buffered(np.argsort(place, kind="stable"), 5000, rng)
@@ -157,7 +158,7 @@ def measured(row: Row) -> list[str]:
     begins = plan.batch_begins(len(first), BATCH_SIZE, 1)
     assert row.index.label is not None
     label = row.index.label[first]
-    counts, runs = shuffle.class_counts(label, begins), shuffle.label_runs(label)
+    counts, runs = shuffle.class_counts(label, begins), label_runs(label)
     moved = shuffle.displacement(first, second, row.moves)
     order = row.order or plan.Order()
     block = shuffle.block_of_samples(row.index, plan.Order("block"))

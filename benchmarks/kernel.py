@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from photos import Encoded
 
-from imagenet_seq import _native
-from imagenet_seq.transforms import Dtype, Layout, Recipe
+from imagenet_seq import native
+from imagenet_seq.native import abi, core
+from imagenet_seq.native.recipe import Dtype, Layout, Recipe
 
 BATCH_ROWS = 256
 BYTES = {Dtype.UINT8: 1, Dtype.FLOAT32: 4, Dtype.FLOAT16: 2, Dtype.BFLOAT16: 2}
@@ -19,20 +20,20 @@ LEVELS = ("portable", "neon", "avx2", "avx512")
 
 def cpu_levels() -> list[str]:
     """Return the sets of kernels that this processor has, the best one last."""
-    best = _native.cpu()
+    best = native.cpu()
     levels = []
     for level in LEVELS:
         try:
-            _native.use_cpu(level)
+            native.use_cpu(level)
         except ValueError:
             continue
         levels.append(level)
-    _native.use_cpu(best)
+    native.use_cpu(best)
     return levels
 
 
 class _Group(NamedTuple):
-    samples: ctypes.Array[_native.Sample]
+    samples: ctypes.Array[native.Sample]
     first: int  # place of its first sample in the order of decoding
 
 
@@ -40,7 +41,7 @@ class Kernel:
     """Decodes the same samples over and over, into the rows of a batch in turn.
 
     All calls are prepared beforehand: what is measured of Python is one ctypes call a group. Goes
-    below the functions of `_native` for that, which prepare a call each time.
+    below the functions of `native` for that, which prepare a call each time.
 
     Args:
         recipe: what to do.
@@ -53,15 +54,15 @@ class Kernel:
         self,
         recipe: Recipe,
         samples: Sequence[Encoded],
-        group: int | None = _native.MAX_GROUP,
+        group: int | None = native.MAX_GROUP,
         epoch: int = 0,
     ) -> None:
         self.recipe = recipe
         row_bytes = recipe.out_height * recipe.out_width * 3 * BYTES[recipe.dtype]
         # Filled, so that no page is touched for the first time while the time runs.
         self._rows = np.full((BATCH_ROWS, row_bytes), 255, np.uint8)
-        self._native_recipe = _native._native_recipe(recipe)
-        self._error = _native._Error()
+        self._native_recipe = core.c_recipe(recipe)
+        self._error = abi.CError()
         self._single = group is None
         self._data = [sample.data for sample in samples]
         size = group or 1
@@ -71,12 +72,12 @@ class Kernel:
         ]
 
     def _prepare(self, samples: Sequence[Encoded], first: int, epoch: int) -> _Group:
-        prepared = (_native.Sample * len(samples))()
-        for place, (native, sample) in enumerate(zip(prepared, samples, strict=True), first):
-            native.key = _native._Key(0, epoch, sample.sample)
-            native.bytes = ctypes.cast(ctypes.c_char_p(sample.data), ctypes.c_void_p).value
-            native.size, native.flags = len(sample.data), sample.flags
-            native.row = self._rows[place % BATCH_ROWS].ctypes.data
+        prepared = (native.Sample * len(samples))()
+        for place, (slot, sample) in enumerate(zip(prepared, samples, strict=True), first):
+            slot.key = abi.CKey(0, epoch, sample.sample)
+            slot.bytes = ctypes.cast(ctypes.c_char_p(sample.data), ctypes.c_void_p).value
+            slot.size, slot.flags = len(sample.data), sample.flags
+            slot.row = self._rows[place % BATCH_ROWS].ctypes.data
         return _Group(prepared, first)
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,21 +86,21 @@ class Kernel:
             for sample in samples:
                 sample.key.epoch = epoch
 
-    def run(self, times: _native.Times | None = None) -> None:
+    def run(self, times: native.Times | None = None) -> None:
         """Decode all samples; `times` is added to."""
         recipe, error = ctypes.byref(self._native_recipe), ctypes.byref(self._error)
         if self._single:
             self._run_single()
             return
         stages = ctypes.byref(times) if times is not None else None
-        decode = _native._lib.imseq_decode_group
+        decode = abi.lib.imseq_decode_group
         for samples, _ in self._groups:
-            if decode(recipe, samples, len(samples), stages, error) != _native.OK:
+            if decode(recipe, samples, len(samples), stages, error) != native.OK:
                 self._fail()
 
     def _run_single(self) -> None:
         recipe, error = ctypes.byref(self._native_recipe), ctypes.byref(self._error)
-        decode, ok = _native._lib.imseq_decode, _native.OK
+        decode, ok = abi.lib.imseq_decode, native.OK
         for (sample,), _ in self._groups:
             key = ctypes.byref(sample.key)
             sample.status = decode(
@@ -109,7 +110,7 @@ class Kernel:
                 self._fail()
 
     def _fail(self) -> None:
-        _native.check(self._error.code, self._error)
+        abi.check(self._error.code, self._error)
 
     def outputs(self) -> Iterator[np.ndarray | None]:
         """Decode group by group; yield each sample's row as (3, height, width), in order.
@@ -122,7 +123,7 @@ class Kernel:
                 self._groups = [group]
                 self.run()
                 for place, sample in enumerate(group.samples, group.first):
-                    decoded = sample.status == _native.OK
+                    decoded = sample.status == native.OK
                     yield self._pixels(place) if decoded else None
         finally:
             self._groups = groups

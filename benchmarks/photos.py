@@ -73,7 +73,7 @@ def read_samples(path: Path, by_name: bool = True) -> list[Encoded]:
     By name: in the order of names, and numbered so; a photo then has the same crop in a folder and
     in any pack of it. Otherwise as a Loader numbers them.
     """
-    from imagenet_seq.sources import open_source
+    from imagenet_seq.sources.recognise import open_source
 
     index = open_source(path).index
     files = [(Path(index.root) / file).read_bytes() for file in index.files]

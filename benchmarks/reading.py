@@ -23,10 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from imagenet_seq import Loader, _native, plan
-from imagenet_seq.index import Index, Names
-from imagenet_seq.sources import Source, open_source
-from imagenet_seq.sources.pack import shard_file
+from imagenet_seq import native
+from imagenet_seq.index.columns import Index, Names
+from imagenet_seq.index.source import Source
+from imagenet_seq.loader import Loader
+from imagenet_seq.plan import epoch as plan
+from imagenet_seq.sources.formats.pack import shard_file
+from imagenet_seq.sources.recognise import open_source
 
 SHARD_BYTES = 10**9
 HEADER_BYTES = 512  # of a tar's member; its data are filled up to a multiple of this
@@ -119,11 +122,11 @@ def write_made_up(folder: Path, total_bytes: int) -> None:
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-class BytesOnly(_native.Engine):
+class BytesOnly(native.Engine):
     """Reads samples and makes nothing of them."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **{**settings, "rows": _native.ROWS_READ})
+        super().__init__(*arguments, **{**settings, "rows": native.ROWS_READ})
 
 
 def make_loader(task: Task) -> Loader:
@@ -142,7 +145,7 @@ def make_loader(task: Task) -> Loader:
         **task.loader_arguments,
     )
     if not task.decoded:
-        _native.Engine = BytesOnly  # type: ignore[misc]
+        native.Engine = BytesOnly  # type: ignore[misc]
         loader._pipeline = dataclasses.replace(loader._pipeline, out_shape=None)  # of no bytes
     loader.forecast()  # measures the disk, once
     return loader
@@ -175,7 +178,7 @@ def ours(task: Task) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Readin
             for number, (images, _) in enumerate(loader):
                 yield Batch(epoch, len(images), planned[epoch][number])
                 if task.digest:
-                    digest = _native.crc32c(images.numpy(), digest)
+                    digest = native.crc32c(images.numpy(), digest)
                 if number + 1 == task.most_batches:
                     break
             digests.append(digest)

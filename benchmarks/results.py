@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torchvision", "Pillow", "numpy")
 
 def describe_origin() -> dict[str, Any]:
     """Describe what runs here."""
-    from imagenet_seq import _native
+    from imagenet_seq import native
 
     return {
         "machine": _processor(),
@@ -29,7 +29,7 @@ def describe_origin() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "core": _native.build_info(),
+        "core": native.build_info(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }

@@ -93,13 +93,13 @@ def test_a_way_with_other_pixels_is_not_measured(
     baseline = bench_decode.Baseline(work, samples)
     same = bench_decode.Kernel(work.recipe(), samples, way.group)
     other_crops = bench_decode.Kernel(work.recipe(), samples, way.group, epoch=1)
-    level = bench_decode._native.cpu()
+    level = bench_decode.native.cpu()
     try:
         bench_decode.verify(work, {way: same}, baseline)
         with pytest.raises(SystemExit, match="differs from Pillow's"):
             bench_decode.verify(work, {way: other_crops}, baseline)
     finally:
-        bench_decode._native.use_cpu(level)
+        bench_decode.native.use_cpu(level)
 
 
 def test_sources_are_compared_with_their_folder_and_unwritable_ones_left_out(
@@ -302,7 +302,7 @@ def test_a_kept_half_has_to_save_half_and_change_nothing(bench_read: Any) -> Non
 def test_a_made_up_pack_lies_in_its_files(bench_read: Any, tmp_path: Path) -> None:
     import reading
 
-    from imagenet_seq import plan
+    from imagenet_seq.plan import epoch as plan
 
     folder = tmp_path / "made-up"
     reading.write_made_up(folder, 2 * 10**9)

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagenet_seq import _native, cli, disk, info, read
-from imagenet_seq.index import Index, Names
-from imagenet_seq.sources import Block, Found, Source
+from imagenet_seq import cli, info, native
+from imagenet_seq.index.columns import Index, Names
+from imagenet_seq.index.source import Block, Source
+from imagenet_seq.read import speed
+from imagenet_seq.read.speed import Speed
+from imagenet_seq.sources.place import Found
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -154,9 +157,9 @@ def test_info_says_what_packing_brings(
     assert unknown["packing"][0].startswith(
         "an epoch would take the disk 1 instead of 24 seeks; it"
     )
-    measured = disk.Speed(100.0, 10.0, date.today().isoformat())
-    monkeypatch.setattr(disk, "measure", lambda files, seed: measured)
-    monkeypatch.setattr(read, "MEASURED_BYTES", 0)
+    measured = Speed(100.0, 10.0, date.today().isoformat())
+    monkeypatch.setattr(speed, "measure", lambda files, seed: measured)
+    monkeypatch.setattr(info, "MEASURED_BYTES", 0)
     known = info_of(capsys, folder, "--ram", "0")
     now, then = (
         60 * of["minutes"]
@@ -215,8 +218,8 @@ def test_info_forecasts_training(
 ) -> None:
     monkeypatch.setenv("IMAGENET_SEQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("IMAGENET_SEQ_DISK", "hdd")
-    measured = disk.Speed(100.0, 10.0, date.today().isoformat())
-    monkeypatch.setattr(disk, "measure", lambda files, seed: measured)
+    measured = Speed(100.0, 10.0, date.today().isoformat())
+    monkeypatch.setattr(speed, "measure", lambda files, seed: measured)
 
     def forecast(*arguments: str) -> dict[str, Any]:
         assert cli.main(["info", *arguments, "--json"]) == 0
@@ -227,7 +230,7 @@ def test_info_forecasts_training(
     made = forecast(pack, "--ram", "0", "--ranks", "2")
     assert (made["order"], made["num_ranks"], made["kept_bytes"]) == ("blocks", 2, 0)
     assert made["speed"] is None  # so little data says nothing about a disk
-    monkeypatch.setattr(read, "MEASURED_BYTES", 0)
+    monkeypatch.setattr(info, "MEASURED_BYTES", 0)
     assert forecast(pack, "--no-measure")["speed"] is None
     assert forecast(pack)["speed"] == asdict(measured)
     assert forecast(pack, "--no-measure")["speed"] == asdict(measured)  # it was kept
@@ -313,7 +316,7 @@ def test_an_interrupt_says_how_to_continue(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_native, "transcode", interrupt)
+    monkeypatch.setattr(native, "transcode", interrupt)
     assert cli.main(["pack", str(root), str(tmp_path / "pack")]) == 130
     assert "interrupted; run the same command again to continue" in capsys.readouterr().err
     assert cli.main(["info", str(tmp_path / "pack"), "--split", "train"]) == 1

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_split
+from helpers.images import add_split
 
 FOLDER = Path(__file__).parents[1] / "examples" / "imagenet"
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 45, 23, 6

@@ -17,7 +17,7 @@ def version() -> str:
 def make_loader(path: str, split: str, dtype: str, task: Task) -> Any:
     import torch
 
-    from imagenet_seq import Loader
+    from imagenet_seq.loader import Loader
 
     return Loader(
         path,

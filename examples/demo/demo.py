@@ -20,7 +20,7 @@ import make_dataset
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from imagenet_seq import Loader
+from imagenet_seq.loader import Loader
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "demo-output"

@@ -18,23 +18,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from imagenet_seq import __version__
 from imagenet_seq.errors import ImagenetSeqError
-from imagenet_seq.ram import UNITS
-from imagenet_seq.sources import (
-    SPLITS,
-    Found,
-    Opening,
-    Source,
-    SplitNeededError,
-    find_source,
-)
-from imagenet_seq.sources import pack as layout
-from imagenet_seq.sources.scan import OnError
+from imagenet_seq.index.cache import OnError
+from imagenet_seq.index.source import Source
+from imagenet_seq.read.budget import UNITS
+from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.place import SPLITS, Found, Opening, SplitNeededError
+from imagenet_seq.sources.recognise import find_source
 
 if TYPE_CHECKING:
-    from imagenet_seq.pack import Summary
-    from imagenet_seq.shrink import Shrink
+    from imagenet_seq.pack.shards import Summary
+    from imagenet_seq.pack.shrink import Shrink
+
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
 
 _SHOWN = 5
 """Samples named in a summary."""
@@ -224,7 +221,7 @@ def _add_selection(command: Any) -> None:
 
 
 def _selection(options: argparse.Namespace) -> dict[str, Any]:
-    from imagenet_seq.origin import read_classes
+    from imagenet_seq.pack.selection import read_classes
 
     return {
         "include": list(itertools.chain(*options.include or ())),
@@ -251,7 +248,7 @@ def _add_shrink(command: Any) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> Shrink | None:
-    from imagenet_seq.shrink import Shrink
+    from imagenet_seq.pack.shrink import Shrink
 
     given = {key: getattr(options, key) for key in ("quality", "subsampling")}
     given = {key: value for key, value in given.items() if value is not None}
@@ -272,7 +269,8 @@ _FOR_RECODING = (
 
 
 def _pack(options: argparse.Namespace) -> int:
-    from imagenet_seq.pack import Settings, pack, reshuffle
+    from imagenet_seq.pack.encode import Settings
+    from imagenet_seq.pack.packing import pack, reshuffle
 
     given = {key: value for key, value in vars(options).items() if value is not None}
     common = {
@@ -381,7 +379,7 @@ def _add_preprocess(commands: Any) -> None:
 
 
 def _preprocess(options: argparse.Namespace) -> int:
-    from imagenet_seq.preprocess import preprocess
+    from imagenet_seq.pack.packing import preprocess
 
     summaries = preprocess(
         options.source,
@@ -494,14 +492,15 @@ def _add_shuffle(command: Any) -> None:
 
 
 def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    from imagenet_seq import read, shuffle
-    from imagenet_seq.plan import Order
+    from imagenet_seq.plan import quality
+    from imagenet_seq.plan.epoch import Order
+    from imagenet_seq.read.arrange import blocks_of_pool
 
     order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)
-    pool = read.blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
+    pool = blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
     order = replace(order, shuffle_blocks=pool)
-    quality = shuffle.measure(source.index, order, options.batch_size, source.foreign)
-    return {"shuffle": asdict(quality)} if options.json else shuffle.describe(quality)
+    found = quality.measure(source.index, order, options.batch_size, source.foreign)
+    return {"shuffle": asdict(found)} if options.json else quality.describe(found)
 
 
 # ---- verify --------------------------------------------------------------------------------------
@@ -527,7 +526,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from imagenet_seq.verify import verify
+    from imagenet_seq.pack.verify import verify
 
     found = [s for s in SPLITS if os.path.isfile(os.path.join(options.pack, s, layout.PACK_FILE))]
     for split in SPLITS:  # a split that is missing so far must not pass unnoticed

@@ -13,21 +13,37 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from imagenet_seq import _native, disk, ram, read, shuffle
-from imagenet_seq.forecast import Forecast, Job, forecast
-from imagenet_seq.sources import Found, Source
-from imagenet_seq.sources import pack as layout
+from imagenet_seq import native
+from imagenet_seq.index.mixing import label_runs
+from imagenet_seq.index.source import Source
+from imagenet_seq.read.arrange import (
+    MEASURED_BYTES,
+    WINDOW_SAMPLES,
+    disk_of,
+    num_readers,
+    some_files,
+    source_bytes,
+)
+from imagenet_seq.read.budget import ram_budget
+from imagenet_seq.read.forecast import Forecast, Job, forecast_job
+from imagenet_seq.read.speed import effective, speed_of
+from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.place import Found
 
 _SAMPLED = 200
 """Images whose headers are read, to know about how large all of them are."""
 
+
 _FOREIGN_BLOCKS = 8
 """Of foreign blocks, whose images come at the price of the whole block."""
+
 
 _HEAD_BYTES, _LONG_HEAD_BYTES = 64 << 10, 4 << 20
 """Read of an image for its header, and where the first bytes were too few."""
 
+
 _BLOCK_BYTES = 16 << 20
+
 
 _DECODING_GAIN = "about twice as fast (2.0 times with AVX2, 2.3 with AVX-512: docs/performance.md)"
 
@@ -43,15 +59,15 @@ def forecast_of(source: Source, ram_wish: str, ranks: int, measure: bool) -> For
     """
     index = source.index
     data_bytes = _data_bytes(source)
-    files = read.some_files(index)
-    where = read.disk_of([*files[:1], index.root], "auto")
-    is_measured = measure and data_bytes >= read.MEASURED_BYTES
-    speed = disk.speed_of(where, files if is_measured else [])
-    where = disk.effective(where, speed)
-    budget = ram.budget(ram_wish, data_bytes)
+    files = some_files(index)
+    where = disk_of([*files[:1], index.root], "auto")
+    is_measured = measure and data_bytes >= MEASURED_BYTES
+    speed = speed_of(where, files if is_measured else [])
+    where = effective(where, speed)
+    budget = ram_budget(ram_wish, data_bytes)
     in_blocks = source.permuted or source.foreign
     unpacked = "window" if where.has_one_head else "files"
-    return forecast(
+    return forecast_job(
         Job(
             name=os.path.basename(os.path.abspath(index.root)),
             kind=source.kind,
@@ -62,7 +78,7 @@ def forecast_of(source: Source, ram_wish: str, ranks: int, measure: bool) -> For
             speed=speed,
             kept_bytes=budget.kept_bytes,
             page_cache=budget.page_cache,
-            num_readers=read.num_readers(where, in_blocks=in_blocks),
+            num_readers=num_readers(where, in_blocks=in_blocks),
             num_ranks=ranks,
             is_estimate=index.length is None,
         )
@@ -85,7 +101,7 @@ def facts(source: Source, found: Found, expected: Forecast) -> dict[str, Any]:
         "samples": len(index),
         "classes": len(index.classes),
         "bytes": _data_bytes(source),
-        "mean_image_bytes": round(read.source_bytes(source) / max(1, len(index))),
+        "mean_image_bytes": round(source_bytes(source) / max(1, len(index))),
     }
     if source.kind == "pack":
         known |= _pack_facts(layout.read_pack(index.root))
@@ -137,7 +153,7 @@ def size(num_bytes: int) -> str:
 def _data_bytes(source: Source) -> int:
     """Return what is read for all samples once: of foreign blocks, their files."""
     if not source.foreign:
-        return read.source_bytes(source)
+        return source_bytes(source)
     files = set(source.index.files)
     return sum(os.path.getsize(os.path.join(source.index.root, name)) for name in files)
 
@@ -167,7 +183,7 @@ def _mean_facts(sizes: list[tuple[float, float]], number: int, num_jpegs: int) -
 
 def _header(data: bytes) -> tuple[tuple[float, float], bool] | None:
     """Return (width, height) of an image in pixels and whether it is a JPEG; None: it is none."""
-    header = _native.read_header(data)
+    header = native.read_header(data)
     if header is not None:
         return (header.width, header.height), True
     try:
@@ -220,7 +236,7 @@ def _order_fact(source: Source) -> str:
         return "not known: samples without labels"
     if bool((np.diff(label) >= 0).all()):
         return "class by class"
-    z = shuffle.label_runs(label).z
+    z = label_runs(label).z
     return f"not known to be random (label runs: z = {z:.1f})"
 
 
@@ -233,7 +249,7 @@ def _reading_fact(source: Source, expected: Forecast) -> str:
     each = "files" if len(source.index.files) == len(source.index) else "ranges of files"
     how = f"{each} one by one"
     if job.order == "window":
-        how += f", {read.WINDOW_SAMPLES:,} at a time in the order in which they lie on the disk"
+        how += f", {WINDOW_SAMPLES:,} at a time in the order in which they lie on the disk"
     return how + "; validation in the order of the index"
 
 

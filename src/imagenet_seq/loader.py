@@ -4,46 +4,66 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
-import os
-import sys
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imagenet_seq import _native, batch, forecast, plan, read, transforms
-from imagenet_seq.batch import Crew, EpochIterator, Memory, Work
-from imagenet_seq.device import CudaFeeder, PagedMemory, PinnedMemory, pinned, to_device
+from imagenet_seq import native
+from imagenet_seq.batch.crew import Crew, Work
+from imagenet_seq.batch.iterator import EpochIterator
+from imagenet_seq.batch.memory import Memory, PagedMemory, PinnedMemory
+from imagenet_seq.dataset import Dataset, resolve_dataset
+from imagenet_seq.decode.pipeline import memory_shape
+from imagenet_seq.decode.transforms import interpret
+from imagenet_seq.device import CudaFeeder, pinned, to_device
 from imagenet_seq.errors import StateError
-from imagenet_seq.sources import SPLITS, Source, open_source, split_of
-from imagenet_seq.sources.imagefolder import from_samples
-from imagenet_seq.sources.scan import MIN_PERMUTED, OnError
-from imagenet_seq.transforms import Rows
+from imagenet_seq.index.cache import OnError
+from imagenet_seq.machine import available_cores, find_ranks, node_ranks, note_once, say_once
+from imagenet_seq.native.recipe import Rows
+from imagenet_seq.options import (
+    ADOPTED_SAMPLERS,
+    check_arguments,
+    cuda_device,
+    is_default_collate,
+    notes_on_order,
+    shuffle_kind,
+)
+from imagenet_seq.plan.epoch import (
+    EnginePlan,
+    Order,
+    batch_begins,
+    epoch_size,
+    explicit_plan,
+    in_windows,
+    rank_plan,
+    reads_blocks,
+)
+from imagenet_seq.plan.state import State, check_state
+from imagenet_seq.read.arrange import Reading, Wishes, arrange, blocks_of_pool, mean_block_bytes
+from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_of
 
 MB = 1 << 20
-_OWN_CGROUPS = Path("/proc/self/cgroup")
-_ADOPTED_SAMPLERS = {  # samplers whose order is ours, and where they keep what they sample from
-    "torch.utils.data.distributed.DistributedSampler": "dataset",
-    "torch.utils.data.sampler.SequentialSampler": "data_source",
-    "torch.utils.data.sampler.RandomSampler": "data_source",
-}
+
+
 _READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
+
+
 _FILE_OVERHEAD_BYTES = 16 * 1024  # memory that a file takes beyond its bytes, about
+
+
 _BLOCK_OVERHEAD_BYTES = 32 * 1024  # the same of a block: pages at both ends, steps of 16 KB
+
+
 _LONG_PLAN = 100_000  # samples whose plan takes long enough to be made ahead
+
+
 _MEAN_FILE_BYTES = 128 * 1024  # of files whose size is not known; ImageNet's are 110 KB
-
-
-class LoaderNote(UserWarning):
-    """Something to know: what runs in Python and why, what an argument no longer does."""
 
 
 @dataclass
@@ -62,7 +82,7 @@ class _Ahead:
     def __init__(self, loader: Loader, progress: _Progress, crew: Crew) -> None:
         self.progress = progress
         self.crew = crew
-        self.plan: plan.EnginePlan | None = None
+        self.plan: EnginePlan | None = None
         self.in_engine = False
         self.thread = threading.Thread(target=self._make, args=(loader,), name="imagenet-seq-plan")
 
@@ -217,7 +237,7 @@ class Loader:
         on_error: OnError = "fail",
         forecast: bool = True,
     ) -> None:
-        _check_arguments(
+        check_arguments(
             split=split,
             transform=transform,
             batch_size=batch_size,
@@ -239,11 +259,11 @@ class Loader:
             num_readers=num_readers,
             window=window,
         )
-        self._wishes = read.Wishes(ram, disk, num_readers, direct, window)
+        self._wishes = Wishes(ram, disk, num_readers, direct, window)
         self._wishes.check()
         if worker_init_fn is not None:
-            _note("worker_init_fn is not called: there are no worker processes")
-        self._source, split, own_transform, own_target_transform = _resolve_dataset(
+            note_once("worker_init_fn is not called: there are no worker processes")
+        self._source, split, own_transform, own_target_transform = resolve_dataset(
             dataset, split, on_error
         )
         transform = transform if transform is not None else own_transform
@@ -252,15 +272,15 @@ class Loader:
                 "without a split there is no standard transform: pass split='train' or 'val', or "
                 "transform="
             )
-        self._rank, self._world_size = _ranks(rank, world_size)
+        self._rank, self._world_size = find_ranks(rank, world_size)
         self._explicit_order, shuffle, drop_last, seed = self._adopt_sampler(
             sampler, batch_sampler, shuffle, drop_last, seed
         )
         if shuffle is None:
             shuffle = split == "train"
-        self._shuffle = _shuffle_kind(shuffle, self._source)
-        for note in (*self._source.notes, *_notes_on_order(self._shuffle, self._source)):
-            _note(note)
+        self._shuffle = shuffle_kind(shuffle, self._source)
+        for note in (*self._source.notes, *notes_on_order(self._shuffle, self._source)):
+            note_once(note)
         if seed is None:
             seed = generator.initial_seed() if generator is not None else 0
         self._seed = int(seed) & 0xFFFF_FFFF_FFFF_FFFF
@@ -268,10 +288,10 @@ class Loader:
         self._block_bytes = block_bytes
         if cache is not None:
             shuffle_blocks = self._blocks_of_cache(cache, block_bytes)
-        self._shuffle_blocks = read.blocks_of_pool(self._source, shuffle_blocks, block_bytes)
-        self._device = _cuda_device("cuda" if cuda and device is None else device)
+        self._shuffle_blocks = blocks_of_pool(self._source, shuffle_blocks, block_bytes)
+        self._device = cuda_device("cuda" if cuda and device is None else device)
         self._channels_last = memory_format == torch.channels_last
-        self._pipeline = transforms.interpret(
+        self._pipeline = interpret(
             transform,
             train=split == "train",
             dtype=dtype,
@@ -280,20 +300,20 @@ class Loader:
             strict=exact == "strict",
         )
         if self._pipeline.notes:
-            _note("; ".join(self._pipeline.notes))
+            note_once("; ".join(self._pipeline.notes))
         decoded = self._pipeline.rows == Rows.DECODED
         self._table_on_device = (
             self._device is not None
             and decoded
             and self._pipeline.table is not None
-            and _is_default_collate(collate_fn)
+            and is_default_collate(collate_fn)
         )
         self._recipe = (
             self._pipeline.uint8_recipe if self._table_on_device else self._pipeline.recipe
         )
         self._target_transform = target_transform or own_target_transform
-        self._collate_fn = None if _is_default_collate(collate_fn) else collate_fn
-        self._num_threads = num_workers or _available_cores()
+        self._collate_fn = None if is_default_collate(collate_fn) else collate_fn
+        self._num_threads = num_workers or available_cores()
         self._num_slots = prefetch_factor or 3
         self._timeout_s = timeout
         self._verify_checksums = verify_checksums
@@ -320,11 +340,11 @@ class Loader:
         self._memory_rows = 0
         self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
         self._on_device: tuple[torch.cuda.Stream, Tensor | None] | None = None
-        self._reading: read.Reading | None = None
+        self._reading: Reading | None = None
         self._ahead: _Ahead | None = None
         self._forecast = forecast
         self._announced = False
-        self._pace = read.Pace()
+        self._pace = Pace()
         self._stats: dict[str, int] = {}
         self._iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
 
@@ -346,7 +366,7 @@ class Loader:
         if sampler is None:
             return None, shuffle, drop_last, seed
         kind = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
-        data = getattr(sampler, _ADOPTED_SAMPLERS.get(kind, ""), ())
+        data = getattr(sampler, ADOPTED_SAMPLERS.get(kind, ""), ())
         if len(data) != self._source.index.num_samples:
             # Not one we know, or made for something else: a subset, say.
             return sampler, False, drop_last, seed
@@ -389,12 +409,12 @@ class Loader:
                 return len(self.batch_sampler)
             full, rest = divmod(len(self._explicit_order), self._batch_size)
             return full + (rest > 0 and not self.drop_last)
-        size = plan.epoch_size(len(self.dataset), self._order())
-        begins = plan.batch_begins(size, self._batch_size, self._world_size, self.drop_last)
+        size = epoch_size(len(self.dataset), self._order())
+        begins = batch_begins(size, self._batch_size, self._world_size, self.drop_last)
         return len(begins) - 1
 
     def _num_samples(self) -> int:
-        size = plan.epoch_size(len(self.dataset), self._order())
+        size = epoch_size(len(self.dataset), self._order())
         return size // self._world_size + (self._rank < size % self._world_size)
 
     def __iter__(self) -> Iterator[Any]:
@@ -444,7 +464,7 @@ class Loader:
             on_delivered=delivered,
             on_end=ended,
             on_taken=taken,
-            on_stall=_note,
+            on_stall=note_once,
             prepared=ahead is not None and fits and ahead.in_engine and ahead.crew is crew,
         )
         # Only now: an epoch that could not begin is not an epoch that was begun.
@@ -491,8 +511,8 @@ class Loader:
         """
         if self._explicit_order is not None:
             raise StateError("a loader that executes the order of a sampler can't load a state")
-        saved = plan.State.from_dict(state)
-        plan.check_state(self._state(saved.epoch, saved.samples_done), saved)
+        saved = State.from_dict(state)
+        check_state(self._state(saved.epoch, saved.samples_done), saved)
         if saved.num_streams != self._num_streams:
             # The run that began decides how its order is cut; other worlds deal the same order
             # again.
@@ -530,13 +550,13 @@ class Loader:
         reading = self._arranged()
         return self._pace.line(self.stats(), reading, self._num_threads)
 
-    def forecast(self) -> forecast.Forecast:
+    def forecast(self) -> Forecast:
         """Return what disk and memory allow: bytes, seeks and minutes an epoch."""
         reading = self._arranged()
-        return read.forecast_of(
+        return forecast_of(
             self._source,
             reading,
-            num_samples=plan.epoch_size(len(self.dataset), self._order()),
+            num_samples=epoch_size(len(self.dataset), self._order()),
             block_bytes=self._block_bytes,
             order={"block": "blocks", "none": "sequence"}.get(self._shuffle, "files"),
         )
@@ -552,7 +572,7 @@ class Loader:
         transform's Python part makes for the batches in the engine, and on a GPU up to three
         batches there.
         """
-        shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
+        shape, dtype = memory_shape(self._pipeline, self._recipe)
         rows = max(self._batch_size, self._memory_rows)
         row_bytes = int(np.prod(shape)) * dtype.itemsize
         return self._num_batches_held() * rows * row_bytes + self._block_budget()
@@ -594,8 +614,8 @@ class Loader:
                 self._idle_crew, crew = crew, None
         return crew
 
-    def _order(self) -> plan.Order:
-        return plan.Order(
+    def _order(self) -> Order:
+        return Order(
             shuffle=self._shuffle,
             seed=self._seed,
             block_bytes=self._block_bytes,
@@ -604,40 +624,38 @@ class Loader:
             exact=self._shuffle == "none" and not self._leave_over,
         )
 
-    def _state(self, epoch: int, samples_done: int) -> plan.State:
+    def _state(self, epoch: int, samples_done: int) -> State:
         rule = self._pipeline.recipe.passes.name
-        return plan.State.of(self._source.index, self._order(), rule, epoch, samples_done)
+        return State.of(self._source.index, self._order(), rule, epoch, samples_done)
 
     def _announce(self) -> None:
         """Tell the user how the source is read and what the disk allows, once."""
         reading, self._announced = self._arranged(), True
         if reading.notes:
-            _note("; ".join(reading.notes))
-        if self._forecast and reading.data_bytes >= read.FORECAST_BYTES:
-            _say(self.forecast().line())
+            note_once("; ".join(reading.notes))
+        if self._forecast and reading.data_bytes >= FORECAST_BYTES:
+            say_once(self.forecast().line())
 
-    def _arranged(self) -> read.Reading:
+    def _arranged(self) -> Reading:
         """Decide how the source is read."""
         if self._reading is None:
             index = self._source.index
-            by_sample = self._explicit_order is not None or not plan.reads_blocks(
-                index, self._order()
-            )
-            self._reading = read.arrange(
+            by_sample = self._explicit_order is not None or not reads_blocks(index, self._order())
+            self._reading = arrange(
                 self._source,
                 self._wishes,
                 in_blocks=not by_sample and index.length is not None,
                 units="samples" if by_sample else f"blocks of {self._block_bytes}",
-                num_ranks=_node_ranks(self._world_size),
+                num_ranks=node_ranks(self._world_size),
             )
         return self._reading
 
-    def _plan(self, progress: _Progress) -> plan.EnginePlan:
+    def _plan(self, progress: _Progress) -> EnginePlan:
         made = self._plan_of_order(progress)
         window = self._arranged().window
-        return plan.in_windows(made, window) if window else made
+        return in_windows(made, window) if window else made
 
-    def _plan_ahead_at(self, epoch_plan: plan.EnginePlan) -> int:
+    def _plan_ahead_at(self, epoch_plan: EnginePlan) -> int:
         """Return the batch with which to begin the next epoch's plan; -1: never.
 
         Well before the last blocks are read, so that the disk does not wait.
@@ -650,10 +668,10 @@ class Loader:
         ahead = self._block_budget() / max(1, reading.data_bytes // self._world_size)
         return max(0, int(num_batches * (0.9 - 1.5 * ahead)))
 
-    def _plan_of_order(self, progress: _Progress) -> plan.EnginePlan:
+    def _plan_of_order(self, progress: _Progress) -> EnginePlan:
         index, foreign = self._source.index, self._source.foreign
         if self._explicit_order is None:
-            return plan.rank_plan(
+            return rank_plan(
                 index,
                 self._order(),
                 progress.epoch,
@@ -674,7 +692,7 @@ class Loader:
             if self.drop_last:
                 begins = np.arange(0, len(samples) + 1, self._batch_size)
                 samples = samples[: begins[-1]]
-        return plan.explicit_plan(
+        return explicit_plan(
             index,
             samples,
             begins,
@@ -685,7 +703,7 @@ class Loader:
             foreign=foreign,
         )
 
-    def _work(self, progress: _Progress, epoch_plan: plan.EnginePlan | None) -> Work:
+    def _work(self, progress: _Progress, epoch_plan: EnginePlan | None) -> Work:
         epoch_plan = epoch_plan or self._plan(progress)
         rows = self._batch_size
         if self.batch_sampler is not None:  # its batches may be of any size
@@ -703,7 +721,7 @@ class Loader:
     def _batch_memory(self, rows: int) -> Memory:
         """Return where batches of up to `rows` rows come from."""
         if self._memory is None or self._memory_rows < rows:
-            shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
+            shape, dtype = memory_shape(self._pipeline, self._recipe)
             if self._pins and self._pipeline.rows == Rows.DECODED:
                 self._memory = PinnedMemory((rows, *shape), dtype)
             else:
@@ -725,8 +743,8 @@ class Loader:
         return self._on_device
 
     def _new_crew(self) -> Crew:
-        shape, dtype = batch.memory_shape(self._pipeline, self._recipe)
-        engine = _native.Engine(
+        shape, dtype = memory_shape(self._pipeline, self._recipe)
+        engine = native.Engine(
             self._recipe,
             num_decoders=self._num_threads,
             num_slots=self._num_slots,
@@ -752,7 +770,7 @@ class Loader:
         streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
         pool_blocks = self._order().pool_blocks
         num_blocks = streams * (pool_blocks + max(2, pool_blocks // 2))
-        block_bytes = read.mean_block_bytes(source, self._block_bytes)
+        block_bytes = mean_block_bytes(source, self._block_bytes)
         return num_blocks * (block_bytes + _BLOCK_OVERHEAD_BYTES)
 
     def _mean_bytes(self) -> int:
@@ -791,295 +809,3 @@ class EpochSampler:
         loader = self._loader()
         if loader is not None:
             loader.set_epoch(epoch)
-
-
-class Dataset(Sequence[Any]):
-    """The samples behind a loader, as torchvision's ImageFolder shows them.
-
-    ``dataset[i]`` is (image, target) through the loader's transform, with the draws of epoch 0; it
-    reads one file and is meant for a look, not for training.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        pipeline: transforms.Pipeline,
-        transform: Callable[[Any], Any] | None,
-        target_transform: Callable[[int], Any] | None,
-    ) -> None:
-        self._source, self._pipeline = source, pipeline
-        self.transform = transform
-        self.target_transform = target_transform
-        index = source.index
-        self.root = index.root
-        self.classes = list(index.classes)
-        self.class_to_idx = index.class_to_idx
-        self.samples = index.samples
-        self.imgs = index.samples
-        self.targets = index.targets
-
-    def __len__(self) -> int:
-        return self._source.index.num_samples
-
-    def __getitem__(self, index: Any) -> tuple[Any, Any]:
-        number = operator.index(index)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {number}")
-        number %= len(self)
-        image = batch.one_sample(self._pipeline, self.encoded(number), (0, 0, number))
-        label = self.targets[number]
-        return image, label if self.target_transform is None else self.target_transform(label)
-
-    def encoded(self, index: int) -> bytes:
-        """Return the bytes of a sample's image file."""
-        columns = self._source.index
-        offset = int(columns.offset[index])
-        length = -1 if columns.length is None else int(columns.length[index])
-        if self._source.foreign:
-            block = self._source.read_block(int(columns.file[index]))
-            begin = int(block.offsets[offset])
-            return bytes(block.bytes[begin : begin + int(block.lengths[offset])])
-        with open(os.path.join(columns.root, columns.files[columns.file[index]]), "rb") as file:
-            file.seek(offset)
-            return file.read(length)
-
-    def __repr__(self) -> str:
-        return f"Dataset({self._source.kind} at {self.root!r}, {len(self)} samples)"
-
-
-def _check_arguments(**given: Any) -> None:
-    """Raise for arguments outside their domain, in the order in which a user wrote them."""
-
-    def positive(name: str, least: int = 1) -> None:
-        value = given[name]
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"expected an int for {name}, got {value!r}")
-        if value < least:
-            raise ValueError(f"expected {name} of {least} or more, got {value}")
-
-    split, transform = given["split"], given["transform"]
-    if isinstance(split, int):
-        raise TypeError(
-            f"the second argument is the split, 'train' or 'val', got {split!r}; "
-            f"pass batch_size={split}"
-        )
-    if split is not None and split not in SPLITS:
-        raise ValueError(f"expected split 'train' or 'val' (or None), got {split!r}")
-    if transform is not None and not callable(transform):
-        raise TypeError(f"expected a callable transform, got {transform!r}")
-    for name in ("batch_size", "prefetch_factor", "block_bytes", "shuffle_blocks", "cache"):
-        positive(name)
-    positive("num_streams")
-    positive("num_readers")
-    positive("window", least=0)
-    positive("seed", least=0)
-    positive("num_workers", least=0)
-    if given["timeout"] < 0:
-        raise ValueError(f"expected timeout of 0 or more seconds, got {given['timeout']}")
-    shuffle, sampler, batch_sampler = given["shuffle"], given["sampler"], given["batch_sampler"]
-    if shuffle not in (None, True, False, "uniform", "block"):
-        raise ValueError(f"expected shuffle True, False, 'uniform' or 'block', got {shuffle!r}")
-    if sampler is not None and shuffle:
-        raise ValueError("sampler and shuffle exclude each other: the sampler decides the order")
-    if batch_sampler is not None and (
-        sampler is not None or shuffle or given["drop_last"] or given["batch_size"] not in (1, 256)
-    ):
-        raise ValueError(
-            "batch_sampler excludes batch_size, shuffle, sampler and drop_last: it decides them"
-        )
-    if given["batch_size"] is None and batch_sampler is None:
-        raise ValueError(
-            "batch_size=None (samples without batches) is not supported; use batch_size=1"
-        )
-    if given["memory_format"] not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(
-            "expected memory_format torch.contiguous_format or torch.channels_last, got "
-            f"{given['memory_format']}"
-        )
-    if given["on_error"] not in get_args(OnError):
-        raise ValueError(f"expected on_error 'fail' or 'skip', got {given['on_error']!r}")
-    if given["exact"] not in ("crop", "strict"):
-        raise ValueError(f"expected exact 'crop' or 'strict', got {given['exact']!r}")
-
-
-def _resolve_dataset(
-    dataset: Any, split: str | None, on_error: OnError
-) -> tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]:
-    """Return (source, split, transform, target_transform) of what the first argument names."""
-    if isinstance(dataset, str) and dataset in SPLITS and split is None:
-        dataset, split = None, dataset
-    if dataset is None:
-        dataset = os.environ.get("IMAGENET")
-        if not dataset:
-            raise ValueError(
-                "no dataset: pass its path, as in Loader('/data/imagenet', 'train'), or set the "
-                "environment variable IMAGENET to the folder that holds train/ and val/"
-            )
-    if isinstance(dataset, (str, os.PathLike)):
-        path = os.path.abspath(os.path.expanduser(os.fspath(dataset)))
-        source = open_source(dataset, split, on_error=on_error)
-        return source, split or _split_of_path(path), None, None
-    if isinstance(dataset, Source):
-        return dataset, split, None, None
-    return _from_torch_dataset(dataset, split, on_error)
-
-
-def _split_of_path(path: str) -> str | None:
-    """Return the split of a path that is called "train" or "val", or is of files that are."""
-    name = os.path.basename(path)
-    if os.path.isdir(path):
-        return name if name in SPLITS else None
-    return split_of(name)
-
-
-def _from_torch_dataset(
-    dataset: Any, split: str | None, on_error: OnError
-) -> tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]:
-    if type(dataset) is torch.utils.data.Subset:
-        source, split, transform, target_transform = _resolve_dataset(
-            dataset.dataset, split, on_error
-        )
-        return source.take(np.asarray(dataset.indices)), split, transform, target_transform
-    folder = sys.modules.get("torchvision.datasets.folder")
-    if folder is None or not isinstance(dataset, folder.DatasetFolder):
-        raise TypeError(
-            "expected a path, 'train', 'val', a torchvision ImageFolder or ImageNet, or a Subset "
-            f"of one, got {type(dataset).__module__}.{type(dataset).__qualname__}"
-        )
-    if (
-        type(dataset).__getitem__ is not folder.DatasetFolder.__getitem__
-        or dataset.loader is not folder.default_loader
-    ):
-        raise TypeError(
-            f"{type(dataset).__qualname__} reads its samples in its own way (a __getitem__ or "
-            "loader of its own), which this Loader would bypass; keep torch's DataLoader for it or "
-            "move the change into transform"
-        )
-    if dataset.transform is None:
-        raise ValueError(
-            "the dataset has no transform, and images of different sizes can't be batched; pass "
-            "transform= to the dataset or to the Loader"
-        )
-    source = from_samples(dataset.samples, dataset.classes, dataset.root)
-    return (
-        source,
-        split or getattr(dataset, "split", None),
-        dataset.transform,
-        dataset.target_transform,
-    )
-
-
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return this process's rank and the number of ranks."""
-    if (rank is None) != (world_size is None):
-        raise ValueError("pass rank and world_size together, or neither")
-    if rank is None or world_size is None:
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        else:  # torchrun's environment
-            rank = int(os.environ.get("RANK", "0"))
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if not 0 <= rank < world_size:
-        raise ValueError(f"expected 0 <= rank < world_size, got rank {rank} of {world_size}")
-    return rank, world_size
-
-
-def _node_ranks(world_size: int) -> int:
-    """Return the number of ranks on this node, as far as the launcher says."""
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
-        if os.environ.get(name, "").isdecimal():
-            return max(1, min(int(os.environ[name]), world_size))
-    return world_size
-
-
-def _shuffle_kind(shuffle: bool | str, source: Source) -> str:
-    """Return the plan's word for a shuffle: "block" by itself only where the data is permuted."""
-    if isinstance(shuffle, str):
-        return shuffle
-    if not shuffle:
-        return "none"
-    return "block" if source.permuted else "uniform"
-
-
-def _notes_on_order(shuffle: str, source: Source) -> list[str]:
-    """Say where a shuffle does not suit the order in which samples lie."""
-    if len(source.index) < MIN_PERMUTED:
-        return []
-    where = f"{source.index.root}: "
-    packing = "'imagenet-seq pack' makes a pack of it whose samples lie in random order"
-    if shuffle == "block" and not source.permuted:
-        return [
-            f"{where}shuffle='block' mixes samples that lie close together, and these are not "
-            f"known to lie in random order, so batches may have few classes: {packing}"
-        ]
-    if shuffle == "uniform" and source.foreign:
-        return [
-            f"{where}a uniform shuffle reads a whole block of this {source.kind} for every image: "
-            f"{packing}; or pass shuffle='block' where they do already"
-        ]
-    return []
-
-
-def _cuda_device(device: torch.device | str | int | None) -> torch.device | None:
-    """Return the GPU that batches go to, None for the CPU."""
-    if device is None:
-        return None
-    resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if resolved.type == "cpu":
-        return None
-    if resolved.type != "cuda":
-        raise ValueError(f"expected device 'cpu' or 'cuda', got {device!r}")
-    if not torch.cuda.is_available():
-        raise RuntimeError(f"device={device!r}: this PyTorch sees no CUDA device")
-    return torch.device(
-        "cuda", resolved.index if resolved.index is not None else torch.cuda.current_device()
-    )
-
-
-def _is_default_collate(collate_fn: Any) -> bool:
-    return collate_fn is None or collate_fn is torch.utils.data.default_collate
-
-
-def _available_cores() -> int:
-    """Return the cores of this rank: affinity and cgroup quota, divided among the node's ranks."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = float(len(os.sched_getaffinity(0)))
-    else:
-        cores = float(os.cpu_count() or 1)
-    cores = min(cores, _cgroup_cores())
-    return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _cgroup_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = _OWN_CGROUPS) -> float:
-    """Return the least CPU quota of this process's cgroups (version 2) in cores, or infinity."""
-    try:
-        path = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return math.inf
-    cores = math.inf
-    group = root / path.strip("/")
-    for folder in (group, *group.parents):
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-        except (OSError, ValueError):
-            quota = "max"
-        if quota != "max":
-            cores = min(cores, int(quota) / int(period))
-        if folder == root:
-            break
-    return cores
-
-
-def _say(line: str) -> None:
-    """Print a line once a node."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
-
-
-def _note(message: str) -> None:
-    """Tell the user once a node."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        warnings.warn(message, LoaderNote, stacklevel=3)

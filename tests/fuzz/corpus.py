@@ -18,7 +18,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jpeg_writer import (
+from helpers.jpeg_writer import (
     AC_SYMBOLS,
     DC_SYMBOLS,
     EOI,

@@ -1,0 +1,1 @@
+"""The index stage: a dataset on disk becomes columns over its samples."""

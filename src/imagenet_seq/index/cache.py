@@ -1,0 +1,314 @@
+"""Indexes that took a scan are kept beside the data and checked before they are used again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.errors import DataError
+from imagenet_seq.index.classes import is_wnid
+from imagenet_seq.index.columns import Index, Names, read_columns, write_columns
+from imagenet_seq.machine import cache_folder
+
+OnError = Literal["fail", "skip"]
+"""What to do with a sample that can't be indexed: raise, or leave it out, count and report it."""
+
+
+_FORMAT = 1
+"""Of kept indexes. Another one is made anew: raise it when a scan would give another result."""
+
+
+_RACY_NS = 2_000_000_000
+"""A file or folder changed this recently may change again without getting another modification time
+(the coarsest common clock, FAT's, ticks every 2 s), so it proves nothing."""
+
+
+_LONG_SCAN_NS = 10_000_000_000
+"""Who waits longer for an index is told why it is not kept."""
+
+
+HOW_TO_SKIP = "Repair it, or leave such samples out: on_error='skip' (--on-error skip)"
+
+
+# ---- an index that is kept -----------------------------------------------------------------------
+
+_KEPT_DTYPES = (np.uint8, np.uint32, np.int32, np.int64)  # of `read_columns`
+
+
+class Stamps(NamedTuple):
+    """Files and folders that an index was made of, as they were; it holds while they stay so.
+
+    Attributes:
+        paths: relative to the folder that holds the source, so that they move with it.
+        size: bytes; -1 of a folder, where it may differ from machine to machine.
+        mtime_ns: modification times, ns.
+    """
+
+    paths: Names
+    size: npt.NDArray[np.int64]
+    mtime_ns: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, files: Iterable[str], place: str) -> Stamps:
+        """Look at files and folders.
+
+        Args:
+            files: their paths.
+            place: the source.
+
+        Raises:
+            OSError: where one can't be looked at.
+        """
+        folder, names, sizes, times = _folder_of(place), [], [], []
+        for path in files:
+            found = os.stat(path)
+            names.append(os.path.relpath(path, folder))
+            sizes.append(-1 if stat.S_ISDIR(found.st_mode) else found.st_size)
+            times.append(found.st_mtime_ns)
+        return cls(Names.from_strings(names), np.array(sizes, np.int64), np.array(times, np.int64))
+
+    def first_changed(self, place: str) -> str | None:
+        """Return the path of the first file or folder that is not as it was; None: all are."""
+        folder = _folder_of(place)
+        was = zip(self.paths, self.size.tolist(), self.mtime_ns.tolist(), strict=True)
+        for name, size, mtime_ns in was:
+            path = os.path.join(folder, name)
+            try:
+                found = os.stat(path)
+            except OSError:
+                return path
+            now = -1 if stat.S_ISDIR(found.st_mode) else found.st_size
+            if (now, found.st_mtime_ns) != (size, mtime_ns):
+                return path
+        return None
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What a scan finds out about a source.
+
+    Attributes:
+        index: its samples.
+        extra: further columns that the source needs, by names of its own (uint8, uint32, int32 or
+            int64). They come from a file: check them before use.
+        problems: samples left out: the first messages.
+        num_problems: how many.
+        remarks: what the user should know besides; shown each time the source is opened.
+        stamps: what the index depends on, where only the scan knows.
+        lasting: whether the result may be kept. Not where what was left out may be there next time
+            without any sign: a permission changes no modification time.
+    """
+
+    index: Index
+    extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    problems: Sequence[str] = ()
+    num_problems: int = 0
+    remarks: Sequence[str] = ()
+    stamps: Stamps | None = None
+    lasting: bool = True
+
+    def __post_init__(self) -> None:
+        for name, column in self.extra.items():
+            if column.dtype not in _KEPT_DTYPES:  # it would be made anew each time, without a word
+                raise TypeError(f"extra column '{name}': can't be kept as {column.dtype}")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user is told when the source is opened."""
+        remarks = (*self.remarks, *_notes_on_labels(self.index))
+        if not self.num_problems:
+            return remarks
+        total = self.num_problems + len(self.index)
+        shown = "\n  ".join(self.problems)
+        more = self.num_problems - len(self.problems)
+        tail = f"\n  and {more} more" if more else ""
+        left_out = f"left out {self.num_problems} of {total}:\n  {shown}{tail}"
+        return (*remarks, f"{self.index.root}: {left_out}")
+
+
+def _notes_on_labels(index: Index) -> Iterator[str]:
+    """Say where labels are probably not those of torchvision's ImageNet."""
+    classes = index.classes
+    occur = np.unique(np.asarray(index.targets)) if classes[:1] == ("0",) else np.zeros(0)
+    if len(occur) > 1 and np.array_equal(occur, np.arange(1, len(classes))):
+        yield (
+            f"{index.root}: no sample has label 0, and labels go up to {len(classes) - 1}: if they "
+            f"count from 1, pass target_transform to subtract it, or train with {len(classes)} "
+            "classes"
+        )
+    if all(map(is_wnid, classes)) and list(classes) != sorted(classes):
+        yield (
+            f"{index.root}: its labels number the classes in another order than torchvision does, "
+            "which sorts their wnids: models trained elsewhere take them for other classes"
+        )
+
+
+def indexed(
+    kind: str, place: str, files: Sequence[str], scan: Callable[[], Scanned], on_error: OnError
+) -> Scanned:
+    """Return what `scan` finds, from the file where it was kept if nothing has changed since.
+
+    The file lies beside the data (in the folder that holds `place`), or in the cache folder where
+    that can't be written or IMAGENET_SEQ_CACHE is set. Processes that want the same index wait for
+    the one that scans.
+
+    Args:
+        kind: of the source; two kinds never share a file.
+        place: the file or folder that is the source.
+        files: paths of the files that the index is made of; where only the scan can tell, a name
+            for what it depends on, and its result has `stamps`.
+        scan: makes the index.
+        on_error: as the scan was told.
+
+    Raises:
+        DataError: what the scan raises; where a file changed meanwhile; with on_error="fail" also
+            where the kept index is one that samples were left out of.
+    """
+    kept_in = _kept_in(_key(kind, place, files), place)
+    found = _first_kept(kept_in, place)
+    if found is None:
+        with _alone(kept_in[-1]):
+            found = _first_kept(kept_in, place)  # another process may have made it meanwhile
+            if found is None:
+                return _scan_and_keep(kept_in, place, files, scan)
+    if found.num_problems and on_error == "fail":
+        raise DataError(f"{found.problems[0]}. {HOW_TO_SKIP}")
+    return found
+
+
+def _scan_and_keep(
+    kept_in: Sequence[str], place: str, files: Sequence[str], scan: Callable[[], Scanned]
+) -> Scanned:
+    began_ns = time.time_ns()
+    # Before reading: a change meanwhile gives another time than the one noted.
+    before = Stamps.of(filter(os.path.exists, files), place)
+    scanned = scan()
+    stamps = scanned.stamps or before
+    if changed := stamps.first_changed(place):
+        raise DataError(
+            f"{changed}: changed while {place} was indexed: wait until whoever writes there is "
+            "done, then open it again"
+        )
+    newest_ns = int(stamps.mtime_ns.max(initial=0))
+    if not scanned.lasting:
+        why = "what was left out may be there next time"
+    elif newest_ns >= began_ns - _RACY_NS:
+        why = "a file of it was changed just now, or in the future as its time has it"
+    elif any(_keep(path, scanned, stamps, place) for path in kept_in):  # in the first that works
+        return scanned
+    else:
+        folders = " or ".join(map(os.path.dirname, kept_in))
+        why = f"it can't be written in {folders}: set IMAGENET_SEQ_CACHE to a folder where it can"
+    if time.time_ns() - began_ns < _LONG_SCAN_NS:
+        return scanned
+    remark = f"{place}: the index is not kept, so the next process makes it anew: {why}"
+    return dataclasses.replace(scanned, remarks=(*scanned.remarks, remark))
+
+
+def _folder_of(place: str) -> str:
+    return os.path.dirname(os.path.abspath(place))
+
+
+def _key(kind: str, place: str, files: Sequence[str]) -> str:
+    """Name an index: by relative paths, so that it moves with the data."""
+    folder = _folder_of(place)
+    digest = hashlib.sha256(os.fsencode(os.path.basename(os.path.abspath(place))) + b"\0")
+    for path in files:
+        digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
+    return f"{kind}-{digest.hexdigest()[:16]}"
+
+
+def _kept_in(key: str, place: str) -> list[str]:
+    """Return where an index may be kept: the best place first, the cache folder last."""
+    folder = _folder_of(place)
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    in_cache = os.path.join(cache_folder(), f"{key}-{digest}.index")
+    if os.environ.get("IMAGENET_SEQ_CACHE"):
+        return [in_cache]
+    return [os.path.join(folder, f".imagenet-seq-{key}.index"), in_cache]
+
+
+def _first_kept(kept_in: Sequence[str], place: str) -> Scanned | None:
+    return next(filter(None, (_open_kept(path, place) for path in kept_in)), None)
+
+
+_DAMAGED = (
+    OSError, DataError, KeyError, TypeError, ValueError, OverflowError, RecursionError, MemoryError,
+)  # fmt: skip
+"""What reading a file may raise that was damaged, or made by somebody else."""
+
+
+def _open_kept(path: str, place: str) -> Scanned | None:
+    """Return the index kept in `path`, or None where there is none that is valid."""
+    try:
+        header, columns = read_columns(path)
+        if header["format"] != _FORMAT:
+            return None
+        stamps = Stamps(
+            Names(columns["stamps.blob"], columns["stamps.begin"]),
+            columns["stamps.size"],
+            columns["stamps.mtime_ns"],
+        )
+        if stamps.first_changed(place):
+            return None
+        root = os.path.normpath(os.path.join(_folder_of(place), header["root"]))
+        index = Index.from_columns({**header, "root": root}, columns, path)
+        said = header["said"]
+        problems, remarks = (tuple(map(str, said[key])) for key in ("problems", "remarks"))
+        num_problems = int(said["num_problems"])
+        if (num_problems > 0) != bool(problems):
+            return None
+        extra = {name[6:]: column for name, column in columns.items() if name[:6] == "extra."}
+        return Scanned(index, extra, problems, num_problems, remarks, stamps)
+    except _DAMAGED:
+        return None
+
+
+def _keep(path: str, scanned: Scanned, stamps: Stamps, place: str) -> bool:
+    """Write an index; where that fails the next process scans again, and nothing else is lost."""
+    header, columns = scanned.index.to_columns()
+    header["format"] = _FORMAT
+    header["root"] = os.path.relpath(scanned.index.root, _folder_of(place))
+    header["said"] = {
+        "problems": list(scanned.problems),
+        "num_problems": scanned.num_problems,
+        "remarks": list(scanned.remarks),
+    }
+    columns["stamps.blob"], columns["stamps.begin"] = stamps.paths.blob, stamps.paths.begin
+    columns["stamps.size"], columns["stamps.mtime_ns"] = stamps.size, stamps.mtime_ns
+    columns.update({f"extra.{name}": column for name, column in scanned.extra.items()})
+    try:
+        if os.path.dirname(path) == cache_folder():
+            os.makedirs(cache_folder(), exist_ok=True)
+        write_columns(path, header, columns)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Keep other processes of this machine from scanning the same, where there are file locks.
+
+    Waits as long as the other one scans; the kernel ends its lock with it.
+
+    Args:
+        path: of the index in the cache folder.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            os.makedirs(cache_folder(), exist_ok=True)
+            lock = stack.enter_context(open(f"{path}.lock", "ab"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,101 @@
+"""Do the samples of an index lie in random order? Labels tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.index.columns import Index
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class LabelRuns:
+    """How often a sample has the class of the one before it.
+
+    Attributes:
+        num_pairs: neighbours of one class.
+        num_pairs_uniform: the same, expected of a uniform shuffle.
+        z: a standard normal number where the shuffle is uniform.
+        p: of the two-sided test of `z`.
+    """
+
+    num_pairs: int
+    num_pairs_uniform: float
+    z: float
+    p: float
+
+
+def label_runs(label: IntArray) -> LabelRuns:
+    """Compare how often neighbours have one class with a uniform shuffle.
+
+    The number of runs is the number of samples less that of such neighbours. Its mean and variance
+    over all permutations: A. M. Mood, Annals of Mathematical Statistics 11 (1940) 367. `z` is close
+    to normal where about 100 such neighbours or more are expected.
+
+    Args:
+        label: class of the sample at each place of the epoch, 0 or more.
+    """
+    size = len(label)
+    num_pairs = int(np.count_nonzero(label[1:] == label[:-1]))
+    sizes = np.bincount(label).astype(np.float64)
+    squares, cubes = float((sizes**2).sum()), float((sizes**3).sum())
+    expected = (squares - size) / max(size, 1)
+    variance = 0.0
+    if size > 1:
+        mean_square, mean_cube = squares / size, cubes / size
+        variance = (mean_square * (mean_square + size + 1) - 2 * mean_cube - size) / (size - 1)
+    z = _standardised(num_pairs, expected, variance)
+    return LabelRuns(num_pairs, expected, z, two_sided(z))
+
+
+def _standardised(value: float, mean: float, variance: float) -> float:
+    return (value - mean) / math.sqrt(variance) if variance > 0 else 0.0
+
+
+def two_sided(z: float) -> float:
+    return math.erfc(abs(z) / math.sqrt(2))
+
+
+MIN_PERMUTED = 1000
+"""Of fewer samples the order can't be told."""
+
+
+_MAX_Z, _SORTED_Z = 5.0, 20.0
+
+
+def is_permuted(index: Index) -> bool:
+    """Tell whether samples lie in random order, as far as their labels tell.
+
+    Then blocks of them are mixed, and a block shuffle of them is as good as a uniform one. Two
+    tests must not tell them from a random order: of neighbours with one class (sorted data), and of
+    where each class lies on average (shards that are mixed in themselves, but not with each other).
+    Where the labels of fewer than 1000 samples, or of one class, couldn't tell: False.
+    """
+    label = index.label
+    if label is None or len(label) < MIN_PERMUTED or int(label.min()) < 0:
+        return False
+    in_disk_order = label[np.lexsort((index.offset, index.file))]
+    runs_z = abs(label_runs(in_disk_order).z)
+    if runs_z > _MAX_Z or abs(_places_z(in_disk_order)) > _MAX_Z:
+        return False
+    return label_runs(np.sort(label)).z > _SORTED_Z
+
+
+def _places_z(label: npt.NDArray[np.int32]) -> float:
+    """Compare the classes' mean places with those of a random order; about standard normal there.
+
+    W. H. Kruskal and W. A. Wallis, JASA 47 (1952) 583: H has nearly the chi-squared distribution of
+    one degree of freedom less than there are classes.
+    """
+    size, counts = len(label), np.bincount(label)
+    sums = np.bincount(label, np.arange(size) - (size - 1) / 2)
+    there = counts > 0
+    degrees = int(there.sum()) - 1
+    h = 12 / (size * (size + 1)) * float((sums[there] ** 2 / counts[there]).sum())
+    return (h - degrees) / math.sqrt(2 * max(degrees, 1))

@@ -1,0 +1,55 @@
+"""A source: an index, and blocks where only Python can make the bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.index.columns import Index
+
+
+class Block(NamedTuple):
+    """The bytes of a foreign block, and where each of its samples lies in them."""
+
+    bytes: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A dataset as plan, loader and pack need it. Subclass it to add a foreign source.
+
+    Args:
+        kind: what it is, in a word, for messages: "imagefolder", "pack", ...
+        index: its samples.
+        permuted: whether samples are known to lie in random order, so that their classes are mixed
+            and a block shuffle is as good as a uniform one.
+        foreign: whether blocks have to be produced by `read_block` instead of being byte ranges of
+            files. Then the index's `file` is the number of a sample's block and `offset` its
+            ordinal in that block.
+        notes: what the user should know about it: samples left out, for example.
+    """
+
+    kind: str
+    index: Index
+    permuted: bool = False
+    foreign: bool = False
+    notes: tuple[str, ...] = ()
+
+    def read_block(self, number: int) -> Block:
+        """Produce foreign block `number`; called from several threads at once.
+
+        Element k of `offsets` and `lengths` belongs to the sample whose ordinal is k.
+        """
+        raise TypeError(
+            f"source '{self.kind}' has no foreign blocks: read its files (block {number})"
+        )
+
+    def take(self, indices: npt.ArrayLike) -> Source:
+        """Return the source of the samples at `indices`, in that order (as torch's Subset)."""
+        return dataclasses.replace(self, index=self.index.take(indices))

@@ -1,0 +1,1 @@
+"""Packing: the only writer."""

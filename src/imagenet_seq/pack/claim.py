@@ -1,0 +1,138 @@
+"""The folder that a packing works in: claimed, continued, cleared."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+
+from imagenet_seq.errors import PackError
+from imagenet_seq.pack.plan import format_megabytes
+from imagenet_seq.sources.formats import pack as layout
+
+
+def clear_scrap(partial: str) -> None:
+    """Delete what a run left that was killed after its last rename.
+
+    A folder that is not ours, or that another process holds, stays.
+    """
+    if os.path.lexists(partial):
+        with contextlib.suppress(PackError), claim_destination(partial):
+            delete_scrap(partial)
+
+
+@contextlib.contextmanager
+def clear_errors(partial: str) -> Iterator[None]:
+    """Say how to go on where the operating system refuses to write."""
+    try:
+        yield
+    except OSError as error:
+        how = f"What is done is kept in {partial}: run the same command again to continue"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(os.path.dirname(partial)).free
+            raise PackError(
+                f"{error}: the disk is full ({format_megabytes(free)} free). {how} once there is room, "
+                "or delete that folder"
+            ) from error
+        raise PackError(f"{error}. {how}") from error
+
+
+# ---- the folder that a pack is made in -----------------------------------------------------------
+
+
+_LOCK_FILE, JOURNAL_FILE, PACK_FOLDER = "lock", "dealt", "pack"
+
+
+LMDB_FILE = "lmdb"
+
+
+_OURS = re.compile(r"(dealt|lmdb|(deal|split|rows)-\d{6,}|settings\.json)(\.tmp)?")
+"""What packing writes into DESTINATION.partial, beside the lock and the folder `pack`."""
+
+
+_OURS_IN_PACK = re.compile(
+    r"(shard-\d{6,}\.tar|(index|names|names_begin)\.npy|(pack|failures)\.json)(\.tmp)?"
+)
+
+
+@contextlib.contextmanager
+def claim_destination(partial: str) -> Iterator[None]:
+    """Make the folder and hold its lock, which the kernel releases when the process ends.
+
+    Raises:
+        PackError: where another packer holds it, or where the folder is somebody else's.
+    """
+    _refuse_foreign(partial)
+    os.makedirs(partial, exist_ok=True)
+    path = os.path.join(partial, _LOCK_FILE)
+    with open(path, "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who held it may have finished and removed the folder since.
+            held = os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            raise PackError(
+                f"{path}: this file system has no file locks ({error.strerror}), which keep two "
+                "packers apart: pack to another one, and copy the finished pack"
+            ) from error
+        if not held:
+            raise PackError(f"{partial}: another process is packing there; wait for it, or stop it")
+        os.makedirs(os.path.join(partial, PACK_FOLDER), exist_ok=True)
+        yield
+
+
+def _refuse_foreign(partial: str) -> None:
+    """Refuse a folder that packing did not make: what is in it must not be touched.
+
+    The lock is the first thing in a folder of ours and the last one deleted.
+    """
+    if not os.path.lexists(partial):
+        return
+    ours = False
+    if os.path.isdir(partial) and not os.path.islink(partial):
+        names = os.listdir(partial)
+        lock = os.path.join(partial, _LOCK_FILE)
+        ours = not names or (os.path.isfile(lock) and not os.path.islink(lock))
+    if not ours:
+        raise PackError(
+            f"{partial}: exists and was not made by imagenet-seq pack: move it, or name another "
+            "destination"
+        )
+
+
+def delete_scrap(partial: str) -> None:
+    """Delete what packing made, by its names; a file that somebody else put there stays.
+
+    Settings and lock go last, so that a folder whose deletion was cut short is still ours.
+    """
+    pack_folder = os.path.join(partial, PACK_FOLDER)
+    if os.path.isdir(pack_folder):
+        _delete_matching(pack_folder, _OURS_IN_PACK)
+        _remove_empty(pack_folder)
+    _delete_matching(partial, _OURS, keep=layout.SETTINGS_FILE)
+    for name in (layout.SETTINGS_FILE, _LOCK_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(partial, name))
+    _remove_empty(partial)
+
+
+def _delete_matching(folder: str, pattern: re.Pattern[str], keep: str = "") -> None:
+    for name in os.listdir(folder):
+        if pattern.fullmatch(name) and name != keep:
+            os.unlink(os.path.join(folder, name))
+
+
+def _remove_empty(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise

@@ -1,0 +1,431 @@
+"""LMDB files: their layout, a writer of files that are read front to back, tensorpack's values.
+
+The layout is that of LMDB 0.9 (`struct MDB_page`, `MDB_node`, `MDB_db` and `MDB_meta` in its
+mdb.c), data version 1, as a 64-bit little-endian machine writes it. A file is made of pages. Pages
+0 and 1 are meta pages, of which the newer one holds; from its root, branch pages lead to leaf
+pages, and a value that doesn't fit a leaf lies in a run of overflow pages, contiguous.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.errors import PackError
+from imagenet_seq.pack.claim import LMDB_FILE, delete_scrap
+from imagenet_seq.pack.files import sync
+from imagenet_seq.pack.plan import PackPlan, RunOptions
+from imagenet_seq.pack.shards import Packer, Summary, advance
+from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats.lmdb_tree import (
+    BRANCH,
+    IN_OVERFLOW,
+    KEYS,
+    LEAF,
+    MAGIC,
+    META,
+    META_HEAD,
+    META_TAIL,
+    NO_PAGE,
+    NODE,
+    OVERFLOW,
+    OVERFLOW_HEADER,
+    PAGE_HEADER,
+    TREE,
+    VERSION,
+)
+
+_PAGE_BYTES = 4096
+
+
+_MAX_KEY_BYTES = 511
+
+
+_MAX_VALUE_BYTES = 0xFFFFFFFF
+
+
+_MAX_NODE_BYTES = ((_PAGE_BYTES - PAGE_HEADER.size) // 2 & -2) - 2
+"""What has no room in half a page (less its place in the table) goes to overflow pages, as LMDB
+does it when it adds a node: every page holds two keys at least."""
+
+
+_INTEGER_KEYS = 8
+"""Flag of the free list, whose keys are transactions."""
+
+
+_BUFFER_BYTES = 1 << 20
+
+
+class LmdbWriter:
+    """Writes an LMDB file of ascending keys from front to back: no map, no lock, no sparse file.
+
+    The same appends give the same bytes. Values lie in the order in which they are appended; the
+    leaf and branch pages lie together behind them, so that listing the keys reads one place. (A
+    leaf that holds short values lies among them, because its place has to be known at once.) The
+    file is none that LMDB would open before `close` has made it whole; so it is after an exception
+    in the `with` block.
+
+        with LmdbWriter("ILSVRC-train.lmdb") as file:
+            file.append(b"00000000", tensorpack_value(jpeg, label))
+
+    Args:
+        path: the file; what it held is lost.
+
+    Raises:
+        OSError: where it can't be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115  (closed by close)
+        self._file.write(bytes(2 * _PAGE_BYTES))
+        self._num_pages = 2
+        self._num_overflow_pages = self._num_values = 0
+        self._last_key = b""
+        self._leaf = _Page(LEAF)
+        self._leaves: list[tuple[bytes, _Page]] = []  # first key, page
+
+    def __enter__(self) -> LmdbWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+    def append(self, key: bytes, parts: Sequence[bytes | memoryview]) -> int:
+        """Append a value and return the offset in the file at which it begins.
+
+        Args:
+            key: 1 to 511 bytes, greater than the one before.
+            parts: what the value is joined of; written without being copied together.
+
+        Raises:
+            ValueError: where the key is not greater or has another size; where the value has 4 GiB.
+            OSError: where the file can't be written.
+        """
+        if not 1 <= len(key) <= _MAX_KEY_BYTES:
+            raise ValueError(f"expected a key of 1 to {_MAX_KEY_BYTES} bytes, got {len(key)}")
+        if key <= self._last_key:
+            raise ValueError(f"expected ascending keys, got {key!r} after {self._last_key!r}")
+        size = sum(memoryview(part).nbytes for part in parts)
+        if size > _MAX_VALUE_BYTES:
+            raise ValueError(f"expected a value of at most {_MAX_VALUE_BYTES} bytes, got {size}")
+        self._last_key = key
+        self._num_values += 1
+        if NODE.size + len(key) + size > _MAX_NODE_BYTES:
+            first_page = self._write_overflow(parts, size)
+            self._add(key, size, IN_OVERFLOW, first_page.to_bytes(8, "little"))
+            return first_page * _PAGE_BYTES + PAGE_HEADER.size
+        node = self._add(key, size, 0, b"".join(parts))
+        if self._leaf.number is None:  # its place has to be known: it is written when it is full
+            self._leaf.number = self._reserve(1)
+            self._file.write(bytes(_PAGE_BYTES))
+        return self._leaf.number * _PAGE_BYTES + node + NODE.size + len(key)
+
+    def close(self) -> None:
+        """Write what leads to the values, and wait until all is on the disk.
+
+        Raises:
+            OSError: where that fails.
+        """
+        with self._file:
+            self._end_leaf()
+            root, depth, num_branch_pages = self._write_tree()
+            self._sync()  # the meta pages come last: they make the file valid
+            tree = (0, 0, depth, num_branch_pages, len(self._leaves), self._num_overflow_pages)
+            empty = _meta_page(0, self._num_pages, (0, 0, 0, 0, 0, 0, 0, NO_PAGE))
+            self._file.seek(0)
+            self._file.write(empty)
+            self._file.write(_meta_page(1, self._num_pages, (*tree, self._num_values, root)))
+            self._sync()
+
+    def _reserve(self, num_pages: int) -> int:
+        self._num_pages += num_pages
+        return self._num_pages - num_pages
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _write_overflow(self, parts: Sequence[bytes | memoryview], size: int) -> int:
+        num_pages = -(-(PAGE_HEADER.size + size) // _PAGE_BYTES)
+        first_page = self._reserve(num_pages)
+        self._num_overflow_pages += num_pages
+        self._file.write(OVERFLOW_HEADER.pack(first_page, 0, OVERFLOW, num_pages))
+        for part in parts:
+            self._file.write(part)
+        self._file.write(bytes(-(PAGE_HEADER.size + size) % _PAGE_BYTES))
+        return first_page
+
+    def _add(self, key: bytes, size: int, flags: int, content: bytes) -> int:
+        """Add a node to the leaf, or to the next one where it is full; return its place there."""
+        node = NODE.pack(size & 0xFFFF, size >> 16, flags, len(key)) + key + content
+        if not self._leaf.has_room(node):
+            self._end_leaf()
+        if not self._leaf.nodes:
+            self._leaves.append((key, self._leaf))
+        return self._leaf.add(node)
+
+    def _end_leaf(self) -> None:
+        leaf, self._leaf = self._leaf, _Page(LEAF)
+        if leaf.number is not None:
+            self._file.seek(leaf.number * _PAGE_BYTES)
+            self._file.write(leaf.to_bytes())
+            self._file.seek(self._num_pages * _PAGE_BYTES)
+            leaf.nodes.clear()
+
+    def _write_tree(self) -> tuple[int, int, int]:
+        """Write leaves and the branches above them; return root, depth, number of branch pages."""
+        children: list[tuple[bytes, int]] = []
+        for first_key, leaf in self._leaves:
+            if leaf.number is None:
+                self._write_page(leaf)
+            assert leaf.number is not None
+            children.append((first_key, leaf.number))
+        depth, num_branch_pages = 1, 0
+        while len(children) > 1:
+            parents = _branches(children)
+            for _, page in parents:
+                self._write_page(page)
+            children = [(key, page.number) for key, page in parents if page.number is not None]
+            depth += 1
+            num_branch_pages += len(parents)
+        return (children[0][1], depth, num_branch_pages) if children else (NO_PAGE, 0, 0)
+
+    def _write_page(self, page: _Page) -> None:
+        page.number = self._reserve(1)
+        self._file.write(page.to_bytes())
+
+
+class _Page:
+    """A branch or leaf page being filled: nodes from its end, the table of their places in front.
+
+    Attributes:
+        number: of the page in the file, once it is known.
+        nodes: so far.
+    """
+
+    def __init__(self, flags: int) -> None:
+        self.number: int | None = None
+        self.nodes: list[bytes] = []
+        self._flags = flags
+        self._places: list[int] = []
+
+    def has_room(self, node: bytes) -> bool:
+        place = self._end - len(node) & -2
+        return place >= PAGE_HEADER.size + 2 * (len(self._places) + 1)
+
+    def add(self, node: bytes) -> int:
+        """Add a node and return its place in the page."""
+        self._places.append(self._end - len(node) & -2)  # nodes begin at even places
+        self.nodes.append(node)
+        return self._end
+
+    def to_bytes(self) -> bytes:
+        page = bytearray(_PAGE_BYTES)
+        table = struct.pack(f"<{len(self._places)}H", *self._places)
+        free = PAGE_HEADER.size + len(table)
+        PAGE_HEADER.pack_into(page, 0, self.number, 0, self._flags, free, self._end)
+        page[PAGE_HEADER.size : free] = table
+        for place, node in zip(self._places, self.nodes, strict=True):
+            page[place : place + len(node)] = node
+        return bytes(page)
+
+    @property
+    def _end(self) -> int:
+        return self._places[-1] if self._places else _PAGE_BYTES
+
+
+def _branches(children: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, _Page]]:
+    """Return one level of branch pages above pages of given first keys and numbers."""
+    groups: list[list[tuple[bytes, int]]] = []
+    room = 0
+    for key, number in children:
+        needed = (NODE.size + len(key) + 1 & -2) + 2
+        if needed > room:
+            groups.append([])
+            room = _PAGE_BYTES - PAGE_HEADER.size
+        groups[-1].append((key, number))
+        room -= needed
+    if len(groups[-1]) == 1:  # LMDB refuses a branch with one child
+        groups[-1].insert(0, groups[-2].pop())
+    return [(group[0][0], _branch(group)) for group in groups]
+
+
+def _branch(children: Sequence[tuple[bytes, int]]) -> _Page:
+    page = _Page(BRANCH)
+    for i, (key, number) in enumerate(children):
+        # The first key is empty: whatever is lower than the second leads to the first child.
+        page.add(_branch_node(key if i else b"", number))
+    return page
+
+
+def _branch_node(key: bytes, number: int) -> bytes:
+    return NODE.pack(number & 0xFFFF, number >> 16 & 0xFFFF, number >> 32, len(key)) + key
+
+
+def _meta_page(number: int, num_pages: int, tree: tuple[int, ...]) -> bytes:
+    """Return a meta page; its number is its transaction's, too."""
+    free_list = (_PAGE_BYTES, _INTEGER_KEYS, 0, 0, 0, 0, 0, NO_PAGE)
+    content = (
+        PAGE_HEADER.pack(number, 0, META, 0, 0)
+        + META_HEAD.pack(MAGIC, VERSION, 0, num_pages * _PAGE_BYTES)
+        + TREE.pack(*free_list)
+        + TREE.pack(*tree)
+        + META_TAIL.pack(num_pages - 1, number)
+    )
+    return content.ljust(_PAGE_BYTES, b"\0")
+
+
+# ---- tensorpack's values -------------------------------------------------------------------------
+
+Serializer = Literal["pickle", "msgpack"]
+"""How tensorpack puts [uint8 array, label] into bytes: by default its last release, 0.11, expects
+pickles, most earlier ones msgpack; the environment variable TENSORPACK_SERIALIZE tells it."""
+
+
+_PICKLED_BEGIN = (
+    b"\x80\x03](cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01"
+)
+
+
+_PICKLED_DTYPE = (
+    b"\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1\x89\x88\x87R(K\x03X\x01\x00\x00\x00|NNNJ"
+    b"\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89B"
+)
+"""Protocol 3, which all of Python 3 reads, under the module's name that all of NumPy knows."""
+
+
+def tensorpack_value(
+    jpeg: bytes | memoryview, label: int, serializer: Serializer = "pickle"
+) -> list[bytes | memoryview]:
+    """Return the parts of a value as tensorpack's LMDBSerializer has it: [uint8 array, label].
+
+    Args:
+        jpeg: the image; one of the parts as it is.
+        label: its class, 0 to 2**31 - 1.
+        serializer: which of tensorpack's.
+
+    Raises:
+        ValueError: where the label is out of range, or the image has 2 GiB.
+    """
+    size = memoryview(jpeg).nbytes
+    for name, value in ("a label", label), ("an image's size", size):
+        if not 0 <= value < 1 << 31:
+            raise ValueError(f"expected {name} from 0 to {(1 << 31) - 1}, got {value}")
+    if serializer == "pickle":
+        begin = _PICKLED_BEGIN + b"J" + struct.pack("<i", size) + _PICKLED_DTYPE
+        return [begin + struct.pack("<I", size), jpeg, b"tbJ" + struct.pack("<i", label) + b"e."]
+    begin = (
+        b"\x92\x85\xc4\x02nd\xc3\xc4\x04type\xa3|u1\xc4\x04kind\xc4\x00\xc4\x05shape\x91"
+        + _msgpack_uint(size)
+        + b"\xc4\x04data"
+    )
+    return [begin + _msgpack_bin_head(size), jpeg, _msgpack_uint(label)]
+
+
+def tensorpack_keys(num_samples: int, serializer: Serializer = "pickle") -> bytes:
+    """Return the value of `KEYS`: the list of all samples' keys."""
+    keys = map(tensorpack_key, range(num_samples))
+    if serializer == "pickle":
+        return b"\x80\x03](" + b"".join(_short_bytes(b"C", key) for key in keys) + b"e."
+    return _msgpack_array_head(num_samples) + b"".join(_short_bytes(b"\xc4", key) for key in keys)
+
+
+def tensorpack_key(sample: int) -> bytes:
+    """Return the key of a sample."""
+    return b"%08d" % sample
+
+
+def _short_bytes(kind: bytes, content: bytes) -> bytes:
+    return kind + bytes((len(content),)) + content
+
+
+def _msgpack_uint(value: int) -> bytes:
+    if value < 1 << 7:
+        return struct.pack(">B", value)
+    if value < 1 << 8:
+        return struct.pack(">BB", 0xCC, value)
+    return struct.pack(">BH", 0xCD, value) if value < 1 << 16 else struct.pack(">BI", 0xCE, value)
+
+
+def _msgpack_bin_head(size: int) -> bytes:
+    if size < 1 << 8:
+        return struct.pack(">BB", 0xC4, size)
+    return struct.pack(">BH", 0xC5, size) if size < 1 << 16 else struct.pack(">BI", 0xC6, size)
+
+
+def _msgpack_array_head(size: int) -> bytes:
+    if size < 16:
+        return struct.pack(">B", 0x90 | size)
+    return struct.pack(">BH", 0xDC, size) if size < 1 << 16 else struct.pack(">BI", 0xDD, size)
+
+
+class LmdbPacker(Packer):
+    """Deals as for a pack, and makes of it one LMDB file, as tensorpack has it.
+
+    An interrupted run begins the file again, so its scratch stays until the file is whole.
+    """
+
+    def __init__(self, partial: str, plan: PackPlan, image_bytes: int, options: RunOptions) -> None:
+        super().__init__(partial, plan, image_bytes, options)
+        # tensorpack decides by this how it reads a file.
+        named = os.environ.get("TENSORPACK_SERIALIZE")
+        self._serializer: Serializer = "msgpack" if named == "msgpack" else "pickle"
+        self._num_samples = self._num_canonical = self._num_shrunk = 0
+
+    def _keep_finished(self) -> set[int]:
+        return set()
+
+    def _forget(self, bucket: int) -> None:
+        pass
+
+    def finish(self, destination: str) -> Summary:
+        """Make the file of what was dealt."""
+        path = os.path.join(self._partial, LMDB_FILE)
+        with LmdbWriter(path) as self._file:
+            self._finish_shards()
+            if not self._num_samples:
+                raise PackError(f"{self._plan.index.root}: no image is left to pack")
+            self._file.append(KEYS, [tensorpack_keys(self._num_samples, self._serializer)])
+        os.rename(path, destination)
+        sync(os.path.dirname(destination))
+        delete_scrap(self._partial)
+        return Summary(
+            destination,
+            self._num_samples,
+            self._plan.origin.record["bytes"],
+            os.path.getsize(destination),
+            self._num_canonical,
+            self._num_shrunk,
+            self._num_samples - self._num_canonical,
+            tuple(sorted(self._failures.values(), key=lambda failure: failure.name)),
+        )
+
+    def _finish_shard(
+        self, shard: int, scratch: memoryview, rows: npt.NDArray[np.void], bar: Any
+    ) -> None:
+        """Append the samples of what would be a shard."""
+        dealt = {int(row["sample"]): row for row in rows}
+        for sample in self._samples_of(shard).tolist():
+            encoded = self._take_dealt(scratch, dealt.get(sample), sample)
+            if encoded is not None:
+                key = tensorpack_key(self._num_samples)
+                label = int(self._label[sample])
+                self._file.append(key, tensorpack_value(encoded.data, label, self._serializer))
+                self._num_samples += 1
+                self._num_canonical += bool(encoded.flags & layout.FLAG_CANONICAL)
+                self._num_shrunk += bool(encoded.flags & layout.FLAG_SHRUNK)
+            advance(bar, 1, 0 if encoded is None else len(encoded.data))

@@ -1,0 +1,587 @@
+"""The two passes of packing: deal samples to scratch files, then finish each shard."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from imagenet_seq import __version__, native
+from imagenet_seq.errors import PackError
+from imagenet_seq.index.columns import Names
+from imagenet_seq.pack.claim import JOURNAL_FILE, PACK_FOLDER, delete_scrap
+from imagenet_seq.pack.encode import Refused, keep_damaged
+from imagenet_seq.pack.files import ShardFile, sync, write_whole
+from imagenet_seq.pack.plan import (
+    MAX_REPORTED,
+    Failure,
+    OnImageError,
+    PackPlan,
+    RunOptions,
+    listed,
+    map_ahead,
+    refuse_dying_disk,
+)
+from imagenet_seq.pack.scratch import DEALT, Buckets, Journal
+from imagenet_seq.read.disk import choose_disk
+from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats.pack import Encoded, encoded_from
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished pack holds.
+
+    Attributes:
+        folder: the pack; or the LMDB file.
+        num_samples: samples in it.
+        source_bytes: bytes of the source's images.
+        pack_bytes: bytes of the shards, or of the LMDB file.
+        num_canonical: samples re-coded into canonical form.
+        num_shrunk: those of them that are smaller copies; the others keep their pixels.
+        num_as_is: samples whose own bytes are stored.
+        failures: samples left out, or kept although damaged.
+        notes: what the source says of itself: samples that could not be indexed, for example.
+        was_complete: the pack was there already, and nothing was done.
+    """
+
+    folder: str
+    num_samples: int
+    source_bytes: int
+    pack_bytes: int
+    num_canonical: int
+    num_shrunk: int
+    num_as_is: int
+    failures: tuple[Failure, ...]
+    notes: tuple[str, ...] = ()
+    was_complete: bool = False
+
+
+def summary_of(folder: str) -> Summary:
+    """Return what the finished pack in `folder` says about itself."""
+    about = layout.read_pack(folder).about
+    failures = []
+    if about["counts"]["failures"]:
+        failures = [Failure(**failure) for failure in layout.read_failures(folder)]
+    return Summary(
+        folder,
+        about["num_samples"],
+        about["source"]["bytes"],
+        sum(shard["bytes"] for shard in about["shards"]),
+        about["counts"]["canonical"],
+        about["counts"]["shrunk"],
+        about["num_samples"] - about["counts"]["canonical"],
+        tuple(failures),
+    )
+
+
+def fits_policy(on_error: OnImageError | None, kept: Sequence[bool]) -> bool:
+    """Tell whether failures, each kept or left out, are what a run with `on_error` gives."""
+    if on_error is None:
+        return True
+    if on_error == "fail":
+        return not kept
+    return all(kept) if on_error == "keep" else not any(kept)
+
+
+# ---- the two passes ------------------------------------------------------------------------------
+
+RUN_SAMPLES, RUN_BYTES = 16, 4 << 20
+"""A worker gets this many samples at once: enough to hide what handing over costs."""
+
+
+RUNS_AHEAD = 32
+"""So many more runs, 60 MB, give the workers something to do while a disk is busy writing."""
+
+
+_MAX_FAILURES = 1000
+"""With on_error="fail": more than this is a broken disk or a wrong folder, not a few bad files."""
+
+
+def on_same_hdd(source: str, destination: str) -> bool:
+    """Tell whether what is read and what is written lie on the same hard disk."""
+    read, written = choose_disk(source), choose_disk(destination)
+    return read.has_one_head and read.device == written.device
+
+
+class _ShardRows(NamedTuple):
+    """What is written beside a finished shard: its rows, and what it was made of."""
+
+    about: dict[str, Any]
+    failures: list[dict[str, Any]]
+    table: npt.NDArray[np.void]
+    samples: npt.NDArray[np.int64]
+    source_files: npt.NDArray[np.int64]
+
+
+def take_over(
+    journal: Journal,
+    buckets: Buckets,
+    num_buckets: int,
+    is_good: Callable[[npt.NDArray[np.void]], npt.NDArray[np.bool_]],
+) -> None:
+    """Take over those dealt samples that are good and whole, and cut off what a kill tore."""
+    journal.recover()
+    rows = journal.rows()
+    rows = rows[(rows["bucket"] >= 0) & (rows["bucket"] < num_buckets)]
+    file_size = np.zeros(num_buckets, np.int64)
+    for bucket in range(num_buckets):
+        with contextlib.suppress(FileNotFoundError):
+            file_size[bucket] = os.stat(buckets.path(bucket)).st_size
+    rows = rows[rows["offset"] + rows["length"] <= file_size[rows["bucket"]]]
+    rows = rows[is_good(rows)]
+    # Where a sample was dealt twice, the later one counts.
+    _, last = np.unique(rows["sample"][::-1], return_index=True)
+    rows = rows[len(rows) - 1 - last]
+    journal.rewrite(rows)
+    for bucket in range(num_buckets):
+        mine = rows[rows["bucket"] == bucket]
+        end = int((mine["offset"] + mine["length"]).max()) if len(mine) else 0
+        buckets.set_end(bucket, end)
+
+
+# ---- the workshop --------------------------------------------------------------------------------
+
+
+class Packer:
+    """Deals samples to scratch files, then makes shards of them, in a claimed folder."""
+
+    def __init__(self, partial: str, plan: PackPlan, image_bytes: int, options: RunOptions) -> None:
+        self._partial = partial
+        self._pack_folder = os.path.join(partial, PACK_FOLDER)
+        self._plan = plan
+        self._options = options
+        known = plan.origin.known_failures
+        self._failures = {sample: Failure(**failure) for sample, failure in known.items()}
+        self._unreadable: list[Failure] = []
+        self._journal = Journal(os.path.join(partial, JOURNAL_FILE), options.log)
+        expected_bytes = plan.expected_bytes(image_bytes)
+        self._buckets = Buckets(
+            partial,
+            "deal",
+            options.memory_bytes,
+            expected_bytes,
+            self._journal.add,
+            waits=on_same_hdd(plan.index.root, partial),
+            log=options.log,
+        )
+        self._finished = self._keep_finished()
+        self._recover()
+
+    def _keep_finished(self) -> set[int]:
+        """Return the shards that are as this run would write them; delete all others.
+
+        Their samples are dealt again.
+        """
+        finished = {shard for shard in range(self._plan.num_shards) if self._is_finished(shard)}
+        for shard in set(range(self._plan.num_shards)) - finished:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._shard_path(shard))
+        # Otherwise a power failure could bring an old shard back beside its new rows.
+        sync(self._pack_folder)
+        return finished
+
+    def _is_finished(self, shard: int) -> bool:
+        rows = self._read_rows(shard)
+        if rows is None:
+            return False
+        try:
+            size = os.stat(self._shard_path(shard)).st_size
+        except FileNotFoundError:
+            return False
+        kept = [failure["kept"] for failure in rows.failures]
+        return (
+            size == rows.about["bytes"]
+            and np.array_equal(rows.source_files, self._source_files(shard))
+            and fits_policy(self._options.on_error, kept)
+        )
+
+    def _recover(self) -> None:
+        """Take over what earlier runs have dealt, without what a kill tore."""
+        take_over(self._journal, self._buckets, self._plan.cut.num_buckets, self._is_good)
+
+    def _is_good(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        plan = self._plan
+        good = (rows["sample"] >= 0) & (rows["sample"] < len(plan.index))
+        sample = np.where(good, rows["sample"], 0)
+        expected = plan.shard_of_sample[sample] // plan.shards_per_bucket
+        good &= rows["bucket"] == expected
+        good &= rows["source_length"] == plan.origin.stamps.sizes[sample]
+        good &= rows["source_mtime_ns"] == plan.origin.stamps.mtimes_ns[sample]
+        if self._options.on_error in ("fail", "skip"):
+            good &= (rows["flags"] & layout.FLAG_DAMAGED) == 0
+        return np.asarray(good)
+
+    # ---- deal
+
+    def deal(self) -> None:
+        """Read, re-code and deal all samples that are missing.
+
+        Raises:
+            PackError: where samples fail and on_error asks to stop.
+        """
+        missing = np.ones(len(self._plan.index), np.bool_)
+        missing[self._journal.rows()["sample"]] = False
+        for shard in self._finished:
+            missing[self._samples_of(shard)] = False
+        known = self._plan.origin.known_failures
+        missing[[sample for sample, failure in known.items() if not failure["kept"]]] = False
+        samples = np.flatnonzero(missing)
+        self._options.log.begin_pass("deal")
+        done = len(missing) - len(samples)
+        with (
+            ThreadPoolExecutor(self._options.num_workers) as threads,
+            self._options.bar("read and re-code", len(missing), done) as bar,
+        ):
+            try:
+                runs = self._read_runs(samples)  # in this thread, in this order
+                ahead = 2 * self._options.num_workers + RUNS_AHEAD
+                for run in map_ahead(threads, self._encode_run, runs, ahead):
+                    for sample, _, encoded in run:
+                        self._deal_one(sample, encoded)
+                    advance(bar, len(run), sum(num_bytes for _, num_bytes, _ in run))
+            finally:
+                self._buckets.flush()
+        self._stop_on_failures()
+
+    def _read_runs(
+        self, samples: npt.NDArray[np.int64]
+    ) -> Iterator[list[tuple[int, bytes | Refused]]]:
+        run: list[tuple[int, bytes | Refused]] = []
+        run_bytes = 0
+        for sample, data in self._plan.origin.read_all(samples):
+            run.append((sample, data))
+            run_bytes += 0 if isinstance(data, Refused) else len(data)
+            if len(run) >= RUN_SAMPLES or run_bytes >= RUN_BYTES:
+                yield run
+                run, run_bytes = [], 0
+        if run:
+            yield run
+
+    def _encode_run(
+        self, run: list[tuple[int, bytes | Refused]]
+    ) -> list[tuple[int, int, Encoded | Refused]]:
+        return [
+            (sample, 0, data)
+            if isinstance(data, Refused)
+            else (sample, len(data), self._encode(sample, data))
+            for sample, data in run
+        ]
+
+    def _encode(self, sample: int, data: bytes) -> Encoded | Refused:
+        return self._plan.origin.encode(sample, data, self._plan.tables)
+
+    def _deal_one(self, sample: int, encoded: Encoded | Refused) -> None:
+        if isinstance(encoded, Refused):
+            encoded = self._fail(sample, encoded)
+        if isinstance(encoded, Encoded):
+            bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
+            stamps = self._plan.origin.stamps
+            stamp = (int(stamps.sizes[sample]), int(stamps.mtimes_ns[sample]))
+            self._buckets.append(bucket, sample, encoded, *stamp)
+
+    def _fail(self, sample: int, refused: Refused) -> Encoded | Refused:
+        """Note a failure; return what is to be stored under on_error="keep"."""
+        kept = keep_damaged(refused) if self._options.on_error == "keep" else refused
+        name = self._plan.index.name[sample]
+        failure = Failure(name, refused.reason, isinstance(kept, Encoded))
+        self._failures[sample] = failure
+        if self._options.progress and len(self._failures) <= MAX_REPORTED:
+            tqdm.write(f"{name}: {refused.reason}", file=sys.stderr)
+        if refused.is_read_error:
+            self._unreadable.append(failure)
+            refuse_dying_disk(self._unreadable, self._plan.index.root, self._partial)
+        is_stopping = self._options.on_error in ("fail", None)
+        if is_stopping and len(self._failures) >= _MAX_FAILURES:
+            self._stop_on_failures()
+        return kept
+
+    def _stop_on_failures(self) -> None:
+        known = self._plan.origin.known_failures
+        stopping = [f for s, f in self._failures.items() if not f.kept and s not in known]
+        on_error = self._options.on_error
+        if not stopping or on_error == "skip":
+            return
+        how = "Repair them, or add --on-error skip to leave them out"
+        if on_error == "fail":
+            how += ", or --on-error keep to store their bytes as they are"
+        if on_error is None:
+            how = (
+                "The pack is damaged: bring these shards back from a copy, or pack the original "
+                "images with the new seed instead"
+            )
+        raise PackError(
+            f"{len(stopping)} of {len(self._plan.index)} images cannot be packed:\n"
+            + listed(stopping)
+            + f"\n{how}; then run the command again: it continues from {self._partial}"
+        )
+
+    # ---- finish
+
+    def finish(self, destination: str) -> Summary:
+        """Make the pack of what was dealt."""
+        self._finish_shards()
+        self._finish_pack(destination)
+        return summary_of(destination)
+
+    def _finish_shards(self) -> None:
+        """Make every shard that is not there yet, each from one sequential read of its scratch."""
+        plan = self._plan
+        rows = self._journal.rows()
+        self._options.log.begin_pass("finish")
+        done = sum(len(self._samples_of(shard)) for shard in self._finished)
+        with self._options.bar("write shards", len(plan.index), done) as bar:
+            for bucket in range(plan.cut.num_buckets):
+                shards = [s for s in plan.shards_of_bucket(bucket) if s not in self._finished]
+                if not shards:
+                    continue
+                mine = rows[rows["bucket"] == bucket]
+                if plan.shards_per_bucket == 1:
+                    self._finish_shard(shards[0], self._buckets.load(bucket), mine, bar)
+                else:
+                    self._finish_group(bucket, shards, mine, bar)
+                self._forget(bucket)
+
+    def _forget(self, bucket: int) -> None:
+        """Delete scratch that is not needed any more."""
+        self._buckets.remove(bucket)
+
+    def _finish_group(
+        self, bucket: int, shards: list[int], rows: npt.NDArray[np.void], bar: Any
+    ) -> None:
+        """Deal the scratch of several shards once more, to a file for each; then finish them.
+
+        Nothing of this is journalled: a killed run begins again with the group's scratch.
+        """
+        again: list[npt.NDArray[np.void]] = []
+        rows = rows[np.isin(self._plan.shard_of_sample[rows["sample"]], shards)]
+        in_shard = self._plan.shard_of_sample[rows["sample"]]
+        expected_bytes = {s: int(rows["length"][in_shard == s].sum()) for s in shards}
+        memory_bytes, log = self._options.memory_bytes, self._options.log
+        split = Buckets(
+            self._partial, "split", memory_bytes, expected_bytes, again.append,
+            waits=on_same_hdd(self._partial, self._partial), log=log,
+        )  # fmt: skip
+        for shard in shards:
+            split.remove(shard)
+        for row, data in self._buckets.read(bucket, np.sort(rows, order="offset")):
+            sample = int(row["sample"])
+            shard = int(self._plan.shard_of_sample[sample])
+            stamp = (int(row["source_length"]), int(row["source_mtime_ns"]))
+            split.append(shard, sample, encoded_from(data, row), *stamp)
+        split.flush()
+        rows = np.concatenate([np.empty(0, DEALT), *again])
+        for shard in shards:
+            self._finish_shard(shard, split.load(shard), rows[rows["bucket"] == shard], bar)
+            split.remove(shard)
+
+    def _finish_shard(
+        self, shard: int, scratch: memoryview, rows: npt.NDArray[np.void], bar: Any
+    ) -> None:
+        """Write one shard, and beside it the rows that the index will need."""
+        dealt = {int(row["sample"]): row for row in rows}
+        path = self._shard_path(shard)
+        expected_bytes = layout.shard_bytes(rows["length"])
+        table: list[tuple[Any, ...]] = []
+        samples: list[int] = []
+        with ShardFile(path + ".tmp", expected_bytes, self._options.log) as file:
+            for sample in self._samples_of(shard).tolist():
+                encoded = self._take_dealt(scratch, dealt.get(sample), sample)
+                if encoded is not None:
+                    table.append(self._write_sample(file, shard, sample, encoded))
+                    samples.append(sample)
+                advance(bar, 1, 0 if encoded is None else len(encoded.data))
+            file.write(layout.END_OF_SHARD)
+        about = {
+            "file": layout.shard_file(shard),
+            "bytes": file.size,
+            "crc32c": f"{file.crc32c:08x}",
+            "num_samples": len(table),
+        }
+        failures = [
+            asdict(self._failures[s]) for s in self._samples_of(shard) if s in self._failures
+        ]
+        content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
+        content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
+        content += self._source_files(shard).tobytes()
+        write_whole(self._rows_path(shard), content, self._options.log)
+        sync(self._partial)  # a power failure must not leave a shard without its rows
+        os.replace(path + ".tmp", path)
+
+    def _write_sample(
+        self, file: ShardFile, shard: int, sample: int, encoded: Encoded
+    ) -> tuple[Any, ...]:
+        name, label = self._plan.index.name[sample], int(self._label[sample])
+        canonical = bool(encoded.flags & layout.FLAG_CANONICAL)
+        file.write(layout.member_header(self._members.image(name, canonical), len(encoded.data)))
+        offset = file.size
+        file.write(encoded.data)
+        file.write(layout.padding(len(encoded.data)))
+        content = layout.label_content(label)
+        file.write(layout.member_header(self._members.label(name), len(content)))
+        file.write(content)
+        file.write(layout.padding(len(content)))
+        data, width, height, crc, flags = encoded
+        return (offset, len(data), shard, label, width, height, crc, flags, (0, 0, 0))
+
+    def _take_dealt(self, scratch: memoryview, row: Any, sample: int) -> Encoded | None:
+        """Return a sample from the scratch, or from the source where the scratch is not sound.
+
+        None: the sample is to be left out.
+        """
+        if row is not None:
+            data = scratch[int(row["offset"]) : int(row["offset"]) + int(row["length"])]
+            if len(data) == row["length"] and native.crc32c(data) == row["crc32c"]:
+                if row["flags"] & layout.FLAG_DAMAGED and sample not in self._failures:
+                    self._encode_again(sample, bytes(data))  # an earlier run knew what is wrong
+                return encoded_from(data, row)
+        if sample in self._failures and not self._failures[sample].kept:
+            return None
+        encoded = self._encode_again(sample, self._plan.origin.read(sample))
+        self._stop_on_failures()
+        return encoded
+
+    def _encode_again(self, sample: int, data: bytes | Refused) -> Encoded | None:
+        encoded = data if isinstance(data, Refused) else self._encode(sample, data)
+        if isinstance(encoded, Refused):
+            encoded = self._fail(sample, encoded)
+        return encoded if isinstance(encoded, Encoded) else None
+
+    @functools.cached_property
+    def _members(self) -> layout.MemberNames:
+        return layout.MemberNames(self._plan.index.name)
+
+    @functools.cached_property
+    def _label(self) -> npt.NDArray[np.int32]:
+        return np.asarray(self._plan.index.targets, np.int32)
+
+    def _samples_of(self, shard: int) -> npt.NDArray[np.int64]:
+        begin, end = self._plan.shard_begin[shard : shard + 2]
+        return self._plan.order[begin:end]
+
+    def _rows_path(self, shard: int) -> str:
+        return os.path.join(self._partial, f"rows-{shard:06d}")
+
+    def _shard_path(self, shard: int) -> str:
+        return os.path.join(self._pack_folder, layout.shard_file(shard))
+
+    def _source_files(self, shard: int) -> npt.NDArray[np.int64]:
+        """Return sizes and times, before reading, of the files that the shard is made of."""
+        samples, stamps = self._samples_of(shard), self._plan.origin.stamps
+        return np.stack([stamps.sizes[samples], stamps.mtimes_ns[samples]]).astype("<i8")
+
+    def _read_rows(self, shard: int) -> _ShardRows | None:
+        """Return what was written beside a shard; None where it is missing or torn."""
+        try:
+            with open(self._rows_path(shard), "rb") as file:
+                header = json.loads(file.readline())
+                content = file.read()
+            num_rows = header["about"]["num_samples"]
+            split = np.cumsum([num_rows * layout.ROW.itemsize, num_rows * 8])
+            return _ShardRows(
+                header["about"],
+                header["failures"],
+                np.frombuffer(content[: split[0]], layout.ROW),
+                np.frombuffer(content[split[0] : split[1]], "<i8"),
+                np.frombuffer(content[split[1] :], "<i8").reshape(2, -1),
+            )
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def _finish_pack(self, destination: str) -> None:
+        """Write the tables, then give the pack its name: the moment it comes to exist."""
+        abouts: list[dict[str, Any]] = []
+        failures: list[dict[str, Any]] = []
+        tables, samples = [], []
+        for shard in range(self._plan.num_shards):
+            written = self._read_rows(shard)
+            if written is None:
+                raise PackError(f"{self._rows_path(shard)}: damaged; run the same command again")
+            abouts.append(written.about)
+            failures += written.failures
+            tables.append(written.table)
+            samples.append(written.samples)
+        rows = np.concatenate(tables)
+        if not len(rows):
+            raise PackError(f"{self._plan.index.root}: no image is left to pack")
+        names = self._plan.index.name.take(np.concatenate(samples))
+        files = {
+            layout.INDEX_FILE: _npy(rows),
+            layout.NAMES_FILE: _npy(names.blob),
+            layout.NAMES_BEGIN_FILE: _npy(names.begin.astype("<i8")),
+        }
+        if failures:
+            text = json.dumps(sorted(failures, key=lambda f: str(f["name"])), indent=1)
+            files[layout.FAILURES_FILE] = text.encode()
+        else:
+            # A run that was killed here may have had failures that are repaired now.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._pack_folder, layout.FAILURES_FILE))
+        for file_name, content in files.items():
+            write_whole(os.path.join(self._pack_folder, file_name), content)
+        about = self._about(rows, names, abouts, failures, files)
+        text = json.dumps(about, indent=1, ensure_ascii=True)
+        write_whole(os.path.join(self._pack_folder, layout.PACK_FILE), text.encode())
+        sync(self._pack_folder)
+        os.rename(self._pack_folder, destination)
+        sync(os.path.dirname(destination))
+        delete_scrap(self._partial)
+
+    def _about(
+        self,
+        rows: npt.NDArray[np.void],
+        names: Names,
+        shards: list[dict[str, Any]],
+        failures: list[dict[str, Any]],
+        files: dict[str, bytes],
+    ) -> dict[str, Any]:
+        plan = self._plan
+        index = layout.make_index("", rows, names, plan.index.classes, len(shards))
+        return {
+            "format": layout.FORMAT,
+            "format_version": layout.FORMAT_VERSION,
+            "created_by": f"imagenet-seq {__version__}",
+            "index_id": index.id,
+            "num_samples": len(rows),
+            "image_bytes": int(rows["length"].sum()),
+            "classes": list(plan.index.classes),
+            "settings": plan.origin.settings_record,
+            "huffman_tables": layout.describe_tables(plan.tables),
+            "source": plan.origin.record,
+            "counts": {
+                "canonical": int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL)),
+                "shrunk": int(np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK)),
+                "failures": len(failures),
+                "skipped": sum(not failure["kept"] for failure in failures),
+            },
+            "files": {
+                name: {"bytes": len(content), "crc32c": f"{native.crc32c(content):08x}"}
+                for name, content in files.items()
+            },
+            "shards": shards,
+        }
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def advance(bar: Any, num_samples: int, num_bytes: int) -> None:
+    """Move a progress bar on and show the rate in MB/s beside images/s."""
+    bar.moved_bytes = getattr(bar, "moved_bytes", 0) + num_bytes
+    if bar.update(num_samples) and not bar.disable:
+        elapsed = bar.format_dict["elapsed"] or 1
+        bar.set_postfix_str(f"{bar.moved_bytes / 1e6 / elapsed:.0f} MB/s", refresh=False)

@@ -1,0 +1,463 @@
+"""Check a pack: every byte of it against its own tables, and its pixels against the source."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from imagenet_seq import native
+from imagenet_seq.errors import DataError
+from imagenet_seq.index.columns import Names
+from imagenet_seq.index.source import Source
+from imagenet_seq.machine import num_cores
+from imagenet_seq.pack.selection import Selection
+from imagenet_seq.pack.shrink import Shrink, smaller_copy
+from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.recognise import open_source
+
+_READ_BYTES = 8 << 20
+"""Shards are read in pieces of this size: threads that share a hard disk seek seldom."""
+
+
+_MAX_PROBLEMS = 1000
+"""After so many problems in one shard the rest of it is not looked at."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found.
+
+    Attributes:
+        num_samples: samples in the pack.
+        num_compared: samples whose pixels were compared with the source's.
+        problems: one line for each thing that is wrong; empty: the pack is sound.
+    """
+
+    num_samples: int
+    num_compared: int
+    problems: tuple[str, ...]
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    split: str | None = None,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Read a pack whole and compare every byte with what its tables promise.
+
+    Shards have one permitted form (docs/format.md), so each header, padding and label is compared
+    byte by byte, and each image by its CRC-32C.
+
+    Args:
+        folder: the pack.
+        against: the source it was made of: then names, labels and pixels are compared too, decoded
+            by Pillow on both sides, and smaller copies with those that the source gives again. On a
+            hard disk this reads the source in random order, or, where the source's blocks have to
+            be unpacked, the pack.
+        split: "train" or "val", where `against` holds both.
+        num_workers: threads; None: one for each available core.
+        progress: whether to show progress on stderr.
+
+    Raises:
+        OSError: where the operating system refuses to read `against`.
+        FileNotFoundError: where `against` is no data set.
+        ValueError: where `against` can't be compared: the pack's smaller copies were encoded by
+            another version of Pillow or libjpeg-turbo.
+    """
+    try:
+        pack = layout.read_pack(folder, check_shards=False)
+    except (DataError, OSError) as error:
+        return Report(0, 0, (str(error),))
+    problems = list(_check_tables(pack))
+    reference = None
+    if against is not None:
+        selection = Selection.recorded(pack.about["settings"])
+        source = selection.of(open_source(against, split, progress, "skip"))
+        reference = _Reference(pack, source)
+        problems += reference.check_names(pack)
+    workers = num_workers or num_cores()
+    bar = tqdm(
+        desc=f"verify {pack.folder}", total=len(pack.rows), unit="img", disable=not progress,
+        dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
+    )  # fmt: skip
+    with bar, ThreadPoolExecutor(workers) as threads:
+        check = _ShardCheck(pack, reference, bar)
+        try:
+            for found in threads.map(check.run, range(len(pack.shard_bytes))):
+                problems += found
+            if reference is not None and reference.is_foreign:
+                for found in threads.map(check.compare_block, reference.blocks):
+                    problems += found
+        except BaseException:
+            check.stop.set()
+            raise
+    return Report(len(pack.rows), reference.num_compared if reference else 0, tuple(problems))
+
+
+def _check_tables(pack: layout.Pack) -> Iterator[str]:
+    """Check everything that no shard has to be read for."""
+    about, rows = pack.about, pack.rows
+    yield from _check_files(pack)
+    yield from _check_counts(pack)
+    yield from _check_settings(pack)
+    index = layout.make_index(pack.folder, rows, pack.names, pack.classes, len(pack.shard_bytes))
+    try:
+        index.validate(os.path.join(pack.folder, layout.INDEX_FILE))
+    except DataError as error:
+        yield str(error)
+    if index.id != about.get("index_id"):
+        yield (
+            f"{pack.folder}/{layout.PACK_FILE}: 'index_id' is {about.get('index_id')!r}, names, "
+            f"labels, offsets and classes give {index.id!r}: one of them was changed"
+        )
+    place = rows["shard"].astype(np.int64) << 48 | rows["offset"]
+    if (np.diff(place) <= 0).any():
+        sample = int((np.diff(place) <= 0).argmax()) + 1
+        path = os.path.join(pack.folder, layout.INDEX_FILE)
+        yield f"{path}: sample {sample} does not lie behind the one before it"
+
+
+def _check_files(pack: layout.Pack) -> Iterator[str]:
+    """Check that the pack is made of the files that pack.json must name, and of no others."""
+    tables = {layout.INDEX_FILE, layout.NAMES_FILE, layout.NAMES_BEGIN_FILE}
+    if pack.about["counts"]["failures"]:
+        tables.add(layout.FAILURES_FILE)
+    files = pack.about["files"]
+    if files.keys() != tables:
+        where = os.path.join(pack.folder, layout.PACK_FILE)
+        yield f"{where}: 'files': expected {sorted(tables)}, got {sorted(files)}"
+    for name in sorted(tables & files.keys()):
+        path = os.path.join(pack.folder, name)
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            yield str(error)
+            continue
+        crc = f"{native.crc32c(content):08x}"
+        if files[name] != {"bytes": len(content), "crc32c": crc}:
+            yield f"{path}: expected {files[name]}, got {len(content)} bytes with CRC-32C {crc}"
+    known = tables.union(map(layout.shard_file, range(len(pack.shard_bytes))))
+    for name in sorted(set(os.listdir(pack.folder)) - known):
+        if name == layout.FAILURES_FILE or (name.startswith("shard-") and name.endswith(".tar")):
+            yield f"{os.path.join(pack.folder, name)}: does not belong to the pack"
+
+
+def _check_counts(pack: layout.Pack) -> Iterator[str]:
+    """Compare the numbers in pack.json with the tables."""
+    about, rows = pack.about, pack.rows
+    failures: list[dict[str, Any]] = []
+    if about["counts"]["failures"]:
+        try:
+            failures = layout.read_failures(pack.folder)
+        except (DataError, OSError) as error:
+            yield str(error)
+            return
+    skipped = sum(not failure["kept"] for failure in failures)
+    damaged = int(np.count_nonzero(rows["flags"] & layout.FLAG_DAMAGED))
+    canonical = int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL))
+    shrunk = int(np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK))
+    in_shard = np.bincount(rows["shard"], minlength=len(pack.shard_bytes)).tolist()
+    for what, said, counted in [
+        ("image_bytes", about["image_bytes"], int(rows["length"].sum())),
+        ("counts.canonical", about["counts"]["canonical"], canonical),
+        ("counts.shrunk", about["counts"]["shrunk"], shrunk),
+        ("counts.failures", about["counts"]["failures"], damaged + skipped),
+        ("counts.failures", about["counts"]["failures"], len(failures)),
+        ("counts.skipped", about["counts"]["skipped"], skipped),
+        ("source.num_samples", about["source"]["num_samples"], len(rows) + skipped),
+        ("shards[].num_samples", [s.get("num_samples") for s in about["shards"]], in_shard),
+    ]:
+        if said != counted:
+            where = os.path.join(pack.folder, layout.PACK_FILE)
+            yield f"{where}: '{what}' is {said}, the tables give {counted}"
+
+
+def _check_settings(pack: layout.Pack) -> Iterator[str]:
+    """Check that there are Huffman tables of the pack where its settings ask for them."""
+    settings = pack.about["settings"]
+    expected = settings.get("tables") == "pack" and settings.get("keep_bytes") is False
+    if (pack.tables is not None) != expected:
+        where = os.path.join(pack.folder, layout.PACK_FILE)
+        has = "has none" if pack.tables is None else "has some"
+        yield f"{where}: 'huffman_tables' {has}, which contradicts 'settings' {settings}"
+
+
+def _huffman_tables(image: bytes) -> bytes:
+    """Return the payloads of the DHT segments of a JPEG without fill bytes."""
+    tables, at, marker = b"", 2, 0
+    while marker != 0xDA and image[at : at + 1] == b"\xff" and at + 4 <= len(image):  # up to SOS
+        marker, size = image[at + 1], int.from_bytes(image[at + 2 : at + 4], "big")
+        if marker == 0xC4:  # DHT
+            tables += image[at + 4 : at + 2 + size]
+        at += 2 + size
+    return tables
+
+
+def _left_out(pack: layout.Pack) -> list[str]:
+    """Return the names of the samples that the pack says it left out."""
+    if pack.about["counts"]["skipped"]:
+        # Where it is damaged, the check of the tables says so.
+        with contextlib.suppress(DataError, OSError):
+            failures = layout.read_failures(pack.folder)
+            return [failure["name"] for failure in failures if not failure["kept"]]
+    return []
+
+
+class _Reference:
+    """The source a pack is compared with."""
+
+    def __init__(self, pack: layout.Pack, source: Source) -> None:
+        self._pack = pack
+        self._shrink = _shrink_of(pack)
+        self._source = source
+        self._index = source.index
+        self._label = np.asarray(source.index.targets)
+        self._sample = {name: sample for sample, name in enumerate(source.index.name)}
+        self._lock = threading.Lock()
+        self.is_foreign = source.foreign
+        self.num_compared = 0
+
+    @functools.cached_property
+    def blocks(self) -> list[npt.NDArray[np.int64]]:
+        """The samples of each foreign block."""
+        order = np.argsort(self._index.file, kind="stable")
+        return np.split(order, np.flatnonzero(np.diff(self._index.file[order])) + 1)
+
+    def images_of(self, samples: npt.NDArray[np.int64]) -> Iterator[tuple[str, bytes]]:
+        """Yield names and bytes of the samples of one foreign block."""
+        block = self._source.read_block(int(self._index.file[samples[0]]))
+        for sample in samples.tolist():
+            ordinal = int(self._index.offset[sample])
+            begin = int(block.offsets[ordinal])
+            data = block.bytes[begin : begin + int(block.lengths[ordinal])].tobytes()
+            yield self._index.name[sample], data
+
+    def check_names(self, pack: layout.Pack) -> Iterator[str]:
+        """Report the source's samples that the pack lacks, beside those it says it left out."""
+        missing = set(self._sample).difference(pack.names, _left_out(pack))
+        for name in sorted(missing)[:_MAX_PROBLEMS]:
+            yield f"{name}: is in {self._index.root} but not in the pack"
+
+    def check(self, name: str, label: int, data: bytes) -> str | None:
+        """Compare one sample; return what is wrong with it. Of foreign samples, all but pixels."""
+        sample = self._sample.get(name)
+        if sample is None:
+            return f"is in the pack but not in {self._index.root}"
+        expected = self._index.classes[int(self._label[sample])]
+        if not 0 <= label < len(self._pack.classes) or self._pack.classes[label] != expected:
+            return f"label {label} does not mean class {expected}, as in the source"
+        if self.is_foreign:
+            return None
+        path = os.path.join(self._index.root, self._index.files[int(self._index.file[sample])])
+        length = -1 if self._index.length is None else int(self._index.length[sample])
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(int(self._index.offset[sample]))
+                original = file.read(length)
+        except OSError as error:
+            return f"cannot be compared: {path}: {error.strerror or error}"
+        return self.compare(original, data)
+
+    def compare(self, original: bytes, data: bytes) -> str | None:
+        """Compare a sample's pixels; return what is wrong with them."""
+        with self._lock:
+            self.num_compared += 1
+        if self._shrink is not None:
+            original = smaller_copy(original, self._shrink) or original
+        if original == data:
+            return None
+        try:
+            same = _pixels(original) == _pixels(data)
+        except Exception as error:  # Pillow raises almost anything on a damaged image
+            return f"differs from the source's bytes, and Pillow cannot decode both: {error}"
+        return None if same else "its pixels differ from the source's"
+
+
+def _shrink_of(pack: layout.Pack) -> Shrink | None:
+    """Return how the pack's smaller copies were made; None where it has none.
+
+    Raises:
+        ValueError: where this program would make others.
+    """
+    settings, where = pack.about["settings"], os.path.join(pack.folder, layout.PACK_FILE)
+    if settings.get("max_side") is None:
+        return None
+    values = {name: settings.get(name) for name in ("max_side", "quality", "subsampling")}
+    try:
+        shrink = Shrink(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: 'settings': {values} describe no smaller copies: the pack is damaged: pack "
+            "again"
+        ) from error
+    if settings.get("encoder") != shrink.encoder:
+        raise ValueError(
+            f"{where}: smaller copies made by {settings.get('encoder')} can be compared with their "
+            f"source only by the same versions, and these are {shrink.encoder}: install those, or "
+            "verify the pack by itself"
+        )
+    return shrink
+
+
+def _pixels(data: bytes) -> tuple[str, tuple[int, int], bytes]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        return image.mode, image.size, image.tobytes()
+
+
+@dataclass
+class _ShardCheck:
+    """Checks shards, several at once."""
+
+    pack: layout.Pack
+    reference: _Reference | None
+    bar: Any
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # Samples that were left out had keys, too, and others must have differed from them.
+        left_out = Names.from_strings(_left_out(self.pack))
+        self.members = layout.MemberNames(Names.concatenate([self.pack.names, left_out]))
+
+    def run(self, shard: int) -> list[str]:
+        """Return the problems of one shard."""
+        path = os.path.join(self.pack.folder, layout.shard_file(shard))
+        problems: list[str] = []
+        try:
+            with open(path, "rb", buffering=_READ_BYTES) as file:
+                for problem in self._problems(shard, path, file):
+                    problems.append(problem)
+                    if len(problems) >= _MAX_PROBLEMS:
+                        problems.append(
+                            f"{path}: {_MAX_PROBLEMS} problems; the rest is not checked"
+                        )
+                        break
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror or error}")
+        return problems
+
+    def compare_block(self, samples: npt.NDArray[np.int64]) -> list[str]:
+        """Return what differs from the samples of a foreign block."""
+        assert self.reference is not None
+        problems = []
+        try:
+            for name, original in self.reference.images_of(samples):
+                if (row := self._row_of.get(name)) is not None and not self.stop.is_set():
+                    problem = self.reference.compare(original, self._read(row))
+                    problems += [f"{name}: {problem}"] if problem else []
+        except (DataError, OSError) as error:
+            problems.append(f"cannot be compared: {error}")
+        return problems
+
+    @functools.cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.pack.names)}
+
+    def _read(self, sample: int) -> bytes:
+        row = self.pack.rows[sample]
+        path = os.path.join(self.pack.folder, layout.shard_file(int(row["shard"])))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(int(row["offset"]))
+            return file.read(int(row["length"]))
+
+    def _problems(self, shard: int, path: str, file: BinaryIO) -> Iterator[str]:
+        size = os.fstat(file.fileno()).st_size
+        expected = int(self.pack.shard_bytes[shard])
+        if size != expected:
+            yield f"{path}: expected {expected} bytes, got {size}"
+        first, end = np.searchsorted(self.pack.rows["shard"], [shard, shard + 1])
+        crc, position = 0, 0
+        for sample in range(int(first), int(end)):
+            if self.stop.is_set():
+                return
+            expected_parts = self._parts(sample)
+            where = f"{path} offset {position}: sample {sample} ({self.pack.names[sample]})"
+            if int(self.pack.rows[sample]["offset"]) != position + len(expected_parts[0][1]):
+                yield f"{where}: the index places its image at {self.pack.rows[sample]['offset']}"
+                return
+            for what, content, length in expected_parts:
+                got = file.read(length)
+                crc = native.crc32c(got, crc)
+                if len(got) != length:
+                    yield f"{where}: {what}: the shard ends {length - len(got)} bytes too early"
+                    return
+                problem = self._compare(sample, what, content, got)
+                if problem:
+                    yield f"{where}: {problem}"
+                position += length
+            with self.lock:
+                self.bar.update(1)
+        tail = file.read()
+        if tail != layout.END_OF_SHARD:
+            yield f"{path} offset {position}: expected 1024 zero bytes and the end, got {len(tail)}"
+        crc = native.crc32c(tail, crc)
+        promised = self.pack.about["shards"][shard].get("crc32c")
+        if f"{crc:08x}" != promised:
+            yield f"{path}: CRC-32C is {crc:08x}, pack.json says {promised}"
+
+    def _parts(self, sample: int) -> list[tuple[str, bytes, int]]:
+        """Return (what, content, length) of a sample's parts; an image's content is empty."""
+        row, name = self.pack.rows[sample], self.pack.names[sample]
+        length = int(row["length"])
+        canonical = bool(row["flags"] & layout.FLAG_CANONICAL)
+        label = layout.label_content(int(row["label"]))
+        headers = (
+            layout.member_header(self.members.image(name, canonical), length),
+            layout.member_header(self.members.label(name), len(label)),
+        )
+        behind = layout.padding(length) + headers[1] + label + layout.padding(len(label))
+        return [
+            ("tar header of the image", headers[0], len(headers[0])),
+            ("image", b"", length),
+            ("padding and label", behind, len(behind)),
+        ]
+
+    def _compare(self, sample: int, what: str, content: bytes, got: bytes) -> str | None:
+        if what != "image":
+            if got == content:
+                return None
+            at = next(i for i, (a, b) in enumerate(zip(got, content, strict=True)) if a != b)
+            return f"{what}: byte {at} is {got[at]:#04x}, expected {content[at]:#04x}"
+        row = self.pack.rows[sample]
+        crc = native.crc32c(got)
+        if crc != row["crc32c"]:
+            return f"image: CRC-32C is {crc:08x}, the index says {int(row['crc32c']):08x}"
+        if row["flags"] & layout.FLAG_CANONICAL:
+            header = native.read_header(got)
+            size = (header.width, header.height) if header else None
+            if size != (row["width"], row["height"]):
+                expected = f"{row['width']} x {row['height']}"
+                return f"image: its header says {size}, the index {expected} pixels"
+            if header and not self._has_tables_of_pack(got, header.num_components):
+                return f"image: its Huffman tables are not those in {layout.PACK_FILE}"
+        if self.reference is not None:
+            return self.reference.check(self.pack.names[sample], int(row["label"]), got)
+        return None
+
+    def _has_tables_of_pack(self, image: bytes, num_components: int) -> bool:
+        tables = self.pack.tables
+        if tables is None:
+            return True
+        # Of four tables, a lone component has the first two.
+        return _huffman_tables(image) == (
+            tables[: len(tables) // 2] if num_components == 1 else tables
+        )

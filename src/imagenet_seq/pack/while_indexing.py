@@ -1,0 +1,159 @@
+"""Pack large files in the one pass that also indexes them."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.pack.claim import JOURNAL_FILE, delete_scrap
+from imagenet_seq.pack.encode import Refused, encode
+from imagenet_seq.pack.inputs import LargeFiles, Origin
+from imagenet_seq.pack.plan import (
+    SPACE_MARGIN,
+    TABLES_SAMPLES,
+    RunOptions,
+    Sharding,
+    Task,
+    agree,
+    described,
+    expected_pack_bytes,
+    fit_tables,
+    forecast_smaller,
+    needs_tables,
+    place_hashes,
+    require_space,
+    shard_of_hash,
+)
+from imagenet_seq.pack.scratch import Buckets, Journal
+from imagenet_seq.pack.shards import RUN_BYTES, RUN_SAMPLES, RUNS_AHEAD, on_same_hdd, take_over
+from imagenet_seq.pack.shrink import NUM_SAMPLED
+from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats.pack import Encoded
+from imagenet_seq.sources.scan import Seen
+
+# ---- dealing while a source is indexed -----------------------------------------------------------
+
+
+def deal_while_indexing(files: LargeFiles, task: Task, options: RunOptions) -> Origin:
+    """Open a source, and deal its samples where they pass by for that."""
+    if task.form.in_source_order:
+        return files.open()  # where a sample goes is known only when all have been counted
+    if not files.is_whole or (needs_tables(files.settings) and not files.some_images):
+        return files.open()  # what to pack, or to fit tables to, is known only from the index
+    try:
+        with _WhileIndexing(files, task, options) as passing:
+            return files.open(passing.visit)
+    except BaseException:
+        if not os.path.exists(os.path.join(task.partial, layout.SETTINGS_FILE)):
+            delete_scrap(task.partial)  # nothing was dealt, so there is nothing to continue
+        raise
+
+
+class _WhileIndexing:
+    """Deals the samples of large files that pass by while these are indexed.
+
+    It leaves behind what an interrupted deal leaves: scratch and a journal. Images that are none
+    are left to `_Workshop.deal`, which finds them missing.
+    """
+
+    def __init__(self, files: LargeFiles, task: Task, options: RunOptions) -> None:
+        self._files = files
+        self._form = task.form
+        self._partial = task.partial
+        self._options = options
+        self._cut: Sharding | None = None  # until the first sample passes
+        self._threads = ThreadPoolExecutor(options.num_workers)
+        self._waiting: deque[Future[list[tuple[int, str, Encoded | Refused]]]] = deque()
+        self._run: list[tuple[int, str, bytes]] = []
+        self._run_bytes = 0
+
+    def __enter__(self) -> _WhileIndexing:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None and self._run:
+                self._hand_over()
+            while kind is None and self._waiting:
+                self._deal(self._waiting.popleft().result())
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+            if self._cut is not None:
+                self._buckets.flush()
+
+    def visit(self, seen: Seen) -> None:
+        """Take a sample: re-code it in a thread, deal it later; one that is dealt is not taken."""
+        if self._cut is None:
+            self._begin()
+        if seen.sample < len(self._is_dealt) and self._is_dealt[seen.sample]:
+            return
+        self._run.append((seen.sample, seen.name, bytes(seen.data)))
+        self._run_bytes += len(seen.data)
+        if len(self._run) >= RUN_SAMPLES or self._run_bytes >= RUN_BYTES:
+            self._hand_over()
+
+    def _begin(self) -> None:
+        """Begin or continue a packing, as `_agree_on_plan` does where the index is known."""
+        files, options = self._files, self._options
+        forecast = forecast_smaller(files.some_images[:NUM_SAMPLED], files.settings, None)
+        image_bytes = expected_pack_bytes(files.num_bytes, forecast)
+
+        def check_space(cut: Sharding) -> None:
+            require_space(self._partial, files.num_bytes, image_bytes, 0, cut, self._form)
+
+        def choose_tables() -> bytes | None:
+            if not needs_tables(files.settings):
+                return None
+            images = files.some_images[:TABLES_SAMPLES]
+            return fit_tables(images, len(images), files.settings, options)
+
+        now = described({**files.settings_record, **self._form.describe()}, files.path, None)
+        cut = Sharding.of(files.num_bytes, files.settings, options)
+        self._cut = cut = agree(self._partial, now, cut, check_space, choose_tables)
+        self._journal = Journal(os.path.join(self._partial, JOURNAL_FILE), options.log)
+        bucket_bytes = int(image_bytes * (1 + SPACE_MARGIN)) // cut.num_buckets
+        self._buckets = Buckets(
+            self._partial,
+            "deal",
+            options.memory_bytes,
+            dict.fromkeys(range(cut.num_buckets), bucket_bytes),
+            self._journal.add,
+            waits=on_same_hdd(files.path, self._partial),
+            log=options.log,
+        )
+        take_over(self._journal, self._buckets, cut.num_buckets, self._is_good)
+        dealt = self._journal.rows()["sample"]
+        self._is_dealt = np.zeros(int(dealt.max(initial=-1)) + 1, np.bool_)
+        self._is_dealt[dealt] = True
+        options.log.begin_pass("deal")
+
+    def _is_good(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Tell rows of the files as they are: then their samples still have the same numbers."""
+        good = (rows["sample"] >= 0) & (rows["source_length"] == self._files.num_bytes)
+        return np.asarray(good & (rows["source_mtime_ns"] == self._files.mtime_ns))
+
+    def _hand_over(self) -> None:
+        self._waiting.append(self._threads.submit(self._encode_run, self._run))
+        self._run, self._run_bytes = [], 0
+        if len(self._waiting) > 2 * self._options.num_workers + RUNS_AHEAD:
+            self._deal(self._waiting.popleft().result())
+
+    def _encode_run(
+        self, run: list[tuple[int, str, bytes]]
+    ) -> list[tuple[int, str, Encoded | Refused]]:
+        settings, tables = self._files.settings, self._cut.tables if self._cut else None
+        return [(sample, name, encode(data, settings, tables)) for sample, name, data in run]
+
+    def _deal(self, run: list[tuple[int, str, Encoded | Refused]]) -> None:
+        assert self._cut is not None
+        hashes = place_hashes((name for _, name, _ in run), self._files.settings.seed)
+        shards = shard_of_hash(hashes, self._cut.num_shards)
+        for (sample, _, encoded), shard in zip(run, shards.tolist(), strict=True):
+            if isinstance(encoded, Encoded):
+                bucket = shard // self._cut.shards_per_bucket
+                stamp = (self._files.num_bytes, self._files.mtime_ns)
+                self._buckets.append(bucket, sample, encoded, *stamp)

@@ -1,0 +1,1 @@
+"""The read stage: how a source is read on this machine."""

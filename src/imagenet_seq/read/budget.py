@@ -1,0 +1,121 @@
+"""The RAM budget: how many bytes of a dataset stay in memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from imagenet_seq.machine import Limits, measured_limits
+from imagenet_seq.read.kept import format_size, size_unit, unfilled_bytes
+
+_MOST_OF_AVAILABLE = 0.9  # what an explicit ram= may take; training needs memory, too
+
+
+# ---- How much is kept ----
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a dataset is kept in memory.
+
+    Attributes:
+        page_cache: the whole source fits, so it is read buffered and the kernel keeps it.
+        kept_bytes: bytes of blocks to keep in memory of our own, for the whole node; 0: none.
+        notes: what the user should know, such as what limited it; () normally.
+        reason: where the number comes from, as `describe` says it.
+    """
+
+    page_cache: bool
+    kept_bytes: int
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def ram_budget(
+    ram: str | int | float | None, dataset_bytes: int, *, limits: Limits | None = None
+) -> Budget:
+    """Decide how many bytes of a dataset stay in memory.
+
+    Memory that this process opened with `open_kept` and has not filled yet counts as taken. The
+    result depends on what is available now, so ranks that start at different times may get
+    different numbers: the one whose `open_kept` comes first decides for all.
+
+    Args:
+        ram: "auto" (or None): a dataset that fits in half of the available memory is left to
+            the page cache; of others, that much is kept in memory of our own. A size ("48GB",
+            "512MiB", a number of bytes) or a share of the node's memory as this cgroup may use it
+            ("30%"): so much in memory of our own, at most 90 % of what is available. 0: none.
+        dataset_bytes: size of all blocks of the dataset.
+        limits: what the machine has; None: measure it.
+
+    Raises:
+        ValueError: a size that can't be meant.
+        TypeError: `ram` is neither text nor a number.
+    """
+    machine = limits or measured_limits()
+    wanted = _wanted_bytes(ram, machine.total_bytes)
+    available = max(0, machine.available_bytes - unfilled_bytes())
+    if wanted is None:
+        half = available // 2
+        reason = f"half of the {format_size(available)} available"
+        if dataset_bytes <= half:
+            return Budget(True, 0, reason=f"fits in {reason}")
+        return Budget(False, half, reason=reason)
+    kept, most = min(wanted, dataset_bytes), int(available * _MOST_OF_AVAILABLE)
+    if kept <= most:
+        return Budget(False, kept, reason=f"ram={ram!r}")
+    by = f" under the limit of the cgroup {machine.cgroup}" if machine.cgroup else ""
+    note = (
+        f"ram={ram!r}: {format_size(most)} are kept in memory instead of {format_size(kept)}: "
+        f"{format_size(available)} are available{by}, of which a tenth is left for other uses"
+    )
+    return Budget(False, most, (note,), f"90 % of the {format_size(available)} available")
+
+
+def describe(budget: Budget, dataset_bytes: int) -> str:
+    """Return a budget as one line, such as "keeps 64.0 of 146.2 GB in memory (ram='64GB')"."""
+    if budget.page_cache:
+        return f"leaves {format_size(dataset_bytes)} to the page cache ({budget.reason})"
+    if not budget.kept_bytes:
+        return f"keeps nothing in memory ({budget.reason})"
+    unit, name = size_unit(dataset_bytes)
+    kept = min(budget.kept_bytes, dataset_bytes)
+    return (
+        f"keeps {kept / unit:.1f} of {dataset_bytes / unit:.1f} {name} in memory ({budget.reason})"
+    )
+
+
+UNITS = {
+    "": 1,
+    **{letter: 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}I": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
+"""Bytes of a unit, without the B: "G" is 10**9, "GI" 2**30."""
+
+
+def _wanted_bytes(ram: str | int | float | None, total_bytes: int) -> int | None:
+    """Return the bytes that `ram` asks for; None: as many as fit well."""
+    expected = "expected 'auto', a size such as '48GB' or '512MiB', a share such as '30%', or 0"
+    if ram is None:
+        return None
+    if isinstance(ram, bool) or not isinstance(ram, (str, int, float, np.integer)):
+        raise TypeError(f"ram: {expected}; got {ram!r}")
+    if not isinstance(ram, str):
+        wanted = float(ram)
+    elif ram.strip().lower() == "auto":
+        return None
+    else:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?I?B?)", ram.strip().upper())
+        unit = match and (
+            total_bytes / 100 if match[2] == "%" else UNITS.get(match[2].removesuffix("B"))
+        )
+        if not match or unit is None or (match[2] == "%" and float(match[1]) > 100):
+            raise ValueError(f"ram: {expected}; got {ram!r}")
+        wanted = float(match[1]) * unit
+    # Less than a page is no size anyone wants: 48 is meant to be GB, 0.3 a share.
+    if not (wanted == 0 or 4096 <= wanted < math.inf):
+        raise ValueError(f"ram: {expected}; got {ram!r}, which is {wanted:g} bytes")
+    return int(wanted)

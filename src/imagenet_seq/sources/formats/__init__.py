@@ -1,0 +1,1 @@
+"""One module for each format; nothing outside it knows the format."""

@@ -1,0 +1,146 @@
+"""Arrow files as `datasets` keeps them: `save_to_disk` folders and its local cache.
+
+They are streams of record batches that are not compressed, so every image lies as it is in a file:
+pyarrow, on the mapped file, says where. From then on they are byte ranges like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from imagenet_seq.errors import DataError
+from imagenet_seq.index.cache import Scanned, indexed
+from imagenet_seq.index.mixing import is_permuted
+from imagenet_seq.index.source import Source
+from imagenet_seq.sources.formats import huggingface as hf
+from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError
+from imagenet_seq.sources.scan import progress_bar
+
+LOOKS_FOR = "Arrow files of Hugging Face: a folder of save_to_disk, or of the cache of datasets"
+
+
+_MAGIC = b"\xff\xff\xff\xff"
+"""The mark before a stream's first message."""
+
+
+_OF_CACHE = re.compile(r"(?!cache-).+-[a-z]+(-\d{5}-of-\d{5})?\.arrow")
+"""Files that hold a split: not what `map` and `shuffle` left beside them."""
+
+
+def find(place: Place) -> Found | str | None:
+    """Recognise a folder by the file that describes it, Arrow files by their first bytes.
+
+    Raises:
+        SplitNeededError: where there are several splits and none was asked for.
+    """
+    if "dataset_dict.json" in place.files:
+        splits = ", ".join(place.folders)
+        if place.split is None:
+            raise SplitNeededError(f"{place.path} holds {splits} of save_to_disk: pass a split")
+        return f"holds {splits} of save_to_disk, but no folder of split {place.split!r}"
+    for at in hf.places(place):
+        if "state.json" in at.files:
+            paths = _saved_files(at)
+        else:
+            names = [name for name in at.files if _OF_CACHE.fullmatch(name) or not at.is_folder]
+            if not names:
+                continue
+            paths = hf.files_of(at, names)
+            if not paths:
+                return f"{at.path} holds Arrow files, but none of split {place.split!r}"
+        if isinstance(paths, str):
+            return paths
+        if not hf.begins_with(paths[0], _MAGIC):
+            return f"{paths[0]} does not begin as a stream of Arrow does" if at.is_folder else None
+        what = f"{len(paths)} Arrow files, {os.path.basename(paths[0])} first"
+        return Found("arrow", what, functools.partial(_open, at, paths), paths)
+    return None
+
+
+def _saved_files(place: Place) -> list[str] | str:
+    """Return the files that `state.json` names, in its order, or why it is not such a file."""
+    path = os.path.join(place.folder, "state.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        shuffled = [key for key in state if "indices" in key and state[key]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"{path} is not what save_to_disk writes"
+    if shuffled:
+        return (
+            f"{path} names indices ({shuffled[0]}), a selection of its rows that is not applied "
+            "here: save it anew with load_from_disk(...).flatten_indices().save_to_disk(...)"
+        )
+    outside = [name for name in names if os.path.basename(name) != name]
+    missing = [name for name in names if name not in place.files]
+    if outside or missing or not names:
+        return f"{path} names the files {outside or missing or names}, which are not beside it"
+    return [os.path.join(place.folder, name) for name in names]
+
+
+def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
+    hf.import_pyarrow(paths[0])
+    if place.is_folder:
+        hf.check_complete(paths)
+    scanned = indexed(
+        "arrow", place.path, paths, lambda: _scan(place.folder, paths, how), how.on_error
+    )
+    index = scanned.index
+    return Source("arrow", index, permuted=is_permuted(index), notes=scanned.notes)
+
+
+def _scan(root: str, paths: Sequence[str], how: Opening) -> Scanned:
+    """Look at all files; of their pages only those with messages, offsets, paths and labels."""
+    scan = hf.Scan(root, how.on_error)
+    sizes = [os.path.getsize(path) for path in paths]
+    with progress_bar(os.path.basename(root), sum(sizes), how.progress) as bar:
+        for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+            with hf.damage(path, "Arrow"):
+                _scan_file(scan, number, path)
+            bar.update(size)
+    return scan.scanned([os.path.basename(path) for path in paths])
+
+
+def _scan_file(scan: hf.Scan, number: int, path: str) -> None:
+    pyarrow = hf.import_pyarrow(path)
+    with pyarrow.memory_map(path) as file:
+        mapped = file.read_buffer()
+    with hf.import_pyarrow(path, "pyarrow.ipc").open_stream(pyarrow.BufferReader(mapped)) as stream:
+        columns = scan.columns(stream.schema, path)
+        first_row = 0
+        for batch in stream:
+            batch.validate()
+            structs = batch.column(columns.image)
+            paths = structs.field("path") if columns.has_path else None
+            part = _part_of(structs, number, path, first_row, mapped)
+            scan.add(part, batch.column(columns.label), paths)
+            first_row += len(batch)
+
+
+def _part_of(structs: Any, number: int, path: str, first_row: int, mapped: Any) -> hf.Part:
+    data = structs.field("bytes")
+    images = hf.images_in(data)
+    begin = _place_in(mapped, data.buffers()[2], path, first_row)
+
+    begins = functools.partial(hf.begin_of, images)
+    missing = hf.nulls_of(structs) | (images.lengths == 0)
+    return hf.Part(path, first_row, number, begin + images.offsets, images.lengths, missing, begins)
+
+
+def _place_in(mapped: Any, data: Any, path: str, first_row: int) -> int:
+    """Return where in a mapped file a buffer of pyarrow's lies."""
+    if data is None or not data.size:
+        return 0
+    begin = int(data.address - mapped.address)
+    if not 0 <= begin <= mapped.size - data.size:
+        raise DataError(
+            f"{path}: the batch of row {first_row} is compressed: images can be read only where "
+            "they lie as they are. Write it as `datasets` does, with save_to_disk"
+        )
+    return begin

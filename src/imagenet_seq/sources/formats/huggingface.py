@@ -1,0 +1,435 @@
+"""What Hugging Face's Parquet and Arrow files share: their places, columns, classes and names.
+
+A sample is a row: a struct of the image's bytes and the path it once had, and a whole number, its
+label. Class names are in the schema's metadata. Files are read through pyarrow, which is asked for
+only where there are such files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.errors import DataError
+from imagenet_seq.index.cache import OnError, Scanned
+from imagenet_seq.index.classes import MAX_CLASSES, classes_of, imagenet_classes, is_wnid
+from imagenet_seq.index.columns import Names
+from imagenet_seq.index.source import Block
+from imagenet_seq.sources.place import Place, SplitNeededError
+from imagenet_seq.sources.scan import Problems, Rows
+
+_MAX_DEPTH = 5
+
+
+_PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
+
+
+_OF = re.compile(r"(?P<set>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d)")
+
+
+_LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
+
+
+_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
+
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def places(place: Place) -> Iterator[Place]:
+    """Yield a place and what lies in it where Hugging Face's tools put files.
+
+    That is `data/` of a repository, the one snapshot of the hub's cache, and the one configuration,
+    version and hash of the cache of `datasets`.
+    """
+    yield place
+    for _ in range(_MAX_DEPTH):
+        folders = [name for name in place.folders if not name.startswith(".")]
+        known: tuple[str, ...] = ("snapshots", "data")
+        inner = next((name for name in known if name in folders), None)
+        if inner is None and len(folders) == 1 and not place.path.endswith(os.sep + "data"):
+            inner = folders[0]
+        below = place.below(inner) if inner else None
+        if below is None:
+            return
+        place = below
+        yield place
+
+
+def files_of(place: Place, names: Sequence[str]) -> list[str]:
+    """Return the paths of the split's files among these.
+
+    Raises:
+        SplitNeededError: where there are files of several splits and none was asked for.
+    """
+    paths = place.of_split(names)
+    sets = sorted({found["set"] for path in paths if (found := _OF.match(os.path.basename(path)))})
+    if place.is_folder and len(sets) > 1:
+        raise SplitNeededError(
+            f"{place.path} holds files of {' and '.join(sets[:3])}: pass split='train' or "
+            "split='val', or a pattern of the files that you mean"
+        )
+    return paths
+
+
+def check_complete(paths: Sequence[str]) -> None:
+    """Check that none of the files that name themselves "number of count" is missing.
+
+    Raises:
+        DataError: naming the first one that is.
+    """
+    for path in paths:
+        found = _OF.match(os.path.basename(path))
+        if found is None:
+            return
+        others = (_OF.match(os.path.basename(other)) for other in paths)
+        there = {int(other["number"]) for other in others if other}
+        count = int(found["count"])
+        missing = sorted(set(range(count)) - there)
+        if missing:
+            raise DataError(
+                f"{os.path.dirname(path)}: expected {count} files {found['set']}-*-of-"
+                f"{found['count']}, but {len(missing)} are missing, number {missing[0]:05d} "
+                "first: download them, or pass a pattern of the files that are to be used"
+            )
+        return
+
+
+def begins_with(path: str, magic: bytes) -> bool:
+    """Tell whether a file begins so."""
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+# ---- pyarrow -------------------------------------------------------------------------------------
+
+
+def import_pyarrow(path: str, name: str = "pyarrow") -> Any:
+    """Import pyarrow, or a module of it.
+
+    Raises:
+        ImportError: where it is not installed; says what it is needed for.
+    """
+    try:
+        with _memory_kept():
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: Parquet and Arrow files are read through pyarrow: pip install pyarrow"
+        ) from error
+
+
+@contextlib.contextmanager
+def _memory_kept() -> Iterator[None]:
+    """Let pyarrow's allocator, which asks when it is loaded, give memory back late: after 10 s.
+
+    Blocks come ten times a second: to get and clear memory for each anew costs a tenth of decoding.
+    """
+    if "pyarrow" in sys.modules or _PURGE_DELAY in os.environ:
+        yield
+        return
+    os.environ[_PURGE_DELAY] = "10000"  # ms
+    try:
+        yield
+    finally:
+        del os.environ[_PURGE_DELAY]
+
+
+@contextlib.contextmanager
+def damage(path: str, what: str) -> Iterator[None]:
+    """Turn what pyarrow raises for damaged bytes into a DataError.
+
+    Args:
+        path: the file.
+        what: what it is read as: "Parquet".
+    """
+    pyarrow = import_pyarrow(path)
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(
+            f"{path}: expected a sound {what} file, but pyarrow says: {error}. It is damaged or "
+            "incomplete: compare its size and checksum with the original's, copy it again"
+        ) from error
+
+
+# ---- columns -------------------------------------------------------------------------------------
+
+
+class Columns(NamedTuple):
+    """The columns that make a sample.
+
+    Attributes:
+        image: name of the column of structs with the images' bytes.
+        label: name of the column of labels.
+        has_path: whether images have paths.
+        class_names: of the labels, from 0; empty where the file does not say.
+    """
+
+    image: str
+    label: str
+    has_path: bool
+    class_names: tuple[str, ...]
+
+
+def columns_of(schema: Any, path: str) -> Columns:
+    """Find the columns by their types; by their names where several have the same.
+
+    Args:
+        schema: pyarrow's, of the file.
+        path: the file, for messages.
+
+    Raises:
+        DataError: where there is not one of each.
+    """
+    fields = [schema.field(i) for i in range(len(schema.names))]
+    features = _features(schema)
+    labels = [field.name for field in fields if _is_integer(field.type)]
+    named = [name for name in labels if "names" in features.get(name, {})]
+    image = _the_one([field.name for field in fields if _is_image(field.type)], _IMAGES)
+    label = _the_one(named or labels, _LABELS)
+    if image is None or label is None or schema.names.count(image) + schema.names.count(label) != 2:
+        listed = ", ".join(f"{field.name}: {field.type}" for field in fields)
+        raise DataError(
+            f"{path}: expected one column of images, struct<bytes: binary, path: string>, and one "
+            f"of whole numbers, the labels; got the columns {listed:.500}"
+        )
+    names = features.get(label, {}).get("names")
+    return Columns(
+        image,
+        label,
+        has_path="path" in _children(schema.field(image).type),
+        class_names=tuple(map(str, names)) if isinstance(names, list) else (),
+    )
+
+
+def _the_one(names: Sequence[str], usual: Sequence[str]) -> str | None:
+    if len(names) == 1:
+        return names[0]
+    return next((name for name in usual if name in names), None)
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """Return what `datasets` wrote about the columns; what is not as it writes it is left out."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: about for name, about in features.items() if isinstance(about, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _children(arrow_type: Any) -> dict[str, Any]:
+    fields = [arrow_type.field(i) for i in range(arrow_type.num_fields)]
+    return {field.name: field.type for field in fields}
+
+
+def _is_image(arrow_type: Any) -> bool:
+    if not str(arrow_type).startswith("struct<"):
+        return False
+    return str(_children(arrow_type).get("bytes")) in ("binary", "large_binary")
+
+
+def _is_integer(arrow_type: Any) -> bool:
+    return str(arrow_type).lstrip("u") in ("int8", "int16", "int32", "int64")
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def images_in(array: Any) -> Block:
+    """View the bytes of a pyarrow array of binaries, nothing copied; nulls have length 0.
+
+    Raises:
+        ValueError: where its offsets don't ascend within its bytes.
+    """
+    wide = str(array.type) == "large_binary"
+    _, begins, data = array.buffers()
+    size = 0 if data is None else data.size
+    if not len(array):
+        ends = np.zeros(1, np.int64)
+    else:
+        ends = np.frombuffer(begins, np.int64 if wide else np.int32)
+        ends = ends[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    lengths = np.diff(ends)
+    if len(ends) != len(array) + 1 or ends[0] < 0 or ends[-1] > size or (lengths < 0).any():
+        raise ValueError(
+            f"expected {len(array) + 1} offsets that ascend in [0, {size}], got {len(ends)} from "
+            f"{ends[:1]} to {ends[-1:]}"
+        )
+    lengths[nulls_of(array)] = 0
+    values = np.zeros(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+    return Block(values, ends[:-1], lengths)
+
+
+def begin_of(images: Block, row: int) -> bytes:
+    """Return the first bytes of an image."""
+    begin, length = int(images.offsets[row]), int(images.lengths[row])
+    return images.bytes[begin : begin + min(length, 16)].tobytes()
+
+
+def nulls_of(array: Any) -> npt.NDArray[np.bool_]:
+    """Tell which values of a pyarrow array are null."""
+    validity = array.buffers()[0]
+    if validity is None:
+        return np.zeros(len(array), np.bool_)
+    bits = np.unpackbits(np.frombuffer(validity, np.uint8), bitorder="little")
+    valid = bits[array.offset : array.offset + len(array)]
+    if len(valid) != len(array):
+        raise ValueError(f"expected {len(array)} bits of validity, got {len(valid)}")
+    return np.equal(valid, 0)
+
+
+def _labels_in(array: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return the values of a pyarrow array of whole numbers, and which of them are null."""
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    values = np.frombuffer(array.buffers()[1] or b"", dtype)
+    values = values[array.offset : array.offset + len(array)].astype(np.int64)
+    if len(values) != len(array):
+        raise ValueError(f"expected {len(array)} labels, got {len(values)}")
+    return values, nulls_of(array)
+
+
+def _base_names(array: Any) -> list[str]:
+    """Return the last parts of the paths in a pyarrow array of strings; "" where there is none."""
+    names = images_in(array)
+    text, begins, lengths = names.bytes.tobytes(), names.offsets.tolist(), names.lengths.tolist()
+    paths = [text[at : at + length] for at, length in zip(begins, lengths, strict=True)]
+    return [os.fsdecode(path.rpartition(b"/")[2].replace(b"\0", b"")) for path in paths]
+
+
+def _extension_of(data: bytes) -> str:
+    """Tell by its first bytes what an image is."""
+    if data.startswith(b"\x89PNG"):
+        return ".png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return ".webp"
+    return ".jpg"
+
+
+# ---- indexing ------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Rows of a file that are looked at together: a row group, a record batch.
+
+    Attributes:
+        path: the file.
+        first_row: number of the first one in the file.
+        file: number of the file, or of the foreign block.
+        offset: of each image, as in `Index`.
+        length: of each image, as in `Index`.
+        missing: which rows have no image.
+        begins: returns the first bytes of a row's image.
+    """
+
+    path: str
+    first_row: int
+    file: int
+    offset: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    missing: npt.NDArray[np.bool_]
+    begins: Callable[[int], bytes]
+
+
+class Scan:
+    """Collects the rows of files that have the same columns.
+
+    Args:
+        root: folder of the files.
+        on_error: as `Opening.on_error`.
+    """
+
+    def __init__(self, root: str, on_error: OnError) -> None:
+        self._root = root
+        self._problems = Problems(on_error)
+        self._rows = Rows()
+        self._columns: Columns | None = None
+
+    def columns(self, schema: Any, path: str) -> Columns:
+        """Return a file's columns.
+
+        Raises:
+            DataError: where they are not what images need, or not those of the files before.
+        """
+        columns = columns_of(schema, path)
+        if self._columns not in (None, columns):
+            raise DataError(
+                f"{path}: expected the columns and classes of the files before it, "
+                f"{self._columns!r:.300}; got {columns!r:.300}"
+            )
+        self._columns = columns
+        return columns
+
+    def add(self, part: Part, labels: Any, paths: Any) -> None:
+        """Add rows.
+
+        Args:
+            part: where they lie.
+            labels: their labels, an array of pyarrow.
+            paths: the paths of their images, an array of pyarrow, or None.
+        """
+        assert self._columns is not None
+        label, no_label = _labels_in(labels)
+        bases = [""] * len(label) if paths is None else _base_names(paths)
+        columns = (part.offset, part.length, part.missing, label, no_label)
+        rows = zip(bases, *(column.tolist() for column in columns), strict=True)
+        stem = os.path.splitext(os.path.basename(part.path))[0]
+        num_classes = len(self._columns.class_names) or MAX_CLASSES
+        for i, (base, offset, length, is_missing, number, is_null) in enumerate(rows):
+            row = part.first_row + i
+            if is_missing or is_null or not -1 <= number < num_classes:
+                got = "no image" if is_missing else f"the label {None if is_null else number}"
+                self._problems.report(
+                    f"{part.path}: row {row} {base}: expected an image and a label in "
+                    f"[0, {num_classes}), or -1 where it is unknown; got {got}"
+                )
+                continue
+            # By file and row no two have the same name.
+            name = f"{stem}/{row}-{base}" if base else f"{stem}/{row}"
+            if not base.lower().endswith(_EXTENSIONS):
+                name += _extension_of(part.begins(i))
+            self._rows.add(name, part.file, offset, length, number)
+
+    def scanned(
+        self, files: Sequence[str], remarks: Sequence[str] = (), **extra: npt.NDArray[Any]
+    ) -> Scanned:
+        """Return what was found; `files`: those that parts were numbered by, `extra`: columns.
+
+        Raises:
+            DataError: where there is no image.
+        """
+        names = () if self._columns is None else self._columns.class_names
+        classes = _name_classes(names, self._rows.label, self._rows.names)
+        index = self._rows.index(self._root, files, classes)
+        return Scanned(index, extra, self._problems.messages, self._problems.count, remarks)
+
+
+def _name_classes(
+    names: tuple[str, ...], label: npt.NDArray[np.int32], samples: Names
+) -> tuple[str, ...]:
+    """Name the classes: by wnids where these are known, so that they are torchvision's."""
+    if len(names) == 1000 and names[0].startswith("tench") and names[-1].startswith("toilet"):
+        return imagenet_classes()
+    by_samples = classes_of(label, samples)
+    if not names or (len(by_samples) == len(names) and all(map(is_wnid, by_samples))):
+        return by_samples
+    # Two classes of one name, as ImageNet's two cranes, stay two.
+    count = Counter(names)
+    return tuple(
+        name if count[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)
+    )

@@ -1,0 +1,427 @@
+"""LMDB files of images and labels: those of the original project, of tensorpack, of folder2lmdb.
+
+The tree of pages is walked here, through reads of whole pages, because LMDB's own way, a map of the
+file, reads a disk page by page. It yields where each value lies; the values are then read once, in
+the order of the file, to find the image and the label in each (lmdb_values.py). From then on images
+are read as byte ranges of the file, in blocks.
+
+Every number in a file is checked before it is used, pages that are in no tree are never read, and
+nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import struct
+from array import array
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.errors import DataError
+from imagenet_seq.index.cache import HOW_TO_SKIP, Scanned, indexed
+from imagenet_seq.index.classes import MAX_CLASSES, classes_of
+from imagenet_seq.index.columns import Names
+from imagenet_seq.index.mixing import is_permuted
+from imagenet_seq.index.source import Block, Source
+from imagenet_seq.read.turns import Turns
+from imagenet_seq.sources.formats.lmdb_tree import (
+    KEYS,
+    META_BYTES,
+    OVERFLOW,
+    OVERFLOW_HEADER,
+    PAGE_HEADER,
+    Meta,
+    Tree,
+    Values,
+    newer_meta,
+    why_none,
+)
+from imagenet_seq.sources.formats.lmdb_values import (
+    ACCEPTED,
+    RAW,
+    Pair,
+    ValueFormError,
+    find_pair,
+    stored_bytes,
+)
+from imagenet_seq.sources.place import Found, Opening, Place
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen, progress_bar
+
+LOOKS_FOR = "an LMDB (*.lmdb, or a folder with data.mdb) of images and labels, as tensorpack's"
+
+
+_DATA_FILE = "data.mdb"
+
+
+_SUFFIXES = (".lmdb", ".mdb")
+
+
+_BLOCK_BYTES = 4 << 20
+
+
+_INCOMPLETE = "it is incomplete"
+
+
+_EXTENSIONS = (
+    (b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"GIF8", ".gif"),
+    (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P5", ".pgm"), (b"P6", ".ppm"), (b"RIFF", ".webp"),
+)  # fmt: skip
+"""By the first bytes of an image."""
+
+
+def find(place: Place) -> Found | str | None:
+    """Recognise an LMDB file, or the folder that LMDB keeps one in.
+
+    Raises:
+        SplitNeededError: where a folder holds those of train and val, and no split was asked for.
+    """
+    names = _candidates(place)
+    if not names:
+        return None
+    paths = place.of_split(names)
+    if len(paths) != 1:
+        shown = ", ".join(map(os.path.basename, paths[:3]))
+        return f"holds {len(paths)} LMDB files ({shown}): pass the path of one" if paths else None
+    path = paths[0]
+    if os.path.isdir(path):
+        path = os.path.join(path, _DATA_FILE)
+    with open(path, "rb") as file:
+        head = file.read(META_BYTES)
+    wrong = why_none(head)
+    if wrong:
+        return f"holds {os.path.basename(path)}, {wrong}" if path.endswith(_SUFFIXES) else None
+    what = f"an LMDB ({os.path.basename(paths[0])})"
+    return Found("lmdb", what, lambda how: _open(path, how), [path])
+
+
+def _candidates(place: Place) -> list[str]:
+    """Return names of what may be an LMDB: files, or folders with one."""
+    if not place.is_folder and len(place.files) == 1:
+        return list(place.files)
+    if _DATA_FILE in place.files:
+        return [_DATA_FILE]
+    folders = [
+        name
+        for name in place.folders
+        if os.path.isfile(os.path.join(place.folder, name, _DATA_FILE))
+    ]
+    return [name for name in place.files if name.endswith(_SUFFIXES)] + folders
+
+
+def _open(path: str, how: Opening) -> Source:
+    scanned = indexed("lmdb", path, [path], lambda: _scan(path, how), how.on_error)
+    incomplete = [remark for remark in scanned.remarks if remark.endswith(_INCOMPLETE)]
+    if incomplete and how.on_error == "fail":  # also where a kept index says so
+        raise DataError(f"{incomplete[0]}. {HOW_TO_SKIP}")
+    permuted, notes = is_permuted(scanned.index), scanned.notes
+    if "stored" in scanned.extra:
+        return _StoredSource.of(path, scanned, permuted)
+    return Source("lmdb", scanned.index, permuted=permuted, notes=notes)
+
+
+# ---- the values ----------------------------------------------------------------------------------
+
+
+def _scan(path: str, how: Opening) -> Scanned:
+    """Read the tree, then all values in one pass from the file's begin to its end."""
+    with open(path, "rb", buffering=0) as file:
+        meta = newer_meta(path, file.fileno())
+        scan = _Scan(path, how, meta, Tree(path, file.fileno(), meta).values(how.progress))
+        scan.read()
+        now = newer_meta(path, file.fileno())
+    if now.transaction != meta.transaction:
+        raise DataError(
+            f"{path}: was written to while it was indexed (transaction {meta.transaction}, now "
+            f"{now.transaction}): wait until whoever writes there is done"
+        )
+    return scan.result()
+
+
+class _Scan:
+    """One pass over the values."""
+
+    def __init__(self, path: str, how: Opening, meta: Meta, values: Values) -> None:
+        self._path, self._how, self._values = path, how, values
+        self._page_bytes = meta.page_bytes
+        self._rows = Rows()
+        self._problems = Problems(how.on_error)
+        self._count: int | None = None  # of samples, as the file itself has it
+        self._has_keys = False
+        self._num_numbers = self._num_samples = 0
+        self._size, self._stored = array("q"), array("B")
+        self._named = all(
+            _has_extension(values.key(i))
+            for i in range(len(values))
+            if not _is_about(values.key(i))
+        )
+
+    def read(self) -> None:
+        values = self._values
+        offset = np.array(values.offset, np.int64)
+        length = np.array(values.length, np.int64)
+        order = np.argsort(offset, kind="stable")
+        end = offset[order] + length[order]
+        overlap = np.flatnonzero(offset[order][1:] < end[:-1])
+        if len(overlap):
+            first, second = order[overlap[0]], order[overlap[0] + 1]
+            raise DataError(
+                f"{self._path}: the values of {values.key(int(first))!r} and "
+                f"{values.key(int(second))!r} overlap at offset {offset[second]}: it is damaged"
+            )
+        name = os.path.basename(self._path)
+        with (
+            progress_bar(name, os.path.getsize(self._path), self._how.progress) as bar,
+            FileStream(self._path, bar) as stream,
+        ):
+            for i in order.tolist():
+                self._read_value(stream, values.key(i), values.offset[i], values.length[i])
+
+    def _read_value(self, stream: FileStream, key: bytes, offset: int, length: int) -> None:
+        if _is_about(key):
+            self._read_count(key, stream.take(offset, min(length, 16)), length)
+            return
+        self._num_samples += 1
+        self._num_numbers += key.isdigit()
+        value = self._value(stream, key, offset, length)
+        try:
+            pair = find_pair(value)
+            image = value[pair.offset : pair.offset + pair.length]
+            if pair.stored != RAW:
+                image = memoryview(stored_bytes(image, pair.stored))
+        except ValueFormError as error:
+            self._report(
+                key, offset, f"{ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
+            )
+            return
+        extension = _extension(image)
+        if extension is None:
+            got = f"{len(image)} bytes that begin with {bytes(image[:8])!r}"
+            self._report(key, offset, f"an image, got {got}")
+        elif not 0 <= pair.label < MAX_CLASSES:
+            self._report(key, offset, f"a label in [0, {MAX_CLASSES}), got {pair.label}")
+        else:
+            self._add(key, extension, offset, pair, image)
+
+    def _report(self, key: bytes, offset: int, expected: str) -> None:
+        self._problems.report(f"{self._path}: key {key!r} (offset {offset}): expected {expected}")
+
+    def _value(self, stream: FileStream, key: bytes, offset: int, length: int) -> memoryview:
+        """Return a value, which in overflow pages has to come behind their header."""
+        if offset % self._page_bytes != PAGE_HEADER.size:
+            return stream.take(offset, length)
+        begin = offset - PAGE_HEADER.size
+        content = stream.take(begin, PAGE_HEADER.size + length)
+        number, _, flags, num_pages = OVERFLOW_HEADER.unpack_from(content)
+        if (number * self._page_bytes, flags) != (begin, OVERFLOW) or (
+            num_pages * self._page_bytes < len(content)
+        ):
+            raise DataError(
+                f"{self._path}: key {key!r}: expected the overflow pages of {length} bytes at "
+                f"offset {begin}, got page {number}, flags {flags:#x}, {num_pages} pages: the file "
+                "is damaged, or another process writes to it"
+            )
+        return content[PAGE_HEADER.size :]
+
+    def _add(self, key: bytes, extension: str, offset: int, pair: Pair, image: memoryview) -> None:
+        name = os.fsdecode(key) + ("" if self._named else extension)
+        sample = self._rows.add(name, 0, offset + pair.offset, len(image), pair.label)
+        self._size.append(pair.length)
+        self._stored.append(pair.stored)
+        if self._how.visit is not None:
+            self._how.visit(Seen(sample, name, image))
+
+    # -- whether it is whole
+
+    def _read_count(self, key: bytes, head: memoryview, length: int) -> None:
+        """Take the number of samples from __len__, or from a list of keys that begins with it."""
+        self._has_keys |= key == KEYS
+        if key == KEYS and length:
+            count = _msgpack_count(bytes(head))
+        elif key == b"__len__":
+            count = _integer(bytes(head[:length]))
+        else:
+            count = None
+        self._count = count if count is not None else self._count
+
+    def _remarks(self) -> list[str]:
+        """Say what is missing, where a run of the writer may have been interrupted."""
+        if self._count is not None and self._count != self._num_samples:
+            what = f"expected {self._count} samples as it says itself, found {self._num_samples}"
+            return [f"{self._path}: {what}: {_INCOMPLETE}"]
+        if self._has_keys or not self._num_samples or self._num_numbers < self._num_samples:
+            return []
+        what = "has no __keys__, which tensorpack and scripts like it write last"
+        process = _in_use_by(self._path)
+        if process is not None and self._how.on_error == "fail":
+            raise DataError(
+                f"{self._path}: is in use by a writer: process {process} has it open, and it {what}"
+                ". Wait until that is done; if it only reads, pass on_error='skip' "
+                "(--on-error skip)"
+            )
+        return [
+            f"{self._path}: {what}: check that {self._num_samples} samples are all, or a run was "
+            "interrupted"
+        ]
+
+    def result(self) -> Scanned:
+        remarks, rows = self._remarks(), self._rows
+        path = os.path.abspath(self._path)
+        index = rows.index(
+            os.path.dirname(path), [os.path.basename(path)], classes_of(rows.label, rows.names)
+        )
+        stored = np.array(self._stored, np.uint8)
+        extra: dict[str, npt.NDArray[Any]] = {}
+        if stored.any():
+            extra = {"stored": stored, "size": np.array(self._size, np.int64)}
+        problems = self._problems
+        return Scanned(index, extra, problems.messages, problems.count, remarks)
+
+
+def _is_about(key: bytes) -> bool:
+    """Tell keys that are about the others, such as __keys__ and __len__."""
+    return len(key) > 4 and key[:2] == b"__" == key[-2:]
+
+
+def _has_extension(key: bytes) -> bool:
+    return os.path.splitext(key)[1].lower() in _NAMED_EXTENSIONS
+
+
+_NAMED_EXTENSIONS = {extension.encode() for _, extension in _EXTENSIONS} | {b".jpeg", b".tiff"}
+
+
+def _extension(image: memoryview) -> str | None:
+    head = bytes(image[:4])
+    if head[:2] == b"\xff\xd8":  # nearly all of them
+        return ".jpg"
+    return next((extension for begin, extension in _EXTENSIONS if head.startswith(begin)), None)
+
+
+def _msgpack_count(head: bytes) -> int | None:
+    """Return the size of a list in msgpack, which it begins with; None where it is no such list."""
+    if head[0] >> 4 == 9:
+        return head[0] & 0xF
+    form = {0xDC: ">H", 0xDD: ">I"}.get(head[0])
+    return struct.unpack_from(form, head, 1)[0] if form and len(head) > 4 else None
+
+
+_PICKLED_INTEGER = re.compile(
+    rb"\x80.(?:\x95.{8})?(?:K(?P<u8>.)|M(?P<u16>..)|J(?P<i32>.{4}))\.", re.DOTALL
+)
+
+
+def _integer(content: bytes) -> int | None:
+    """Return a number that is all of a value, in msgpack or in a pickle; None: another form."""
+    pickled = _PICKLED_INTEGER.fullmatch(content)
+    if pickled is not None:
+        return int.from_bytes(pickled[pickled.lastindex or 0], "little")
+    if len(content) == 1 and content[0] < 0x80:
+        return content[0]
+    size = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(content[0]) if content else None
+    return int.from_bytes(content[1:], "big") if size == len(content) - 1 else None
+
+
+def _in_use_by(path: str) -> int | None:
+    """Return a process that has an LMDB open with LMDB's own lock, where the kernel lists it.
+
+    It keeps the first byte of the lock file locked; a lock file that is left over says nothing.
+    Opening and closing the file here would end the locks of our own process on it.
+    """
+    folder, name = os.path.split(path)
+    lock = os.path.join(folder, "lock.mdb") if name == _DATA_FILE else f"{path}-lock"
+    try:
+        found = os.stat(lock)
+        with open("/proc/locks", encoding="ascii") as locks:
+            lines = [line.split() for line in locks]
+    except OSError:
+        return None
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    return next((int(line[4]) for line in lines if len(line) > 5 and line[5] == device), None)
+
+
+# ---- images that are not stored byte by byte -----------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _StoredSource(Source):
+    """An LMDB of pickles of protocol 0 to 2, where images are text: see lmdb_values.py.
+
+    Args:
+        path: the file.
+        places: offset and size of each image as it is stored, and how; in the order of the file.
+        first: which of them each block begins with; then their number.
+        turns: held while reading from a disk with one head.
+    """
+
+    path: str
+    places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
+    first: npt.NDArray[np.int64]
+    turns: AbstractContextManager[Any]
+
+    @classmethod
+    def of(cls, path: str, scanned: Scanned, permuted: bool) -> _StoredSource:
+        """Make it of what a scan found: samples that lie together come in blocks."""
+        index, size, stored = scanned.index, scanned.extra["size"], scanned.extra["stored"]
+        offset = index.offset
+        if not len(size) == len(stored) == len(index) or not _in_order(
+            offset, size, os.path.getsize(path)
+        ):
+            raise DataError(
+                f"{path}: the index kept for it is damaged: remove .imagenet-seq-lmdb-*.index in "
+                "its folder, or the cache folder"
+            )
+        block = offset // _BLOCK_BYTES
+        first = np.flatnonzero(np.diff(block, prepend=-1))
+        number = np.repeat(np.arange(len(first)), np.diff(first, append=len(index)))
+        blocks = dataclasses.replace(
+            index,
+            file=number.astype(np.int32),
+            offset=np.arange(len(index)) - first[number],
+            files=Names.from_strings([index.files[0]] * len(first)),  # one for each block's number
+            known_id=index.id,  # the same, whether the index was kept or has just been made
+        )
+        return cls(
+            "lmdb",
+            blocks,
+            permuted=permuted,
+            foreign=True,
+            notes=scanned.notes,
+            path=path,
+            places=(offset, size, stored),
+            first=np.append(first, len(index)),
+            turns=Turns(path),
+        )
+
+    def read_block(self, number: int) -> Block:
+        """Read a run of the file, and make of each image's text its bytes."""
+        run = slice(self.first[number], self.first[number + 1])
+        offset, size, stored = (column[run] for column in self.places)
+        begin, end = int(offset[0]), int(offset[-1] + size[-1])
+        with self.turns, open(self.path, "rb", buffering=0) as file:
+            file.seek(begin)
+            content = memoryview(file.read(end - begin))
+        if len(content) != end - begin:
+            raise DataError(f"{self.path}: expected {end} bytes, but it ends before: was it cut?")
+        images = [
+            stored_bytes(content[at : at + length], how)
+            for at, length, how in zip(
+                (offset - begin).tolist(), size.tolist(), stored.tolist(), strict=True
+            )
+        ]
+        lengths = np.fromiter(map(len, images), np.int64, len(images))
+        return Block(
+            np.frombuffer(b"".join(images), np.uint8), np.cumsum(lengths) - lengths, lengths
+        )
+
+
+def _in_order(offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64], file_bytes: int) -> bool:
+    """Tell whether places follow one another inside a file."""
+    if not len(offset):
+        return True
+    follow = (size >= 0) & (offset >= 0) & (size <= file_bytes - offset)
+    return bool(follow.all() and (offset[1:] >= (offset + size)[:-1]).all())
