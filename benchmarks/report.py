@@ -89,10 +89,10 @@ def summary_section(compare: Row, decode: Row | None) -> str:
 
 
 def summary_row(peer: str, about: Row, row: Row) -> list[str]:
-    ratio = f"{row['ratio']:.1f}x"
-    ours = peer.startswith("imagenet_seq")
-    rate = f"{row['images_per_second']:,.0f}"
-    return [LABELS[peer], pixels_of(about), rate, f"**{ratio}**" if ours else ratio]
+    ratio = f"{row['ratio']:.1f}x" if "ratio" in row else ""  # torchvision may not have been run
+    if ratio and peer.startswith("imagenet_seq"):
+        ratio = f"**{ratio}**"
+    return [LABELS[peer], pixels_of(about), f"{row['images_per_second']:,.0f}", ratio]
 
 
 def pixels_of(about: Row) -> str:
