@@ -6,11 +6,11 @@ import inspect
 import re
 from pathlib import Path
 
-from imagenet_seq import ImagenetLoader
+from imagenet_seq import Loader
 
 PAGE = Path(__file__).parents[1] / "docs" / "loader.md"
 
 
 def test_every_argument_of_the_loader_is_listed() -> None:
     listed = set(re.findall(r"`(\w+)`", PAGE.read_text()))
-    assert set(inspect.signature(ImagenetLoader).parameters) <= listed
+    assert set(inspect.signature(Loader).parameters) <= listed
