@@ -248,7 +248,7 @@ READERS = {
 
 
 def read_section(result: Row) -> str:
-    """Reading from a hard disk: ours, memory that is kept, the peers, and what was promised."""
+    """Reading from a hard disk: ours, memory that is kept, the peers, and the targets."""
     rows = [row for row in result["rows"] if not row["void"]]
     rate = max(result["sequential_mb_per_s"])
     parts = {
@@ -257,7 +257,7 @@ def read_section(result: Row) -> str:
         ),
         "**Memory.** GB that the disk reads in each epoch:": memory_table(rows),
         "**Beside others.** Seconds for 256 images:": peers_table(rows),
-        "**What was wanted:**": targets_table(result["targets"]),
+        "**Targets:**": targets_table(result["targets"]),
     }
     shown = [f"{title}\n\n{made}" for title, made in parts.items() if made.count("\n") > 1]
     return "\n\n".join([*shown, origin_line("read", result)])
@@ -323,7 +323,7 @@ def targets_table(found: Sequence[Row]) -> str:
         ]
         for target in found
     ]
-    return table(["", "wanted", "measured"], lines)
+    return table(["", "target", "measured"], lines)
 
 
 # ---- the table of docs/sources.md that was measured on a disk ----
