@@ -84,7 +84,7 @@ def summary_section(compare: Row, decode: Row | None) -> str:
         name = "**imagenet-seq**, smaller copies, decoder alone"
         lines.append([name, "exact, of lossy copies", rate, f"{ratio} on the same copies"])
         made.append(f"Last row: `python benchmarks/{COMMANDS['decode']}`")
-    head = ["training crop 224, uint8, one core", "pixels", "images/s", "torchvision's speed"]
+    head = ["training crop 224, uint8, one core", "pixels", "images/s", "beside torchvision"]
     return "\n\n".join([table(head, lines), ". ".join(made)])
 
 
