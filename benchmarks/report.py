@@ -1,12 +1,12 @@
-"""Make the tables of README and docs/hard-disk.md, and docs/performance.svg, of committed results.
+"""Make the tables of README and docs, and docs/performance.svg, from committed results.
 
     python benchmarks/report.py [--check]
 
 Reads benchmarks/results/decode.json, loader.json and compare.json (`make bench` writes them),
-sources.json (bench_loader.py --source all) and read.json (bench_read.py; docs/hard-disk.md says
-how); what is missing is left out. Replaces what stands between the two markers in README.md and
-docs/hard-disk.md. With --check nothing is written; the exit status says whether the pages and the
-plot are what the results give.
+sources.json (bench_loader.py --source all), read.json and read_sources.json (bench_read.py;
+docs/hard-disk.md says how) and replaces what stands between the markers of each page; tables whose
+results are missing stay as they are. With --check nothing is written; the exit status says whether
+the pages and the plot are what the results give.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-BEGIN = "<!-- performance: made by benchmarks/report.py -->"
-END = "<!-- performance: end -->"
-READ_BEGIN = "<!-- reading: made by benchmarks/report.py -->"
-READ_END = "<!-- reading: end -->"
+MARKERS = "<!-- {}: made by benchmarks/report.py -->", "<!-- {}: end -->"
+README = Path("README.md")
+PERFORMANCE_PAGE = Path("docs/performance.md")
+SOURCES_PAGE = Path("docs/sources.md")
 READ_PAGE = Path("docs/hard-disk.md")
 PLOT = Path("docs/performance.svg")
 COMMANDS = {
@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": "compare.py",
     "sources": "bench_loader.py --source all",
     "read": "bench_read.py --spindle PROGRAM",
+    "read_sources": "bench_read.py --spindle PROGRAM --spindle-options=--rt=1 --cases sources",
 }
 LABELS = {
     "torchvision": "torchvision, DataLoader",
@@ -69,6 +70,64 @@ def origin_line(name: str, result: Row) -> str:
         f"{origin['machine']}, {origin['cores']} cores, {origin['memory_gb']} GB, {versions}, "
         f"commit {origin['commit']}, {origin['date']}: `python benchmarks/{COMMANDS[name]}`"
     )
+
+
+def summary_section(compare: Row, decode: Row | None) -> str:
+    """The table of README: loaders on one core, and the decoder on smaller copies."""
+    shown = [peer for peer in compare["peers"] if peer != "opencv"]
+    rows = [row for row in compare["rows"] if (row["cores"], row["dtype"]) == (1, "uint8")]
+    by_peer = {row["peer"]: row for row in rows or compare["rows"]}
+    lines = [summary_row(peer, compare["peers"][peer], by_peer[peer]) for peer in shown]
+    made = [origin_line("compare", compare)]
+    if small := best_row(decode, "smaller copies"):
+        rate, ratio = f"{small['images_per_second']:,.0f}", f"**{small['ratio']:.1f}x**"
+        name = "**imagenet-seq**, smaller copies, decoder alone"
+        lines.append([name, "exact, of lossy copies", rate, f"{ratio} on the same copies"])
+        made.append(f"Last row: `python benchmarks/{COMMANDS['decode']}`")
+    head = ["training crop 224, uint8, one core", "pixels", "images/s", "beside torchvision"]
+    return "\n\n".join([table(head, lines), ". ".join(made)])
+
+
+def summary_row(peer: str, about: Row, row: Row) -> list[str]:
+    ratio = f"{row['ratio']:.1f}x" if "ratio" in row else ""  # torchvision may not have been run
+    if ratio and peer.startswith("imagenet_seq"):
+        ratio = f"**{ratio}**"
+    return [LABELS[peer], pixels_of(about), f"{row['images_per_second']:,.0f}", ratio]
+
+
+def pixels_of(about: Row) -> str:
+    """Say by how much a loader's pixels differ from Pillow's: on average, and at most."""
+    if about["max_difference"] == 0:
+        return "exact"
+    return f"differ by {about['mean_difference']:.1f}, at most {about['max_difference']}"
+
+
+def best_row(decode: Row | None, source: str) -> Row | None:
+    """Return the training crop to uint8 from a source, with the best kernels there are."""
+    rows = decode["rows"] if decode else []
+    wanted = {"split": "train", "dtype": "uint8", "source": source}
+    found = [row for row in rows if row["group"] and wanted.items() <= row.items()]
+    return found[-1] if found else None
+
+
+def stages_section(result: Row) -> str:
+    """Where the time of a training crop goes: microseconds of each stage."""
+    rows = [
+        row
+        for row in result["rows"]
+        if (row["split"], row["dtype"], row["class"]) == ("train", "uint8", "all") and row["group"]
+    ]
+    stages = list(rows[0]["stages_ns"])
+    lines = [
+        [
+            f"{row['source']}, {row['level']}",
+            *(f"{row['stages_ns'][stage] / 1e3:.0f}" for stage in stages),
+            f"{row['ns_per_image'] / 1e3:.0f}",
+        ]
+        for row in rows
+    ]
+    head = ["us an image, training crop to uint8", *stages, "all"]
+    return "\n\n".join([table(head, lines), origin_line("decode", result)])
 
 
 def decode_section(result: Row) -> str:
@@ -148,7 +207,7 @@ def compare_section(result: Row) -> str:
     """Loaders beside each other: a row a loader, a column a case."""
     cases = list(dict.fromkeys((row["cores"], row["dtype"]) for row in result["rows"]))
     by_case = {(row["peer"], row["cores"], row["dtype"]): row for row in result["rows"]}
-    head = ["", "pixels differ by (at most)", *(f"{count_cores(n)}, {d}" for n, d in cases)]
+    head = ["", "pixels", *(f"{count_cores(n)}, {d}" for n, d in cases)]
     lines = [
         compare_row(peer, about, [by_case[(peer, *case)] for case in cases])
         for peer, about in result["peers"].items()
@@ -159,19 +218,16 @@ def compare_section(result: Row) -> str:
             f"page cache, batches of {result['batch_size']}: images/s / CPU seconds for 1000 "
             "images; then seconds to the first batch and peak MB of the first case:",
             table([*head, "first batch", "MB"], lines),
-            f"![images/s of the loaders]({PLOT})",
             origin_line("compare", result),
         ]
     )
 
 
 def compare_row(peer: str, about: Row, rows: Sequence[Row]) -> list[str]:
-    exact = about["max_difference"] == 0
-    pixels = "exact" if exact else f"{about['mean_difference']:.1f} ({about['max_difference']})"
     name = LABELS[peer] if peer.startswith("imagenet_seq") else f"{LABELS[peer]} {about['version']}"
     return [
         name,
-        pixels,
+        pixels_of(about),
         *(f"{r['images_per_second']:,.0f} / {r['cpu_seconds_per_1000']:.2f}" for r in rows),
         f"{rows[0]['first_batch_seconds']:.1f}",
         f"{rows[0]['peak_megabytes']:,.0f}",
@@ -180,18 +236,6 @@ def compare_row(peer: str, about: Row, rows: Sequence[Row]) -> list[str]:
 
 def count_cores(number: int) -> str:
     return "1 core" if number == 1 else f"{number} cores"
-
-
-def make_section(results: dict[str, Row]) -> str:
-    """Return what stands between the markers."""
-    makers = {
-        "decode": decode_section,
-        "compare": compare_section,
-        "loader": loader_section,
-        "sources": sources_section,
-    }
-    sections = [make(results[name]) for name, make in makers.items() if name in results]
-    return "\n\n".join(sections)
 
 
 # ---- tables of docs/hard-disk.md ----
@@ -204,7 +248,7 @@ READERS = {
 
 
 def read_section(result: Row) -> str:
-    """Reading from a hard disk: ours, memory that is kept, the peers, and what was promised."""
+    """Reading from a hard disk: ours, memory that is kept, the peers, and the targets."""
     rows = [row for row in result["rows"] if not row["void"]]
     rate = max(result["sequential_mb_per_s"])
     parts = {
@@ -213,7 +257,7 @@ def read_section(result: Row) -> str:
         ),
         "**Memory.** GB that the disk reads in each epoch:": memory_table(rows),
         "**Beside others.** Seconds for 256 images:": peers_table(rows),
-        "**What was wanted:**": targets_table(result["targets"]),
+        "**Targets:**": targets_table(result["targets"]),
     }
     shown = [f"{title}\n\n{made}" for title, made in parts.items() if made.count("\n") > 1]
     return "\n\n".join([*shown, origin_line("read", result)])
@@ -279,7 +323,29 @@ def targets_table(found: Sequence[Row]) -> str:
         ]
         for target in found
     ]
-    return table(["", "wanted", "measured"], lines)
+    return table(["", "target", "measured"], lines)
+
+
+# ---- the table of docs/sources.md that was measured on a disk ----
+
+DISK_SOURCES = {  # case -> what it is called, and the name under which its indexing was measured
+    "webdataset": ("WebDataset, two shuffled shards", "webdataset"),
+    "lmdb": ("LMDB in random order, the photos' own bytes", "lmdb"),
+    "official, in order": ("the official train archive, `shuffle=False`", "ilsvrc2012"),
+    "official, shuffled": ("the same, its uniform shuffle in windows", ""),
+}
+
+
+def read_sources_section(result: Row) -> str:
+    """Sources on the disk model: how fast each was indexed and read."""
+    indexed = {name: f"{rate:.1f} MB/s" for name, rate in result["indexing_mb_per_s"].items()}
+    lines = []
+    for row in result["rows"]:
+        label, key = DISK_SOURCES[row["case"]]
+        disk, seconds = f"{row['disk_mb_per_s']:.1f} MB/s", f"{row['seconds_per_256']:.3f} s"
+        lines.append([label, indexed.get(key, ""), disk, seconds])
+    made = table(["", "indexed at", "disk", "256 images"], lines)
+    return "\n\n".join([made, origin_line("read_sources", result)])
 
 
 # ---- plot ----
@@ -327,26 +393,47 @@ def bar(row: Row, top: int, most: float) -> list[str]:
 # ---- files ----
 
 
+def made_sections(results: dict[str, Row]) -> dict[tuple[Path, str], str]:
+    """Return what stands between the markers of each page; "" where there are no results."""
+    decode = results.get("decode")
+    makers = {
+        (README, "performance"): {"compare": lambda compare: summary_section(compare, decode)},
+        (PERFORMANCE_PAGE, "stages"): {"decode": stages_section},
+        (PERFORMANCE_PAGE, "performance"): {
+            "decode": decode_section,
+            "compare": compare_section,
+            "loader": loader_section,
+        },
+        (SOURCES_PAGE, "sources"): {"sources": sources_section},
+        (SOURCES_PAGE, "disk"): {"read_sources": read_sources_section},
+        (READ_PAGE, "reading"): {"read": read_section},
+    }
+    return {
+        place: "\n\n".join(make(results[name]) for name, make in of_page.items() if name in results)
+        for place, of_page in makers.items()
+    }
+
+
 def made_files(root: Path, results: dict[str, Row]) -> dict[Path, str]:
     """Return the files to write and their text."""
-    readme = root / "README.md"
-    made = {readme: with_section(readme, BEGIN, END, make_section(results))}
-    if "read" in results:
-        page = root / READ_PAGE
-        made[page] = with_section(page, READ_BEGIN, READ_END, read_section(results["read"]))
+    made: dict[Path, str] = {}
+    for (page, name), section in made_sections(results).items():
+        if section:
+            path = root / page
+            made[path] = with_section(made.get(path) or path.read_text(), name, section, path)
     if "compare" in results:
         made[root / PLOT] = make_plot(results["compare"])
     return made
 
 
-def with_section(page: Path, begin: str, end: str, section: str) -> str:
-    """Return a page's text with this between its two markers."""
-    before, found_begin, rest = page.read_text().partition(begin)
+def with_section(text: str, name: str, section: str, page: Path) -> str:
+    """Return a page's text with this between the two markers of that name."""
+    begin, end = (marker.format(name) for marker in MARKERS)
+    before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
         raise SystemExit(f"{page}: expected the lines {begin!r} and {end!r}")
-    between = f"\n{section}\n\n" if section else ""
-    return f"{before}{begin}\n{between}{end}{after}"
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

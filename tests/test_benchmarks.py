@@ -1,4 +1,4 @@
-"""The benchmarks: they refuse inexact ways, skip who is missing, and README shows their results."""
+"""The benchmarks: they refuse inexact ways, skip who is missing, and the pages show results."""
 
 from __future__ import annotations
 
@@ -38,29 +38,40 @@ def bench_read(monkeypatch: pytest.MonkeyPatch) -> Any:
     return bench_read
 
 
+PAGES = {
+    "README.md": ["performance"],
+    "docs/performance.md": ["performance", "stages"],
+    "docs/sources.md": ["sources", "disk"],
+    "docs/hard-disk.md": ["reading"],
+}
+
+
 @pytest.fixture
-def readme(tmp_path: Path) -> Path:
-    """A README in a folder of its own, with a section to be made."""
-    path = tmp_path / "README.md"
-    path.write_text(
-        "before\n<!-- performance: made by benchmarks/report.py -->\nold\n"
-        "<!-- performance: end -->\nafter\n"
-    )
-    return path
+def root(tmp_path: Path) -> Path:
+    """A folder with the pages that have sections to be made."""
+    for page, sections in PAGES.items():
+        path = tmp_path / page
+        path.parent.mkdir(exist_ok=True)
+        markers = (
+            f"<!-- {name}: made by benchmarks/report.py -->\nold\n<!-- {name}: end -->\n"
+            for name in sections
+        )
+        path.write_text(f"before\n{''.join(markers)}after\n")
+    return tmp_path
 
 
-def report(readme: Path, results: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return run("report.py", "--root", readme.parent, "--results", results, *options)
+def report(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return run("report.py", "--root", root, "--results", root / "results", *options)
 
 
-def test_readme_shows_the_committed_results() -> None:
+def test_the_pages_show_the_committed_results() -> None:
     checked = run("report.py", "--check")
     assert checked.returncode == 0, checked.stdout
 
 
-def test_decoder_results_reach_readme(make_folder: Callable[..., Path], readme: Path) -> None:
+def test_decoder_results_reach_their_page(make_folder: Callable[..., Path], root: Path) -> None:
     folder = make_folder(6, num_classes=2) / "train"
-    results = readme.parent / "results"
+    results = root / "results"
     options = ("--images", 6, "--rounds", 2, "--json", results / "decode.json", "--allow-dirty")
     measured = run("bench_decode.py", folder, *options)
     assert measured.returncode == 0, measured.stderr
@@ -73,15 +84,17 @@ def test_decoder_results_reach_readme(make_folder: Callable[..., Path], readme: 
     assert {row["source"] for row in rows} >= {"files", "pack"}
     assert all(row["images"] > 0 and row["ratio"] > 0 for row in rows)
 
-    assert report(readme, results, "--check").returncode == 1
-    assert report(readme, results).returncode == 0
-    assert report(readme, results, "--check").returncode == 0
-    text = readme.read_text()
+    assert report(root, "--check").returncode == 1
+    assert report(root).returncode == 0
+    assert report(root, "--check").returncode == 0
+    text = (root / "docs" / "performance.md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     best = [row for row in rows if row["class"] == "all" and row["group"] is not None][-1]
     assert f"| {best['images_per_second']:,.0f} |" in text
+    assert f"| files, portable | {rows[0]['stages_ns']['header'] / 1e3:.0f} |" in text
+    assert "old" in (root / "README.md").read_text()  # it compares loaders, which were not run
 
 
 def test_a_way_with_other_pixels_is_not_measured(
@@ -103,14 +116,14 @@ def test_a_way_with_other_pixels_is_not_measured(
 
 
 def test_sources_are_compared_with_their_folder_and_unwritable_ones_left_out(
-    make_folder: Callable[..., Path], readme: Path
+    make_folder: Callable[..., Path], root: Path
 ) -> None:
     folder = make_folder(6, num_classes=2) / "train"
-    absent = readme.parent / "absent"
+    absent = root / "absent"
     absent.mkdir()
     (absent / "tensorflow.py").write_text("raise ImportError('tensorflow is not here')\n")
     paths = os.pathsep.join(filter(None, [str(absent), os.environ.get("PYTHONPATH")]))
-    results = readme.parent / "results"
+    results = root / "results"
     compared = run(
         "bench_loader.py",
         *(folder, "--source", "pack,tfrecord", "--images", 8, "--rounds", 1, "--cores", 1),
@@ -122,8 +135,8 @@ def test_sources_are_compared_with_their_folder_and_unwritable_ones_left_out(
     rows = json.loads((results / "sources.json").read_text())["rows"]
     assert [(row["kind"], row["split"]) for row in rows] == [("pack", "val"), ("pack", "train")]
     assert all(row["source"] > 0 and row["folder"] > 0 for row in rows)
-    assert report(readme, results).returncode == 0
-    assert "| source | val, 1 core |" in readme.read_text()
+    assert report(root).returncode == 0
+    assert "| source | val, 1 core |" in (root / "docs" / "sources.md").read_text()
 
 
 def test_every_kind_of_source_is_where_its_writer_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +166,14 @@ def test_an_unknown_source_is_refused() -> None:
 
 
 def test_loaders_are_compared_and_missing_ones_skipped(
-    make_folder: Callable[..., Path], readme: Path
+    make_folder: Callable[..., Path], root: Path
 ) -> None:
     folder = make_folder(6, num_classes=2) / "train"
-    absent = readme.parent / "absent"
+    absent = root / "absent"
     absent.mkdir()
     (absent / "cv2.py").write_text("raise ImportError('cv2 is not here')\n")
     paths = os.pathsep.join(filter(None, [str(absent), os.environ.get("PYTHONPATH")]))
-    results = readme.parent / "results"
+    results = root / "results"
     compared = run(
         "compare.py",
         *(folder, "--images", 6, "--rounds", 1, "--cores", "one", "--dtype", "uint8"),
@@ -173,9 +186,24 @@ def test_loaders_are_compared_and_missing_ones_skipped(
     result = json.loads((results / "compare.json").read_text())
     assert list(result["peers"]) == ["imagenet_seq"]
     assert result["peers"]["imagenet_seq"]["max_difference"] == 0
-    assert report(readme, results).returncode == 0
-    assert "the same folder | exact |" in readme.read_text()
-    assert "<svg" in (readme.parent / "docs" / "performance.svg").read_text()
+    assert report(root).returncode == 0
+    for page in ("README.md", "docs/performance.md"):
+        assert "the same folder | exact |" in (root / page).read_text()
+    assert "<svg" in (root / "docs" / "performance.svg").read_text()
+
+
+def test_readme_compares_loaders_and_adds_smaller_copies(root: Path) -> None:
+    committed = BENCHMARKS / "results"
+    (root / "results").mkdir()
+    for name in ("compare", "decode"):
+        (root / "results" / f"{name}.json").write_bytes((committed / f"{name}.json").read_bytes())
+    assert report(root).returncode == 0
+    text = (root / "README.md").read_text()
+    rows = json.loads((committed / "compare.json").read_text())["rows"]
+    for row in rows:
+        if (row["cores"], row["dtype"]) == (1, "uint8") and row["peer"] != "opencv":
+            assert f"| {row['images_per_second']:,.0f} |" in text
+    assert "| exact, of lossy copies |" in text
 
 
 # ---- reading from a disk -------------------------------------------------------------------------
@@ -319,12 +347,7 @@ def test_a_made_up_pack_lies_in_its_files(bench_read: Any, tmp_path: Path) -> No
     assert gaps[index.file[1:] == index.file[:-1]].min() >= 3 * 512  # three headers
 
 
-def test_reading_results_reach_the_page(bench_read: Any, readme: Path) -> None:
-    page = readme.parent / "docs" / "hard-disk.md"
-    page.parent.mkdir()
-    page.write_text(
-        "before\n<!-- reading: made by benchmarks/report.py -->\nold\n<!-- reading: end -->\n"
-    )
+def test_reading_results_reach_the_page(bench_read: Any, root: Path) -> None:
     row = {
         "case": "bytes",
         "reader": "imagenet_seq",
@@ -346,19 +369,19 @@ def test_reading_results_reach_the_page(bench_read: Any, readme: Path) -> None:
     ]
     targets = [bench_read.at_least("disk MB/s", 162.0, 160)._asdict()]
     origin = bench_read.results.describe_origin()
-    results = readme.parent / "results"
+    results = root / "results"
     results.mkdir()
     made = {"origin": origin, "sequential_mb_per_s": [180.0], "rows": rows, "targets": targets}
     (results / "read.json").write_text(json.dumps(made))
-    assert report(readme, results).returncode == 0
-    text = page.read_text()
+    assert report(root).returncode == 0
+    text = (root / "docs" / "hard-disk.md").read_text()
     assert "old" not in text
     assert "| 140 GB, bytes, blocks of 16 MB | 4 | 128 | **162.0** | 90% | 159.4 | 97% |" in text
     assert "99.0" not in text
     assert "| half kept | 2.000 | 1.000 |" in text
     assert "| WebDataset | shards | bytes | 128 | **2.500** |" in text
     assert "| disk MB/s | >= 160 | 162 |" in text
-    assert report(readme, results, "--check").returncode == 0
+    assert report(root, "--check").returncode == 0
 
 
 def test_the_model_gives_a_cold_folder_and_counts(bench_read: Any, tmp_path: Path) -> None:

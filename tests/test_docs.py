@@ -1,0 +1,16 @@
+"""The pages: docs/loader.md lists what a Loader takes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from imagenet_seq import Loader
+
+PAGE = Path(__file__).parents[1] / "docs" / "loader.md"
+
+
+def test_every_argument_of_the_loader_is_listed() -> None:
+    listed = set(re.findall(r"`(\w+)`", PAGE.read_text()))
+    assert set(inspect.signature(Loader).parameters) <= listed
