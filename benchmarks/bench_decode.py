@@ -193,14 +193,16 @@ def sampling_class(data: bytes) -> str:
 
 def keep_decodable(sources: dict[str, list[Encoded]]) -> dict[str, list[Encoded]]:
     """Leave out the photos that the core leaves to Pillow from any source."""
-    foreign = set()
+    python_blocks = set()
     for samples in sources.values():
         outputs = Kernel(Work("train").recipe(), samples).outputs()
-        foreign |= {i for i, row in enumerate(outputs) if row is None}
+        python_blocks |= {i for i, row in enumerate(outputs) if row is None}
     num_images = len(sources["files"])
-    print(f"{num_images} photos, of which the core leaves {len(foreign)} to Pillow (left out)")
+    print(
+        f"{num_images} photos, of which the core leaves {len(python_blocks)} to Pillow (left out)"
+    )
     return {
-        name: [sample for i, sample in enumerate(samples) if i not in foreign]
+        name: [sample for i, sample in enumerate(samples) if i not in python_blocks]
         for name, samples in sources.items()
     }
 

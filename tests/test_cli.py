@@ -182,7 +182,7 @@ def test_info_says_what_packing_brings(
 
 
 class Unpacked(Source):
-    """A foreign source of two blocks of two images, of which one is a PNG and one none at all."""
+    """A source of two python blocks of two images: one is a PNG, one no image at all."""
 
     def read_block(self, number: int) -> Block:
         images = [io.BytesIO() for _ in range(2)]
@@ -194,13 +194,13 @@ class Unpacked(Source):
         return Block(bytes_, np.array([0, lengths[0]]), lengths)
 
 
-def test_info_reads_headers_of_foreign_blocks(tmp_path: Path) -> None:
+def test_info_reads_headers_of_python_blocks(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1000))
     index = Index(
         [0, 0, 1, 1], [0, 1, 0, 1], Names.from_strings("abcd"), str(tmp_path),
         Names.from_strings(["file", "file"]), ("x",), length=[5, 5, 5, 5], label=[0] * 4,
     )  # fmt: skip
-    source = Unpacked("numbers", index, foreign=True)
+    source = Unpacked("numbers", index, python_blocks=True)
     found = Found("numbers", "numbers", lambda how: source, [str(tmp_path / "file")])
     facts = info.facts(source, found, info.forecast_of(source, "0", 1, measure=False))
     assert (facts["bytes"], facts["mean_image_bytes"]) == (1000, 5)

@@ -24,6 +24,7 @@ from imagenet_seq.read.budget import UNITS
 from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.place import SPLITS, Found, Opening, SplitNeededError
 from imagenet_seq.sources.recognise import find_source
+from imagenet_seq.text import format_bytes
 
 if TYPE_CHECKING:
     from imagenet_seq.pack.shards import Summary
@@ -314,7 +315,7 @@ def _print_summary(summary: Summary) -> None:
     if not (is_lmdb and summary.was_complete):  # nothing in it says what it was made of
         ratio = summary.pack_bytes / max(summary.source_bytes, 1)
         print(
-            f"  {_bytes(summary.source_bytes)} of images became {_bytes(summary.pack_bytes)} of "
+            f"  {format_bytes(summary.source_bytes)} of images became {format_bytes(summary.pack_bytes)} of "
             f"{'LMDB' if is_lmdb else 'shards'} ({ratio:.1%})"
         )
         shrunk = f"{summary.num_shrunk} encoded anew, " if summary.num_shrunk else ""
@@ -499,7 +500,7 @@ def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any
     order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)
     pool = blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
     order = replace(order, shuffle_blocks=pool)
-    found = quality.measure(source.index, order, options.batch_size, source.foreign)
+    found = quality.measure(source.index, order, options.batch_size, source.python_blocks)
     return {"shuffle": asdict(found)} if options.json else quality.describe(found)
 
 
@@ -583,10 +584,6 @@ def _splits(text: str) -> tuple[str, ...]:
     if not splits or any(split not in SPLITS for split in splits):
         raise argparse.ArgumentTypeError(f"expected train, val or train,val, got {text!r}")
     return splits
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

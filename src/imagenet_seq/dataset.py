@@ -61,7 +61,7 @@ class Dataset(Sequence[Any]):
         columns = self._source.index
         offset = int(columns.offset[index])
         length = -1 if columns.length is None else int(columns.length[index])
-        if self._source.foreign:
+        if self._source.python_blocks:
             block = self._source.read_block(int(columns.file[index]))
             begin = int(block.offsets[offset])
             return bytes(block.bytes[begin : begin + int(block.lengths[offset])])

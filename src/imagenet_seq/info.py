@@ -29,13 +29,14 @@ from imagenet_seq.read.forecast import Forecast, Job, forecast_job
 from imagenet_seq.read.speed import effective, speed_of
 from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.place import Found
+from imagenet_seq.text import format_bytes, format_seconds
 
 _SAMPLED = 200
 """Images whose headers are read, to know about how large all of them are."""
 
 
-_FOREIGN_BLOCKS = 8
-"""Of foreign blocks, whose images come at the price of the whole block."""
+_SAMPLED_BLOCKS = 8
+"""Of python blocks, whose images come at the price of the whole block."""
 
 
 _HEAD_BYTES, _LONG_HEAD_BYTES = 64 << 10, 4 << 20
@@ -65,7 +66,7 @@ def forecast_of(source: Source, ram_wish: str, ranks: int, measure: bool) -> For
     speed = speed_of(where, files if is_measured else [])
     where = effective(where, speed)
     budget = ram_budget(ram_wish, data_bytes)
-    in_blocks = source.permuted or source.foreign
+    in_blocks = source.permuted or source.python_blocks
     unpacked = "window" if where.has_one_head else "files"
     return forecast_job(
         Job(
@@ -133,26 +134,18 @@ def _shown(name: str, value: Any, known: dict[str, Any]) -> str:
     if isinstance(value, list):
         return ("\n" + " " * 21).join(map(str, value))
     if name.endswith("bytes"):
-        return size(value)
+        return format_bytes(value)
     if name.endswith("_px"):
         return f"{value} (of {known['sampled_images']:,} samples)"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def size(num_bytes: int) -> str:
-    """Return a number of bytes for people."""
-    for unit, least in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= least:
-            return f"{num_bytes / least:.2f} {unit}"
-    return f"{num_bytes / 1e3:.1f} KB"
 
 
 # ---- facts ---------------------------------------------------------------------------------------
 
 
 def _data_bytes(source: Source) -> int:
-    """Return what is read for all samples once: of foreign blocks, their files."""
-    if not source.foreign:
+    """Return what is read for all samples once: of python blocks, their files."""
+    if not source.python_blocks:
         return source_bytes(source)
     files = set(source.index.files)
     return sum(os.path.getsize(os.path.join(source.index.root, name)) for name in files)
@@ -198,8 +191,8 @@ def _some_images(source: Source) -> Iterator[bytes]:
     index = source.index
     number = min(len(index), _SAMPLED)
     samples = np.arange(number) * len(index) // max(1, number)
-    if source.foreign:
-        yield from _some_foreign_images(source, samples)
+    if source.python_blocks:
+        yield from _some_images_in_blocks(source, samples)
         return
     for sample in samples:
         path = os.path.join(index.root, index.files[int(index.file[sample])])
@@ -216,10 +209,10 @@ def _some_images(source: Source) -> Iterator[bytes]:
         yield head
 
 
-def _some_foreign_images(source: Source, samples: Any) -> Iterator[bytes]:
+def _some_images_in_blocks(source: Source, samples: Any) -> Iterator[bytes]:
     index = source.index
     blocks = np.unique(index.file[samples])
-    for number in blocks[:: -(-len(blocks) // _FOREIGN_BLOCKS)]:
+    for number in blocks[:: -(-len(blocks) // _SAMPLED_BLOCKS)]:
         block = source.read_block(int(number))
         for sample in samples[index.file[samples] == number]:
             ordinal = int(index.offset[sample])
@@ -242,7 +235,7 @@ def _order_fact(source: Source) -> str:
 
 def _reading_fact(source: Source, expected: Forecast) -> str:
     job = expected.job
-    if source.foreign:
+    if source.python_blocks:
         return "block by block through Python, which unpacks them; the images in them then as ever"
     if source.permuted:
         return f"blocks of {_BLOCK_BYTES >> 20} MB in random order; validation from front to back"
@@ -257,7 +250,7 @@ def _shuffle_fact(source: Source) -> str:
     if source.permuted:
         return "block: samples lie in random order, so blocks of them are mixed already"
     why = "samples are not known to lie in random order, so blocks of them might have few classes"
-    if source.foreign:
+    if source.python_blocks:
         return (
             f"uniform: {why}. Every image costs a whole block, so pack it, or pass shuffle='block' "
             "where it is in random order after all; the forecast is of that"
@@ -290,12 +283,8 @@ def _reading_gain(source: Source, expected: Forecast) -> str:
             f"{epoch} would take the disk {then.seeks:,} instead of {now.seeks:,} seeks; it was "
             "not measured, so nothing is known about the time"
         )
-    times = f"{_minutes(then.minutes)} instead of {_minutes(now.minutes)}"
-    return f"{epoch} would read {size(then.bytes_from_disk)} in {times}"
-
-
-def _minutes(minutes: float) -> str:
-    return f"{minutes:.1f} min" if minutes >= 1 else f"{minutes * 60:.1f} s"
+    times = f"{format_seconds(60 * then.minutes)} instead of {format_seconds(60 * now.minutes)}"
+    return f"{epoch} would read {format_bytes(then.bytes_from_disk)} in {times}"
 
 
 def _pack_facts(pack: layout.Pack) -> dict[str, Any]:

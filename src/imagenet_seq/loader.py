@@ -669,7 +669,7 @@ class Loader:
         return max(0, int(num_batches * (0.9 - 1.5 * ahead)))
 
     def _plan_of_order(self, progress: _Progress) -> EnginePlan:
-        index, foreign = self._source.index, self._source.foreign
+        index, python_blocks = self._source.index, self._source.python_blocks
         if self._explicit_order is None:
             return rank_plan(
                 index,
@@ -680,7 +680,7 @@ class Loader:
                 world_size=self._world_size,
                 drop_last=self.drop_last,
                 samples_done=progress.samples_done,
-                foreign=foreign,
+                python_blocks=python_blocks,
             )
         if self.batch_sampler is not None:
             batches = [list(indices) for indices in self.batch_sampler]
@@ -700,7 +700,7 @@ class Loader:
             epoch=progress.epoch,
             rank=self._rank,
             block_bytes=self._block_bytes,
-            foreign=foreign,
+            python_blocks=python_blocks,
         )
 
     def _work(self, progress: _Progress, epoch_plan: EnginePlan | None) -> Work:
@@ -763,7 +763,7 @@ class Loader:
         in use and one being read.
         """
         source = self._source
-        if self._shuffle != "block" or (source.index.length is None and not source.foreign):
+        if self._shuffle != "block" or (source.index.length is None and not source.python_blocks):
             window = min(self._arranged().window, len(self._source.index))
             return max(_READ_AHEAD_BYTES, 2 * window * (self._mean_bytes() + _FILE_OVERHEAD_BYTES))
         # Global positions go to streams and to ranks in turn, so this many streams meet a rank.

@@ -95,7 +95,7 @@ def notes_on_order(shuffle: str, source: Source) -> list[str]:
             f"{where}shuffle='block' mixes samples that lie close together, and these are not "
             f"known to lie in random order, so batches may have few classes: {packing}"
         ]
-    if shuffle == "uniform" and source.foreign:
+    if shuffle == "uniform" and source.python_blocks:
         return [
             f"{where}a uniform shuffle reads a whole block of this {source.kind} for every image: "
             f"{packing}; or pass shuffle='block' where they do already"

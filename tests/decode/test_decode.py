@@ -63,7 +63,7 @@ def crop_recipe(
 
 
 def decode(recipe: Recipe, data: bytes, flags: int = 0) -> np.ndarray | None:
-    """uint8 pixels as height x width x 3; None: foreign."""
+    """uint8 pixels as height x width x 3; None: python_blocks."""
     row = np.full((recipe.out_height, recipe.out_width, 3), 77, np.uint8)
     # Bytes that end where their memory ends: a sanitizer sees a read behind them.
     exact = np.frombuffer(data, np.uint8).copy()
@@ -87,7 +87,7 @@ def by_pillow(data: bytes) -> np.ndarray:
 
 def assert_as_pillow(data: bytes, what: object) -> None:
     pixels, expected = decode_all(data), by_pillow(data)
-    assert pixels is not None, f"{what}: foreign"
+    assert pixels is not None, f"{what}: python_blocks"
     assert pixels.shape == expected.shape, what
     different = np.argwhere((pixels != expected).any(-1))
     assert not len(different), (
@@ -129,7 +129,7 @@ def test_photos_random_crops(photos: list[Path]) -> None:
             if flip:
                 expected = functional.hflip(expected)
             pixels = decode(recipe, data)
-            assert pixels is not None, f"{path}: foreign"
+            assert pixels is not None, f"{path}: python_blocks"
             assert np.array_equal(pixels, np.asarray(expected)), f"{path}: {recipe}"
 
 
@@ -150,7 +150,7 @@ def test_photos_validation_transform(photos: list[Path]) -> None:
         with Image.open(io.BytesIO(data)) as image:
             expected = np.asarray(reference(image.convert("RGB")))
         pixels = decode(recipe, data)
-        assert pixels is not None, f"{path}: foreign"
+        assert pixels is not None, f"{path}: python_blocks"
         assert np.array_equal(pixels, expected), path
 
 
@@ -309,7 +309,7 @@ def test_multi_picture_file() -> None:
     assert_as_pillow(buffer.getvalue(), "MPO")
 
 
-def test_foreign_files() -> None:
+def test_python_files() -> None:
     image = photo_like(np.random.default_rng(10), 40, 30)
     png = io.BytesIO()
     image.save(png, "PNG")
@@ -364,7 +364,7 @@ def test_max_pixels() -> None:
 
 
 def test_truncated_files() -> None:
-    """However short a file is cut, it is foreign, with every way of checking."""
+    """However short a file is cut, it is python_blocks, with every way of checking."""
     for restart_interval in (0, 3):
         jpeg = Jpeg(60, 50, SAMPLINGS["420"], restart_interval)
         data = jpeg.data()
@@ -386,7 +386,7 @@ def test_restart_markers_must_be_right() -> None:
         "missing": data[:second] + data[second + 2 :],
         "twice": data[:second] + b"\xff\xd1" + data[second:],
         "one too many": data[:-2] + b"\xff\xd0\xff\xd9",
-        "a foreign marker": data[:second] + b"\xff\xfe" + data[second + 2 :],
+        "a stray marker": data[:second] + b"\xff\xfe" + data[second + 2 :],
         "end too early": data[:second] + EOI + data[second:],
         "a byte too many": data[:second] + b"\x55" + data[second:],
         "a byte too few": data[: second - 1] + data[second:],
@@ -449,7 +449,7 @@ def mutations(generator: random.Random, seeds: list[bytes]) -> Iterator[bytes]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_files_are_pillows_or_foreign() -> None:
+def test_damaged_files_are_pillows_or_python() -> None:
     """Whatever the core decodes, Pillow decodes too, to the same pixels."""
     rng = np.random.default_rng(12)
     seeds = []

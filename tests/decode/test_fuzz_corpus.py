@@ -21,7 +21,7 @@ STREAMS = corpus.streams()
 
 
 def decode(data: bytes, height: int, width: int) -> np.ndarray | None:
-    """The top left pixels, of data decoded up to its end; None: foreign."""
+    """The top left pixels, of data decoded up to its end; None: python_blocks."""
     recipe = Recipe(
         geometry=Geometry.FIXED_CROP,
         out_height=height,
@@ -74,8 +74,8 @@ def test_damaged_streams_are_given_up(name: str) -> None:
     assert native.transcode(STREAMS[name]) is None
 
 
-@pytest.mark.parametrize("name", named("foreign"))
-def test_foreign_streams_are_known_by_their_headers(name: str) -> None:
+@pytest.mark.parametrize("name", named("pillow"))
+def test_pillow_streams_are_known_by_their_headers(name: str) -> None:
     header = native.read_header(STREAMS[name])
     assert header is None or not header.supported
 

@@ -261,7 +261,7 @@ def damaged_streams() -> dict[str, bytes]:
     return streams
 
 
-def foreign_streams() -> dict[str, bytes]:
+def pillow_streams() -> dict[str, bytes]:
     """What Pillow decides: out of the core's scope, or no JPEG."""
     rng = np.random.default_rng(3)
     image = _picture(rng, 40, 34)
@@ -317,12 +317,12 @@ def short_segments() -> dict[str, bytes]:
 
 
 def streams() -> dict[str, bytes]:
-    """All of them; names begin with valid, doubtful, damaged or foreign."""
+    """All of them; names begin with valid, doubtful, damaged or python_blocks."""
     kinds = {
         "valid": valid_streams(),
         "doubtful": doubtful_streams(),
         "damaged": damaged_streams(),
-        "foreign": foreign_streams(),
+        "pillow": pillow_streams(),
     }
     return {f"{kind}-{name}": data for kind, each in kinds.items() for name, data in each.items()}
 

@@ -650,7 +650,7 @@ def test_open_source_finds_splits(tmp_path: Path) -> None:
     assert open_source(tmp_path, "train").index.samples[0][0] == str(tmp_path / "train/a/1.jpg")
     assert list(open_source(tmp_path, "val").index.name) == ["a/3.jpg", "b/4.jpg"]
     source = open_source(tmp_path / "val")
-    assert (source.kind, source.permuted, source.foreign) == ("imagefolder", False, False)
+    assert (source.kind, source.permuted, source.python_blocks) == ("imagefolder", False, False)
     assert list(open_source(tmp_path / "val", "val").index.name) == ["a/3.jpg", "b/4.jpg"]
 
 
@@ -822,17 +822,17 @@ def test_links_that_lead_nowhere_or_round_do_no_harm(tmp_path: Path) -> None:
 
 
 class Numbers(Source):
-    """A foreign source: block k holds the numbers 2k and 2k + 1 as text."""
+    """A source of python blocks: block k holds the numbers 2k and 2k + 1 as text."""
 
     def read_block(self, number: int) -> Block:
         text = f"{2 * number}{2 * number + 1}".encode()
         return Block(np.frombuffer(text, np.uint8), np.array([0, 1]), np.array([1, 1]))
 
 
-def test_a_foreign_source_is_a_subclass() -> None:
+def test_a_python_source_is_a_subclass() -> None:
     names = Names.from_strings(map(str, range(4)))
     index = Index([0, 0, 1, 1], [0, 1, 0, 1], names, "", Names.from_strings("ab"))
-    source = Numbers("numbers", index, foreign=True).take([3, 0])
+    source = Numbers("numbers", index, python_blocks=True).take([3, 0])
     assert isinstance(source, Numbers)
     found = []
     for file, offset in zip(source.index.file, source.index.offset, strict=True):
@@ -842,9 +842,9 @@ def test_a_foreign_source_is_a_subclass() -> None:
     assert found == list(source.index.name) == ["3", "0"]
 
 
-def test_other_sources_have_no_foreign_blocks(tmp_path: Path) -> None:
+def test_other_sources_have_no_python_blocks(tmp_path: Path) -> None:
     source = open_imagefolder(make_tree(tmp_path / "train", ["a/1.jpg"]))
-    with pytest.raises(TypeError, match="'imagefolder' has no foreign blocks"):
+    with pytest.raises(TypeError, match="'imagefolder' has no python blocks"):
         source.read_block(0)
 
 

@@ -1,4 +1,4 @@
-"""The Loader's surface: call forms, order, resume, formats, foreign rows and blocks, samplers."""
+"""The Loader's surface: call forms, order, resume, formats, python rows and blocks, samplers."""
 
 from __future__ import annotations
 
@@ -453,7 +453,7 @@ def test_validation_over_ranks_is_exact(root: Path) -> None:
         assert all(min(column) > 0 for column in zip(*sizes, strict=True))
 
 
-# ---- foreign rows and blocks ---------------------------------------------------------------------
+# ---- python rows and blocks ---------------------------------------------------------------------
 
 
 def test_a_folder_of_pngs_is_decoded_by_pillow(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_a_folder_of_pngs_is_decoded_by_pillow(tmp_path: Path) -> None:
             torch.cat([x for x, _ in loader]), torch.stack([x for x, _ in reference])
         )
     assert loader.stats()["foreign_rows"] == 20
-    # Random crops of foreign rows follow the draws of the core, too.
+    # Random crops of python rows follow the draws of the core, too.
     a = epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=1))
     assert same(epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=8)), a)
 
@@ -538,7 +538,7 @@ def blocks_source(kind: type[Source], num_samples: int = 40) -> Source:
         classes=("a", "b"),
         label=np.arange(num_samples) % 2,
     )
-    return kind("made here", index, foreign=True)
+    return kind("made here", index, python_blocks=True)
 
 
 def _generated_jpeg(number: int) -> bytes:
@@ -758,7 +758,7 @@ def test_numbers_are_checked_at_once(root: Path, arguments: dict) -> None:
 
 
 @pytest.mark.parametrize("wrong", [-5_000_000_000, -1, 1 << 40])
-def test_wrong_offsets_of_a_foreign_block_are_refused(wrong: int) -> None:
+def test_wrong_offsets_of_a_python_block_are_refused(wrong: int) -> None:
     class Wrong(Decompressed):
         def read_block(self, number: int) -> Block:
             block = super().read_block(number)
@@ -768,7 +768,7 @@ def test_wrong_offsets_of_a_foreign_block_are_refused(wrong: int) -> None:
         list(Loader(blocks_source(Wrong), "val", EVAL, batch_size=4))
 
 
-def test_foreign_blocks_are_not_all_asked_for_at_once() -> None:
+def test_python_blocks_are_not_all_asked_for_at_once() -> None:
     asked: list[int] = []
 
     class Counting(Decompressed):

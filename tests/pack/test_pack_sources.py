@@ -165,7 +165,7 @@ def test_raw_pixels_are_stored_as_they_are(tmp_path: Path) -> None:
     assert verify(tmp_path / "pack", source, progress=False).problems == ()
 
 
-def test_verify_compares_the_pixels_of_foreign_blocks(tmp_path: Path) -> None:
+def test_verify_compares_the_pixels_of_python_blocks(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     (path,) = (FIXTURES / "parquet/data").glob("val*.parquet")

@@ -62,7 +62,7 @@ def folder_index(num_samples: int) -> Index:
     )
 
 
-def foreign_index(num_blocks: int, block_samples: int) -> Index:
+def index_of_python_blocks(num_blocks: int, block_samples: int) -> Index:
     size = num_blocks * block_samples
     return Index(
         file=np.repeat(np.arange(num_blocks), block_samples),
@@ -518,11 +518,11 @@ def test_samples_of_unknown_length_are_read_alone() -> None:
 
 
 @pytest.mark.parametrize("shuffle", ["none", "uniform", "block"])
-def test_foreign_blocks_are_named_by_number_and_ordinal(shuffle: str) -> None:
-    index = foreign_index(num_blocks=12, block_samples=10)
+def test_python_blocks_are_named_by_number_and_ordinal(shuffle: str) -> None:
+    index = index_of_python_blocks(num_blocks=12, block_samples=10)
     order = Order(shuffle, shuffle_blocks=3, num_streams=2)
     for rank in range(2):
-        plan = rank_plan(index, order, 0, batch_size=7, rank=rank, world_size=2, foreign=True)
+        plan = rank_plan(index, order, 0, batch_size=7, rank=rank, world_size=2, python_blocks=True)
         assert (plan.block_file == -1).all()
         assert plan.block_offset[plan.block].tolist() == index.file[plan.sample].tolist()
         assert plan.offset.tolist() == index.offset[plan.sample].tolist()

@@ -482,10 +482,10 @@ def test_closing_does_not_wait_for_a_turn(pack: Data, lock: str) -> None:
         assert rig.requests() == []
 
 
-def test_foreign_blocks_are_not_made_ahead(pack: Data) -> None:
+def test_python_blocks_are_not_made_ahead(pack: Data) -> None:
     index = replace(pack.index, offset=np.arange(300) - pack.index.file * 75, checksum=None)
     order = Order(shuffle="none")
-    plan = rank_plan(index, order, 1, batch_size=BATCH_SIZE, foreign=True)
+    plan = rank_plan(index, order, 1, batch_size=BATCH_SIZE, python_blocks=True)
     rows = np.zeros(BATCH_SIZE, np.uint8)
     engine = native.Engine(
         ANY_RECIPE,
@@ -1216,7 +1216,7 @@ def test_counters_have_names_that_say_their_stage(photos_pack: Path) -> None:
     loader = loader_of(photos_pack, **IN_BLOCKS, ram=0)
     epoch_of(loader)
     stats = loader.stats()
-    stages = {"read", "decode", "foreign", "batch", "block", "kept"}
+    stages = {"read", "decode", "python_blocks", "batch", "block", "kept"}
     assert {name.split("_")[0] for name in stats} == stages
     assert not [name for name in stats if name.endswith("_ns")]
     assert stats["read_requests"] >= stats["read_seeks"] >= 1
@@ -1229,7 +1229,7 @@ def test_counters_have_names_that_say_their_stage(photos_pack: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_blocks", "pooled"), [(10, 16), (40, 64), (1, 1)])
-def test_a_pool_of_foreign_blocks_takes_the_bytes_that_were_asked_for(
+def test_a_pool_of_python_blocks_takes_the_bytes_that_were_asked_for(
     num_blocks: int, pooled: int
 ) -> None:
     """Of 40,000 bytes in so many blocks: 16 blocks of 4000 where 64 of 1000 were asked for."""
@@ -1239,8 +1239,8 @@ def test_a_pool_of_foreign_blocks_takes_the_bytes_that_were_asked_for(
         np.arange(size) * num_blocks // size, np.arange(size), names, "", names[:1],
         length=np.full(size, 100),
     )  # fmt: skip
-    source = Source("made here", index, foreign=True)
+    source = Source("made here", index, python_blocks=True)
     assert read.blocks_of_pool(source, 64, 1000) == pooled
-    assert read.blocks_of_pool(replace(source, foreign=False), 64, 1000) == 64
+    assert read.blocks_of_pool(replace(source, python_blocks=False), 64, 1000) == 64
     loader = Loader(source, "train", shuffle="block", block_bytes=1000, forecast=False)
     assert loader.state_dict()["shuffle_blocks"] == pooled

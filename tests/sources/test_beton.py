@@ -90,7 +90,7 @@ def three() -> Beton:
 def stored(source: Source, sample: int) -> bytes:
     """Return a sample's bytes as the loader gets them."""
     index = source.index
-    if not source.foreign:
+    if not source.python_blocks:
         data = (Path(index.root) / index.files[index.file[sample]]).read_bytes()
         return data[index.offset[sample] :][: index.length[sample]]
     block = source.read_block(int(index.file[sample]))
@@ -138,7 +138,7 @@ def test_a_file_in_the_current_folder_is_found(
 
 def test_jpegs_are_read_in_place(tmp_path: Path) -> None:
     source = open_source(three().write(tmp_path / "a.beton"))
-    assert not source.foreign
+    assert not source.python_blocks
     assert [stored(source, i) for i in range(3)] == [jpeg_bytes(photo(i)) for i in range(3)]
     assert list(source.index.name) == [f"0000000{i}.jpg" for i in range(3)]
     assert (source.index.width[0], source.index.height[0]) == (40, 30)
@@ -151,7 +151,7 @@ def test_pixels_come_as_they_are(tmp_path: Path) -> None:
     beton = Beton(samples)
     beton.rows.reverse()  # samples are in the order of the metadata
     source = open_source(beton.write(tmp_path / "a.beton"))
-    assert source.foreign
+    assert source.python_blocks
     assert list(source.index.targets) == list(range(7, -1, -1))
     assert sorted(source.index.file) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert len(source.index.files) == 2
@@ -308,7 +308,7 @@ def test_any_tables_are_read_or_refused(
     except (DataError, FileNotFoundError):
         return
     index = source.index
-    if source.foreign:
+    if source.python_blocks:
         for number in set(index.file.tolist()):
             block = source.read_block(number)
             assert (block.offsets + block.lengths <= len(block.bytes)).all()

@@ -47,7 +47,7 @@ def labels_of(source: Source) -> dict[str, int]:
 @pytest.mark.parametrize("below", ["", "ILSVRC", "ILSVRC/Data", CLS_LOC, f"{CLS_LOC}/val"])
 def test_kaggles_validation_images(below: str) -> None:
     source = open_source(FIXTURES / "kaggle" / below, "val")
-    assert (source.kind, source.permuted, source.foreign) == ("flat", False, False)
+    assert (source.kind, source.permuted, source.python_blocks) == ("flat", False, False)
     assert source.index.classes == WNIDS
     assert list(source.index.name) == [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 11)]
     assert list(source.index.targets) == LABELS

@@ -631,12 +631,12 @@ def test_images_that_are_stored_as_text(tmp_path: Path, protocol: int) -> None:
         index = source.index
         ids.add(index.id)  # it decides the order, which all ranks must agree on
         assert len(ids) == 1
-        assert source.foreign == (protocol < 3)
+        assert source.python_blocks == (protocol < 3)
         assert index.length is not None
         index.validate("here")
         assert list(index.targets) == list(range(200))
         assert list(index.length) == [len(image) for image in images]
-        if source.foreign:
+        if source.python_blocks:
             blocks = [source.read_block(i) for i in range(len(index.files))]
             assert len(blocks) > 1
             found = [

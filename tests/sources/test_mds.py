@@ -130,7 +130,7 @@ def two_shards(folder: Path, **options: Any) -> Mds:
 def stored(source: Source, number: int) -> bytes:
     """Return a sample's bytes as the loader gets them."""
     index = source.index
-    if not source.foreign:
+    if not source.python_blocks:
         data = (Path(index.root) / index.files[index.file[number]]).read_bytes()
         return data[index.offset[number] :][: index.length[number]]
     block = source.read_block(int(index.file[number]))
@@ -173,7 +173,7 @@ def test_images_are_read_in_place(tmp_path: Path) -> None:
     mds = Mds(tmp_path, {"i": "int", "x": "bytes", "y": "uint16"})
     mds.add({"i": 7, "x": JPEG, "y": 300}, {"i": 8, "x": png, "y": 0})
     source = open_source(mds.save())
-    assert not source.foreign
+    assert not source.python_blocks
     assert [stored(source, 0), stored(source, 1)] == [JPEG, png]
     assert list(source.index.targets) == [300, 0]
     assert list(source.index.name) == ["000000.jpg", "000001.png"]
@@ -221,7 +221,7 @@ def test_a_compressed_shard_is_a_block(
     mds = two_shards(tmp_path, compression=compression, compress=compress)
     for _ in range(2):  # scanned, and kept
         source = open_source(mds.save())
-        assert source.foreign
+        assert source.python_blocks
         assert list(source.index.file) == [0, 0, 1]
         assert list(source.index.offset) == [0, 1, 0]
         assert {stored(source, i) for i in range(3)} == {JPEG}
@@ -232,7 +232,7 @@ def test_uncompressed_shards_are_preferred(tmp_path: Path) -> None:
     mds = two_shards(tmp_path, compression="gz", compress=gzip.compress)
     raw = gzip.decompress((tmp_path / "shard.00001.mds.gz").read_bytes())
     (tmp_path / "shard.00001.mds").write_bytes(raw)
-    assert not open_source(mds.save()).foreign
+    assert not open_source(mds.save()).python_blocks
 
 
 def test_one_thread_at_a_time_reads_from_a_disk_with_one_head(
@@ -258,7 +258,7 @@ def test_pixels_come_as_they_are(tmp_path: Path) -> None:
     mds = Mds(tmp_path, {"image": "pil", "label": "int"})
     mds.add(*(sample(i, pil(image)) for i, image in enumerate(images)))
     source = open_source(mds.save())
-    assert source.foreign
+    assert source.python_blocks
     assert (source.index.width[2], source.index.height[2]) == (12345, 1)
     for i, image in enumerate(images):
         read = Image.open(io.BytesIO(stored(source, i)))

@@ -1,6 +1,6 @@
 """The batch stage on Python's side: threads that do what the core can't, and an epoch's iterator.
-The core fills the rows of batches (``core/engine.cpp``). It hands out *foreign rows* (an image
-only Pillow decodes, a transform only Python knows) and *foreign blocks* (bytes only Python can
+The core fills the rows of batches (``core/engine.cpp``). It hands out *python rows* (an image
+only Pillow decodes, a transform only Python knows) and *python blocks* (bytes only Python can
 produce); the threads of a `Crew` do those. Order, back-pressure and cancellation stay the core's.
 """
 
@@ -89,7 +89,7 @@ class Work:
         """Return what decides random draws; draw: what stands for the sample."""
         return (self.plan.seed, self.plan.epoch, draw)
 
-    # ---- foreign rows ----
+    # ---- python rows ----
 
     def fill_row(self, task: native.Task) -> None:
         """Do what is left to do for a row that the core handed out."""

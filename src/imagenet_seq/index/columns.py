@@ -146,7 +146,7 @@ class Index:
     be strided views of a memory-mapped structured array) and made read-only. Shapes are checked
     here; the values of columns that come from a file are checked by `validate`.
 
-    For a foreign source (`Source.foreign`) `file` is the number of the block that holds the sample,
+    For a source of python blocks `file` is the number of the block that holds the sample,
     `offset` its ordinal in the block and `length` the bytes of the encoded image.
 
     Args:

@@ -13,7 +13,7 @@ from imagenet_seq.index.columns import Index
 
 
 class Block(NamedTuple):
-    """The bytes of a foreign block, and where each of its samples lies in them."""
+    """The bytes of a python block, and where each of its samples lies in them."""
 
     bytes: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
@@ -22,14 +22,14 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A dataset as plan, loader and pack need it. Subclass it to add a foreign source.
+    """A dataset as plan, loader and pack need it. Subclass it to add a source of python blocks.
 
     Args:
         kind: what it is, in a word, for messages: "imagefolder", "pack", ...
         index: its samples.
         permuted: whether samples are known to lie in random order, so that their classes are mixed
             and a block shuffle is as good as a uniform one.
-        foreign: whether blocks have to be produced by `read_block` instead of being byte ranges of
+        python_blocks: whether blocks have to be produced by `read_block` instead of being byte ranges of
             files. Then the index's `file` is the number of a sample's block and `offset` its
             ordinal in that block.
         notes: what the user should know about it: samples left out, for example.
@@ -38,16 +38,16 @@ class Source:
     kind: str
     index: Index
     permuted: bool = False
-    foreign: bool = False
+    python_blocks: bool = False
     notes: tuple[str, ...] = ()
 
     def read_block(self, number: int) -> Block:
-        """Produce foreign block `number`; called from several threads at once.
+        """Produce python block `number`; called from several threads at once.
 
         Element k of `offsets` and `lengths` belongs to the sample whose ordinal is k.
         """
         raise TypeError(
-            f"source '{self.kind}' has no foreign blocks: read its files (block {number})"
+            f"source '{self.kind}' has no python blocks: read its files (block {number})"
         )
 
     def take(self, indices: npt.ArrayLike) -> Source:

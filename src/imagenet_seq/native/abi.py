@@ -220,7 +220,7 @@ class Batch(Structure):
 
 
 class Task(Structure):
-    """A foreign row or block; fields as ``imseq_task``."""
+    """A python row or block; fields as ``imseq_task``."""
 
     _fields_ = [
         ("kind", c_int32),

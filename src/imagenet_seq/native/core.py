@@ -493,7 +493,7 @@ class Engine:
         return task if status == OK else False if status == TIMEOUT else None
 
     def finish_row(self, ticket: int, failure: str | None = None) -> None:
-        """Say that a foreign row is filled, or why it can't be."""
+        """Say that a python row is filled, or why it can't be."""
         error = CError()
         check(
             lib.imseq_engine_finish_row(self._handle, ticket, _text(failure), byref(error)),
@@ -508,7 +508,7 @@ class Engine:
         lengths: np.ndarray,
         failure: str | None = None,
     ) -> None:
-        """Hand in the bytes of a foreign block; sample i is data[offsets[i]:][:lengths[i]]."""
+        """Hand in the bytes of a python block; sample i is data[offsets[i]:][:lengths[i]]."""
         error = CError()
         address, size, _keep = _address(data)
         begins = np.ascontiguousarray(offsets, np.int64)

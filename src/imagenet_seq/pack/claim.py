@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Iterator
 
 from imagenet_seq.errors import PackError
-from imagenet_seq.pack.plan import format_megabytes
 from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.text import format_bytes
 
 
 def clear_scrap(partial: str) -> None:
@@ -35,7 +35,7 @@ def clear_errors(partial: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(os.path.dirname(partial)).free
             raise PackError(
-                f"{error}: the disk is full ({format_megabytes(free)} free). {how} once there is room, "
+                f"{error}: the disk is full ({format_bytes(free)} free). {how} once there is room, "
                 "or delete that folder"
             ) from error
         raise PackError(f"{error}. {how}") from error
@@ -66,7 +66,7 @@ def claim_destination(partial: str) -> Iterator[None]:
     Raises:
         PackError: where another packer holds it, or where the folder is somebody else's.
     """
-    _refuse_foreign(partial)
+    _refuse_files_of_others(partial)
     os.makedirs(partial, exist_ok=True)
     path = os.path.join(partial, _LOCK_FILE)
     with open(path, "wb") as lock:
@@ -89,7 +89,7 @@ def claim_destination(partial: str) -> Iterator[None]:
         yield
 
 
-def _refuse_foreign(partial: str) -> None:
+def _refuse_files_of_others(partial: str) -> None:
     """Refuse a folder that packing did not make: what is in it must not be touched.
 
     The lock is the first thing in a folder of ours and the last one deleted.

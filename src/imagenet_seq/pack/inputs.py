@@ -12,14 +12,12 @@ import hashlib
 import itertools
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import native
 from imagenet_seq.errors import DataError
@@ -33,6 +31,7 @@ from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.formats.pack import Encoded
 from imagenet_seq.sources.place import Found, Opening
 from imagenet_seq.sources.scan import Visit
+from imagenet_seq.text import progress_bar
 
 _READ_BYTES = 8 << 20
 
@@ -253,10 +252,7 @@ class Folder(_Recoded):
 
         table = np.empty((len(index), 4), np.int64)
         firsts = range(0, len(index), slice_size)
-        bar = tqdm(
-            desc="look at files", total=len(index), unit="img", disable=not self._progress,
-            dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
-        )  # fmt: skip
+        bar = progress_bar("look at files", len(index), unit="file", enabled=self._progress)
         # Threads overlap the waits for a disk or a network. One head is not the worse for it: the
         # number of tables of inodes that it goes to is the same, and its queue can be sorted.
         with ThreadPoolExecutor(8) as threads, bar:
@@ -367,7 +363,7 @@ class LargeFiles:
     def open(self, visit: Visit | None = None) -> Origin:
         """Open the source; `visit` gets the samples that pass by where it must be indexed."""
         source = self._found.open(Opening(self._on_error, self._progress, visit))
-        kind = _Blocks if source.foreign else _Ranges
+        kind = _Blocks if source.python_blocks else _Ranges
         return kind(source, self, self._log)
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import __version__, native
 from imagenet_seq.errors import PackError
@@ -30,6 +29,7 @@ from imagenet_seq.pack.shrink import NUM_SAMPLED, Forecast, Pair, smaller_copy
 from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.formats.pack import Encoded
 from imagenet_seq.sources.place import Found
+from imagenet_seq.text import format_bytes, progress_bar
 
 OnImageError = Literal["fail", "skip", "keep"]
 
@@ -106,14 +106,7 @@ class RunOptions(NamedTuple):
     log: IoLog = NO_LOG
 
     def bar(self, what: str, total: int, done: int = 0) -> Any:
-        return tqdm(
-            desc=what, total=total, initial=done, unit="img", disable=not self.progress,
-            dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
-        )  # fmt: skip
-
-
-def format_megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"
+        return progress_bar(what, total, enabled=self.progress, done=done)
 
 
 class Sharding(NamedTuple):
@@ -251,9 +244,9 @@ def require_space(
     free = shutil.disk_usage(partial).free
     if needed - present > free:
         raise PackError(
-            f"{partial}: not enough room: packing {format_megabytes(source_bytes)} of images takes "
-            f"{format_megabytes(needed)} while it runs, {format_megabytes(present)} are there already, and the "
-            f"disk has {format_megabytes(free)} free: make room for {format_megabytes(needed - present - free)}"
+            f"{partial}: not enough room: packing {format_bytes(source_bytes)} of images takes "
+            f"{format_bytes(needed)} while it runs, {format_bytes(present)} are there already, and the "
+            f"disk has {format_bytes(free)} free: make room for {format_bytes(needed - present - free)}"
         )
 
 

@@ -26,6 +26,7 @@ from PIL import Image, features
 from imagenet_seq import native
 from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.formats.pack import Encoded
+from imagenet_seq.text import format_bytes
 
 Subsampling = Literal["420", "422", "444"]
 
@@ -244,7 +245,7 @@ class Forecast:
             f"  size, from {self.num_sampled} images: {self.resized:.0%} get fewer pixels, "
             f"{self.encoded:.0%} are encoded anew, {self.source_px:.0f} -> {self.small_px:.0f} px, "
             f"{self.source_bytes / 1e3:.1f} -> {self.small_bytes / 1e3:.1f} KB: "
-            f"{_bytes(source_bytes)} of images become about {_bytes(source_bytes * ratio)} of "
+            f"{format_bytes(source_bytes)} of images become about {format_bytes(source_bytes * ratio)} of "
             f"shards ({ratio:.0%})\n"
             f"  speed against a lossless pack: about {self.read_gain:.1f} x the images/s where the "
             f"disk is the limit{decoding}"
@@ -258,10 +259,6 @@ def _longer(encoded: Encoded) -> int:
 def _in_shard(encoded: Encoded) -> int:
     """Return what a sample takes in a shard: two headers, the label, and the padded image."""
     return len(encoded.data) + len(layout.padding(len(encoded.data))) + 3 * 512
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _decode_cost(pairs: Sequence[Pair], crop_px: int) -> float | None:

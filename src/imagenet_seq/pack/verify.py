@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq import native
 from imagenet_seq.errors import DataError
@@ -26,6 +24,7 @@ from imagenet_seq.pack.selection import Selection
 from imagenet_seq.pack.shrink import Shrink, smaller_copy
 from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.recognise import open_source
+from imagenet_seq.text import progress_bar
 
 _READ_BYTES = 8 << 20
 """Shards are read in pieces of this size: threads that share a hard disk seek seldom."""
@@ -91,16 +90,13 @@ def verify(
         reference = _Reference(pack, source)
         problems += reference.check_names(pack)
     workers = num_workers or num_cores()
-    bar = tqdm(
-        desc=f"verify {pack.folder}", total=len(pack.rows), unit="img", disable=not progress,
-        dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
-    )  # fmt: skip
+    bar = progress_bar(f"verify {pack.folder}", len(pack.rows), enabled=progress)
     with bar, ThreadPoolExecutor(workers) as threads:
         check = _ShardCheck(pack, reference, bar)
         try:
             for found in threads.map(check.run, range(len(pack.shard_bytes))):
                 problems += found
-            if reference is not None and reference.is_foreign:
+            if reference is not None and reference.in_python_blocks:
                 for found in threads.map(check.compare_block, reference.blocks):
                     problems += found
         except BaseException:
@@ -230,17 +226,17 @@ class _Reference:
         self._label = np.asarray(source.index.targets)
         self._sample = {name: sample for sample, name in enumerate(source.index.name)}
         self._lock = threading.Lock()
-        self.is_foreign = source.foreign
+        self.in_python_blocks = source.python_blocks
         self.num_compared = 0
 
     @functools.cached_property
     def blocks(self) -> list[npt.NDArray[np.int64]]:
-        """The samples of each foreign block."""
+        """The samples of each python block."""
         order = np.argsort(self._index.file, kind="stable")
         return np.split(order, np.flatnonzero(np.diff(self._index.file[order])) + 1)
 
     def images_of(self, samples: npt.NDArray[np.int64]) -> Iterator[tuple[str, bytes]]:
-        """Yield names and bytes of the samples of one foreign block."""
+        """Yield names and bytes of the samples of one python block."""
         block = self._source.read_block(int(self._index.file[samples[0]]))
         for sample in samples.tolist():
             ordinal = int(self._index.offset[sample])
@@ -255,14 +251,14 @@ class _Reference:
             yield f"{name}: is in {self._index.root} but not in the pack"
 
     def check(self, name: str, label: int, data: bytes) -> str | None:
-        """Compare one sample; return what is wrong with it. Of foreign samples, all but pixels."""
+        """Compare one sample; return what is wrong with it. Of samples in python blocks, all but pixels."""
         sample = self._sample.get(name)
         if sample is None:
             return f"is in the pack but not in {self._index.root}"
         expected = self._index.classes[int(self._label[sample])]
         if not 0 <= label < len(self._pack.classes) or self._pack.classes[label] != expected:
             return f"label {label} does not mean class {expected}, as in the source"
-        if self.is_foreign:
+        if self.in_python_blocks:
             return None
         path = os.path.join(self._index.root, self._index.files[int(self._index.file[sample])])
         length = -1 if self._index.length is None else int(self._index.length[sample])
@@ -356,7 +352,7 @@ class _ShardCheck:
         return problems
 
     def compare_block(self, samples: npt.NDArray[np.int64]) -> list[str]:
-        """Return what differs from the samples of a foreign block."""
+        """Return what differs from the samples of a python block."""
         assert self.reference is not None
         problems = []
         try:

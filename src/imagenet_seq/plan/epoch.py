@@ -107,13 +107,13 @@ class EnginePlan:
         batch_begin: first position of each batch, and the end of the last (int64, num_batches + 1).
         sample: sample at each position.
         block: its block, a place in the block columns.
-        offset: where it begins in the block, bytes; foreign block: its ordinal.
+        offset: where it begins in the block, bytes; python block: its ordinal.
         length: its bytes; -1: up to the end of the block.
         checksum: CRC-32C, or None.
         flags: IMSEQ_SAMPLE_..., or None.
-        block_file: file of each block, a place in the paths; -1: foreign. In the order of reading.
-        block_offset: where it begins in the file, bytes; foreign block: its number in the source.
-        block_length: its bytes; -1: up to the end of the file (foreign: unknown).
+        block_file: file of each block, a place in the paths; -1: python block. In the order of reading.
+        block_offset: where it begins in the file, bytes; python block: its number in the source.
+        block_length: its bytes; -1: up to the end of the file (python_blocks: unknown).
         root: folder that the paths are relative to.
         paths: bytes of the paths of the files used, one after the other (uint8).
         path_begin: where each path begins, and the end of the last (int64, num_files + 1).
@@ -150,7 +150,7 @@ class Blocks(NamedTuple):
     Attributes:
         begin: place in `sample` of the first sample of each block, and the end (num_blocks + 1).
         sample: all samples as they lie on disk; None where that is the order of the index.
-        file: file of each block (foreign: number of the block).
+        file: file of each block (python_blocks: number of the block).
         offset: byte where it begins in the file.
         length: bytes; -1: unknown, up to the end of the file.
     """
@@ -203,7 +203,7 @@ def batch_begins(
     return np.append(begins, size)
 
 
-def blocks_of(index: Index, block_bytes: int, foreign: bool = False) -> Blocks:
+def blocks_of(index: Index, block_bytes: int, python_blocks: bool = False) -> Blocks:
     """Cut the files of an index into blocks: runs of whole samples, about block_bytes long.
 
     A file is cut into cells of equal size, at most block_bytes; a block is what begins in a cell. A
@@ -212,8 +212,8 @@ def blocks_of(index: Index, block_bytes: int, foreign: bool = False) -> Blocks:
     """
     sample = None if _is_in_disk_order(index) else _disk_order(index)
     file = index.file if sample is None else index.file[sample]
-    if foreign:
-        return _foreign_blocks(index, sample, file)
+    if python_blocks:
+        return _python_blocks(index, sample, file)
     offset = index.offset if sample is None else index.offset[sample]
     if index.length is None:
         unknown = np.broadcast_to(np.int32(-1), len(file))
@@ -235,10 +235,12 @@ def reads_blocks(index: Index, order: Order) -> bool:
     return order.shuffle == "block"
 
 
-def epoch_order(index: Index, order: Order, epoch: int, foreign: bool = False) -> IntArray:
+def epoch_order(index: Index, order: Order, epoch: int, python_blocks: bool = False) -> IntArray:
     """Return the samples of an epoch in global order: what all ranks together deliver."""
     begins = np.array([0, epoch_size(len(index), order)], np.int64)
-    return _deal(_sequence(index, order, epoch, foreign), order, begins, rank=0, world_size=1)[0]
+    return _deal(
+        _sequence(index, order, epoch, python_blocks), order, begins, rank=0, world_size=1
+    )[0]
 
 
 def rank_plan(
@@ -251,7 +253,7 @@ def rank_plan(
     world_size: int = 1,
     drop_last: bool = False,
     samples_done: int = 0,
-    foreign: bool = False,
+    python_blocks: bool = False,
 ) -> EnginePlan:
     """Plan what is left of an epoch for one rank.
 
@@ -267,7 +269,7 @@ def rank_plan(
         world_size: number of ranks.
         drop_last: whether to leave out a smaller last global batch.
         samples_done: samples of the epoch that all ranks together have already had.
-        foreign: `Source.foreign`.
+        python_blocks: `Source.python_blocks`.
 
     Raises:
         ValueError: where an argument is outside its domain.
@@ -280,16 +282,16 @@ def rank_plan(
     begins = batch_begins(size, batch_size, world_size, drop_last, samples_done)
     batch_begin = np.zeros(len(begins), np.int64)
     np.cumsum(_shares(np.diff(begins), rank, world_size), out=batch_begin[1:])
-    sequence = _sequence(index, order, epoch, foreign)
+    sequence = _sequence(index, order, epoch, python_blocks)
     sample, entry = _deal(sequence, order, begins, rank, world_size)
     extents = _extents(index, sample)
     if sequence.blocks is None:
         file = _gather(index.file, sample, np.int32)
-        reads = _reads_in_order(sample, file, extents, order.block_bytes, foreign)
+        reads = _reads_in_order(sample, file, extents, order.block_bytes, python_blocks)
     else:
-        reads = _reads_of_blocks(sequence.blocks, sequence.block, entry, extents, foreign)
+        reads = _reads_of_blocks(sequence.blocks, sequence.block, entry, extents, python_blocks)
     return _engine_plan(
-        index, sample, extents.length, reads, batch_begin, begins, order.seed, epoch, foreign
+        index, sample, extents.length, reads, batch_begin, begins, order.seed, epoch, python_blocks
     )
 
 
@@ -302,7 +304,7 @@ def explicit_plan(
     epoch: int,
     rank: int = 0,
     block_bytes: int = 16 * MEBIBYTE,
-    foreign: bool = False,
+    python_blocks: bool = False,
 ) -> EnginePlan:
     """Plan an order given from outside (a sampler's or batch sampler's), for the rank that asked.
 
@@ -320,7 +322,7 @@ def explicit_plan(
         epoch: number of the epoch.
         rank: number of this rank.
         block_bytes: bytes of a block, about.
-        foreign: `Source.foreign`.
+        python_blocks: `Source.python_blocks`.
 
     Raises:
         ValueError: where `batch_begin` does not rise from 0 to the number of samples.
@@ -337,8 +339,10 @@ def explicit_plan(
         raise ValueError(f"batch_begin: expected to rise from 0 to {len(chosen)}, got {begins}")
     chosen = chosen.astype(_index_dtype(len(index)))
     extents = _extents(index, chosen)
-    reads = _reads_in_order(chosen, index.file[chosen], extents, block_bytes, foreign)
-    made = _engine_plan(index, chosen, extents.length, reads, begins, begins, seed, epoch, foreign)
+    reads = _reads_in_order(chosen, index.file[chosen], extents, block_bytes, python_blocks)
+    made = _engine_plan(
+        index, chosen, extents.length, reads, begins, begins, seed, epoch, python_blocks
+    )
     return replace(made, draw=_draws(chosen, rank))
 
 
@@ -432,12 +436,12 @@ class _Sequence(NamedTuple):
     stream: Int64Array  # first entry of each stream, and the end of the last
 
 
-def _sequence(index: Index, order: Order, epoch: int, foreign: bool) -> _Sequence:
+def _sequence(index: Index, order: Order, epoch: int, python_blocks: bool) -> _Sequence:
     size, key = len(index), _key(order.seed, epoch)
     dtype = _index_dtype(size)
     blocks = None
     if order.shuffle != "uniform":
-        blocks = blocks_of(index, order.block_bytes, foreign)
+        blocks = blocks_of(index, order.block_bytes, python_blocks)
         if order.shuffle == "none" and blocks.sample is not None:
             blocks = None  # the index has an order of its own, across the blocks
     if blocks is None:
@@ -639,7 +643,7 @@ def _disk_order(index: Index) -> IntArray:
     return np.lexsort((index.offset, index.file)).astype(_index_dtype(len(index)))
 
 
-def _foreign_blocks(index: Index, sample: IntArray | None, file: Int32Array) -> Blocks:
+def _python_blocks(index: Index, sample: IntArray | None, file: Int32Array) -> Blocks:
     first = np.flatnonzero(_changes(file)).astype(_index_dtype(len(file)))
     begin = np.append(first, len(file)).astype(first.dtype)
     length = np.broadcast_to(np.int32(-1), len(first))
@@ -697,7 +701,11 @@ def _extents(index: Index, sample: IntArray) -> _Extents:
 
 
 def _reads_of_blocks(
-    blocks: Blocks, block_of_entry: IntArray, entry: Int32Array, extents: _Extents, foreign: bool
+    blocks: Blocks,
+    block_of_entry: IntArray,
+    entry: Int32Array,
+    extents: _Extents,
+    python_blocks: bool,
 ) -> _Reads:
     """Read every entry once, when its first sample is wanted."""
     first = _first_uses(entry, len(block_of_entry))
@@ -709,7 +717,7 @@ def _reads_of_blocks(
     number = block_of_entry[used]
     offset = blocks.offset[number]
     offset_in_block = extents.offset
-    if not foreign:
+    if not python_blocks:
         offset_in_block = offset_in_block - offset.astype(offset_in_block.dtype)[block]
     return _Reads(
         block, offset_in_block, blocks.file[number], offset, blocks.length[number], number
@@ -725,24 +733,24 @@ def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
 
 
 def _reads_in_order(
-    sample: IntArray, file: IntArray, extents: _Extents, block_bytes: int, foreign: bool
+    sample: IntArray, file: IntArray, extents: _Extents, block_bytes: int, python_blocks: bool
 ) -> _Reads:
     """Read every sample alone, but neighbours on disk that follow each other in one go."""
     offset, length = extents
     begins_read = _changes(file)
-    if not foreign:
+    if not python_blocks:
         _split_at_gaps(begins_read, extents)
-    if np.all(begins_read) and not foreign:
+    if np.all(begins_read) and not python_blocks:
         alone = np.arange(len(file), dtype=np.int32)
         return _Reads(alone, np.broadcast_to(np.int32(0), len(file)), file, offset, length, sample)
     first = np.flatnonzero(begins_read)
-    if not foreign:
+    if not python_blocks:
         run_offset = np.repeat(offset[first], np.diff(np.append(first, len(file))))
         begins_read |= _changes((offset - run_offset) // block_bytes)
         first = np.flatnonzero(begins_read)
     block = np.cumsum(begins_read, dtype=np.int32)
     block -= 1
-    if foreign:
+    if python_blocks:
         unknown = np.broadcast_to(np.int32(-1), len(first))
         return _Reads(block, offset, file[first], file[first], unknown, unknown)
     last = np.append(first[1:], len(file)) - 1
@@ -771,11 +779,11 @@ def _engine_plan(
     samples_done: Int64Array,
     seed: int,
     epoch: int,
-    foreign: bool,
+    python_blocks: bool,
 ) -> EnginePlan:
     files = Names.from_strings(())
     block_file: IntArray = np.broadcast_to(np.int32(-1), len(reads.file))
-    if not foreign:
+    if not python_blocks:
         files, block_file = _files_used(index.files, reads.file)
     first, end = files.begin[0], files.begin[-1]
     return EnginePlan(

@@ -118,8 +118,8 @@ def arrange(
     Raises:
         ValueError, TypeError: a wish is not what it should be.
     """
-    if source.foreign:
-        return _of_foreign(source, wishes)
+    if source.python_blocks:
+        return _of_python_blocks(source, wishes)
     index = source.index
     data_bytes = source_bytes(source)
     files = some_files(index)
@@ -154,7 +154,7 @@ def arrange(
     return Reading(where, speed, budget, data_bytes, told, window, reads_on, num_ranks, notes)
 
 
-def _of_foreign(source: Source, wishes: Wishes) -> Reading:
+def _of_python_blocks(source: Source, wishes: Wishes) -> Reading:
     """Blocks that Python makes are not read by the core; the system may keep their files."""
     data_bytes = source_bytes(source)
     files = some_files(source.index)
@@ -190,15 +190,15 @@ def source_bytes(source: Source) -> int:
     known = np.zeros(0, np.int64) if index.length is None else index.length[index.length >= 0]
     if len(known):
         return int(known.sum()) * len(index) // len(known)
-    if source.foreign:
+    if source.python_blocks:
         return sum(_sizes(index, set(index.files)))
     sizes = _sizes(index, (index.files[index.file[i]] for i in _spread(len(index))))
     return sum(sizes) * len(index) // max(1, len(sizes))
 
 
 def mean_block_bytes(source: Source, block_bytes: int) -> int:
-    """Return about how much memory a block takes: of foreign ones, what the source decides."""
-    if not source.foreign:
+    """Return about how much memory a block takes: of python blocks, what the source decides."""
+    if not source.python_blocks:
         return block_bytes
     num_blocks = 1 + int(source.index.file.max(initial=0))
     return max(1, source_bytes(source) // num_blocks)
@@ -211,7 +211,7 @@ def blocks_of_pool(source: Source, shuffle_blocks: int, block_bytes: int) -> int
     `shuffle_blocks` blocks of `block_bytes`: 64 blocks may be 700 MB (parquet) or 4 GB (MDS).
     Follows from the data and the arguments alone, as everything that an order depends on.
     """
-    if not source.foreign:
+    if not source.python_blocks:
         return shuffle_blocks
     return max(1, shuffle_blocks * block_bytes // mean_block_bytes(source, block_bytes))
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from imagenet_seq.machine import Limits, measured_limits
-from imagenet_seq.read.kept import format_size, size_unit, unfilled_bytes
+from imagenet_seq.read.kept import unfilled_bytes
+from imagenet_seq.text import format_bytes
 
 _MOST_OF_AVAILABLE = 0.9  # what an explicit ram= may take; training needs memory, too
 
@@ -60,7 +61,7 @@ def ram_budget(
     available = max(0, machine.available_bytes - unfilled_bytes())
     if wanted is None:
         half = available // 2
-        reason = f"half of the {format_size(available)} available"
+        reason = f"half of the {format_bytes(available)} available"
         if dataset_bytes <= half:
             return Budget(True, 0, reason=f"fits in {reason}")
         return Budget(False, half, reason=reason)
@@ -69,23 +70,20 @@ def ram_budget(
         return Budget(False, kept, reason=f"ram={ram!r}")
     by = f" under the limit of the cgroup {machine.cgroup}" if machine.cgroup else ""
     note = (
-        f"ram={ram!r}: {format_size(most)} are kept in memory instead of {format_size(kept)}: "
-        f"{format_size(available)} are available{by}, of which a tenth is left for other uses"
+        f"ram={ram!r}: {format_bytes(most)} are kept in memory instead of {format_bytes(kept)}: "
+        f"{format_bytes(available)} are available{by}, of which a tenth is left for other uses"
     )
-    return Budget(False, most, (note,), f"90 % of the {format_size(available)} available")
+    return Budget(False, most, (note,), f"90 % of the {format_bytes(available)} available")
 
 
 def describe(budget: Budget, dataset_bytes: int) -> str:
-    """Return a budget as one line, such as "keeps 64.0 of 146.2 GB in memory (ram='64GB')"."""
+    """Return a budget as one line, such as "keeps 64.0 GB of 146.2 GB in memory (ram='64GB')"."""
     if budget.page_cache:
-        return f"leaves {format_size(dataset_bytes)} to the page cache ({budget.reason})"
+        return f"leaves {format_bytes(dataset_bytes)} to the page cache ({budget.reason})"
     if not budget.kept_bytes:
         return f"keeps nothing in memory ({budget.reason})"
-    unit, name = size_unit(dataset_bytes)
-    kept = min(budget.kept_bytes, dataset_bytes)
-    return (
-        f"keeps {kept / unit:.1f} of {dataset_bytes / unit:.1f} {name} in memory ({budget.reason})"
-    )
+    kept = format_bytes(min(budget.kept_bytes, dataset_bytes))
+    return f"keeps {kept} of {format_bytes(dataset_bytes)} in memory ({budget.reason})"
 
 
 UNITS = {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from imagenet_seq.read.arrange import Reading
 from imagenet_seq.read.disk import Disk
 from imagenet_seq.read.speed import Speed
+from imagenet_seq.text import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from imagenet_seq.index.source import Source
@@ -149,10 +150,14 @@ class Forecast:
         if not later.bytes_from_disk:
             first = f"; the first takes {_time(job, self.first)}" if self.first.minutes else ""
             return f"{start} fit in memory: from the second epoch on the disk is not read{first}"
-        part = f"{_size(later.bytes_from_disk)} of it" if later.bytes_from_memory else "all of it"
+        part = (
+            f"{format_bytes(later.bytes_from_disk)} of it"
+            if later.bytes_from_memory
+            else "all of it"
+        )
         hint = ""
         if self.choices and (minutes := self.choices[0].later.minutes):
-            hint = f"; with {self.choices[0].what} {_duration(minutes)}"
+            hint = f"; with {self.choices[0].what} {format_seconds(60 * minutes)}"
         return (
             f"{start} an epoch, {part} from the disk: {_time(job, later, ' an epoch')}{hint}; "
             "`imagenet-seq info` says more"
@@ -205,7 +210,7 @@ def forecast_job(job: Job) -> Forecast:
         missing = later.bytes_from_disk
         if missing > _MORE_RAM_BYTES:
             choices["16 GB more RAM"] = _with_more_ram(job, _MORE_RAM_BYTES)
-        choices[f"{_size(missing)} more RAM"] = _with_more_ram(job, missing)
+        choices[f"{format_bytes(missing)} more RAM"] = _with_more_ram(job, missing)
     if job.num_samples and job.data_bytes / job.num_samples >= _LEAST_TO_SHRINK_BYTES:
         small_bytes = round(job.data_bytes * SMALLER_RATIO)
         smaller = replace(packed, data_bytes=small_bytes, is_estimate=True)
@@ -275,7 +280,7 @@ def _where(job: Job) -> str:
 
 
 def _amount(job: Job) -> str:
-    return f"{'about ' if job.is_estimate else ''}{_size(job.data_bytes)}"
+    return f"{'about ' if job.is_estimate else ''}{format_bytes(job.data_bytes)}"
 
 
 def _parts(job: Job) -> str:
@@ -287,10 +292,12 @@ def _parts(job: Job) -> str:
 def _described(job: Job, epoch: Epoch) -> str:
     if not epoch.bytes_from_disk:
         return "the disk is not read"
-    memory = f", {_size(epoch.bytes_from_memory)} from memory" if epoch.bytes_from_memory else ""
+    memory = (
+        f", {format_bytes(epoch.bytes_from_memory)} from memory" if epoch.bytes_from_memory else ""
+    )
     time = _time(job, epoch)
     about = "about " if job.is_estimate else ""
-    from_disk = f"{about}{_size(epoch.bytes_from_disk)} from the disk"
+    from_disk = f"{about}{format_bytes(epoch.bytes_from_disk)} from the disk"
     return f"{from_disk}, {epoch.seeks:,} seeks{memory}: {time}"
 
 
@@ -303,19 +310,9 @@ def _time(job: Job, epoch: Epoch, per: str = "") -> str:
     is_bound = is_bound and not job.is_estimate
     each = f", {epoch.images_per_s / job.num_ranks:,.0f} a rank" if job.num_ranks > 1 else ""
     return (
-        f"{'at least' if is_bound else 'about'} {_duration(epoch.minutes)}{per}, "
+        f"{'at least' if is_bound else 'about'} {format_seconds(60 * epoch.minutes)}{per}, "
         f"{epoch.images_per_s:,.0f} images/s{each}"
     )
-
-
-def _duration(minutes: float) -> str:
-    if minutes < 1:
-        return f"{minutes * 60:.1f} s"
-    return f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 FORECAST_BYTES = 100 * 10**6

@@ -32,20 +32,12 @@ import numpy as np
 
 from imagenet_seq import native
 from imagenet_seq.machine import limits, read_number
+from imagenet_seq.text import format_bytes
 
 _PATIENCE_S = 5.0  # for a process that holds the name but doesn't answer
 
 
 _PAUSE_S = 0.01
-
-
-def size_unit(size_bytes: int) -> tuple[float, str]:
-    return (1e9, "GB") if size_bytes >= 1e9 else (1e6, "MB")
-
-
-def format_size(size_bytes: int) -> str:
-    unit, name = size_unit(size_bytes)
-    return f"{size_bytes / unit:.1f} {name}"
 
 
 # ---- The memory ----
@@ -142,11 +134,11 @@ def _open_private(size_bytes: int, num_ranks: int, why: OSError) -> KeptMemory:
     try:
         memory = mmap.mmap(-1, size_bytes)
     except OSError as error:
-        note = f"no blocks are kept in memory: {format_size(size_bytes)} were refused: {error}"
+        note = f"no blocks are kept in memory: {format_bytes(size_bytes)} were refused: {error}"
         return KeptMemory(None, -1, None, (note,))
     note = (
         f"the {num_ranks} ranks of this node can't share memory for kept blocks, so each keeps "
-        f"its own {format_size(size_bytes)}, and reads from disk what others may have: {why}"
+        f"its own {format_bytes(size_bytes)}, and reads from disk what others may have: {why}"
     )
     return KeptMemory(memory, -1, None, (*((note,) if num_ranks > 1 else ()), *_prepare(memory)))
 
@@ -166,9 +158,9 @@ def _prepare(memory: mmap.mmap) -> tuple[str, ...]:
     error = native.lock_on_fault(address, len(memory))
     if not error:
         return ()
-    limit = "none" if machine.memlock_bytes < 0 else format_size(machine.memlock_bytes)
+    limit = "none" if machine.memlock_bytes < 0 else format_bytes(machine.memlock_bytes)
     return (
-        f"kept blocks ({format_size(len(memory))}) can't be locked in memory ({os.strerror(error)}; "
+        f"kept blocks ({format_bytes(len(memory))}) can't be locked in memory ({os.strerror(error)}; "
         f"limit {limit}), so under memory pressure the kernel may swap them out, which is slower "
         "than reading them again; allow it with 'ulimit -l unlimited', or in a container with "
         "'docker run --ulimit memlock=-1'",

@@ -77,7 +77,7 @@ def turn(lock: str) -> Iterator[bool]:
 
 
 class Turns:
-    """What a thread holds while it reads for a foreign block: its turn at the disk of `path`.
+    """What a thread holds while it reads for a python block: its turn at the disk of `path`.
 
     A disk with one head that goes to and fro between several long reads is slow, whichever threads
     and processes they are of. Other disks need no turns.

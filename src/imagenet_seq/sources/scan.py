@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.cache import HOW_TO_SKIP, OnError
@@ -136,14 +135,6 @@ class FileStream:
                     return
         except Exception as error:  # whatever it is, the parser waits for it
             self._pieces.put(error)
-
-
-def progress_bar(what: str, total_bytes: int, enabled: bool) -> Any:
-    """Return a tqdm over bytes, which shows itself where indexing takes more than a second."""
-    return tqdm(
-        desc=f"index {what}", total=total_bytes, unit="B", unit_scale=True, delay=1,
-        dynamic_ncols=True, disable=not enabled,
-    )  # fmt: skip
 
 
 # ---- what is found -------------------------------------------------------------------------------

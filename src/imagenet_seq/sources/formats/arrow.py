@@ -19,7 +19,7 @@ from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats import huggingface as hf
 from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError
-from imagenet_seq.sources.scan import progress_bar
+from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "Arrow files of Hugging Face: a folder of save_to_disk, or of the cache of datasets"
 
@@ -99,7 +99,9 @@ def _scan(root: str, paths: Sequence[str], how: Opening) -> Scanned:
     """Look at all files; of their pages only those with messages, offsets, paths and labels."""
     scan = hf.Scan(root, how.on_error)
     sizes = [os.path.getsize(path) for path in paths]
-    with progress_bar(os.path.basename(root), sum(sizes), how.progress) as bar:
+    with progress_bar(
+        f"index {os.path.basename(root)}", sum(sizes), unit="B", enabled=how.progress, delay_s=1
+    ) as bar:
         for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
             with hf.damage(path, "Arrow"):
                 _scan_file(scan, number, path)

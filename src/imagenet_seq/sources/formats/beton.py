@@ -9,7 +9,7 @@
     allocations    of each piece of data: sample, where it begins, its bytes; up to the file's end
 
 The index is made of the tables alone. JPEGs are byte ranges of the file. In a file that has raw
-pixels, all samples come in foreign blocks, pixels as PPM, which Pillow takes as they are.
+pixels, all samples come in python blocks, pixels as PPM, which Pillow takes as they are.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def _open(path: str, how: Opening) -> Source:
         return Source("beton", index, permuted=permuted, notes=notes)
     parts = _Parts.of(path, index, scanned.extra)
     return _RawSource(
-        "beton", index, permuted=permuted, foreign=True, notes=notes, path=path, parts=parts,
+        "beton", index, permuted=permuted, python_blocks=True, notes=notes, path=path, parts=parts,
         turns=Turns(path),
     )  # fmt: skip
 
@@ -318,7 +318,7 @@ def _sound(
 
 
 def _in_blocks(index: Index, is_raw: npt.NDArray[np.bool_]) -> Index:
-    """Return the index of a foreign source: blocks of samples that lie together."""
+    """Return the index of a source of python blocks: samples that lie together."""
     assert index.length is not None
     order = np.argsort(index.offset, kind="stable")
     # By the bytes, not by where they lie: many samples could be said to lie at one place.

@@ -330,7 +330,7 @@ class Part(NamedTuple):
     Attributes:
         path: the file.
         first_row: number of the first one in the file.
-        file: number of the file, or of the foreign block.
+        file: number of the file, or of the python block.
         offset: of each image, as in `Index`.
         length: of each image, as in `Index`.
         missing: which rows have no image.

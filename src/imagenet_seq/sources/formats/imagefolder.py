@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.cache import OnError, Scanned, Stamps, indexed
@@ -35,6 +34,7 @@ from imagenet_seq.sources.place import (
     split_of,
 )
 from imagenet_seq.sources.scan import Problems
+from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "an ImageFolder: one folder of images for each class"
 
@@ -233,11 +233,14 @@ def _scan(root: str, how: Opening) -> Scanned:
     seen: list[_Directory] = []
     with ThreadPoolExecutor(_SCAN_THREADS) as threads:
         scanned = threads.map(lambda name: _scan_class(root, name, how.on_error), classes)
-        for part in tqdm(
-            scanned, f"index {root}", len(classes), delay=1, unit="class", disable=not how.progress
-        ):
-            names.append(part.names)
-            seen += part.directories
+        bar = progress_bar(
+            f"index {root}", len(classes), unit="class", enabled=how.progress, delay_s=1
+        )
+        with bar:
+            for part in scanned:
+                names.append(part.names)
+                seen += part.directories
+                bar.update()
     problems = Problems(how.on_error)
     for directory in seen:
         for message in directory.wrong:

@@ -51,7 +51,8 @@ from imagenet_seq.sources.formats.lmdb_values import (
     stored_bytes,
 )
 from imagenet_seq.sources.place import Found, Opening, Place
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen, progress_bar
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen
+from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "an LMDB (*.lmdb, or a folder with data.mdb) of images and labels, as tensorpack's"
 
@@ -176,7 +177,13 @@ class _Scan:
             )
         name = os.path.basename(self._path)
         with (
-            progress_bar(name, os.path.getsize(self._path), self._how.progress) as bar,
+            progress_bar(
+                f"index {name}",
+                os.path.getsize(self._path),
+                unit="B",
+                enabled=self._how.progress,
+                delay_s=1,
+            ) as bar,
             FileStream(self._path, bar) as stream,
         ):
             for i in order.tolist():
@@ -389,7 +396,7 @@ class _StoredSource(Source):
             "lmdb",
             blocks,
             permuted=permuted,
-            foreign=True,
+            python_blocks=True,
             notes=scanned.notes,
             path=path,
             places=(offset, size, stored),

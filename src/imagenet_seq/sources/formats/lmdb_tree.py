@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.sources.scan import progress_bar
+from imagenet_seq.text import progress_bar
 
 MAGIC = 0xBEEFC0DE
 
@@ -166,7 +166,13 @@ class Tree:
         for _ in range(meta.depth - 1):
             pages = [child for page in _in_file_order(pages) for child in self._children(page)]
         size = len(pages) * meta.page_bytes
-        with progress_bar(f"keys of {os.path.basename(self.path)}", size, progress) as bar:
+        with progress_bar(
+            f"index keys of {os.path.basename(self.path)}",
+            size,
+            unit="B",
+            enabled=progress,
+            delay_s=1,
+        ) as bar:
             for page in _in_file_order(pages):
                 self._add_leaf(page, found)
                 bar.update(meta.page_bytes)

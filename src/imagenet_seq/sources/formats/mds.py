@@ -6,7 +6,7 @@
     sample       bytes of each column without a fixed size (u32), then the columns
 
 Labels lie between the images, so indexing reads everything once. Images of uncompressed shards are
-byte ranges of them. Compressed shards come as foreign blocks, and so do raw pixels (encoding
+byte ranges of them. Compressed shards come as python blocks, and so do raw pixels (encoding
 "pil"), which become PPM. A block is a shard: it is compressed as a whole. Shards have 64 MB unless
 their writer said otherwise, so the 64 blocks of a block shuffle take 4 GB; packing avoids that.
 """
@@ -46,8 +46,8 @@ from imagenet_seq.sources.scan import (
     Rows,
     Seen,
     image_extension,
-    progress_bar,
 )
+from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "MosaicML Streaming's MDS: a folder of index.json and shard.00000.mds, ..."
 
@@ -339,12 +339,12 @@ def _open(folder: str, how: Opening) -> Source:
     files = [os.path.join(folder, _INDEX), *(shard.path for shard in shards)]
     scanned = indexed("mds", folder, files, lambda: _scan(folder, shards, how), how.on_error)
     index, notes = scanned.index, scanned.notes
-    if not _is_foreign(shards):
+    if not _needs_python(shards):
         return Source("mds", index, permuted=is_permuted(index), notes=notes)
     blocks = _Blocks(shards, _first_of(index, len(shards)), scanned.extra["begin"], index)
     blocks.check()
     return _ShardSource(
-        "mds", index, permuted=is_permuted(index), foreign=True, notes=notes, blocks=blocks,
+        "mds", index, permuted=is_permuted(index), python_blocks=True, notes=notes, blocks=blocks,
         turns=Turns(folder),
     )  # fmt: skip
 
@@ -354,7 +354,7 @@ def _first_of(index: Index, num_shards: int) -> npt.NDArray[np.int64]:
     return np.searchsorted(index.file, np.arange(num_shards + 1)).astype(np.int64)
 
 
-def _is_foreign(shards: Iterable[_Shard]) -> bool:
+def _needs_python(shards: Iterable[_Shard]) -> bool:
     return any(shard.compression is not None or _has_pixels(shard) for shard in shards)
 
 
@@ -366,12 +366,14 @@ def _scan(folder: str, shards: Sequence[_Shard], how: Opening) -> Scanned:
     problems = Problems(how.on_error)
     scan = _Scan(problems, how)
     total_bytes = sum(os.path.getsize(shard.path) for shard in shards)
-    with progress_bar("MDS shards", total_bytes, how.progress) as bar:
+    with progress_bar(
+        "index MDS shards", total_bytes, unit="B", enabled=how.progress, delay_s=1
+    ) as bar:
         for number, shard in enumerate(shards):
             scan.add_shard(number, shard, bar)
     files = [os.path.relpath(shard.path, folder) for shard in shards]
     index = scan.index(folder, files)
-    if _is_foreign(shards):
+    if _needs_python(shards):
         first = _first_of(index, len(shards))
         index = dataclasses.replace(index, offset=np.arange(len(index)) - first[index.file])
     return Scanned(
@@ -598,7 +600,7 @@ def _ppm_header(width: int, height: int, is_rgb: bool) -> bytes:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """What a foreign source needs of its shards beyond the index, which may be a part of it."""
+    """What a source of python blocks needs of its shards beyond the index, which may be a part of it."""
 
     shards: Sequence[_Shard]
     first: npt.NDArray[np.int64]  # of each shard's samples, and the end of the last

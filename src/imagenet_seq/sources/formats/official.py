@@ -26,7 +26,8 @@ from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.tar_file import InMemory, Member, first_members, members
 from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen, progress_bar
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen
+from imagenet_seq.text import progress_bar
 
 
 class Download(NamedTuple):
@@ -181,7 +182,9 @@ class _Scan:
             )
         name = os.path.basename(self._path)
         with (
-            progress_bar(name, size, self._how.progress) as bar,
+            progress_bar(
+                f"index {name}", size, unit="B", enabled=self._how.progress, delay_s=1
+            ) as bar,
             FileStream(self._path, bar, digest) as stream,
         ):
             self._read(stream)

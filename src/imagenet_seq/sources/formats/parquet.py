@@ -1,4 +1,4 @@
-"""Parquet files as on the Hugging Face hub: a row is a sample, a row group a foreign block.
+"""Parquet files as on the Hugging Face hub: a row is a sample, a row group a python block.
 
 A row group's images are one compressed run of bytes, of which nothing can be had but all, so it is
 the unit of reading. Labels and paths are columns of their own: indexing reads those alone.
@@ -24,7 +24,7 @@ from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
 from imagenet_seq.sources.formats import huggingface as hf
 from imagenet_seq.sources.place import Found, Opening, Place
-from imagenet_seq.sources.scan import progress_bar
+from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "Parquet files of Hugging Face: columns image (bytes, path) and label"
 
@@ -167,7 +167,7 @@ def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
         "parquet",
         scanned.index,
         permuted=is_permuted(scanned.index),
-        foreign=True,
+        python_blocks=True,
         notes=scanned.notes,
         group=scanned.extra["group"].astype(np.int32),
         column=column,
@@ -200,7 +200,9 @@ def _scan(root: str, paths: Sequence[str], how: Opening) -> Scanned:
     groups: list[_Group] = []
     files: list[str] = []
     sizes = [os.path.getsize(path) for path in paths]
-    with progress_bar(os.path.basename(root), sum(sizes), how.progress) as bar:
+    with progress_bar(
+        f"index {os.path.basename(root)}", sum(sizes), unit="B", enabled=how.progress, delay_s=1
+    ) as bar:
         for path, size in zip(paths, sizes, strict=True):
             with hf.damage(path, "Parquet"), _opened(path) as file:
                 columns = scan.columns(file.schema_arrow, path)

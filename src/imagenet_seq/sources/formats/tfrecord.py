@@ -36,8 +36,8 @@ from imagenet_seq.sources.scan import (
     Rows,
     Seen,
     image_extension,
-    progress_bar,
 )
+from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "TFRecord files: imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-01024, ..."
 
@@ -193,7 +193,9 @@ def _scan(place: Place, files: Sequence[str], how: Opening) -> Scanned:
     problems = Problems(how.on_error)
     scan = _Scan(place, files, problems, how)
     total_bytes = sum(os.path.getsize(path) for path in files)
-    with progress_bar("TFRecord files", total_bytes, how.progress) as bar:
+    with progress_bar(
+        "index TFRecord files", total_bytes, unit="B", enabled=how.progress, delay_s=1
+    ) as bar:
         for number, path in enumerate(files):
             with FileStream(path, bar) as stream:
                 scan.add_file(number, stream)

@@ -26,7 +26,8 @@ from imagenet_seq.sources.formats.imagefolder import IMAGE_EXTENSIONS
 from imagenet_seq.sources.formats.official import DEVKIT, NAMES, split_in
 from imagenet_seq.sources.formats.tar_file import Member, first_members, members
 from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError, split_of
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen, Visit, progress_bar
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen, Visit
+from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = (
     "WebDataset shards: *.tar with .jpg, .jpeg or .png and .cls, .json or .txt of the same name; "
@@ -144,7 +145,13 @@ def _open(kind: str, place: Place, paths: list[str], how: Opening) -> Source:
 def _scan(kind: str, place: Place, paths: list[str], how: Opening) -> Scanned:
     collector = (_Samples if kind == "webdataset" else _ClassFolders)(place, how)
     total_bytes = sum(map(os.path.getsize, paths))
-    with progress_bar(os.path.basename(place.path), total_bytes, how.progress) as bar:
+    with progress_bar(
+        f"index {os.path.basename(place.path)}",
+        total_bytes,
+        unit="B",
+        enabled=how.progress,
+        delay_s=1,
+    ) as bar:
         for number, path in enumerate(paths):
             collector.begin(number, path, len(paths) > 1)
             with FileStream(path, bar) as stream:

@@ -1,0 +1,48 @@
+"""Sizes, durations and progress bars, written one way everywhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return a number of bytes in decimal units, such as "146.2 GB" or "48.9 KB"."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if round(num_bytes / size, 1) >= 1:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration, such as "4.2 s", "13.5 min" or "2.1 h"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def progress_bar(
+    what: str,
+    total: int,
+    *,
+    unit: str = "img",
+    enabled: bool = True,
+    done: int = 0,
+    delay_s: int = 0,
+) -> Any:
+    """Return a progress bar on stderr; the caller closes it.
+
+    Args:
+        what: what is done, such as "pack train".
+        total: in units.
+        unit: "img", "class", "file"; "B" is shown as KB, MB, ...
+        enabled: whether anything is shown.
+        done: units done before.
+        delay_s: nothing is shown of what takes less.
+    """
+    return tqdm(
+        desc=what, total=total, initial=done, unit=unit, unit_scale=unit == "B", delay=delay_s,
+        disable=not enabled, dynamic_ncols=True, mininterval=0.5, file=sys.stderr,
+    )  # fmt: skip
