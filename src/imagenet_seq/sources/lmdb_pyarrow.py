@@ -1,11 +1,11 @@
-"""Follows pyarrow.serialize, of releases 0.8 to 11, to the image and the label of a pair.
+"""Finds the image and the label in a pair serialised by pyarrow.serialize of releases 0.8 to 11.
 
-It wrote some counts, a stream of a schema and a batch of one row, in which a union holds the pair
-as a list; then the arrays as tensors, each a message and its bytes (SerializedPyObject::WriteTo).
+It wrote some counts; a stream of a schema and a batch of one row, in which a union holds the pair
+as a list; and the arrays as tensors, each a message and its bytes (SerializedPyObject::WriteTo).
 
-pyarrow itself could read these parts, but not those of an untrusted file: it decompresses buffers
-of any size (a value of 34 kB took 2.1 GB), builds schemas with millions of columns, and calls the
-extension types that the program has registered. It also takes three times as long.
+pyarrow could read these parts, but not safely from an untrusted file: it decompresses buffers of
+any size (a value of 34 kB took 2.1 GB), builds schemas of a million columns, and calls extension
+types that the program has registered. It also takes three times as long.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _begins(value: memoryview, at: int) -> bool:
 
 
 def _message(value: memoryview, at: int) -> tuple[bytes, int]:
-    """Return the message at a place, and where it ends; releases from 0.15 mark its begin."""
+    """Return the message at `at`, and where it ends; releases from 0.15 put a mark in front."""
     (size,) = _U32.unpack_from(value, at)
     at += 4
     if size == 0xFFFFFFFF:
@@ -142,14 +142,14 @@ def _message(value: memoryview, at: int) -> tuple[bytes, int]:
 
 
 def _header(message: bytes, kind: int) -> tuple[_Table, int]:
-    """Return the header of a message, which has to be of a kind, and the size of its body."""
+    """Return the header of a message, which must be of `kind`, and the size of its body."""
     table = _Table.at(message, 0)
     if table.number(1, _U8) != kind:
         raise ValueFormError("pyarrow's serialisation with another message than expected")
     return table.table(2), table.number(3, _I64) if table.has(3) else 0
 
 
-@functools.lru_cache(maxsize=64)  # most values of a database have the same
+@functools.lru_cache(maxsize=64)  # many values of a database have the same messages
 def _batch_column(schema: bytes, batch: bytes) -> tuple[_Column, int]:
     """Return the only column of a batch, and the size of its body."""
     table, body_bytes = _header(batch, _RECORD_BATCH)
@@ -188,7 +188,7 @@ def _schema_column(message: bytes) -> tuple[_Column, bool]:
 
 
 def _column(field: _Table, counter: Iterator[int]) -> _Column:
-    """Return a column; `counter` bounds the number and the depth of all together."""
+    """Return a column; `counter` counts all columns, to bound their number and depth."""
     kind = field.number(2, _U8)
     if kind not in _NUM_BUFFERS or next(counter) > _MAX_COLUMNS:
         raise ValueFormError(_OTHER_THING)
@@ -200,7 +200,7 @@ def _column(field: _Table, counter: Iterator[int]) -> _Column:
 
 
 class _Table(NamedTuple):
-    """A table of Flatbuffers: the place of each of its fields is in another table, `places`."""
+    """A table of Flatbuffers; at `places` are the offsets of its fields."""
 
     message: bytes
     begin: int

@@ -88,7 +88,7 @@ _MSGPACK_NUMBERS = {
     0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
 }  # fmt: skip
 _MSGPACK_BYTES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I", 0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
-"""bin, and the older raw that is str now: writers without use_bin_type put byte strings there."""
+"""bin and str; writers without use_bin_type store byte strings as str."""
 _MSGPACK_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
@@ -100,7 +100,7 @@ def _parse_msgpack(value: memoryview) -> Any:
 
 
 def _msgpack_object(value: memoryview, at: int, depth: int) -> tuple[Any, int]:
-    """Read the object that begins at `at`; return it, and where it ends."""
+    """Return the object that begins at `at`, and where it ends."""
     head = value[at]
     at += 1
     if head < 0x80:
@@ -138,14 +138,14 @@ def _msgpack_container(value: memoryview, at: int, depth: int, head: int) -> tup
 
 
 def _short(value: memoryview, found: Any) -> bytes:
-    """Return a byte string that has to be short, such as a key."""
+    """Return a byte string that must be short, such as a key."""
     if not isinstance(found, ByteString) or found.end - found.begin > 64 or found.end > len(value):
         raise ValueFormError(f"{describe(found)} where a short byte string is expected")
     return bytes(value[found.begin : found.end])
 
 
 def _numpy_object(value: memoryview, entries: dict[bytes, Any]) -> Array | int:
-    """Read what msgpack_numpy makes of an array or a number; up to release 0.3.6 without a kind."""
+    """Return an array or a number of msgpack_numpy; up to its release 0.3.6 it has no kind."""
     if entries.keys() - {b"nd", b"type", b"kind", b"shape", b"data"}:
         raise ValueFormError(f"a dictionary with the keys {sorted(entries)!r:.60}")
     if b"kind" in entries and _short(value, entries[b"kind"]):
@@ -164,4 +164,4 @@ _PARSERS: dict[int, Callable[[memoryview], Any]] = {
     0: parse_pyarrow,
     1: parse_pyarrow,
 }
-"""By the first byte: a list of two, the protocol's opcode, a mark or a list, a count of tensors."""
+"""By the first byte: a list of two; a pickle's protocol, mark or list; a count of tensors."""
