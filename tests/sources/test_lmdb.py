@@ -1,4 +1,4 @@
-"""LMDB: files written and walked as LMDB itself has them; values understood, none executed."""
+"""LMDB: files are written and walked as LMDB does it; values are parsed, never executed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def opened(path: Path, **settings: Any) -> Source:
 
 
 def numbered(path: Path, num_samples: int, image_bytes: int = 3000) -> Path:
-    """A file as tensorpack writes it, of images that differ."""
+    """Write a file as tensorpack does, of images that differ."""
     with LmdbWriter(path) as file:
         for i in range(num_samples):
             file.append(tensorpack_key(i), tensorpack_value(image_of(image_bytes + i, i), i % 5))
@@ -224,7 +224,7 @@ def test_labels_that_are_none_are_not_written(label: int) -> None:
 def test_samples_are_those_that_lmdb_finds(
     tmp_path_factory: pytest.TempPathFactory, transactions: list[dict[int, int]]
 ) -> None:
-    """Also in a file with freed pages: each transaction deletes half of what it finds."""
+    """Also in a file with freed pages: each transaction deletes half of the samples."""
     path = tmp_path_factory.mktemp("walked") / "a.lmdb"
     expected: dict[bytes, tuple[bytes, int]] = {b"always": (image_of(9), 1)}
     with open_in_lmdb(path, map_size=1 << 26, lock=False) as env:
@@ -397,13 +397,13 @@ def test_pickles_of_other_things_are_refused(name: str, protocol: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NOT_PAIRS if name != "text"])
 def test_msgpack_of_other_things_is_refused(name: str) -> None:
-    # Text is what the writers of old put bytes into, so that one is taken.
+    # Text is accepted: old writers put bytes there.
     with pytest.raises(ValueFormError):
         parsed(msgpack_numpy.dumps(NOT_PAIRS[name]))
 
 
 class _Runs:
-    """What calls a function when it is unpickled."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments
@@ -432,7 +432,7 @@ def test_nothing_that_a_pickle_calls_is_executed(tmp_path: Path, protocol: int, 
     assert not marker.exists()
     if place == "whole":
         pickle.loads(value)
-        assert marker.exists()  # so it would have been
+        assert marker.exists()  # unpickling executes it
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_places_of_64_bits_are_refused(path: Path) -> None:
 
 
 class _Array:
-    """An array of a shape that is no shape."""
+    """Pickles as an array with a shape that is none."""
 
     def __init__(self, shape: Any) -> None:
         self._shape = shape
@@ -486,13 +486,22 @@ class _Array:
         return function, arguments, (1, self._shape, np.dtype(np.uint8), False, b"abc")
 
 
-@pytest.mark.parametrize("wrap", [lambda it: it, lambda it: (it,)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda it: (_Array(it), 7),
+        lambda it: (_Array((it,)), 7),
+        lambda it: (it, 7),
+        lambda it: (IMAGE, it),
+        lambda it: (IMAGE, _Runs(it.__class__, it)),
+    ],
+)
 def test_messages_do_not_grow_with_what_they_are_about(wrap: Callable[[Any], Any]) -> None:
-    shape: Any = (3, 3)
+    nested: Any = (3, 3)
     for _ in range(40):
-        shape = (shape, shape)  # 2**40 numbers in 40 tuples
+        nested = (nested, nested)  # 2**40 numbers in 40 tuples
     with pytest.raises(ValueFormError) as error:
-        parsed(pickle.dumps((_Array(wrap(shape)), 7), 2))
+        parsed(pickle.dumps(wrap(nested), 2))
     assert len(str(error.value)) < 200
 
 
@@ -575,7 +584,7 @@ USUAL = [
 @given(st.sampled_from(USUAL), st.data())
 @settings(max_examples=400, deadline=None)
 def test_the_usual_pickle_is_understood_as_any_other(value: bytes, data: st.DataObject) -> None:
-    """Protocol 3 is recognised as a whole; told to be of protocol 4, it is followed by opcodes."""
+    """Protocol 3 is matched as a whole; declared protocol 4, it is followed opcode by opcode."""
     damaged = bytearray(value)
     for _ in range(data.draw(st.integers(0, 2))):
         damaged[data.draw(st.integers(2, len(value) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,4 @@
-"""A log of the requests that packing makes, in order: what benchmarks/replay.py replays."""
+"""A log of packing's read and write requests, in order, for benchmarks/replay.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ Operation = Literal["read", "write", "reserve", "delete"]
 
 
 class IoLog:
-    """Notes requests as lines of JSON; docs/packing.md says what they mean. Not thread-safe.
+    """Logs requests as lines of JSON, which docs/packing.md describes. Not thread-safe.
 
     Args:
-        path: file to append to; None: nothing is noted, and nothing is spent on it.
+        path: file to append to; None logs nothing, at no cost.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -22,11 +22,11 @@ class IoLog:
         self._pass = ""
 
     def begin_pass(self, name: str) -> None:
-        """Say which pass over the data the following requests belong to."""
+        """Name the pass over the data that the following requests belong to."""
         self._pass = name
 
     def note(self, operation: Operation, file: str, offset: int, size: int, **place: int) -> None:
-        """Note a request of `size` bytes; `place` is what is known of where the file lies."""
+        """Log a request of `size` bytes; `place` is the source file's `address` and `inode`."""
         if self._file is None:
             return
         line: dict[str, Any] = {"pass": self._pass, "op": operation, "file": file}

@@ -1,9 +1,9 @@
-"""LMDB files: their layout, a writer of files that are read front to back, tensorpack's values.
+"""The layout of LMDB files, a writer that lays them out sequentially, and tensorpack's values.
 
 The layout is that of LMDB 0.9 (`struct MDB_page`, `MDB_node`, `MDB_db` and `MDB_meta` in its
-mdb.c), data version 1, as a 64-bit little-endian machine writes it. A file is made of pages. Pages
-0 and 1 are meta pages, of which the newer one holds; from its root, branch pages lead to leaf
-pages, and a value that doesn't fit a leaf lies in a run of overflow pages, contiguous.
+mdb.c), data version 1, as a 64-bit little-endian machine writes it. A file consists of pages. Pages
+0 and 1 are meta pages, the newer of which is valid. From its root, branch pages lead to leaf pages;
+a value that doesn't fit a leaf lies in a contiguous run of overflow pages.
 """
 
 from __future__ import annotations
@@ -51,34 +51,29 @@ _MAX_VALUE_BYTES = 0xFFFFFFFF
 
 
 _MAX_NODE_BYTES = ((_PAGE_BYTES - PAGE_HEADER.size) // 2 & -2) - 2
-"""What has no room in half a page (less its place in the table) goes to overflow pages, as LMDB
-does it when it adds a node: every page holds two keys at least."""
-
-
+"""A larger node's value goes to overflow pages, so that a page holds two keys at least: half a page
+less the node's entry in the table, as in LMDB."""
 _INTEGER_KEYS = 8
-"""Flag of the free list, whose keys are transactions."""
-
-
+"""Flag of the free list, whose keys are numbers of transactions."""
 _BUFFER_BYTES = 1 << 20
 
 
 class LmdbWriter:
     """Writes an LMDB file of ascending keys from front to back: no map, no lock, no sparse file.
 
-    The same appends give the same bytes. Values lie in the order in which they are appended; the
-    leaf and branch pages lie together behind them, so that listing the keys reads one place. (A
-    leaf that holds short values lies among them, because its place has to be known at once.) The
-    file is none that LMDB would open before `close` has made it whole; so it is after an exception
-    in the `with` block.
+    The same appends give the same bytes. Values lie in the order of the appends, and leaf and
+    branch pages together after them, so that listing the keys reads one place. (Leaves with short
+    values lie among the values, because `append` returns a value's offset at once.) LMDB refuses
+    the file until `close` has completed it, hence also after an exception in the `with` block.
 
         with LmdbWriter("ILSVRC-train.lmdb") as file:
             file.append(b"00000000", tensorpack_value(jpeg, label))
 
     Args:
-        path: the file; what it held is lost.
+        path: the file; an existing one is overwritten.
 
     Raises:
-        OSError: where it can't be written.
+        OSError: if it can't be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -109,11 +104,11 @@ class LmdbWriter:
 
         Args:
             key: 1 to 511 bytes, greater than the one before.
-            parts: what the value is joined of; written without being copied together.
+            parts: the pieces of the value, written without joining them in memory.
 
         Raises:
-            ValueError: where the key is not greater or has another size; where the value has 4 GiB.
-            OSError: where the file can't be written.
+            ValueError: if the key is not greater, or has another size, or the value has 4 GiB.
+            OSError: if the file can't be written.
         """
         if not 1 <= len(key) <= _MAX_KEY_BYTES:
             raise ValueError(f"expected a key of 1 to {_MAX_KEY_BYTES} bytes, got {len(key)}")
@@ -129,21 +124,21 @@ class LmdbWriter:
             self._add(key, size, IN_OVERFLOW, first_page.to_bytes(8, "little"))
             return first_page * _PAGE_BYTES + PAGE_HEADER.size
         node = self._add(key, size, 0, b"".join(parts))
-        if self._leaf.number is None:  # its place has to be known: it is written when it is full
+        if self._leaf.number is None:  # reserve its page now, write it when it is full
             self._leaf.number = self._reserve(1)
             self._file.write(bytes(_PAGE_BYTES))
         return self._leaf.number * _PAGE_BYTES + node + NODE.size + len(key)
 
     def close(self) -> None:
-        """Write what leads to the values, and wait until all is on the disk.
+        """Write the tree and the meta pages, and wait until everything is on the disk.
 
         Raises:
-            OSError: where that fails.
+            OSError: if that fails.
         """
         with self._file:
             self._end_leaf()
             root, depth, num_branch_pages = self._write_tree()
-            self._sync()  # the meta pages come last: they make the file valid
+            self._sync()  # meta pages come last, because they make the file valid
             tree = (0, 0, depth, num_branch_pages, len(self._leaves), self._num_overflow_pages)
             empty = _meta_page(0, self._num_pages, (0, 0, 0, 0, 0, 0, 0, NO_PAGE))
             self._file.seek(0)
@@ -170,7 +165,7 @@ class LmdbWriter:
         return first_page
 
     def _add(self, key: bytes, size: int, flags: int, content: bytes) -> int:
-        """Add a node to the leaf, or to the next one where it is full; return its place there."""
+        """Add a node to the leaf, or to a new one if it is full; return its place there."""
         node = NODE.pack(size & 0xFFFF, size >> 16, flags, len(key)) + key + content
         if not self._leaf.has_room(node):
             self._end_leaf()
@@ -187,7 +182,7 @@ class LmdbWriter:
             leaf.nodes.clear()
 
     def _write_tree(self) -> tuple[int, int, int]:
-        """Write leaves and the branches above them; return root, depth, number of branch pages."""
+        """Write leaves and branches; return the root, the depth and the number of branch pages."""
         children: list[tuple[bytes, int]] = []
         for first_key, leaf in self._leaves:
             if leaf.number is None:
@@ -213,8 +208,8 @@ class _Page:
     """A branch or leaf page being filled: nodes from its end, the table of their places in front.
 
     Attributes:
-        number: of the page in the file, once it is known.
-        nodes: so far.
+        number: page number in the file, once it is known.
+        nodes: nodes added so far.
     """
 
     def __init__(self, flags: int) -> None:
@@ -249,7 +244,7 @@ class _Page:
 
 
 def _branches(children: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, _Page]]:
-    """Return one level of branch pages above pages of given first keys and numbers."""
+    """Return one level of branch pages above children, given as (first key, page number)."""
     groups: list[list[tuple[bytes, int]]] = []
     room = 0
     for key, number in children:
@@ -267,7 +262,7 @@ def _branches(children: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, _Page]
 def _branch(children: Sequence[tuple[bytes, int]]) -> _Page:
     page = _Page(BRANCH)
     for i, (key, number) in enumerate(children):
-        # The first key is empty: whatever is lower than the second leads to the first child.
+        # The first key is empty: all keys below the second one lead to the first child.
         page.add(_branch_node(key if i else b"", number))
     return page
 
@@ -277,7 +272,7 @@ def _branch_node(key: bytes, number: int) -> bytes:
 
 
 def _meta_page(number: int, num_pages: int, tree: tuple[int, ...]) -> bytes:
-    """Return a meta page; its number is its transaction's, too."""
+    """Return a meta page, whose number is also that of its transaction."""
     free_list = (_PAGE_BYTES, _INTEGER_KEYS, 0, 0, 0, 0, 0, NO_PAGE)
     content = (
         PAGE_HEADER.pack(number, 0, META, 0, 0)
@@ -292,8 +287,8 @@ def _meta_page(number: int, num_pages: int, tree: tuple[int, ...]) -> bytes:
 # ---- tensorpack's values -------------------------------------------------------------------------
 
 Serializer = Literal["pickle", "msgpack"]
-"""How tensorpack puts [uint8 array, label] into bytes: by default its last release, 0.11, expects
-pickles, most earlier ones msgpack; the environment variable TENSORPACK_SERIALIZE tells it."""
+"""How tensorpack serialises [uint8 array, label]: by default its last release, 0.11, expects
+pickles, most earlier ones msgpack; the environment variable TENSORPACK_SERIALIZE overrides that."""
 
 
 _PICKLED_BEGIN = (
@@ -305,21 +300,21 @@ _PICKLED_DTYPE = (
     b"\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1\x89\x88\x87R(K\x03X\x01\x00\x00\x00|NNNJ"
     b"\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89B"
 )
-"""Protocol 3, which all of Python 3 reads, under the module's name that all of NumPy knows."""
+"""Protocol 3, which every Python 3 reads, with the module name that every NumPy knows."""
 
 
 def tensorpack_value(
     jpeg: bytes | memoryview, label: int, serializer: Serializer = "pickle"
 ) -> list[bytes | memoryview]:
-    """Return the parts of a value as tensorpack's LMDBSerializer has it: [uint8 array, label].
+    """Return a value of tensorpack's LMDBSerializer, [uint8 array, label], in parts.
 
     Args:
-        jpeg: the image; one of the parts as it is.
+        jpeg: the image; returned as one of the parts, not copied.
         label: its class, 0 to 2**31 - 1.
-        serializer: which of tensorpack's.
+        serializer: one of tensorpack's.
 
     Raises:
-        ValueError: where the label is out of range, or the image has 2 GiB.
+        ValueError: if the label is out of range, or the image has 2 GiB.
     """
     size = memoryview(jpeg).nbytes
     for name, value in ("a label", label), ("an image's size", size):
