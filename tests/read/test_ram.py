@@ -111,14 +111,14 @@ def test_a_budget_describes_itself_in_one_line() -> None:
         return describe(ram_budget(ram, dataset_bytes, limits=machine()), dataset_bytes)
 
     assert line("auto", 146_200_000_000) == (
-        "keeps 50.0 of 146.2 GB in memory (half of the 100.0 GB available)"
+        "keeps 50.0 GB of 146.2 GB in memory (half of the 100.0 GB available)"
     )
     assert line("auto", 7 * GB) == (
         "leaves 7.0 GB to the page cache (fits in half of the 100.0 GB available)"
     )
-    assert line("40%", 146 * GB) == "keeps 80.0 of 146.0 GB in memory (ram='40%')"
+    assert line("40%", 146 * GB) == "keeps 80.0 GB of 146.0 GB in memory (ram='40%')"
     assert line(0, GB) == "keeps nothing in memory (ram=0)"
-    assert line("1GB", 5_000_000) == "keeps 5.0 of 5.0 MB in memory (ram='1GB')"
+    assert line("1GB", 5_000_000) == "keeps 5.0 MB of 5.0 MB in memory (ram='1GB')"
 
 
 @linux

@@ -26,11 +26,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from imagenet_seq.read.speed import Speed, reads_direct
+from imagenet_seq.read.turns import lock_path
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from imagenet_seq import loader as loader_module
 from imagenet_seq import native
-from imagenet_seq.batch import crew as batch
+from imagenet_seq.batch import iterator
 from imagenet_seq.errors import LoaderClosedError, SampleError
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Source
@@ -39,11 +42,8 @@ from imagenet_seq.machine import LoaderNote
 from imagenet_seq.native.recipe import Geometry, Recipe, Rows
 from imagenet_seq.pack.packing import pack as make_pack
 from imagenet_seq.plan.epoch import EnginePlan, Order, explicit_plan, in_windows, rank_plan
-from imagenet_seq.read import arrange as read
-from imagenet_seq.read import disk
+from imagenet_seq.read import arrange, disk
 from imagenet_seq.read import kept as ram
-from imagenet_seq.read.speed import Speed, reads_direct
-from imagenet_seq.read.turns import lock_path
 from imagenet_seq.sources.recognise import open_source
 
 BLOCK_BYTES = 20_000
@@ -1124,7 +1124,7 @@ def stalled(photos_pack: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stal
             threading.Timer(seconds, fcntl.flock, (file.fileno(), fcntl.LOCK_UN)).start()
 
         def make(stall_s: float, timeout: float = 0) -> tuple[Loader, Callable[[float], None]]:
-            monkeypatch.setattr(batch, "_STALL_S", stall_s)
+            monkeypatch.setattr(iterator, "_STALL_S", stall_s)
             made = loader_of(photos_pack, **IN_BLOCKS, ram=0, disk="hdd", timeout=timeout)
             return made, answer_in
 
@@ -1174,10 +1174,10 @@ def test_the_forecast_is_one_line_before_the_first_batch(
 ) -> None:
     arguments = {**IN_BLOCKS, "ram": 0, "disk": "hdd"}
     speed = Speed(180.0, 12.5, "2026-01-01")
-    monkeypatch.setattr(disk, "speed_of", lambda *_: speed)
+    monkeypatch.setattr(arrange, "speed_of", lambda *_: speed)
     epoch_of(loader_of(photos_pack, **arguments, forecast=True))
     assert capfd.readouterr().err == ""  # so little is read before anybody would know
-    monkeypatch.setattr(read, "FORECAST_BYTES", 1)
+    monkeypatch.setattr(loader_module, "FORECAST_BYTES", 1)
     loader = loader_of(photos_pack, **arguments, forecast=True)
     assert capfd.readouterr().err == ""
     iterator = iter(loader)
@@ -1195,7 +1195,7 @@ def test_the_forecast_is_one_line_before_the_first_batch(
 def test_a_progress_line_says_what_happened_since_the_last(
     own_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "speed_of", lambda *_: None)
+    monkeypatch.setattr(arrange, "speed_of", lambda *_: None)
     loader = loader_of(own_pack, **IN_BLOCKS, ram="64MB", num_readers=1)
     pattern = (
         r"read (\d+) MB/s(?:, (\d+) % from memory)?, blocks (\d+) % full; waiting: training for "
@@ -1216,7 +1216,7 @@ def test_counters_have_names_that_say_their_stage(photos_pack: Path) -> None:
     loader = loader_of(photos_pack, **IN_BLOCKS, ram=0)
     epoch_of(loader)
     stats = loader.stats()
-    stages = {"read", "decode", "python_blocks", "batch", "block", "kept"}
+    stages = {"read", "decode", "foreign", "batch", "block", "kept"}
     assert {name.split("_")[0] for name in stats} == stages
     assert not [name for name in stats if name.endswith("_ns")]
     assert stats["read_requests"] >= stats["read_seeks"] >= 1
@@ -1240,7 +1240,7 @@ def test_a_pool_of_python_blocks_takes_the_bytes_that_were_asked_for(
         length=np.full(size, 100),
     )  # fmt: skip
     source = Source("made here", index, python_blocks=True)
-    assert read.blocks_of_pool(source, 64, 1000) == pooled
-    assert read.blocks_of_pool(replace(source, python_blocks=False), 64, 1000) == 64
+    assert arrange.blocks_of_pool(source, 64, 1000) == pooled
+    assert arrange.blocks_of_pool(replace(source, python_blocks=False), 64, 1000) == 64
     loader = Loader(source, "train", shuffle="block", block_bytes=1000, forecast=False)
     assert loader.state_dict()["shuffle_blocks"] == pooled
