@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from imagenet_seq.data import ImagenetLoader
     from imagenet_seq.errors import (
         CollateError,
         DataError,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         SampleError,
         StateError,
     )
-    from imagenet_seq.data import ImagenetLoader
     from imagenet_seq.loader import Loader
     from imagenet_seq.machine import LoaderNote
     from imagenet_seq.pack.packing import pack_dataset

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from imagenet_seq import native
 from imagenet_seq.batch.crew import Crew, Work
 from imagenet_seq.batch.iterator import EpochIterator
 from imagenet_seq.batch.memory import Memory, PagedMemory, PinnedMemory
+from imagenet_seq.batch.progress import PlanAhead, Progress
 from imagenet_seq.dataset import Dataset, resolve_dataset
 from imagenet_seq.decode.pipeline import memory_shape
 from imagenet_seq.decode.transforms import interpret
@@ -38,11 +37,7 @@ from imagenet_seq.options import (
     notes_on_order,
     shuffle_kind,
 )
-from imagenet_seq.plan.epoch import (
-    EnginePlan,
-    Order,
-    in_windows,
-)
+from imagenet_seq.plan.epoch import EnginePlan, Order, in_windows
 from imagenet_seq.plan.schedule import Schedule
 from imagenet_seq.plan.state import State, check_state
 from imagenet_seq.read.arrange import Reading, Wishes, arrange, blocks_of_pool
@@ -52,40 +47,6 @@ from imagenet_seq.read.pool import block_memory_bytes
 
 _DEFAULT_BATCH_SIZE = Default(256)
 _LONG_PLAN = 100_000  # samples whose plan takes long enough to be made ahead
-
-
-@dataclass
-class _Progress:
-    """How far an epoch has come; shared by the loader and the epoch's iterator."""
-
-    epoch: int
-    samples_done: int = 0  # that scripts have, over all ranks
-    samples_end: int = -1  # samples_done after the last batch
-    ended: bool = False  # the engine has no more; a device stage may still have some
-
-
-class _Ahead:
-    """The next epoch's plan, made while the present one is delivered."""
-
-    def __init__(self, loader: Loader, progress: _Progress, crew: Crew) -> None:
-        self.progress = progress
-        self.crew = crew
-        self.plan: EnginePlan | None = None
-        self.in_engine = False
-        self.thread = threading.Thread(target=self._make, args=(loader,), name="imagenet-seq-plan")
-
-    def _make(self, loader: Loader) -> None:
-        with contextlib.suppress(Exception):  # what is wrong is said when the epoch begins
-            made = loader._plan(self.progress)
-            if loader._arranged().reads_on:
-                self.crew.prepare(made, loader._memory_rows)
-                self.in_engine = True
-            self.plan = made
-
-    def fits(self, progress: _Progress) -> bool:
-        """Wait for the plan; return whether it is the one of an epoch that begins now."""
-        self.thread.join()
-        return self.plan is not None and self.progress == progress
 
 
 class Loader:
@@ -159,6 +120,15 @@ class Loader:
         worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order,
             snapshot_every_n_steps: accepted for scripts that pass them; threads have no use for
                 them.
+
+    Attributes:
+        dataset: the samples: `len`, `classes`, `class_to_idx`, `samples`, `targets`, and
+            ``dataset[i]`` for a look at one.
+        sampler: the sampler that was passed, or one with `set_epoch` and `len`.
+        batch_sampler, batch_size, drop_last, num_workers, collate_fn, pin_memory, timeout,
+            generator, prefetch_factor, persistent_workers: as they were passed; batch_size is None
+            beside a batch_sampler.
+        memory_bytes: bound of what one iteration holds in memory.
 
     Raises:
         ValueError, TypeError: an argument is not what it should be; the message says what was
@@ -309,7 +279,7 @@ class Loader:
         self.sampler = sampler if sampler is not None else EpochSampler(self)
         self.dataset = Dataset(self._source, self._pipeline, transform, self._target_transform)
 
-        self._progress = _Progress(epoch=0, ended=False)
+        self._progress = Progress(epoch=0, ended=False)
         self._resumed = True  # the next iter() begins where _progress stands
         self._lock = threading.Lock()
         self._idle_crew: Crew | None = None
@@ -318,7 +288,7 @@ class Loader:
         self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
         self._on_device: tuple[torch.cuda.Stream, Tensor | None] | None = None
         self._reading: Reading | None = None
-        self._ahead: _Ahead | None = None
+        self._ahead: PlanAhead | None = None
         self._forecast = forecast
         self._announced = False
         self._pace = Pace()
@@ -346,9 +316,9 @@ class Loader:
         self._follow_sampler()
         before = self._progress
         if self._resumed:
-            progress = _Progress(before.epoch, before.samples_done)
+            progress = Progress(before.epoch, before.samples_done)
         else:
-            progress = _Progress(before.epoch + 1)
+            progress = Progress(before.epoch + 1)
         if not self._announced:
             self._announce()
         ahead, self._ahead = self._ahead, None
@@ -366,8 +336,8 @@ class Loader:
         def taken(crew: Crew, number: int) -> None:
             owner = loader() if number == plan_ahead_at else None
             if owner is not None:
-                owner._ahead = _Ahead(owner, _Progress(progress.epoch + 1), crew)
-                owner._ahead.thread.start()
+                rows = owner._memory_rows if owner._arranged().reads_on else None
+                owner._ahead = PlanAhead(Progress(progress.epoch + 1), crew, owner._plan, rows)
 
         def ended(crew: Crew | None, stats: dict[str, int]) -> None:
             progress.ended = crew is not None
@@ -389,7 +359,7 @@ class Loader:
             on_end=ended,
             on_taken=taken,
             on_stall=note_once,
-            prepared=ahead is not None and fits and ahead.in_engine and ahead.crew is crew,
+            prepared=ahead is not None and fits and ahead.is_prepared(crew),
         )
         # Only now: an epoch that could not begin is not an epoch that was begun.
         self._progress, self._resumed = progress, False
@@ -407,7 +377,7 @@ class Loader:
         if epoch < 0:
             raise ValueError(f"expected an epoch of 0 or above, got {epoch}")
         if not (self._resumed and self._progress.epoch == epoch):
-            self._progress = _Progress(int(epoch))
+            self._progress = Progress(int(epoch))
             self._resumed = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -442,7 +412,7 @@ class Loader:
             # again.
             self._num_streams = saved.num_streams
             self._close_idle_crew()  # made for another number of streams
-        self._progress = _Progress(saved.epoch, saved.samples_done)
+        self._progress = Progress(saved.epoch, saved.samples_done)
         self._resumed = True
 
     def stats(self) -> dict[str, float]:
@@ -511,6 +481,8 @@ class Loader:
         """
         for iterator in list(self._iterators):
             iterator.close()
+        if self._ahead is not None:
+            self._ahead.wait()  # its thread would open the memory for kept blocks again
         self._close_idle_crew()
         self._reading = None  # the memory goes with the last engine that uses it
 
@@ -585,7 +557,7 @@ class Loader:
             )
         return self._reading
 
-    def _plan(self, progress: _Progress) -> EnginePlan:
+    def _plan(self, progress: Progress) -> EnginePlan:
         made = self._schedule.plan(progress.epoch, progress.samples_done)
         window = self._arranged().window
         return in_windows(made, window) if window else made
@@ -603,7 +575,7 @@ class Loader:
         ahead = self._block_budget() / max(1, reading.data_bytes // self._world_size)
         return max(0, int(num_batches * (0.9 - 1.5 * ahead)))
 
-    def _work(self, progress: _Progress, epoch_plan: EnginePlan | None) -> Work:
+    def _work(self, progress: Progress, epoch_plan: EnginePlan | None) -> Work:
         epoch_plan = epoch_plan or self._plan(progress)
         rows = self._batch_size
         if self.batch_sampler is not None:  # its batches may be of any size
