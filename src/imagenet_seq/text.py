@@ -1,4 +1,4 @@
-"""Sizes, durations and progress bars, written one way everywhere."""
+"""Sizes, durations and progress bars, in one form everywhere."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def progress_bar(
     """Return a progress bar on stderr; the caller closes it.
 
     Args:
-        what: what is done, such as "pack train".
-        total: in units.
-        unit: "img", "class", "file"; "B" is shown as KB, MB, ...
+        what: the work, such as "pack train".
+        total: number of units.
+        unit: "img", "class", "file", or "B", which is shown as KB, MB, ...
         enabled: whether anything is shown.
-        done: units done before.
-        delay_s: nothing is shown of what takes less.
+        done: number of units done before.
+        delay_s: time before the bar appears.
     """
     return tqdm(
         desc=what, total=total, initial=done, unit=unit, unit_scale=unit == "B", delay=delay_s,

@@ -22,7 +22,7 @@ class Budget:
 
     Attributes:
         page_cache: the whole source fits, so it is read buffered and the kernel keeps it.
-        kept_bytes: bytes of blocks to keep in memory of our own, for the whole node; 0: none.
+        kept_bytes: bytes of blocks to keep in `KeptMemory`, for the whole node; 0: none.
         notes: what the user should know, such as what limited it; () normally.
         reason: where the number comes from, as `describe` says it.
     """
@@ -38,20 +38,21 @@ def ram_budget(
 ) -> Budget:
     """Decide how many bytes of a dataset stay in memory.
 
-    Memory that this process opened with `open_kept` and has not filled yet counts as taken. The
+    Memory that this process opened with `open_kept` and has not filled yet counts as used. The
     result depends on what is available now, so ranks that start at different times may get
-    different numbers: the one whose `open_kept` comes first decides for all.
+    different numbers; the first to call `open_kept` decides for all.
 
     Args:
         ram: "auto" (or None): a dataset that fits in half of the available memory is left to
-            the page cache; of others, that much is kept in memory of our own. A size ("48GB",
-            "512MiB", a number of bytes) or a share of the node's memory as this cgroup may use it
-            ("30%"): so much in memory of our own, at most 90 % of what is available. 0: none.
+            the page cache; of a larger one, half of the available memory is filled with its
+            blocks. A size ("48GB", "512MiB", a number of bytes) or a share of the memory that
+            this process's cgroup may use ("30%"): so much is filled, at most 90 % of what is
+            available. 0: nothing is kept.
         dataset_bytes: size of all blocks of the dataset.
-        limits: what the machine has; None: measure it.
+        limits: the machine's memory limits; None: measure them.
 
     Raises:
-        ValueError: a size that can't be meant.
+        ValueError: `ram` is no size, or one of less than a page.
         TypeError: `ram` is neither text nor a number.
     """
     limits = limits or machine.limits()
@@ -85,7 +86,7 @@ def describe(budget: Budget, dataset_bytes: int) -> str:
 
 
 def _wanted_bytes(ram: str | int | float | None, total_bytes: int) -> int | None:
-    """Return the bytes that `ram` asks for; None: as many as fit well."""
+    """Return the bytes that `ram` asks for; None: it says "auto"."""
     expected = "expected 'auto', a size such as '48GB' or '512MiB', a share such as '30%', or 0"
     if ram is None:
         return None
