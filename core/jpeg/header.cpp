@@ -21,8 +21,6 @@ constexpr int kApp0 = 0xE0, kApp2 = 0xE2, kApp13 = 0xED, kApp14 = 0xEE, kApp15 =
 constexpr int kMaxDimension = 65500;
 constexpr int kMaxMcuBlocks = 10;
 
-constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 // The payload of a marker segment, its length field not included.
 struct Payload {
   const uint8_t* bytes;

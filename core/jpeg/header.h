@@ -20,6 +20,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/memory.h"
+
 namespace imseq {
 
 // Position in a block, row by row, of the k-th coefficient in zigzag order (T.81 figure 5).
@@ -80,9 +82,7 @@ struct JpegHeader {
   [[nodiscard]] int64_t interval_mcus() const {
     return restart_interval == 0 ? num_mcus() : restart_interval;
   }
-  [[nodiscard]] int64_t num_intervals() const {
-    return (num_mcus() + interval_mcus() - 1) / interval_mcus();
-  }
+  [[nodiscard]] int64_t num_intervals() const { return divide_up(num_mcus(), interval_mcus()); }
   [[nodiscard]] const JpegQuantTable& quant(int component) const {
     return quant_tables[static_cast<size_t>(
         components[static_cast<size_t>(component)].quant_table)];

@@ -22,8 +22,6 @@ constexpr int kMaxLowBit = 13;
 // T.81 table F.2: what a baseline AC code can hold, category 10.
 constexpr int kMaxAcMagnitude = 1023;
 
-constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 // Blocks that hold samples of the image: a scan of this component alone codes only these (T.81
 // A.2.2).
 int real_blocks_wide(const JpegComponent& component) { return divide_up(component.width, 8); }

@@ -3,20 +3,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "jpeg/colour.h"
 #include "cpu/cpu.h"
+#include "cpu/memory.h"
+#include "jpeg/colour.h"
 #include "jpeg/markers.h"
 
 namespace imseq {
-
-namespace {
-
-template <typename T>
-void grow(std::vector<T>* memory, size_t size) {
-  if (memory->size() < size) memory->resize(size);
-}
-
-}  // namespace
 
 bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t size,
                          const Region& region, Soundness soundness, FlatTables* flat_tables,

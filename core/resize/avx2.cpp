@@ -22,7 +22,7 @@ inline void store(void* to, __m256i values) {
 }
 
 inline int num_groups(const AxisWeights& weights) {
-  return (weights.max_taps + AxisWeights::kTapGroup - 1) / AxisWeights::kTapGroup;
+  return divide_up(weights.max_taps, AxisWeights::kTapGroup);
 }
 
 // Two taps of 8 outputs, side by side in 16 bits each.

@@ -62,8 +62,7 @@ inline Digits digits_of(const AxisWeights& weights, size_t i, int tap) {
 }
 
 inline size_t num_quads(const AxisWeights& weights) {
-  return (static_cast<size_t>(weights.max_taps) + AxisWeights::kTapGroup - 1) /
-         AxisWeights::kTapGroup;
+  return divide_up(static_cast<size_t>(weights.max_taps), AxisWeights::kTapGroup);
 }
 
 // ---- horizontal ---------------------------------------------------------------------------------

@@ -11,13 +11,6 @@ namespace {
 
 constexpr int kHalf = 1 << (kWeightBits - 1);
 
-constexpr size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
-
-template <typename T>
-void grow(std::vector<T>* memory, size_t size) {
-  if (memory->size() < size) memory->resize(size);
-}
-
 // The filters of Resample.c, in its order of operations but without branches, so that compilers can
 // compute several weights at a time.
 struct Box {

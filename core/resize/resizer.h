@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/memory.h"
 #include "imagenet_seq.h"
 #include "jpeg/region.h"
 
@@ -99,7 +100,7 @@ class ResizeWeights {
 class RowMemory {
  public:
   uint8_t* reserve(size_t bytes) {
-    if (lines_.size() * sizeof(Line) < bytes) lines_.resize((bytes + 63) / sizeof(Line));
+    if (lines_.size() * sizeof(Line) < bytes) lines_.resize(divide_up(bytes, sizeof(Line)));
     return data();
   }
   [[nodiscard]] uint8_t* data() { return reinterpret_cast<uint8_t*>(lines_.data()); }
