@@ -14,7 +14,7 @@
 #include "imagenet_seq.h"
 #include "jpeg/header.h"
 #include "read/kept.h"
-#include "read/file_reader.h"
+#include "read/place.h"
 #include "abi/status.h"
 
 namespace imseq {

@@ -1,7 +1,5 @@
 // DiskLock between real processes: one at a time, in turns, and what happens when one is killed or
 // stopped while it has the disk.
-#include "read/disk_lock.h"
-
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/file.h>
@@ -22,11 +20,15 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/memory.h"
 #include "processes.h"
+#include "read/disk_turns.h"
 
 namespace {
 
 using imseq::DiskLock;
+using imseq::DiskTurns;
+using imseq::now_ns;
 using std::chrono::milliseconds;
 
 const std::atomic<bool> kNotCancelled{false};
@@ -36,12 +38,6 @@ constexpr int64_t kLong = 60'000 * kMillisecond;  // longer than any test may ta
 std::string folder;
 
 std::string lock_path() { return folder + "/disk"; }
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 // What the processes of a test share.
 struct Shared {
@@ -167,7 +163,7 @@ void a_stopped_process_costs_one_wait() {
 }
 
 void a_turn_goes_on_while_nobody_wants_the_disk() {
-  imseq::DiskTurns turns(lock_path());
+  DiskTurns turns(lock_path());
   CHECK(turns.begin(&kNotCancelled, true));
   CHECK(turns.begin(&kNotCancelled, true));  // requests overlap
   std::atomic<bool> has_it{false};
@@ -195,7 +191,7 @@ void a_turn_goes_on_while_nobody_wants_the_disk() {
 }
 
 void requests_in_parts_do_not_overlap() {
-  imseq::DiskTurns turns(lock_path());
+  DiskTurns turns(lock_path());
   for (const bool first_is_whole : {false, true}) {
     CHECK(turns.begin(&kNotCancelled, first_is_whole));
     std::atomic<bool> has_begun{false};
@@ -214,7 +210,7 @@ void requests_in_parts_do_not_overlap() {
 void readers_of_an_engine_share_its_turns() {
   std::vector<std::thread> threads;
   std::vector<int> num_inside(2, 0);  // of each engine
-  imseq::DiskTurns turns[2] = {imseq::DiskTurns(lock_path()), imseq::DiskTurns(lock_path())};
+  DiskTurns turns[2] = {DiskTurns(lock_path()), DiskTurns(lock_path())};
   std::mutex mutex;
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, engine = i % 2] {
@@ -239,7 +235,7 @@ void readers_of_an_engine_share_its_turns() {
 }
 
 void readers_of_an_engine_go_in_the_order_in_which_they_came() {
-  imseq::DiskTurns turns(lock_path());
+  DiskTurns turns(lock_path());
   const int next = ::open((lock_path() + ".next").c_str(), O_RDWR | O_CLOEXEC);
   CHECK(turns.begin(&kNotCancelled, true));
   CHECK(::flock(next, LOCK_EX) == 0);  // the disk is wanted, so that requests don't overlap

@@ -21,9 +21,9 @@
 #include <thread>
 #include <vector>
 
-#include "read/crc32c.h"
-#include "imagenet_seq.h"
 #include "check.h"
+#include "imagenet_seq.h"
+#include "read/crc32c.h"
 
 namespace {
 

@@ -19,8 +19,8 @@
 #include <utility>
 #include <vector>
 
-#include "imagenet_seq.h"
 #include "check.h"
+#include "imagenet_seq.h"
 #include "processes.h"
 
 namespace {

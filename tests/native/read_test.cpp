@@ -1,10 +1,11 @@
 // FileReader against a disk that refuses: pread is replaced by one with bad sectors, short reads
 // and interrupts, and every request is written down. Bytes always come from a real file.
-#include "read/file_reader.h"
-
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include "read/buffers.h"
+#include "read/file_reader.h"
 #if defined(__linux__)
 #include <linux/magic.h>
 #include <sys/vfs.h>
@@ -18,8 +19,8 @@
 #include <string>
 #include <vector>
 
-#include "imagenet_seq.h"
 #include "check.h"
+#include "imagenet_seq.h"
 
 namespace {
 
