@@ -1,5 +1,6 @@
 #include "read/disk_turns.h"
 
+#include <algorithm>
 #include <chrono>
 
 #include "cpu/memory.h"
@@ -10,12 +11,14 @@ bool DiskTurns::begin(const std::atomic<bool>* cancelled, bool is_whole) {
   if (!exists_) return false;
   std::unique_lock lock(mutex_);
   const int64_t ticket = next_ticket_++;
-  while (ticket != first_waiting_ || is_acquiring_ ||
-         (num_requests_ > 0 && !(is_whole && may_join()))) {
+  waiting_.push_back(ticket);
+  while (!*cancelled && (ticket != waiting_.front() || is_acquiring_ ||
+                         (num_requests_ > 0 && !(is_whole && may_join())))) {
     changed_.wait_for(lock, std::chrono::nanoseconds(kHeadStartNs));
   }
-  ++first_waiting_;
+  waiting_.erase(std::find(waiting_.begin(), waiting_.end(), ticket));
   ++num_requests_;
+  if (*cancelled) return false;
   all_whole_ = is_whole;
   request_ns_ = now_ns();
   if (disk_.held()) {

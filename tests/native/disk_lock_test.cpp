@@ -17,6 +17,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -263,6 +264,31 @@ void readers_of_an_engine_go_in_the_order_in_which_they_came() {
   CHECK(order == (std::vector<int>{0, 1, 2, 3, 4}));
 }
 
+// A request that waits behind another one of its engine, which waits for another process.
+void a_queued_request_can_be_cancelled() {
+  DiskTurns turns(lock_path());
+  DiskLock other(lock_path(), kLong);
+  CHECK(other.acquire(&kNotCancelled));
+  std::atomic<bool> cancelled{false}, has_left{false};
+  const auto request = [&](const std::atomic<bool>* is_cancelled) {
+    const bool held = turns.begin(is_cancelled, true);
+    CHECK(held == (is_cancelled == &kNotCancelled));
+    has_left = has_left || is_cancelled == &cancelled;
+    turns.end();
+  };
+  std::vector<std::thread> threads;
+  for (const auto* is_cancelled : {&kNotCancelled, &std::as_const(cancelled), &kNotCancelled}) {
+    threads.emplace_back(request, is_cancelled);
+    std::this_thread::sleep_for(milliseconds(50));  // each comes behind the one before
+  }
+  cancelled = true;
+  // Patience would last longer.
+  for (int i = 0; i < 1000 && !has_left; ++i) std::this_thread::sleep_for(milliseconds(1));
+  CHECK(has_left);
+  other.release();
+  for (std::thread& thread : threads) thread.join();
+}
+
 void waiting_can_be_cancelled() {
   DiskLock holder(lock_path(), kLong), waiting(lock_path(), kLong), other(lock_path(), kLong);
   CHECK(holder.acquire(&kNotCancelled));
@@ -333,6 +359,7 @@ int main() {
   requests_in_parts_do_not_overlap();
   readers_of_an_engine_share_its_turns();
   readers_of_an_engine_go_in_the_order_in_which_they_came();
+  a_queued_request_can_be_cancelled();
   waiting_can_be_cancelled();
   without_a_path_there_is_no_lock();
   where_the_files_cannot_be_opened_nothing_is_locked();
