@@ -177,6 +177,7 @@ void Engine::cancel() {
   batch_done_.notify_all();
   thread_left_.wait(lock, [&] { return threads_in_run_ == 0 && num_reading_ == 0; });
   block_bytes_ = 0;
+  disk_.rest();  // here, because readers of a closed engine don't come back to it
 }
 
 int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
@@ -187,6 +188,7 @@ int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   if (number >= run->plan.num_batches) {
     run_ = nullptr;  // frees the plan's arrays before the next plan comes
     ended_ = true;
+    disk_.rest();  // now, and not when the last reader comes to it
     return IMSEQ_END;
   }
   Batch& batch = run->batches[number];

@@ -17,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -24,6 +25,7 @@
 #include "check.h"
 #include "imagenet_seq.h"
 #include "read/crc32c.h"
+#include "read/disk_lock.h"
 
 namespace {
 
@@ -34,6 +36,12 @@ struct {
   std::atomic<uint64_t> inode{0};  // 0: the disk is sound
   std::atomic<int64_t> begin{0}, end{0};
 } bad_sector;
+
+// A disk that answers when it is told to; nothing of it lies in the page cache.
+struct {
+  std::atomic<bool> is_used{false}, answers{true};
+  std::atomic<int> num_requests{0};
+} slow_disk;
 
 bool is_on_bad_sector(int file, size_t size, off_t offset) {
   struct stat info;
@@ -46,6 +54,8 @@ bool is_on_bad_sector(int file, size_t size, off_t offset) {
 }  // namespace
 
 extern "C" ssize_t pread(int file, void* bytes, size_t size, off_t offset) {
+  ++slow_disk.num_requests;
+  while (!slow_disk.answers) usleep(100);
   if (is_on_bad_sector(file, size, offset)) {
     errno = EIO;
     return -1;
@@ -53,9 +63,9 @@ extern "C" ssize_t pread(int file, void* bytes, size_t size, off_t offset) {
   return ::syscall(SYS_pread64, file, bytes, size, offset);
 }
 
-// With RWF_NOWAIT: what the page cache has. While the disk is bad it has nothing.
+// With RWF_NOWAIT: what the page cache has. While the disk is bad or slow it has nothing.
 extern "C" ssize_t preadv2(int file, const iovec* ranges, int count, off_t offset, int flags) {
-  if (bad_sector.inode != 0) {
+  if (bad_sector.inode != 0 || slow_disk.is_used) {
     errno = EAGAIN;
     return -1;
   }
@@ -114,10 +124,7 @@ class Dataset {
       std::fclose(out);
     }
   }
-  ~Dataset() {
-    for (int64_t file = 0; file < num_files_; ++file) std::remove(path(file).c_str());
-    rmdir(root_.c_str());
-  }
+  ~Dataset() { std::filesystem::remove_all(root_); }
 
   std::string path(int64_t file) const { return root_ + "/f" + std::to_string(file); }
   const std::string& root() const { return root_; }
@@ -748,6 +755,54 @@ void a_bad_sector_fails_the_samples_on_it() {
 }
 #endif
 
+#if defined(__linux__)
+bool is_free(const std::string& disk) {
+  const std::atomic<bool> cancelled{false};
+  return imseq::DiskLock(disk, 0).acquire(&cancelled);
+}
+
+// However it ends: another process can have the disk at once.
+void an_epoch_that_ended_holds_no_disk() {
+  const Dataset data(6, 50);
+  const Plan plan(data, 10);
+  const std::string disk = data.root() + "/disk";
+  imseq_engine_config config = {};
+  config.disk_lock = disk.c_str();
+  slow_disk.is_used = true;
+  const auto end_while_reading = [&](auto end) {
+    Harness harness(data, 2, 2, 10, 1 << 20, IMSEQ_ROWS_DECODED, config);
+    slow_disk.answers = false;
+    slow_disk.num_requests = 0;
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    while (slow_disk.num_requests == 0) usleep(100);
+    CHECK(!is_free(disk));
+    std::thread ending([&] { CHECK(end(harness.engine, nullptr) == IMSEQ_OK); });
+    usleep(20000);
+    slow_disk.answers = true;
+    ending.join();
+    CHECK(is_free(disk));
+  };
+  end_while_reading(imseq_engine_close);
+  end_while_reading(imseq_engine_cancel);
+  for (int round = 0; round < 40; ++round) {
+    Plan other(data, 10);
+    other.length[round * 7] = 51 * kSampleBytes;  // beyond the block
+    Harness harness(data, 2, 2, 10, 1 << 20, IMSEQ_ROWS_DECODED, config);
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    harness.deliver(plan);
+    CHECK(is_free(disk));
+    CHECK(harness.start(other) == IMSEQ_OK);
+    if (round % 2 == 0) CHECK(harness.prepare(plan) == IMSEQ_OK);
+    int32_t status = IMSEQ_OK;
+    for (int64_t b = 0; status == IMSEQ_OK; ++b) status = harness.step(other, b);
+    CHECK(status == IMSEQ_ERROR_DATA);
+    CHECK(imseq_engine_close(harness.engine, nullptr) == IMSEQ_OK);
+    CHECK(is_free(disk));
+  }
+  slow_disk.is_used = false;
+}
+#endif
+
 void cancelled_engines_start_again() {
   const Dataset data(6, 50);
   const Plan plan(data, 10);
@@ -887,6 +942,7 @@ int main() {
   engines_share_kept_blocks();
 #if defined(__linux__)
   a_bad_sector_fails_the_samples_on_it();
+  an_epoch_that_ended_holds_no_disk();
 #endif
   cancelled_engines_start_again();
   closed_engines_refuse_and_do_not_hang();
