@@ -4,7 +4,6 @@
 #include <signal.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <utility>
 
@@ -198,7 +197,7 @@ int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   };
   if (!finished()) {
     Timer timer(&counters_.batch_wait_ns);
-    if (!batch_done_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), finished)) {
+    if (!batch_done_.wait_for(lock, time_out(timeout_ns), finished)) {
       return IMSEQ_TIMEOUT;
     }
   }
@@ -230,6 +229,7 @@ int32_t Engine::release(int32_t slot, void* rows, imseq_error* error) {
   const int64_t open = std::min(run->released + config_.num_slots, run->plan.num_batches);
   run->open_batches.store(open, std::memory_order_release);
   slot_opened_.notify_all();
+  batch_done_.notify_all();  // a batch without rows is done when its slot opens
   return IMSEQ_OK;
 }
 

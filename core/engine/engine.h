@@ -14,6 +14,8 @@
 // slots are open takes no lock; blocks, batches and python rows do.
 #pragma once
 
+#include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -80,6 +82,11 @@ class Engine {
     int64_t position = 0;  // row: position; block: index of the block
     bool prefix_done = false;
   };
+
+  // At most 146 years, because the sum with the clock's time must not overflow.
+  static std::chrono::nanoseconds time_out(int64_t ns) {
+    return std::chrono::nanoseconds(std::min(ns, INT64_MAX / 2));
+  }
 
   // engine.cpp
   void start_threads();

@@ -1,5 +1,4 @@
 #include <cassert>
-#include <chrono>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -21,7 +20,7 @@ void Engine::push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t po
 
 int32_t Engine::take(int64_t timeout_ns, imseq_task* out) {
   std::unique_lock lock(mutex_);
-  if (!task_added_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [&] {
+  if (!task_added_.wait_for(lock, time_out(timeout_ns), [&] {
         return closed_ || !row_tasks_.empty() || !block_tasks_.empty();
       })) {
     return IMSEQ_TIMEOUT;

@@ -852,6 +852,53 @@ void closed_engines_refuse_and_do_not_hang() {
   }
 }
 
+// A batch without samples needs only its slot.
+void an_empty_batch_comes_when_its_slot_opens() {
+  const Dataset data(2, 20);
+  Plan plan(data, 40);
+  plan.batch_begin = {0, 40, 40};
+  plan.native.batch_begin = plan.batch_begin.data();
+  plan.native.num_batches = 2;
+  Harness harness(data, 2, 1, 40, 1 << 20);
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  CHECK(harness.receive(plan, 0) == IMSEQ_OK);
+  std::atomic<bool> has_come{false};
+  std::thread consumer([&] {
+    CHECK(harness.receive(plan, 1) == IMSEQ_OK);
+    has_come = true;
+  });
+  usleep(50000);  // it waits
+  CHECK(!has_come);
+  harness.lend(0);
+  for (int i = 0; i < 2000 && !has_come; ++i) usleep(1000);
+  CHECK(has_come);
+  consumer.join();
+}
+
+void the_longest_time_out_does_not_pass() {
+  const Dataset data(2, 20);
+  const Plan plan(data, 10, true);
+  Harness harness(data, 1, 1, 10, 0);
+  harness.hold_block_0 = true;
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  std::thread releasing([&] {
+    usleep(20000);
+    harness.hold_block_0 = false;
+  });
+  imseq_batch batch = {};
+  CHECK(imseq_engine_next(harness.engine, INT64_MIN, &batch, nullptr) == IMSEQ_TIMEOUT);
+  CHECK(imseq_engine_next(harness.engine, INT64_MAX, &batch, nullptr) == IMSEQ_OK);
+  releasing.join();
+  Harness idle(data, 1, 1, 10, 0);
+  std::thread closing([&] {
+    usleep(20000);
+    CHECK(imseq_engine_close(idle.engine, nullptr) == IMSEQ_OK);
+  });
+  imseq_task task = {};
+  CHECK(imseq_engine_take(idle.engine, INT64_MAX, &task, nullptr) == IMSEQ_CANCELLED);
+  closing.join();
+}
+
 void time_out_and_slow_consumer() {
   const Dataset data(2, 20);
   const Plan plan(data, 10);
@@ -946,6 +993,8 @@ int main() {
 #endif
   cancelled_engines_start_again();
   closed_engines_refuse_and_do_not_hang();
+  an_empty_batch_comes_when_its_slot_opens();
+  the_longest_time_out_does_not_pass();
   time_out_and_slow_consumer();
   wrong_plans_and_configurations_are_refused();
   forked_children_are_refused();
