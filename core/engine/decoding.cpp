@@ -165,14 +165,16 @@ bool Engine::verifies(const Run& run) const {
 int32_t Engine::verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
                        imseq_error* error) {
   const int64_t sample = run.sample[position];
-  if (!verifies(run) || verified_.has(sample)) return IMSEQ_OK;
+  if (!verifies(run)) return IMSEQ_OK;
+  const int64_t block = run.block[position];
+  const Loaded& loaded = *run.blocks[block].loaded;
+  if (verified_.has(sample, loaded.generation)) return IMSEQ_OK;
   const uint32_t got = crc32c(0, bytes, static_cast<size_t>(size));
   if (got == run.checksum[position]) {
-    verified_.add(sample);
+    verified_.add(sample, loaded.generation);
     return IMSEQ_OK;
   }
-  const int64_t block = run.block[position];
-  if (run.blocks[block].loaded->buffer.get() == nullptr) kept_.discard(run.key_of(block));
+  if (loaded.buffer.get() == nullptr) kept_.discard(run.key_of(block));
   const bool is_python = run.is_python_block(block);
   const int64_t offset = run.block_offset[block] + run.offset[position];
   return fail(error, IMSEQ_ERROR_DATA, sample, is_python ? -1 : offset, 0,

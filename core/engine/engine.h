@@ -129,7 +129,6 @@ class Engine {
                     imseq_error* error);
   int32_t read_into(Run& run, int64_t block, FileReader& reader, int64_t length, uint8_t* memory,
                     imseq_error* error);
-  void notice_change(const std::string& path, uint64_t version);
   void count_request(const imseq_request& request);
   void take_buffer(Loaded& loaded, int64_t size_bytes);
   void block_came(Run& run, int64_t block, int64_t size_bytes, int32_t status,
@@ -171,8 +170,7 @@ class Engine {
   DiskTurns disk_;
   std::vector<Reading> reading_;        // of each reader
   std::deque<imseq_request> recorded_;  // where the configuration asks for it
-  SampleSet verified_;
-  std::unordered_map<std::string, uint64_t> versions_;  // of files with checksums, as last read
+  VerifiedSamples verified_;
   std::deque<Ticket> row_tasks_, block_tasks_;
   std::unordered_map<int64_t, Ticket> taken_;
   int64_t next_ticket_ = 0;

@@ -107,6 +107,7 @@ int64_t Engine::begin_block(Run& run) {
   Block& block = run.blocks[number];
   block.loaded = std::make_unique<Loaded>();
   block.loaded->reserved_bytes = cost(run, number);
+  block.loaded->generation = verified_.generation();
   block_bytes_ += block.loaded->reserved_bytes;
   block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
   block.state = BlockState::reading;
@@ -181,7 +182,7 @@ int32_t Engine::read_file(Run& run, int64_t number, FileReader& reader, int64_t*
   const std::string path = run.path_of_block(number);
   int32_t status = reader.open(path, error);
   if (status != IMSEQ_OK) return status;
-  if (verifies(run)) notice_change(path, reader.file_version());
+  if (verifies(run)) loaded.generation = verified_.generation_of(path, reader.file_version());
   if (*length < 0) *length = std::max<int64_t>(0, reader.file_bytes() - offset);
   const int64_t room = FileReader::room(offset, *length);
   uint8_t* const kept = kept_.claim(key, room);
@@ -231,13 +232,6 @@ int32_t Engine::read_into(Run& run, int64_t number, FileReader& reader, int64_t 
   count_request({run.plan.epoch, run.block_file[number], offset, length, reader.was_direct(),
                  locked, cached, 0});
   return IMSEQ_OK;
-}
-
-// Forgets which checksums matched, if the file changed since it was last read.
-void Engine::notice_change(const std::string& path, uint64_t version) {
-  std::lock_guard lock(mutex_);
-  const auto [found, is_new] = versions_.try_emplace(path, version);
-  if (!is_new && std::exchange(found->second, version) != version) verified_.clear();
 }
 
 void Engine::count_request(const imseq_request& request) {

@@ -22,6 +22,7 @@ struct Loaded {
   const uint8_t* bytes = nullptr;  // in the buffer or in kept memory
   int64_t size_bytes = 0;
   int64_t reserved_bytes = 0;             // what it counts for in the budget
+  int64_t generation = 0;                 // of verified samples: see VerifiedSamples
   bool was_kept = false;                  // it was in kept memory: nothing was read
   std::vector<int64_t> offsets, lengths;  // python block: its samples
   std::vector<BadRange> bad;              // what the disk could not read

@@ -555,6 +555,36 @@ void checksums_are_compared_until_they_were_right() {
   CHECK(harness.stats().decode_samples > 0);
 }
 
+// A file changes while blocks of its old content wait to be decoded. That their checksums are right
+// says nothing about the new content.
+void a_changed_file_is_verified_again() {
+  const Dataset data(2, 50);
+  const Plan plan(data, 50);
+  imseq_engine_config config = {};
+  config.record_requests = 1;
+  Harness harness(data, 1, 1, 50, 1 << 20, IMSEQ_ROWS_DECODED, config);
+  const auto wait_for_requests = [&](size_t num_requests) {
+    for (size_t count = 0; count < num_requests; usleep(100)) count += harness.files_read().size();
+  };
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  wait_for_requests(2);
+  const int64_t changed = plan.sample[70];  // of the second batch, which has no slot yet
+  const std::string path = data.path(changed / data.per_file());
+  const int file = ::open(path.c_str(), O_WRONLY);
+  const uint8_t byte = 0xAA;
+  CHECK(::pwrite(file, &byte, 1, changed % data.per_file() * kSampleBytes + 8) == 1);
+  const timespec times[2] = {{1, 0}, {1, 0}};
+  CHECK(::futimens(file, times) == 0);
+  ::close(file);
+  CHECK(harness.prepare(plan) == IMSEQ_OK);
+  wait_for_requests(2);
+  harness.deliver(plan);
+  CHECK(harness.start_prepared() == IMSEQ_OK);
+  CHECK(harness.step(plan, 0) == IMSEQ_OK);
+  CHECK(harness.step(plan, 1) == IMSEQ_ERROR_DATA);
+  CHECK(harness.error.sample == changed);
+}
+
 // A file that is cut short while an epoch reads it is an error, whatever lies in the page cache.
 void a_file_cut_short_while_it_is_read() {
   const Dataset data(2, 9000);
@@ -982,6 +1012,7 @@ int main() {
   failures_inside_groups();
   cancel_in_the_middle_of_groups();
   checksums_are_compared_until_they_were_right();
+  a_changed_file_is_verified_again();
   a_file_cut_short_while_it_is_read();
   prepared_plans_start_or_are_dropped();
   nothing_is_read_twice();
