@@ -1,8 +1,11 @@
 // The C functions of the engine.
 #include <unistd.h>
 
+#include <algorithm>
 #include <exception>
+#include <initializer_list>
 #include <new>
+#include <type_traits>
 
 #include "abi/status.h"
 #include "engine/engine.h"
@@ -19,12 +22,24 @@ struct imseq_engine : imseq::Engine {
 
 namespace {
 
-// Runs body on an engine of this process; nothing may leave the C boundary as an exception.
+int32_t out_of_memory(imseq_error* error) {
+  return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
+}
+
+bool has_null(std::initializer_list<const void*> pointers) {
+  return std::find(pointers.begin(), pointers.end(), nullptr) != pointers.end();
+}
+
+int32_t is_null(imseq_error* error) {
+  return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "engine: expected pointers, got NULL");
+}
+
+// Runs body on an engine of this process; no exception may cross the C boundary. arguments:
+// pointers that must not be NULL.
 template <class Body>
-int32_t guarded(imseq_engine* engine, imseq_error* error, Body body) {
-  if (engine == nullptr) {
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "the engine is NULL");
-  }
+int32_t guarded(imseq_engine* engine, std::initializer_list<const void*> arguments,
+                imseq_error* error, Body body) {
+  if (engine == nullptr || has_null(arguments)) return is_null(error);
   if (engine->owner != getpid()) {
     return fail(
         error, IMSEQ_ERROR_FORK, -1, -1, 0,
@@ -33,9 +48,14 @@ int32_t guarded(imseq_engine* engine, imseq_error* error, Body body) {
         static_cast<int>(engine->owner), static_cast<int>(getpid()));
   }
   try {
-    return body();
+    if constexpr (std::is_void_v<decltype(body())>) {
+      body();
+      return IMSEQ_OK;
+    } else {
+      return body();
+    }
   } catch (const std::bad_alloc&) {
-    return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
+    return out_of_memory(error);
   } catch (const std::exception& exception) {
     return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "%s", exception.what());
   }
@@ -45,12 +65,13 @@ int32_t guarded(imseq_engine* engine, imseq_error* error, Body body) {
 
 int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** out,
                             imseq_error* error) {
+  if (has_null({config, out})) return is_null(error);
   if (const int32_t status = check_config(*config, error); status != IMSEQ_OK) return status;
   try {
     *out = new imseq_engine(*config);
     return IMSEQ_OK;
   } catch (const std::bad_alloc&) {
-    return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
+    return out_of_memory(error);
   } catch (const std::exception& exception) {
     return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "cannot start %d threads: %s",
                 config->num_decoders + config->num_readers, exception.what());
@@ -59,80 +80,62 @@ int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** ou
 
 int32_t imseq_engine_start(imseq_engine* engine, const imseq_plan* plan, void* const* rows,
                            imseq_error* error) {
-  return guarded(engine, error, [&] { return engine->start(plan, rows, error); });
+  return guarded(engine, {rows}, error, [&] { return engine->start(plan, rows, error); });
 }
 
 int32_t imseq_engine_prepare(imseq_engine* engine, const imseq_plan* plan, imseq_error* error) {
-  return guarded(engine, error, [&] { return engine->prepare(*plan, error); });
+  return guarded(engine, {plan}, error, [&] { return engine->prepare(*plan, error); });
 }
 
 int32_t imseq_engine_requests(imseq_engine* engine, imseq_request* out, int64_t capacity,
                               int64_t* count, imseq_error* error) {
-  return guarded(engine, error, [&] {
-    *count = engine->requests(out, capacity);
-    return IMSEQ_OK;
-  });
+  return guarded(engine, {out, count}, error, [&] { *count = engine->requests(out, capacity); });
 }
 
 int32_t imseq_engine_pending(imseq_engine* engine, imseq_pending* out, imseq_error* error) {
-  return guarded(engine, error, [&] {
-    engine->pending(out);
-    return IMSEQ_OK;
-  });
+  return guarded(engine, {out}, error, [&] { engine->pending(out); });
 }
 
 int32_t imseq_engine_next(imseq_engine* engine, int64_t timeout_ns, imseq_batch* out,
                           imseq_error* error) {
-  return guarded(engine, error, [&] { return engine->next(timeout_ns, out, error); });
+  return guarded(engine, {out}, error, [&] { return engine->next(timeout_ns, out, error); });
 }
 
 int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, void* rows, imseq_error* error) {
-  return guarded(engine, error, [&] { return engine->release(slot, rows, error); });
+  return guarded(engine, {}, error, [&] { return engine->release(slot, rows, error); });
 }
 
 int32_t imseq_engine_cancel(imseq_engine* engine, imseq_error* error) {
-  return guarded(engine, error, [&] {
-    engine->cancel();
-    return IMSEQ_OK;
-  });
+  return guarded(engine, {}, error, [&] { engine->cancel(); });
 }
 
 int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out, imseq_error* error) {
-  return guarded(engine, error, [&] {
-    engine->stats(out);
-    return IMSEQ_OK;
-  });
+  return guarded(engine, {out}, error, [&] { engine->stats(out); });
 }
 
 void imseq_engine_destroy(imseq_engine* engine) {
-  // In a forked child the threads do not exist and a mutex may be held for ever: forget, touch
-  // nothing.
-  if (engine == nullptr || engine->owner != getpid()) return;
-  engine->close();
-  delete engine;
+  // In a forked child the threads do not exist and a mutex may be locked for ever: touch nothing.
+  if (engine != nullptr && engine->owner == getpid()) delete engine;
 }
 
 int32_t imseq_engine_close(imseq_engine* engine, imseq_error* error) {
-  return guarded(engine, error, [&] {
-    engine->close();
-    return IMSEQ_OK;
-  });
+  return guarded(engine, {}, error, [&] { engine->close(); });
 }
 
 int32_t imseq_engine_take(imseq_engine* engine, int64_t timeout_ns, imseq_task* out,
                           imseq_error* error) {
-  return guarded(engine, error, [&] { return engine->take(timeout_ns, out); });
+  return guarded(engine, {out}, error, [&] { return engine->take(timeout_ns, out); });
 }
 
 int32_t imseq_engine_finish_row(imseq_engine* engine, int64_t ticket, const char* failure,
                                 imseq_error* error) {
-  return guarded(engine, error, [&] { return engine->finish_row(ticket, failure, error); });
+  return guarded(engine, {}, error, [&] { return engine->finish_row(ticket, failure, error); });
 }
 
 int32_t imseq_engine_finish_block(imseq_engine* engine, int64_t ticket, const uint8_t* bytes,
                                   int64_t size, const int64_t* offsets, const int64_t* lengths,
                                   int64_t num_samples, const char* failure, imseq_error* error) {
-  return guarded(engine, error, [&] {
+  return guarded(engine, {}, error, [&] {
     return engine->finish_block(ticket, bytes, size, offsets, lengths, num_samples, failure, error);
   });
 }

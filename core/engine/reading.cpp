@@ -16,6 +16,10 @@ namespace {
 // blocks that are kept.
 constexpr int64_t kBlockOverhead = sizeof(Loaded) + 32;
 
+// What a block of known length reserves at most, so that sums don't overflow. A length beyond it is
+// damaged, which shows when the file is opened.
+constexpr int64_t kMaxBlockBytes = int64_t{1} << 40;
+
 }  // namespace
 
 void Engine::read_thread(int number) {
@@ -92,7 +96,7 @@ int64_t Engine::cost(const Run& run, int64_t block) const {
   if (is_kept(run, block)) return kBlockOverhead;
   if (run.block_length[block] < 0) return mean_block_bytes_;
   const int64_t room = FileReader::room(run.block_offset[block], run.block_length[block]);
-  return Buffer::capacity_for(room) + kBlockOverhead;
+  return Buffer::capacity_for(std::min(room, kMaxBlockBytes)) + kBlockOverhead;
 }
 
 bool Engine::is_kept(const Run& run, int64_t block) const {
@@ -184,6 +188,8 @@ int32_t Engine::read_file(Run& run, int64_t number, FileReader& reader, int64_t*
   if (status != IMSEQ_OK) return status;
   if (verifies(run)) loaded.generation = verified_.generation_of(path, reader.file_version());
   if (*length < 0) *length = std::max<int64_t>(0, reader.file_bytes() - offset);
+  status = reader.check_range(offset, *length, error);
+  if (status != IMSEQ_OK) return status;
   const int64_t room = FileReader::room(offset, *length);
   uint8_t* const kept = kept_.claim(key, room);
   try {
@@ -266,21 +272,21 @@ void Engine::block_came(Run& run, int64_t number, int64_t size_bytes, int32_t st
   }
   Block& block = run.blocks[number];
   Loaded& loaded = *block.loaded;
+  const bool is_new = status == IMSEQ_OK && !loaded.was_kept;
   if (status == IMSEQ_OK) {
     loaded.size_bytes = size_bytes;
-    if (!run.cancelled) {
-      const int64_t memory =
-          loaded.buffer.get() == nullptr ? size_bytes : loaded.buffer.capacity_bytes;
-      const int64_t in_use = (loaded.was_kept ? 0 : memory) + kBlockOverhead;
-      if (run.block_length[number] < 0 && !loaded.was_kept) {
-        mean_block_bytes_ += (in_use - mean_block_bytes_) / 16;
-      }
-      block_bytes_ += in_use - loaded.reserved_bytes;
-      block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
-      loaded.reserved_bytes = in_use;
-    }
   } else {
     loaded.error = std::make_unique<imseq_error>(error);
+  }
+  if (!run.cancelled) {
+    int64_t in_use = loaded.buffer.capacity_bytes + kBlockOverhead;
+    if (is_new && loaded.buffer.get() == nullptr) in_use += size_bytes;  // new in kept memory
+    if (is_new && run.block_length[number] < 0) {
+      mean_block_bytes_ += (in_use - mean_block_bytes_) / 16;
+    }
+    block_bytes_ += in_use - loaded.reserved_bytes;
+    block_bytes_peak_ = std::max(block_bytes_peak_, block_bytes_);
+    loaded.reserved_bytes = in_use;
   }
   block.state.store(status == IMSEQ_OK ? BlockState::ready : BlockState::failed,
                     std::memory_order_release);

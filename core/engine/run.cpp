@@ -13,6 +13,11 @@ std::vector<T> copied(const T* values, int64_t count) {
   return values == nullptr ? std::vector<T>() : std::vector<T>(values, values + count);
 }
 
+// length -1: up to the end.
+bool is_range_of_plan(int64_t offset, int64_t length) {
+  return is_range(offset, length == -1 ? 0 : length);
+}
+
 bool rises_from_zero(const int64_t* begins, int64_t count) {
   return begins[0] == 0 && std::is_sorted(begins, begins + count + 1);
 }
@@ -39,15 +44,17 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
     if (plan.block[i] < 0 || plan.block[i] >= plan.num_blocks) {
       return wrong("block is out of range");
     }
-    if (plan.offset[i] < 0 || plan.length[i] < -1) return wrong("offset or length is negative");
+    if (!is_range_of_plan(plan.offset[i], plan.length[i])) {
+      return wrong("offset or length is out of range");
+    }
     if (plan.sample[i] < 0) return wrong("sample is negative");
   }
   for (int64_t i = 0; i < plan.num_blocks; ++i) {
     if (plan.block_file[i] < -1 || plan.block_file[i] >= plan.num_files) {
       return wrong("block_file is out of range");
     }
-    if (plan.block_offset[i] < 0 || plan.block_length[i] < -1) {
-      return wrong("block_offset or block_length is negative");
+    if (!is_range_of_plan(plan.block_offset[i], plan.block_length[i])) {
+      return wrong("block_offset or block_length is out of range");
     }
     if (plan.num_windows > 0 && plan.block_file[i] < 0) return wrong("a window has python blocks");
   }
@@ -65,6 +72,7 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
   if (!rises_from_zero(plan.path_begin, plan.num_files)) {
     return wrong("path_begin must rise from 0");
   }
+  if (plan.path_begin[plan.num_files] > 0 && plan.paths == nullptr) return wrong("paths is NULL");
   return IMSEQ_OK;
 }
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cassert>
 #include <cerrno>
 #include <cstring>
 
@@ -127,12 +128,22 @@ void FileReader::advise(int64_t begin, int64_t end) {
 #endif
 }
 
+int32_t FileReader::check_range(int64_t offset, int64_t length, imseq_error* error) const {
+  if (is_range(offset, length) && offset + length <= file_bytes_) return IMSEQ_OK;
+  return truncated(file_bytes_, offset, length, error);
+}
+
 int64_t FileReader::room(int64_t offset, int64_t length) {
+  assert(is_range(offset, length));
   return round_up(offset + length, kPageBytes) - round_down(offset, kPageBytes);
 }
 
 int32_t FileReader::read(int64_t offset, int64_t length, uint8_t* memory, const uint8_t** bytes,
                          std::vector<BadRange>* bad, imseq_error* error) {
+  if (!is_range(offset, length)) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, offset, 0, "%s: no file has such a range",
+                path_.c_str());
+  }
   const int64_t begin = round_down(offset, kPageBytes);
   const int64_t end = offset + length;
   *bytes = memory + (offset - begin);
@@ -151,12 +162,7 @@ int32_t FileReader::read(int64_t offset, int64_t length, uint8_t* memory, const 
   if (os_errno != 0) return refused(os_errno, offset, end, reached, bad_pages, error);
   if (reached < end) {
     const int64_t file_end = std::min(reached, file_bytes_);  // it may end before offset
-    return fail(
-        error, IMSEQ_ERROR_DATA, -1, file_end, 0,
-        "%s ends at byte %lld, expected %lld bytes from offset %lld: it is truncated or was "
-        "replaced; for a pack run 'imagenet-seq verify'",
-        path_.c_str(), static_cast<long long>(file_end), static_cast<long long>(length),
-        static_cast<long long>(offset));
+    return truncated(file_end, offset, length, error);
   }
   for (const BadRange& page : bad_pages) {
     bad->push_back({std::max(page.begin, offset), std::min(page.end, end), page.os_errno});
@@ -168,8 +174,8 @@ bool FileReader::read_cached([[maybe_unused]] int64_t offset, [[maybe_unused]] i
                              [[maybe_unused]] uint8_t* memory,
                              [[maybe_unused]] const uint8_t** bytes) {
 #if defined(RWF_NOWAIT)
+  if (direct_ || !can_ask_cache_ || !is_range(offset, length)) return false;
   const int64_t begin = round_down(offset, kPageBytes), end = offset + length;
-  if (direct_ || !can_ask_cache_) return false;
   *bytes = memory + (offset - begin);
   for (int64_t from = begin; from < end;) {
     iovec range = {memory + (from - begin), static_cast<size_t>(end - from)};
@@ -232,6 +238,15 @@ int FileReader::salvage(int64_t begin, int64_t end, uint8_t* memory, int64_t pie
     if (os_errno != 0 || *reached < to) return os_errno;
   }
   return 0;
+}
+
+int32_t FileReader::truncated(int64_t file_end, int64_t offset, int64_t length,
+                              imseq_error* error) const {
+  return fail(error, IMSEQ_ERROR_DATA, -1, file_end, 0,
+              "%s ends at byte %lld, expected %lld bytes from offset %lld: it is truncated or was "
+              "replaced; for a pack run 'imagenet-seq verify'",
+              path_.c_str(), static_cast<long long>(file_end), static_cast<long long>(length),
+              static_cast<long long>(offset));
 }
 
 int32_t FileReader::refused(int os_errno, int64_t begin, int64_t end, int64_t reached,

@@ -13,6 +13,14 @@
 
 namespace imseq {
 
+// No file is larger, and sums of offsets and lengths up to this don't overflow.
+inline constexpr int64_t kMaxFileBytes = int64_t{1} << 62;
+
+// Whether [offset, offset + length) may be a range of a file.
+inline bool is_range(int64_t offset, int64_t length) {
+  return offset >= 0 && length >= 0 && length <= kMaxFileBytes && offset <= kMaxFileBytes - length;
+}
+
 // Bytes of a file that the disk could not read.
 struct BadRange {
   int64_t begin = 0;
@@ -39,7 +47,10 @@ class FileReader {
   // Changes when the file is written to or replaced.
   [[nodiscard]] uint64_t file_version() const { return file_version_; }
 
-  // The memory that read() needs for a range: the pages it lies in.
+  // IMSEQ_ERROR_DATA if the open file ends before the range does. To be called before memory is
+  // taken: the length may be damaged.
+  [[nodiscard]] int32_t check_range(int64_t offset, int64_t length, imseq_error* error) const;
+  // The memory that read() needs for a range (is_range): the pages it lies in.
   static int64_t room(int64_t offset, int64_t length);
   // Reads [offset, offset + length) of the open file into memory of room() bytes, aligned to
   // kPageBytes. *bytes: where the range begins in that memory. A file that ends early is
@@ -64,6 +75,7 @@ class FileReader {
   int fill(int64_t begin, int64_t end, uint8_t* memory, int64_t* reached);
   int salvage(int64_t begin, int64_t end, uint8_t* memory, int64_t piece_bytes, int64_t* reached,
               std::vector<BadRange>* bad_pages);
+  int32_t truncated(int64_t file_end, int64_t offset, int64_t length, imseq_error* error) const;
   int32_t refused(int os_errno, int64_t begin, int64_t end, int64_t reached,
                   const std::vector<BadRange>& bad_pages, imseq_error* error) const;
 

@@ -408,6 +408,15 @@ void failures_come_when_their_batch_does() {
     Harness harness(data, 4, 2, 8, 1 << 20);
     expect(harness, plan, 33, IMSEQ_ERROR_DATA);
   }
+  for (const int64_t length : {int64_t{1} << 40, int64_t{1} << 61}) {
+    Plan plan(data, 8);
+    plan.block_length[1] = length;  // no memory is taken for what the file does not have
+    Harness harness(data, 4, 2, 8, 1 << 20);
+    expect(harness, plan, 1, IMSEQ_ERROR_DATA);
+    CHECK(std::strstr(harness.error.message, data.path(1).c_str()) != nullptr);
+    CHECK(std::strstr(harness.error.message, "truncated") != nullptr);
+    CHECK(harness.stats().block_bytes_peak < int64_t{1} << 50);
+  }
   {
     Plan plan(data, 8);
     plan.paths[5] = 'x';  // the third file does not exist
@@ -965,6 +974,16 @@ void wrong_plans_and_configurations_are_refused() {
   refused([](Plan& plan) { plan.block[3] = -1; });
   refused([](Plan& plan) { plan.offset[3] = -5; });
   refused([](Plan& plan) { plan.length[3] = -2; });
+  for (const int64_t large : {(int64_t{1} << 62) - 99, INT64_MAX}) {
+    refused([&](Plan& plan) { plan.offset[3] = large; });
+    refused([&](Plan& plan) { plan.length[3] = large; });
+    refused([&](Plan& plan) { plan.block_offset[1] = large; });
+    refused([&](Plan& plan) {
+      plan.block_offset[1] = 100;
+      plan.block_length[1] = large;
+    });
+  }
+  refused([](Plan& plan) { plan.native.paths = nullptr; });
   refused([](Plan& plan) { plan.sample[3] = -1; });
   refused([](Plan& plan) { plan.batch_begin[1] = 35; });
   refused([](Plan& plan) { plan.batch_begin.back() = 41; });
@@ -976,9 +995,20 @@ void wrong_plans_and_configurations_are_refused() {
   imseq_engine* engine = nullptr;
   imseq_engine_config config = {};
   CHECK(imseq_engine_create(&config, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_create(nullptr, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_prepare(harness.engine, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_start(harness.engine, nullptr, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_next(harness.engine, 0, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_take(harness.engine, 0, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_stats(harness.engine, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_pending(harness.engine, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_requests(harness.engine, nullptr, 0, nullptr, nullptr) ==
+        IMSEQ_ERROR_ARGUMENT);
   config.num_decoders = config.num_readers = config.num_slots = 1;
   config.rows = 4;
   CHECK(imseq_engine_create(&config, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  config.rows = IMSEQ_ROWS_READ;
+  CHECK(imseq_engine_create(&config, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
 }
 
 void forked_children_are_refused() {

@@ -319,6 +319,30 @@ void test_a_file_that_became_shorter_is_an_error() {
   }
 }
 
+// Offsets and lengths whose sum overflows, or comes near to it.
+void test_a_range_beyond_any_file_is_refused() {
+  FileReader reader(false, disk_pread);
+  CHECK(reader.open(folder + "/file", nullptr) == IMSEQ_OK);
+  const Buffer memory(kPageBytes);
+  const uint8_t* bytes = nullptr;
+  std::vector<BadRange> bad;
+  disk = {};
+  for (const int64_t large : {(int64_t{1} << 62) - 10, int64_t{1} << 62, INT64_MAX - 10}) {
+    imseq_error error = {};
+    CHECK(reader.check_range(large, 100, &error) == IMSEQ_ERROR_DATA);
+    CHECK(error.offset == kFileBytes && std::strstr(error.message, "truncated") != nullptr);
+    CHECK(reader.check_range(100, large, nullptr) == IMSEQ_ERROR_DATA);
+    CHECK(reader.check_range(large, large, nullptr) == IMSEQ_ERROR_DATA);
+    CHECK(reader.read(large, 100, memory.get(), &bytes, &bad, nullptr) == IMSEQ_ERROR_ARGUMENT);
+    CHECK(!reader.read_cached(large, 100, memory.get(), &bytes));
+  }
+  CHECK(reader.read(-1, 100, memory.get(), &bytes, &bad, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(disk.requests.empty());
+  CHECK(reader.check_range(kFileBytes - 10, 10, nullptr) == IMSEQ_OK);
+  CHECK(reader.check_range(kFileBytes - 10, 11, nullptr) == IMSEQ_ERROR_DATA);
+  CHECK(reader.check_range(kFileBytes + 1, 0, nullptr) == IMSEQ_ERROR_DATA);
+}
+
 void test_a_replaced_file_is_read_as_it_was_opened() {
   const std::string path = make_file("replaced", 500000);
   const std::string newer = folder + "/newer";
@@ -416,6 +440,7 @@ int main() {
   test_a_dead_disk_is_given_up_soon();
   test_other_refusals_are_errors_at_once();
   test_a_file_that_became_shorter_is_an_error();
+  test_a_range_beyond_any_file_is_refused();
   test_a_replaced_file_is_read_as_it_was_opened();
   test_what_is_no_file();
   test_look_up();
