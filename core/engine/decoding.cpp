@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <utility>
 
 #include "abi/status.h"
@@ -21,11 +22,14 @@ static_assert(std::max(kGroupOfClean, kGroupOfOthers) <= IMSEQ_MAX_GROUP);
 }  // namespace
 
 void Engine::decode_thread() {
-  SampleDecoder decoder;
+  std::optional<SampleDecoder> decoder;
   int64_t generation = 0;
   while (const std::shared_ptr<Run> run = wait_for_run(&generation)) {
-    Group group;
-    while (!run->cancelled && take_group(*run, &group)) decode_group(run, group, decoder);
+    run_or_fail(*run, [&] {
+      if (!decoder) decoder.emplace();
+      Group group;
+      while (!run->cancelled && take_group(*run, &group)) decode_group(run, group, *decoder);
+    });
     leave_run();
   }
 }

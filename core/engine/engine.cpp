@@ -170,13 +170,24 @@ void Engine::cancel() {
   // Tasks that nobody took are dropped. A task that was taken keeps its run and its bytes alive.
   row_tasks_.clear();
   block_tasks_.clear();
+  wake_all();
+  thread_left_.wait(lock, [&] { return threads_in_run_ == 0 && num_reading_ == 0; });
+  block_bytes_ = 0;
+  disk_.rest();  // here, because readers of a closed engine don't come back to it
+}
+
+void Engine::wake_all() {
   slot_opened_.notify_all();
   block_changed_.notify_all();
   reading_changed_.notify_all();
   batch_done_.notify_all();
-  thread_left_.wait(lock, [&] { return threads_in_run_ == 0 && num_reading_ == 0; });
-  block_bytes_ = 0;
-  disk_.rest();  // here, because readers of a closed engine don't come back to it
+}
+
+// Ends a plan for which a thread could not allocate; the mutex is held.
+void Engine::fail_run(Run& run) {
+  run.out_of_memory = true;
+  run.cancelled = true;
+  wake_all();
 }
 
 int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
@@ -201,6 +212,7 @@ int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
       return IMSEQ_TIMEOUT;
     }
   }
+  if (run->out_of_memory) return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
   if (run->cancelled) return IMSEQ_CANCELLED;
   if (batch.error != nullptr) {
     if (error != nullptr) *error = *batch.error;

@@ -21,6 +21,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -91,6 +92,16 @@ class Engine {
   // engine.cpp
   void start_threads();
   void drop_prepared(std::unique_lock<std::mutex>& lock);
+  void wake_all();
+  void fail_run(Run& run);
+  // Work for a plan that allocates: memory that can't be had must not end the process.
+  template <class Work>
+  void run_or_fail(Run& run, Work work) try {
+    work();
+  } catch (const std::bad_alloc&) {
+    std::lock_guard lock(mutex_);
+    fail_run(run);
+  }
 
   // decoding.cpp
   void decode_thread();
@@ -120,9 +131,11 @@ class Engine {
   bool may_read(const Run& run) const;
   int64_t cost(const Run& run, int64_t block) const;
   bool is_kept(const Run& run, int64_t block) const;
+  void read_next(const std::shared_ptr<Run>& run, Reading& reading, FileReader& reader,
+                 std::unique_lock<std::mutex>& lock);
   int64_t begin_block(Run& run);
   void wait_to_read(std::unique_lock<std::mutex>& lock);
-  bool begin_request(const Run& run, bool is_whole);
+  DiskRequest begin_request(const Run& run, bool is_whole);
   void look_up_window(Run& run, Reading& reading);
   void read_block(Run& run, int64_t block, FileReader& reader);
   int32_t read_file(Run& run, int64_t block, FileReader& reader, int64_t* length,

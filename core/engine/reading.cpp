@@ -34,27 +34,38 @@ void Engine::read_thread(int number) {
     }
     ++num_reading_;
     reading_[number] = {run, run->block_at(run->next_place), now_ns()};
-    if (run->next_place >= run->known_end) {
-      run->looks_up = true;
-      lock.unlock();
-      look_up_window(*run, reading_[number]);
-      lock.lock();
-      run->looks_up = false;
-    } else {
-      const int64_t block = begin_block(*run);
-      const bool is_python = run->is_python_block(block);
-      lock.unlock();
-      if (is_python) {
-        push_task(run, IMSEQ_TASK_BLOCK, block, false);
-      } else {
-        read_block(*run, block, reader);
-      }
-      lock.lock();
+    bool has_memory = true;
+    try {
+      read_next(run, reading_[number], reader, lock);
+    } catch (const std::bad_alloc&) {
+      has_memory = false;
     }
+    if (!lock.owns_lock()) lock.lock();
+    if (!has_memory) fail_run(*run);
     reading_[number] = {};
     --num_reading_;
     thread_left_.notify_all();
     reading_changed_.notify_all();
+  }
+}
+
+// Looks up a window or reads a block, without the lock.
+void Engine::read_next(const std::shared_ptr<Run>& run, Reading& reading, FileReader& reader,
+                       std::unique_lock<std::mutex>& lock) {
+  if (run->next_place >= run->known_end) {
+    run->looks_up = true;
+    lock.unlock();
+    look_up_window(*run, reading);
+    lock.lock();
+    run->looks_up = false;
+    return;
+  }
+  const int64_t block = begin_block(*run);
+  lock.unlock();
+  if (run->is_python_block(block)) {
+    push_task(run, IMSEQ_TASK_BLOCK, block, false);
+  } else {
+    read_block(*run, block, reader);
   }
 }
 
@@ -119,10 +130,9 @@ int64_t Engine::begin_block(Run& run) {
   return number;
 }
 
-// Waits for a turn at the disk; disk_.end() must follow. Returns whether its lock is held.
-bool Engine::begin_request(const Run& run, bool is_whole) {
+DiskRequest Engine::begin_request(const Run& run, bool is_whole) {
   Timer timer(&counters_.read_lock_wait_ns);
-  return disk_.begin(&run.cancelled, is_whole);
+  return DiskRequest(&disk_, &run.cancelled, is_whole);
 }
 
 // Sorts the files of the next window by their place on the disk. The plan lists them by inode, so
@@ -144,13 +154,10 @@ void Engine::look_up_window(Run& run, Reading& reading) {
         reading.block = block;
         reading.began_ns = now_ns();
       }
-      (void)begin_request(run, false);
-      {
-        Timer timer(&counters_.read_ns);
-        // A failure is reported when the file is read.
-        (void)look_up(run.path_of_block(block), &place, &unused);
-      }
-      disk_.end();
+      const DiskRequest request = begin_request(run, false);
+      Timer timer(&counters_.read_ns);
+      // A failure is reported when the file is read.
+      (void)look_up(run.path_of_block(block), &place, &unused);
       add(&counters_.read_lookups, 1);
     }
     found.push_back({place, static_cast<int32_t>(block)});
@@ -226,13 +233,11 @@ int32_t Engine::read_into(Run& run, int64_t number, FileReader& reader, int64_t 
     cached = reader.read_cached(offset, length, memory, &loaded.bytes);
   }
   if (!cached) {
-    locked = begin_request(run, reader.is_direct());
-    int32_t status = IMSEQ_CANCELLED;
-    if (!run.cancelled) {
-      Timer timer(&counters_.read_ns);
-      status = reader.read(offset, length, memory, &loaded.bytes, &loaded.bad, error);
-    }
-    disk_.end();
+    const DiskRequest request = begin_request(run, reader.is_direct());
+    if (run.cancelled) return IMSEQ_CANCELLED;
+    locked = request.has_lock();
+    Timer timer(&counters_.read_ns);
+    const int32_t status = reader.read(offset, length, memory, &loaded.bytes, &loaded.bad, error);
     if (status != IMSEQ_OK) return status;
   }
   count_request({run.plan.epoch, run.block_file[number], offset, length, reader.was_direct(),

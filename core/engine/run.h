@@ -55,8 +55,9 @@ struct Run {
   std::vector<Batch> batches;
   std::vector<void*> slot_rows;
   std::atomic<int64_t> next_position{0};
-  std::atomic<int64_t> open_batches{0};  // batches below this number have memory
-  std::atomic<bool> cancelled{false};
+  std::atomic<int64_t> open_batches{0};    // batches below this number have memory
+  std::atomic<bool> cancelled{false};      // also where out_of_memory
+  std::atomic<bool> out_of_memory{false};  // next reports it
 
   // Guarded by the engine's mutex.
   std::vector<int32_t> reading_order;  // with windows: block of each place; else the plan's order
@@ -83,7 +84,7 @@ struct Run {
 
   bool has_windows() const { return !window_begin.empty(); }
 
-  bool is_read() const { return next_place >= plan.num_blocks; }
+  bool is_read() const { return cancelled || next_place >= plan.num_blocks; }
 
   bool is_python_block(int64_t number) const { return block_file[number] < 0; }
 

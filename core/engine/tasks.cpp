@@ -72,20 +72,27 @@ int32_t Engine::finish_row(int64_t ticket, const char* failure, imseq_error* err
   Run& run = *task.run;
   if (run.cancelled) return IMSEQ_CANCELLED;
   add(&counters_.python_rows, 1);
-  if (!task.prefix_done) done_with_block(run, task.position);
-  if (failure == nullptr) {
-    done_with_row(run, task.position);
-  } else {
-    imseq_error reason = {};
-    (void)fail(&reason, IMSEQ_ERROR_SAMPLE, run.sample[task.position], -1, 0, "%s", failure);
-    fail_row(run, task.position, reason);
-  }
+  run_or_fail(run, [&] {
+    if (!task.prefix_done) done_with_block(run, task.position);
+    if (failure == nullptr) {
+      done_with_row(run, task.position);
+    } else {
+      imseq_error reason = {};
+      (void)fail(&reason, IMSEQ_ERROR_SAMPLE, run.sample[task.position], -1, 0, "%s", failure);
+      fail_row(run, task.position, reason);
+    }
+  });
   return IMSEQ_OK;
 }
 
 int32_t Engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t size,
                              const int64_t* offsets, const int64_t* lengths, int64_t num_samples,
                              const char* failure, imseq_error* error) {
+  if (size < 0 || num_samples < 0 || (failure == nullptr && size > 0 && bytes == nullptr) ||
+      (failure == nullptr && num_samples > 0 && (offsets == nullptr || lengths == nullptr))) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "finish_block: expected bytes, offsets and lengths, got NULL or a negative size");
+  }
   Ticket task;
   if (!claim_ticket(ticket, IMSEQ_TASK_BLOCK, &task)) {
     return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "finish_block: no block has ticket %lld",
@@ -112,7 +119,7 @@ int32_t Engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t size,
                     "out of memory for a block of %lld bytes", static_cast<long long>(size));
     }
   }
-  block_came(run, task.position, size, status, reason);
+  run_or_fail(run, [&] { block_came(run, task.position, size, status, reason); });
   return IMSEQ_OK;
 }
 

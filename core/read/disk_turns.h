@@ -53,4 +53,20 @@ class DiskTurns {
   bool all_whole_ = true;        // of the requests under way
 };
 
+// A request: begin() until it goes out of scope.
+class DiskRequest {
+ public:
+  DiskRequest(DiskTurns* turns, const std::atomic<bool>* cancelled, bool is_whole)
+      : turns_(turns), has_lock_(turns->begin(cancelled, is_whole)) {}
+  ~DiskRequest() { turns_->end(); }
+  DiskRequest(const DiskRequest&) = delete;
+  DiskRequest& operator=(const DiskRequest&) = delete;
+
+  bool has_lock() const { return has_lock_; }
+
+ private:
+  DiskTurns* turns_;
+  bool has_lock_;
+};
+
 }  // namespace imseq

@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -26,6 +27,24 @@
 #include "imagenet_seq.h"
 #include "read/crc32c.h"
 #include "read/disk_lock.h"
+
+namespace {
+
+// Counts down with the allocations of the engine's threads; the one that finds it at 0 fails.
+std::atomic<int64_t> num_allocations_left{-1};
+thread_local bool is_thread_of_test = false;
+
+}  // namespace
+
+void* operator new(size_t size) {
+  const bool fails = !is_thread_of_test && num_allocations_left >= 0 && num_allocations_left-- == 0;
+  void* const memory = fails ? nullptr : std::malloc(std::max<size_t>(size, 1));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -306,6 +325,7 @@ class Harness {
   }
 
   void serve() {
+    is_thread_of_test = true;
     imseq_task task = {};
     while (imseq_engine_take(engine, 60 * kSecond, &task, nullptr) == IMSEQ_OK) {
       if (task.kind == IMSEQ_TASK_BLOCK) {
@@ -562,6 +582,36 @@ void checksums_are_compared_until_they_were_right() {
   CHECK(harness.start(plan) == IMSEQ_OK);
   for (int64_t b = 0; b < num_batches; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
   CHECK(harness.stats().decode_samples > 0);
+}
+
+// Memory that a thread of the engine can't have ends the plan, and not the process.
+void a_failed_allocation_is_an_error() {
+  const Dataset data(6, 50);
+  Plan files(data, 10), windows(data, 10), blocks(data, 10, true);
+  windows.use_windows();
+  imseq_engine_config config = {};
+  config.record_requests = 1;
+  for (const Plan* plan : {&files, &windows, &blocks}) {
+    int64_t num_failed = 0, allowed = 0;
+    for (bool has_failed = true; has_failed || allowed < 50; ++allowed) {
+      Harness harness(data, 2, 2, 10, 1 << 20, IMSEQ_ROWS_DECODED, config);
+      num_allocations_left = allowed;
+      CHECK(harness.start(*plan) == IMSEQ_OK);
+      int32_t status = IMSEQ_OK;
+      for (int64_t b = 0; b < plan->native.num_batches && status == IMSEQ_OK; ++b) {
+        status = harness.step(*plan, b);
+      }
+      has_failed = num_allocations_left.exchange(-1) < 0;
+      num_failed += status == IMSEQ_ERROR_MEMORY;
+      CHECK(status == IMSEQ_OK || (has_failed && status == IMSEQ_ERROR_MEMORY));
+      CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
+      usleep(1000);  // threads that play Python may still write to rows they hold
+      CHECK(harness.start(*plan) == IMSEQ_OK);
+      harness.deliver(*plan);
+      CHECK(harness.stats().block_bytes == 0);
+    }
+    CHECK(num_failed > 20);
+  }
 }
 
 // A file changes while blocks of its old content wait to be decoded. That their checksums are right
@@ -1034,6 +1084,7 @@ void forked_children_are_refused() {
 }  // namespace
 
 int main() {
+  is_thread_of_test = true;
   whole_epochs_arrive_in_order();
   failures_come_when_their_batch_does();
   groups_arrive_in_order();
@@ -1042,6 +1093,7 @@ int main() {
   failures_inside_groups();
   cancel_in_the_middle_of_groups();
   checksums_are_compared_until_they_were_right();
+  a_failed_allocation_is_an_error();
   a_changed_file_is_verified_again();
   a_file_cut_short_while_it_is_read();
   prepared_plans_start_or_are_dropped();
