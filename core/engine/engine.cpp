@@ -173,7 +173,7 @@ void Engine::cancel() {
   wake_all();
   thread_left_.wait(lock, [&] { return threads_in_run_ == 0 && num_reading_ == 0; });
   block_bytes_ = 0;
-  disk_.rest();  // here, because readers of a closed engine don't come back to it
+  disk_.rest();  // readers of a closed engine end without it
 }
 
 void Engine::wake_all() {
@@ -198,7 +198,7 @@ int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   if (number >= run->plan.num_batches) {
     run_ = nullptr;  // frees the plan's arrays before the next plan comes
     ended_ = true;
-    disk_.rest();  // now, and not when the last reader comes to it
+    disk_.rest();  // the last reader may not have come to it
     return IMSEQ_END;
   }
   Batch& batch = run->batches[number];

@@ -94,7 +94,7 @@ void Engine::wait_to_read(std::unique_lock<std::mutex>& lock) {
     const std::shared_ptr<Run> run = run_to_read();
     return run != nullptr && may_read(*run);
   };
-  if (run_to_read() == nullptr) {  // nothing is left to read: this is no waiting to be counted
+  if (run_to_read() == nullptr) {  // nothing is left to read, which is not counted as waiting
     reading_changed_.wait(lock, [&] { return closed_ || run_to_read() != nullptr; });
     return;
   }
@@ -180,7 +180,7 @@ void Engine::read_block(Run& run, int64_t number, FileReader& reader) {
     loaded.was_kept = true;
   } else {
     status = read_file(run, number, reader, &length, &error);
-    if (status == IMSEQ_CANCELLED) return;  // nobody waits for it
+    if (status == IMSEQ_CANCELLED) return;  // nobody waits for the block
   }
   block_came(run, number, length, status, error);
 }

@@ -21,10 +21,9 @@ class DiskTurns {
   explicit DiskTurns(const std::string& path) : exists_(!path.empty()), disk_(path) {}
 
   // Waits until a request may go to the disk or *cancelled is true; end() must follow. Returns
-  // whether the lock is held.
-  // The request may go ahead without it, too: see DiskLock::acquire. is_whole: false for a request
-  // that is read in pieces, as through the page cache; the pieces of two such requests would
-  // alternate, with a move of the head for each.
+  // whether the lock is held; the request may go ahead without it, too: see DiskLock::acquire.
+  // is_whole: false for a request that is read in pieces, as through the page cache; the pieces of
+  // two such requests would alternate, with a move of the head for each.
   [[nodiscard]] bool begin(const std::atomic<bool>* cancelled, bool is_whole);
   void end();
   // There is nothing to read: releases the lock, unless a request is under way.
@@ -46,11 +45,11 @@ class DiskTurns {
   bool is_acquiring_ = false;
   int num_requests_ = 0;  // under way
   // First come, first served: blocks are needed in the order in which they are asked for.
+  std::deque<int64_t> waiting_;  // tickets
   int64_t next_ticket_ = 0;
-  std::deque<int64_t> waiting_;  // tickets of requests
-  int64_t turn_ns_ = 0;          // when the turn began
-  int64_t request_ns_ = 0;       // when the last request began
-  bool all_whole_ = true;        // of the requests under way
+  int64_t turn_ns_ = 0;     // when the turn began
+  int64_t request_ns_ = 0;  // when the last request began
+  bool all_whole_ = true;   // of the requests under way
 };
 
 // A request: begin() until it goes out of scope.
