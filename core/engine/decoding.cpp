@@ -112,16 +112,16 @@ bool Engine::wait_for_block(Run& run, int64_t number) {
 // Finds a position's bytes. Its block must be ready or failed.
 int32_t Engine::locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
                        imseq_error* error) const {
-  const Block& block = run.blocks[run.block[position]];
-  const int64_t sample = run.sample[position];
+  const int64_t number = run.block[position], sample = run.sample[position];
+  const Block& block = run.blocks[number];
   if (block.state.load(std::memory_order_acquire) == BlockState::failed) {
     *error = *block.loaded->error;
     return error->code;
   }
   const Loaded& loaded = *block.loaded;
-  const int64_t begin = run.block_offset[run.block[position]];  // of the block in its file
+  const int64_t begin = run.block_offset[number];  // of the block in its file
   int64_t offset = run.offset[position], length = run.length[position];
-  if (run.is_python_block(run.block[position])) {
+  if (run.is_python_block(number)) {
     const int64_t num_samples = static_cast<int64_t>(loaded.offsets.size());
     if (offset >= num_samples) {
       return fail(error, IMSEQ_ERROR_DATA, sample, -1, 0,
@@ -148,7 +148,7 @@ int32_t Engine::locate(const Run& run, int64_t position, const uint8_t** bytes, 
                 "the disk cannot read bytes %lld to %lld of %s, which belong to this sample; copy "
                 "what is readable to another disk",
                 static_cast<long long>(bad.begin), static_cast<long long>(bad.end),
-                run.path_of_block(run.block[position]).c_str());
+                run.path_of_block(number).c_str());
   }
   *bytes = loaded.bytes + offset;
   *size = length;

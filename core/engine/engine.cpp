@@ -246,27 +246,12 @@ int32_t Engine::release(int32_t slot, void* rows, imseq_error* error) {
 }
 
 void Engine::stats(imseq_stats* out) {
-  const auto value = [](const std::atomic<int64_t>& counter) {
-    return counter.load(std::memory_order_relaxed);
-  };
-  out->read_bytes = value(counters_.read_bytes);
-  out->read_requests = value(counters_.read_requests);
-  out->read_seeks = value(counters_.read_seeks);
-  out->read_ns = value(counters_.read_ns);
-  out->read_wait_ns = value(counters_.read_wait_ns);
-  out->read_lock_wait_ns = value(counters_.read_lock_wait_ns);
-  out->read_direct_requests = value(counters_.read_direct_requests);
-  out->read_lookups = value(counters_.read_lookups);
-  out->read_cached_bytes = value(counters_.read_cached_bytes);
-  out->read_kept_bytes = value(counters_.read_kept_bytes);
-  out->decode_samples = value(counters_.decode_samples);
-  out->decode_ns = value(counters_.decode_ns);
-  out->decode_wait_read_ns = value(counters_.decode_wait_read_ns);
-  out->decode_wait_batch_ns = value(counters_.decode_wait_batch_ns);
-  out->foreign_rows = value(counters_.python_rows);
-  out->foreign_blocks = value(counters_.python_blocks);
-  out->batch_count = value(counters_.batch_count);
-  out->batch_wait_ns = value(counters_.batch_wait_ns);
+  static_assert(sizeof(imseq_stats) % sizeof(int64_t) == 0);  // it has no other fields
+  const auto* counters = reinterpret_cast<const int64_t*>(&counters_);
+  auto* values = reinterpret_cast<int64_t*>(out);
+  for (size_t i = 0; i < sizeof(imseq_stats) / sizeof(int64_t); ++i) {
+    values[i] = __atomic_load_n(&counters[i], __ATOMIC_RELAXED);
+  }
   out->kept_bytes = kept_.used_bytes();
   out->kept_blocks = kept_.num_blocks();
   out->block_budget_bytes = config_.block_budget_bytes;

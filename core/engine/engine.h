@@ -154,7 +154,7 @@ class Engine {
   const imseq_engine_config config_;
   std::vector<uint8_t> table_;
   imseq_recipe recipe_;
-  Counters counters_;
+  imseq_stats counters_ = {};  // without what stats() fills in
 
   std::mutex mutex_;
   std::condition_variable run_changed_;      // decoders without a run wait here

@@ -51,26 +51,26 @@ uint64_t version_of(const struct stat& info) {
 
 }  // namespace
 
-int open_file(const std::string& path, bool direct) {
+int32_t open_file(const std::string& path, bool* direct, int* fd, imseq_error* error) {
   int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;  // opening a FIFO must not block
 #if defined(O_DIRECT)
-  if (direct) flags |= O_DIRECT;
+  if (*direct) flags |= O_DIRECT;
 #endif
-  int fd;
   do {
-    fd = ::open(path.c_str(), flags);
-  } while (fd < 0 && errno == EINTR);
+    *fd = ::open(path.c_str(), flags);
+  } while (*fd < 0 && errno == EINTR);
+  if (*fd < 0 && errno == EINVAL && *direct) {
+    *direct = false;
+    return open_file(path, direct, fd, error);
+  }
+  if (*fd < 0) return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot open %s", path.c_str());
 #if defined(F_NOCACHE)
-  if (fd >= 0 && direct) ::fcntl(fd, F_NOCACHE, 1);
+  if (*direct) ::fcntl(*fd, F_NOCACHE, 1);
 #endif
-  return fd;
+  return IMSEQ_OK;
 }
 
-int32_t cannot_open(const std::string& path, imseq_error* error) {
-  return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot open %s", path.c_str());
-}
-
-int32_t stat_regular_file(int fd, const std::string& path, struct stat* out, imseq_error* error) {
+int32_t stat_file(int fd, const std::string& path, struct stat* out, imseq_error* error) {
   if (::fstat(fd, out) != 0) {
     return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot stat %s", path.c_str());
   }
@@ -89,21 +89,17 @@ void FileReader::close() {
 }
 
 int32_t FileReader::open(const std::string& path, imseq_error* error) {
+  int32_t status = IMSEQ_OK;
   if (fd_ < 0 || path != path_) {
     close();
-    fd_ = open_file(path, direct_);
-    if (fd_ < 0 && errno == EINVAL && direct_) {
-      direct_ = false;
-      fd_ = open_file(path, direct_);
-    }
-    if (fd_ < 0) return cannot_open(path, error);
+    status = open_file(path, &direct_, &fd_, error);
+    if (status != IMSEQ_OK) return status;
     path_ = path;
     advised_ = false;
   }
   struct stat info;
-  if (const int32_t status = stat_regular_file(fd_, path_, &info, error); status != IMSEQ_OK) {
-    return status;
-  }
+  status = stat_file(fd_, path_, &info, error);
+  if (status != IMSEQ_OK) return status;
   file_bytes_ = info.st_size;
   file_version_ = version_of(info);
   return IMSEQ_OK;

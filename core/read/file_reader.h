@@ -90,11 +90,11 @@ class FileReader {
   uint64_t file_version_ = 0;
 };
 
-// Opens for reading, with O_DIRECT where `direct` says so. Returns -1 and sets errno on failure.
-int open_file(const std::string& path, bool direct);
-// The error for a file that open_file could not open.
-int32_t cannot_open(const std::string& path, imseq_error* error);
-[[nodiscard]] int32_t stat_regular_file(int fd, const std::string& path, struct stat* out,
-                                        imseq_error* error);
+// Opens a file past the page cache where *direct is true, which becomes false if the file system
+// refuses. *fd: -1 on failure.
+[[nodiscard]] int32_t open_file(const std::string& path, bool* direct, int* fd, imseq_error* error);
+// What is not a regular file is IMSEQ_ERROR_DATA.
+[[nodiscard]] int32_t stat_file(int fd, const std::string& path, struct stat* out,
+                                imseq_error* error);
 
 }  // namespace imseq

@@ -33,10 +33,12 @@ int64_t first_address(int) { return -1; }
 }  // namespace
 
 int32_t look_up(const std::string& path, FilePlace* out, imseq_error* error) {
-  const int fd = open_file(path, false);
-  if (fd < 0) return cannot_open(path, error);
+  bool direct = false;
+  int fd;
+  int32_t status = open_file(path, &direct, &fd, error);
+  if (status != IMSEQ_OK) return status;
   struct stat info;
-  const int32_t status = stat_regular_file(fd, path, &info, error);
+  status = stat_file(fd, path, &info, error);
   if (status == IMSEQ_OK) *out = {info.st_size, first_address(fd), info.st_ino};
   ::close(fd);
   return status;
