@@ -303,7 +303,7 @@ void waiting_can_be_cancelled() {
   CHECK(cancelled_ns > 0 && now_ns() - cancelled_ns < 1000 * kMillisecond);
   canceller.join();
   holder.release();
-  // It left the queue, and was not taken for impatient.
+  // The cancelled one left the queue, and its patience has not ended.
   CHECK(other.acquire(&kNotCancelled));
   std::thread releaser([&] {
     std::this_thread::sleep_for(milliseconds(20));

@@ -1,6 +1,6 @@
 // The engine without Python: order, back-pressure, failures, cancellation, fork. Samples are tiny
-// JPEGs of one colour. Rows are handed out as bytes, so that what arrives in a batch can be compared
-// with what lies in the files, or decoded, several samples at once.
+// JPEGs of one colour. Either every row is handed out as bytes, to be compared with the files, or
+// the engine decodes, several samples at a time.
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -30,7 +30,7 @@
 
 namespace {
 
-// Counts down with the allocations of the engine's threads; the one that finds it at 0 fails.
+// Allocations that the engine's threads have left; the next one fails. Below zero: none fails.
 std::atomic<int64_t> num_allocations_left{-1};
 thread_local bool is_thread_of_test = false;
 
@@ -50,13 +50,13 @@ namespace {
 
 #if defined(__linux__)
 
-// Bytes of a file that the disk cannot read; the engine's own calls find this disk below them.
+// Bytes of a file that the disk cannot read; pread() and preadv2() below look here.
 struct {
   std::atomic<uint64_t> inode{0};  // 0: the disk is sound
   std::atomic<int64_t> begin{0}, end{0};
 } bad_sector;
 
-// A disk that answers when it is told to; nothing of it lies in the page cache.
+// A disk that answers only while `answers` is true; nothing of it lies in the page cache.
 struct {
   std::atomic<bool> is_used{false}, answers{true};
   std::atomic<int> num_requests{0};
@@ -82,7 +82,7 @@ extern "C" ssize_t pread(int file, void* bytes, size_t size, off_t offset) {
   return ::syscall(SYS_pread64, file, bytes, size, offset);
 }
 
-// With RWF_NOWAIT: what the page cache has. While the disk is bad or slow it has nothing.
+// The engine calls it with RWF_NOWAIT. While the disk is bad or slow the page cache is empty.
 extern "C" ssize_t preadv2(int file, const iovec* ranges, int count, off_t offset, int flags) {
   if (bad_sector.inode != 0 || slow_disk.is_used) {
     errno = EAGAIN;
@@ -101,7 +101,7 @@ constexpr int64_t kRowBytes = 3 * kSidePx * kSidePx;  // of both kinds: a sample
 constexpr int64_t kSecond = 1'000'000'000;
 
 // A grey JPEG of 8 x 8 pixels whose comment is the sample's number, and whose colour follows from
-// it. Every eleventh is none that the core decodes.
+// it. Every eleventh is not a JPEG, so the core can't decode it.
 std::vector<uint8_t> sample_bytes(int64_t number) {
   std::vector<uint8_t> bytes = {0xFF, 0xD8, 0xFF, 0xFE, 0, 10};
   for (int i = 0; i < 8; ++i) bytes.push_back(static_cast<uint8_t>(number >> (8 * i)));
@@ -119,10 +119,10 @@ std::vector<uint8_t> sample_bytes(int64_t number) {
   return bytes;
 }
 
-bool is_foreign(int64_t number) { return number % 11 == 5; }
+bool is_python_row(int64_t number) { return number % 11 == 5; }
 
 uint8_t colour_of(int64_t number) {
-  if (is_foreign(number)) return 7;  // as the threads that play Python paint it
+  if (is_python_row(number)) return 7;  // as the threads that play Python paint it
   const int bits = static_cast<int>(number * 37 & 127);
   return static_cast<uint8_t>(128 + (bits >= 64 ? bits : bits - 127));
 }
@@ -167,22 +167,22 @@ struct Plan {
   std::string paths;
   imseq_plan native = {};
 
-  Plan(const Dataset& data, int64_t batch_size, bool foreign = false) {
+  Plan(const Dataset& data, int64_t batch_size, bool python_blocks = false) {
     path_begin.push_back(0);
     for (int64_t file = 0; file < data.num_files(); ++file) {
       paths += "f" + std::to_string(file);
       path_begin.push_back(static_cast<int64_t>(paths.size()));
-      block_file.push_back(foreign ? -1 : static_cast<int32_t>(file));
-      block_offset.push_back(foreign ? file : 0);
-      block_length.push_back(foreign ? -1 : data.per_file() * kSampleBytes);
-      block_key.push_back(foreign ? -1 : file);
+      block_file.push_back(python_blocks ? -1 : static_cast<int32_t>(file));
+      block_offset.push_back(python_blocks ? file : 0);
+      block_length.push_back(python_blocks ? -1 : data.per_file() * kSampleBytes);
+      block_key.push_back(python_blocks ? -1 : file);
     }
     for (int64_t pair = 0; pair < data.num_files(); pair += 2) {
       for (int64_t i = 0; i < data.per_file(); ++i) {
         for (int64_t file = pair; file < std::min(pair + 2, data.num_files()); ++file) {
           sample.push_back(file * data.per_file() + i);
           block.push_back(static_cast<int32_t>(file));
-          offset.push_back(foreign ? i : i * kSampleBytes);
+          offset.push_back(python_blocks ? i : i * kSampleBytes);
           length.push_back(kSampleBytes);
           const std::vector<uint8_t> bytes = sample_bytes(sample.back());
           checksum.push_back(imseq::crc32c(0, bytes.data(), bytes.size()));
@@ -258,7 +258,7 @@ class Harness {
     CHECK(step(plan, -1) == IMSEQ_END);
   }
 
-  // The blocks that were read since the last call; of a Dataset each is a file.
+  // The blocks that were read since the last call; each block of a Dataset is a file.
   std::vector<int64_t> files_read() {
     std::vector<imseq_request> requests(10000);
     int64_t count = 0;
@@ -348,7 +348,7 @@ class Harness {
       if (slow) usleep(500);
       const bool broken = task.sample == fail_sample;
       if (rows_ == IMSEQ_ROWS_DECODED) {
-        CHECK(is_foreign(task.sample));
+        CHECK(is_python_row(task.sample));
         std::memset(task.row, colour_of(task.sample), kRowBytes);
       } else if (!broken) {
         std::memcpy(task.row, task.bytes, static_cast<size_t>(std::min(task.size, kRowBytes)));
@@ -367,11 +367,11 @@ class Harness {
 
 void whole_epochs_arrive_in_order() {
   const Dataset data(7, 53);
-  for (const bool foreign : {false, true}) {
+  for (const bool python_blocks : {false, true}) {
     for (const int decoders : {1, 8}) {
       for (const int slots : {1, 3}) {
         for (const int64_t budget : {int64_t{0}, int64_t{1} << 20}) {
-          const Plan plan(data, 16, foreign);
+          const Plan plan(data, 16, python_blocks);
           Harness harness(data, decoders, slots, 16, budget);
           for (int epoch = 0; epoch < 2; ++epoch) {
             CHECK(harness.start(plan) == IMSEQ_OK);
@@ -383,12 +383,12 @@ void whole_epochs_arrive_in_order() {
           const imseq_stats stats = harness.stats();
           CHECK(stats.batch_count == 2 * plan.native.num_batches);
           CHECK(stats.foreign_rows == 2 * data.size());
-          CHECK(stats.foreign_blocks == (foreign ? 2 * data.num_files() : 0));
-          CHECK(stats.read_bytes == (foreign ? 0 : 2 * data.size() * kSampleBytes));
+          CHECK(stats.foreign_blocks == (python_blocks ? 2 * data.num_files() : 0));
+          CHECK(stats.read_bytes == (python_blocks ? 0 : 2 * data.size() * kSampleBytes));
           CHECK(stats.block_bytes == 0);
-          if (budget == 0 && !foreign) {
+          if (budget == 0 && !python_blocks) {
             // The plan needs two blocks at once; each reader may be one ahead of that.
-            // What counts is their memory: 16 KB for these, and a little for the engine itself.
+            // A block counts with its memory: 16 KB, and a little for the engine itself.
             CHECK(data.per_file() * kSampleBytes < (16 << 10) - 4096);
             CHECK(stats.block_bytes_peak <= 4 * ((16 << 10) + 512));
           }
@@ -452,18 +452,18 @@ void failures_come_when_their_batch_does() {
   }
 }
 
-int64_t num_foreign(const Plan& plan) {
-  return std::count_if(plan.sample.begin(), plan.sample.end(), is_foreign);
+int64_t num_python_rows(const Plan& plan) {
+  return std::count_if(plan.sample.begin(), plan.sample.end(), is_python_row);
 }
 
-// Groups of clean and other samples, with foreign rows among them, across batches of any size.
+// Groups of clean and other samples, with python rows among them, across batches of any size.
 void groups_arrive_in_order() {
   const Dataset data(5, 61);
-  for (const bool foreign_blocks : {false, true}) {
+  for (const bool python_blocks : {false, true}) {
     for (const int decoders : {1, 3, 16}) {
       for (const int64_t batch_size : {1, 3, 32}) {
         for (const int slots : {1, 4}) {
-          const Plan plan(data, batch_size, foreign_blocks);
+          const Plan plan(data, batch_size, python_blocks);
           Harness harness(data, decoders, slots, batch_size, 1 << 14, IMSEQ_ROWS_DECODED);
           CHECK(harness.start(plan) == IMSEQ_OK);
           for (int64_t b = 0; b < plan.native.num_batches; ++b) {
@@ -471,8 +471,8 @@ void groups_arrive_in_order() {
           }
           CHECK(harness.step(plan, -1) == IMSEQ_END);
           const imseq_stats stats = harness.stats();
-          CHECK(stats.foreign_rows == num_foreign(plan));
-          CHECK(stats.decode_samples == data.size() - num_foreign(plan));
+          CHECK(stats.foreign_rows == num_python_rows(plan));
+          CHECK(stats.decode_samples == data.size() - num_python_rows(plan));
           CHECK(stats.decode_ns > 0);
           CHECK(stats.block_bytes == 0);
         }
@@ -545,7 +545,7 @@ void cancel_in_the_middle_of_groups() {
     CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
     const auto each_row_of_the_core = [&](auto action) {
       for (int64_t p = 0; p < num_slots * 30; ++p) {
-        if (!is_foreign(plan.sample[p])) action(harness.row(p / 30, p % 30));
+        if (!is_python_row(plan.sample[p])) action(harness.row(p / 30, p % 30));
       }
     };
     each_row_of_the_core([](uint8_t* row) { std::memset(row, 0xEE, kRowBytes); });
@@ -661,7 +661,7 @@ void a_file_cut_short_while_it_is_read() {
 }
 
 // The next plan is read while the present one is delivered; then it begins, or another one does, or
-// nothing. What others ask meanwhile is answered.
+// nothing. Meanwhile another thread asks for counters and pending requests.
 void prepared_plans_start_or_are_dropped() {
   const Dataset data(8, 40);
   Plan first(data, 16), second(data, 10), third(data, 16);
@@ -737,7 +737,7 @@ void nothing_is_read_twice() {
   }
 }
 
-// Only what reading takes: rows are left as they are.
+// Blocks are read and verified; rows are left as they are.
 void rows_may_be_only_read() {
   const Dataset data(5, 40);
   Plan plan(data, 16);
@@ -803,7 +803,7 @@ void engines_share_kept_blocks() {
     std::thread first(run), second(run);
     first.join();
     second.join();
-    // Who wants a block that another one is reading reads it, too, and so once more at most.
+    // An engine that wants a block while the other one reads it reads it, too: once more at most.
     const int64_t block_bytes = data.per_file() * kSampleBytes;
     const int64_t num_read = read_bytes / block_bytes - 8 * (12 - num_kept);
     CHECK(num_read >= num_kept && num_read <= 2 * num_kept);
@@ -850,7 +850,7 @@ bool is_free(const std::string& disk) {
   return imseq::DiskLock(disk, 0).acquire(&cancelled);
 }
 
-// However it ends: another process can have the disk at once.
+// However an epoch ends, another process can lock the disk at once.
 void an_epoch_that_ended_holds_no_disk() {
   const Dataset data(6, 50);
   const Plan plan(data, 10);
@@ -901,8 +901,8 @@ void cancelled_engines_start_again() {
     CHECK(harness.start(plan) == IMSEQ_OK);
     for (int64_t b = 0; b < stop_after; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
     CHECK(harness.start(plan) == IMSEQ_ERROR_ARGUMENT);  // one plan at a time
-    // Rows held by the threads are written to until they are finished; give them time, as Python
-    // does by keeping the memory.
+    // The threads write to the rows they hold until these are finished. Python keeps the memory for
+    // as long; here they are given time.
     CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
     imseq_batch batch = {};
     CHECK(imseq_engine_next(harness.engine, kSecond, &batch, nullptr) == IMSEQ_CANCELLED);

@@ -1,5 +1,5 @@
-// FileReader against a disk that refuses: pread is replaced by one with bad sectors, short reads
-// and interrupts, and every request is written down. Bytes always come from a real file.
+// FileReader on a bad disk: pread is replaced by one with bad sectors, short reads and interrupts,
+// and every request is recorded. Bytes always come from a real file.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -100,7 +100,7 @@ bool folder_has_direct() {
 #endif
 }
 
-// One read into memory of exactly the room it needs, so that sanitizers see a byte too many.
+// One read into memory of exactly the size it needs, so that sanitizers see an overrun.
 struct Result {
   int32_t status = IMSEQ_OK;
   imseq_error error = {};
@@ -379,7 +379,7 @@ void test_look_up() {
   CHECK(size_bytes == kFileBytes && first_address >= -1);
   CHECK(imseq_look_up(second.c_str(), &size_bytes, &second_address, nullptr) == IMSEQ_OK);
   CHECK(size_bytes == 12345);
-  // Either the file system says where files lie, and then not at the same place, or it does not.
+  // If the file system tells addresses, they differ.
   CHECK((first_address == second_address) == (first_address == -1));
 #if defined(__linux__)
   struct statfs system;
