@@ -36,9 +36,13 @@ thread_local bool is_thread_of_test = false;
 
 }  // namespace
 
-void* operator new(size_t size) {
+void* operator new(size_t size, const std::nothrow_t&) noexcept {
   const bool fails = !is_thread_of_test && num_allocations_left >= 0 && num_allocations_left-- == 0;
-  void* const memory = fails ? nullptr : std::malloc(std::max<size_t>(size, 1));
+  return fails ? nullptr : std::malloc(std::max<size_t>(size, 1));
+}
+
+void* operator new(size_t size) {
+  void* const memory = operator new(size, std::nothrow);
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }
