@@ -7,15 +7,16 @@
 #include <new>
 #include <string>
 
-#include "sample/augment.h"
-#include "cpu/cpu.h"
-#include "read/crc32c.h"
-#include "sample/decode.h"
-#include "imagenet_seq.h"
-#include "jpeg/header.h"
-#include "read/kept.h"
-#include "read/file_reader.h"
 #include "abi/status.h"
+#include "cpu/cpu.h"
+#include "imagenet_seq.h"
+#include "jpeg/codes.h"
+#include "jpeg/header.h"
+#include "read/crc32c.h"
+#include "read/file_reader.h"
+#include "read/kept.h"
+#include "sample/augment.h"
+#include "sample/decode.h"
 
 namespace imseq {
 
@@ -45,7 +46,7 @@ void describe(const JpegHeader& header, JpegKind kind, imseq_header* out) {
     out->v_sampling[c] = header.components[c].v_sampling;
   }
   out->restart_interval = header.restart_interval;
-  out->progressive = header.frame_marker == 0xC2 ? 1 : 0;
+  out->progressive = header.frame_marker == kSof2 ? 1 : 0;
   out->supported = kind == JpegKind::kBaseline ? 1 : 0;
   out->entropy_offset = static_cast<int64_t>(header.entropy_offset);
 }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "jpeg/codes.h"
+
 namespace imseq {
 
 const std::array<uint8_t, 64> kNaturalOrder = {
@@ -11,11 +13,6 @@ const std::array<uint8_t, 64> kNaturalOrder = {
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
 namespace {
-
-constexpr int kSof0 = 0xC0, kSof1 = 0xC1, kSof2 = 0xC2, kDht = 0xC4, kJpg = 0xC8, kDac = 0xCC,
-              kSof15 = 0xCF;
-constexpr int kSoi = 0xD8, kEoi = 0xD9, kSos = 0xDA, kDqt = 0xDB, kDri = 0xDD;
-constexpr int kApp0 = 0xE0, kApp2 = 0xE2, kApp13 = 0xED, kApp14 = 0xEE, kApp15 = 0xEF, kCom = 0xFE;
 
 // libjpeg-turbo's JPEG_MAX_DIMENSION and D_MAX_BLOCKS_IN_MCU (jmorecfg.h, jpeglib.h).
 constexpr int kMaxDimension = 65500;

@@ -1,15 +1,6 @@
-// The project's own baseline JPEG decoder, part 1: the header, and all coefficients of an image.
-//
-//   JpegHeader header;                         // reuse it: it keeps its memory
-//   if (parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) ...   // Pillow's business
-//   JpegCoefficients all;                      // reuse it as well
-//   if (!decode_coefficients(header, bytes, size, &all)) ...           // damaged: Pillow's
-//   business const int16_t* block = all.block(component, block_y, block_x);     // 64 values in
-//   zigzag order
-//
-// Pixels of a region come from region.h. Both decode strictly: a stream is decoded without any
-// anomaly or not at all, because what libjpeg-turbo makes of a damaged stream is for libjpeg-turbo
-// to say.
+// The headers of a JPEG. Pixels of a region come from region.h, all coefficients from coefficients.h
+// and progressive.h. All decode strictly: a stream is decoded without any anomaly or not at all,
+// because only libjpeg-turbo can say what it makes of a damaged one.
 //
 // References: ITU-T T.81 (the numbered sections below), ITU-T T.871 (JFIF), and libjpeg-turbo 3.x
 // and Pillow for whatever those leave open.
@@ -60,7 +51,7 @@ struct JpegSegment {
 enum class JpegColour { kGrey, kYCbCr, kRgb };
 
 struct JpegHeader {
-  int frame_marker = 0;  // 0xC0 ... 0xCF
+  int frame_marker = 0;  // SOF0 to SOF15
   int precision = 0;     // bits of a sample
   int width = 0, height = 0;
   int num_components = 0;
@@ -112,25 +103,5 @@ enum class JpegKind {
 [[nodiscard]] bool is_prefix_code(const JpegHuffmanSpec& spec);
 // Whether all symbols are categories of a DC difference.
 [[nodiscard]] bool is_dc_table(const JpegHuffmanSpec& spec);
-
-// The coefficients of all blocks, quantised as they are coded.
-struct JpegCoefficients {
-  std::array<std::vector<int16_t>, 3>
-      components;  // blocks row by row, 64 values each in zigzag order
-  std::array<int, 3> blocks_wide{};
-  size_t end_offset = 0;  // first byte behind the EOI marker
-
-  [[nodiscard]] int16_t* block(int component, int y, int x) {
-    const auto c = static_cast<size_t>(component);
-    return components[c].data() + (static_cast<size_t>(y) * blocks_wide[c] + x) * 64;
-  }
-  [[nodiscard]] const int16_t* block(int component, int y, int x) const {
-    return const_cast<JpegCoefficients*>(this)->block(component, y, x);
-  }
-};
-
-// Decodes the whole scan of a kBaseline image. False: an anomaly anywhere up to the EOI marker.
-[[nodiscard]] bool decode_coefficients(const JpegHeader& header, const uint8_t* bytes, size_t size,
-                                       JpegCoefficients* out);
 
 }  // namespace imseq

@@ -2,16 +2,11 @@
 
 #include <algorithm>
 
+#include "jpeg/codes.h"
+
 namespace imseq {
 
 namespace {
-
-// T.81 F.2.2.1 (EXTEND): `size` extra bits stand for a value whose top bit tells the sign.
-int extend(uint32_t extra, int size) {
-  if (size == 0) return 0;
-  const int value = static_cast<int>(extra);
-  return value < 1 << (size - 1) ? value - (1 << size) + 1 : value;
-}
 
 // What a symbol means: how far the zigzag index moves, and the number of extra bits. T.81 F.1.2.1,
 // F.1.2.2.

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "jpeg/codes.h"
+
 namespace imseq {
 
 namespace {
@@ -42,7 +44,6 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
 const MarkerKernels kMarkerKernelsPortable = {find, unstuff};
 
 bool ends_interval(const uint8_t* marker, int64_t interval, bool is_last) {
-  constexpr int kRst0 = 0xD0, kEoi = 0xD9;
   const int expected = is_last ? kEoi : kRst0 + static_cast<int>(interval & 7);
   return marker[0] == 0xFF && marker[1] == expected;
 }
@@ -59,7 +60,6 @@ bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size, in
 
 bool read_markers(const JpegHeader& header, const uint8_t* bytes, size_t size,
                   int64_t num_intervals, uint32_t* markers) {
-  constexpr uint8_t kApp9 = 0xE9;
   constexpr size_t kHead = 4 + sizeof(kIntervalSizes);
   // It stands right before the scan header.
   if (header.segments.size() < 2) return false;

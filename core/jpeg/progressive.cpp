@@ -6,11 +6,11 @@
 #include <cstdlib>
 #include <vector>
 
+#include "jpeg/codes.h"
+
 namespace imseq {
 
 namespace {
-
-constexpr int kRst0 = 0xD0, kEoi = 0xD9;
 
 // libjpeg writes 10 scans, optimisers that search for the best script not many more. The limit
 // bounds the work on a hostile file, where 15 bits can send a scan through 32767 blocks.
@@ -19,20 +19,10 @@ constexpr int kMaxScans = 100;
 // T.81 G.1.1.1.2 and libjpeg-turbo (start_pass_phuff_decoder): the lowest bit of a scan.
 constexpr int kMaxLowBit = 13;
 
-// T.81 table F.2: what a baseline AC code can hold, category 10.
-constexpr int kMaxAcMagnitude = 1023;
-
 // Blocks that hold samples of the image: a scan of this component alone codes only these (T.81
 // A.2.2).
 int real_blocks_wide(const JpegComponent& component) { return divide_up(component.width, 8); }
 int real_blocks_high(const JpegComponent& component) { return divide_up(component.height, 8); }
-
-// T.81 F.2.2.1 (EXTEND): `size` extra bits stand for a value whose top bit tells the sign.
-int extend(uint32_t extra, int size) {
-  if (size == 0) return 0;
-  const int value = static_cast<int>(extra);
-  return value < 1 << (size - 1) ? value - (1 << size) + 1 : value;
-}
 
 // ---- bits and codes -----------------------------------------------------------------------------
 
@@ -182,7 +172,7 @@ class Progress {
  public:
   explicit Progress(const JpegHeader& header)
       : num_components_(static_cast<size_t>(header.num_components)),
-        sequential_(header.frame_marker != 0xC2) {
+        sequential_(header.frame_marker != kSof2) {
     for (auto& bits : low_bits_) bits.fill(kUnknown);
   }
 
@@ -276,13 +266,9 @@ class ScansDecoder {
                     static_cast<size_t>(real_blocks_high(component(c)));
     }
     if (num_blocks > (size_ - header_.entropy_offset) * 8) return false;
-    for (size_t c = 0; c < out_.components.size(); ++c) {
-      const JpegComponent& it = header_.components[c];
-      const size_t blocks = static_cast<size_t>(it.blocks_wide) * it.blocks_high;
-      out_.blocks_wide[c] = it.blocks_wide;
-      out_.components[c].assign(blocks * 64, 0);
-      nonzero_[c].assign(blocks, 0);
-    }
+    out_.reset(header_);
+    for (size_t c = 0; c < nonzero_.size(); ++c)
+      nonzero_[c].assign(out_.components[c].size() / 64, 0);
     return true;
   }
 
@@ -397,7 +383,7 @@ class ScansDecoder {
       if (k > scan_.last) return false;
       if (size == 0) continue;
       const int value = extend(bits.take(size), size) * low_bit();
-      if (std::abs(value) > kMaxAcMagnitude) return false;
+      if (std::abs(value) > kMaxAc) return false;
       block.values[k] = static_cast<int16_t>(value);
       *block.nonzero |= uint64_t{1} << k;
     }
@@ -405,7 +391,7 @@ class ScansDecoder {
   }
 
   // T.81 G.1.2.3. Every coefficient passed that is not zero has a bit of its own, which makes it
-  // more precise; runs count only those that still are zero. A magnitude of at most kMaxAcMagnitude
+  // more precise; runs count only those that still are zero. A magnitude of at most kMaxAc
   // stays so: the bits added are below those it has.
   bool refine_ac(ScanBits& bits, const SymbolDecoder& table, Block block) {
     int k = scan_.first;

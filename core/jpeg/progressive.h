@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "jpeg/header.h"
+#include "jpeg/coefficients.h"
 
 namespace imseq {
 

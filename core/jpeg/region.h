@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "jpeg/idct.h"
 #include "jpeg/header.h"
+#include "jpeg/idct.h"
 #include "jpeg/lanes.h"
 
 namespace imseq {

@@ -11,28 +11,22 @@
 #include <emmintrin.h>
 #endif
 
-#include "pack/huffman.h"
+#include "abi/status.h"
 #include "imagenet_seq.h"
+#include "jpeg/codes.h"
+#include "jpeg/coefficients.h"
 #include "jpeg/header.h"
 #include "jpeg/markers.h"
 #include "jpeg/progressive.h"
-#include "abi/status.h"
+#include "pack/huffman.h"
 
 namespace imseq {
 
 namespace {
 
-// Markers, T.81 table B.1.
-constexpr uint8_t kSof0 = 0xC0, kSof1 = 0xC1, kDht = 0xC4, kRst0 = 0xD0, kSoi = 0xD8, kEoi = 0xD9,
-                  kSos = 0xDA, kDqt = 0xDB, kDri = 0xDD, kApp0 = 0xE0, kApp1 = 0xE1, kApp2 = 0xE2,
-                  kApp9 = 0xE9, kApp14 = 0xEE, kApp15 = 0xEF, kCom = 0xFE;
-
 // Pillow refuses larger images unless told otherwise (twice MAX_IMAGE_PIXELS), so they stay as they
 // are.
 constexpr int64_t kMaxPixels = 178956970;
-
-// The largest values for 8-bit samples (T.81 tables F.1 and F.2).
-constexpr int32_t kLargestDcDifference = 2047, kLargestAc = 1023;
 
 // ---- metadata -----------------------------------------------------------------------------------
 
@@ -223,7 +217,7 @@ uint64_t nonzero_mask(const int16_t* block) {
 constexpr uint32_t kCategoryMask = 0xFFF;
 constexpr auto kCategories = [] {
   std::array<Token, kCategoryMask + 1> table{};
-  for (int value = -kLargestDcDifference; value <= kLargestDcDifference; ++value) {
+  for (int value = -kMaxDcDifference; value <= kMaxDcDifference; ++value) {
     const auto magnitude = static_cast<uint32_t>(value < 0 ? -value : value);
     const auto size = static_cast<uint32_t>(std::bit_width(magnitude));
     const auto extra = static_cast<uint32_t>(value < 0 ? value - 1 : value) & ((1u << size) - 1);
@@ -316,7 +310,7 @@ class ScanTokens {
     const int32_t difference = block[0] - last_dc;
     last_dc = block[0];
     *out++ = dc_table_of(component) | category(difference);
-    bool too_large = is_too_large(difference, kLargestDcDifference);
+    bool too_large = is_too_large(difference, kMaxDcDifference);
     const uint32_t table = ac_table_of(component);
     int last = 0;
     for (uint64_t mask = nonzero_mask(block) & ~uint64_t{1}; mask != 0; mask &= mask - 1) {
@@ -324,7 +318,7 @@ class ScanTokens {
       int run = k - last - 1;
       for (; run > 15; run -= 16) *out++ = table | kSixteenZeros;
       *out++ = table | static_cast<uint32_t>(run) << 4 | category(block[k]);
-      too_large |= is_too_large(block[k], kLargestAc);
+      too_large |= is_too_large(block[k], kMaxAc);
       last = k;
     }
     if (last != 63) *out++ = table | kEndOfBlock;

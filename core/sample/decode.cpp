@@ -7,14 +7,14 @@
 #include <utility>
 #include <vector>
 
-#include "sample/augment.h"
-#include "sample/store.h"
+#include "abi/status.h"
 #include "cpu/cpu.h"
 #include "jpeg/header.h"
 #include "jpeg/lanes.h"
 #include "jpeg/region.h"
 #include "resize/resizer.h"
-#include "abi/status.h"
+#include "sample/augment.h"
+#include "sample/store.h"
 
 namespace imseq {
 

@@ -1,7 +1,5 @@
 // The JPEG decoder by itself: entropy coding there and back, regions against the whole image, and damage that must neither be accepted nor read past the
 // bytes (for sanitizers). Equality with Pillow is tests/test_decode.py's.
-#include "jpeg/header.h"
-
 #include <algorithm>
 #include <bit>
 #include <cstdio>
@@ -12,9 +10,11 @@
 #include <random>
 #include <vector>
 
+#include "jpeg/coefficients.h"
+#include "jpeg/header.h"
+#include "jpeg/region.h"
 #include "read/crc32c.h"
 #include "sample/decode.h"
-#include "jpeg/region.h"
 
 namespace {
 
