@@ -3,7 +3,8 @@
 
 #include <cstring>
 
-#include "resize/resizer.h"
+#include "cpu/memory.h"
+#include "resize/kernels.h"
 
 namespace imseq {
 
@@ -52,15 +53,7 @@ struct alignas(32) Step {
   int32_t windows[2];
 };
 
-constexpr size_t kStepOutputs = 8, kWindowOutputs = 4;
-
-bool windows_suffice(const AxisWeights& weights) {
-  for (size_t i = 0; i < weights.stride; i += kWindowOutputs) {
-    const int32_t* first = weights.first_taps + i;
-    if (first[kWindowOutputs - 1] - first[0] + AxisWeights::kTapGroup > 16) return false;
-  }
-  return true;
-}
+constexpr size_t kStepOutputs = 8;
 
 size_t horizontal_plan_bytes(const AxisWeights& weights) {
   return weights.stride / kStepOutputs * static_cast<size_t>(num_groups(weights)) * sizeof(Step);

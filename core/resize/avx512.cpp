@@ -1,7 +1,8 @@
 // The resize with AVX-512: every weight as three signed bytes, for VNNI's dot products of four.
 #include <immintrin.h>
 
-#include "resize/resizer.h"
+#include "cpu/memory.h"
+#include "resize/kernels.h"
 
 namespace imseq {
 

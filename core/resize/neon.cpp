@@ -3,27 +3,13 @@
 
 #include <cstring>
 
-#include "resize/resizer.h"
+#include "resize/kernels.h"
 
 namespace imseq {
 
 namespace {
 
 constexpr int kHalf = 1 << (kWeightBits - 1);
-
-// Each four outputs take four taps' pixels from a window of 16 bytes.
-constexpr size_t kWindowOutputs = 4;
-
-bool windows_suffice(const AxisWeights& weights) {
-  for (size_t i = 0; i < weights.stride; i += kWindowOutputs) {
-    const int32_t* first = weights.first_taps + i;
-    if (first[kWindowOutputs - 1] - first[0] + AxisWeights::kTapGroup > 16) return false;
-  }
-  return true;
-}
-
-size_t no_plan_bytes(const AxisWeights&) { return 0; }
-void no_plan(const AxisWeights&, void*) {}
 
 // sums[p]: four outputs of plane p from the i-th on, rounded, not yet clamped.
 template <int kPlanes>

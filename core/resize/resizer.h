@@ -11,90 +11,10 @@
 #include "cpu/memory.h"
 #include "imagenet_seq.h"
 #include "jpeg/region.h"
+#include "resize/kernels.h"
+#include "resize/weights.h"
 
 namespace imseq {
-
-// Resample.c: PRECISION_BITS = 32 - 8 - 2.
-constexpr int kWeightBits = 22;
-
-// One axis' weights as kernels read them. Output i is the sum of weights[k * stride + i] * input
-// first_taps[i] + k over its taps k, which is rounded. Both arrays are padded to whole groups:
-// outputs to a multiple of kOutputGroup, repeating the last first tap, taps to one of kTapGroup.
-// Every weight that pads is zero.
-struct AxisWeights {
-  static constexpr int kOutputGroup = 32, kTapGroup = 4;
-  int num_outputs = 0;
-  int max_taps = 0;  // of any output
-  size_t stride = 0;
-  const int32_t* first_taps = nullptr;  // never decreasing
-  const int32_t* num_taps = nullptr;
-  const int32_t* weights = nullptr;  // below 2.0 in magnitude
-};
-
-// Columns that the vertical pass resizes, of planes each of which begins where the one before it
-// ends. A plane is at least kMinWidth wide, so that kernels need not write behind its end, where
-// memory may be another's, to make use of whole vectors.
-struct Columns {
-  static constexpr size_t kMinWidth = 64;
-  size_t first, width;
-  int num_planes;
-};
-
-// What one CpuLevel resizes with. Rows begin anywhere and may be read kRowSlack bytes behind their
-// end; nothing but the outputs is written. A plan holds the weights in the order in which the kernel
-// wants them.
-struct ResizeKernels {
-  // False: the image shrinks so much that the horizontal pass is left to the portable kernel.
-  bool (*can_resize_horizontally)(const AxisWeights& weights);
-  size_t (*horizontal_plan_bytes)(const AxisWeights& weights);
-  void (*plan_horizontally)(const AxisWeights& weights, void* plan);
-  // num_planes rows of pixels, one plane every in_stride bytes. flip: the last output comes first.
-  void (*horizontal)(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                     size_t in_stride, int num_planes, bool flip, uint8_t* out, size_t out_stride);
-
-  size_t (*vertical_plan_bytes)(const AxisWeights& weights);
-  void (*plan_vertically)(const AxisWeights& weights, void* plan);
-  // Output i. rows: those of its taps, and then any, up to a multiple of AxisWeights::kTapGroup.
-  void (*vertical)(const AxisWeights& weights, const void* plan, int i, const uint8_t* const* rows,
-                   const Columns& columns, uint8_t* out, size_t out_stride);
-};
-
-const ResizeKernels& portable_resize_kernels();
-const ResizeKernels& avx2_resize_kernels();
-const ResizeKernels& avx512_resize_kernels();
-const ResizeKernels& neon_resize_kernels();
-
-// Pillow's weights along one axis for outputs [begin, end) of `out_size`, from an input of
-// `in_size`.
-class ResizeWeights {
- public:
-  void compute(int in_size, int out_size, int begin, int end, int filter);
-
-  // Where the sizes are equal Pillow leaves the axis alone: output i is input begin + i.
-  [[nodiscard]] bool identity() const { return identity_; }
-  // Inputs [first_input, end_input) are needed. Taps count from first_input.
-  [[nodiscard]] int first_input() const { return first_input_; }
-  [[nodiscard]] int end_input() const { return end_input_; }
-  [[nodiscard]] int first_tap(int i) const {
-    return identity_ ? i : first_taps_[static_cast<size_t>(i)];
-  }
-  [[nodiscard]] int num_taps(int i) const {
-    return identity_ ? 1 : num_taps_[static_cast<size_t>(i)];
-  }
-  [[nodiscard]] int max_taps() const { return identity_ ? 1 : axis_.max_taps; }
-  [[nodiscard]] const AxisWeights& axis() const { return axis_; }
-
- private:
-  template <typename Filter>
-  void compute_weights(double inverse);
-  void find_taps(int in_size, double scale, double support, int begin);
-
-  bool identity_ = false;
-  int first_input_ = 0, end_input_ = 0;
-  AxisWeights axis_;
-  std::vector<int32_t> first_taps_, num_taps_, weights_;
-  std::vector<double> taps_, centers_, totals_;
-};
 
 // Memory that starts at a multiple of 64 bytes, grows to the largest image seen and stays.
 class RowMemory {

@@ -1,0 +1,55 @@
+// What the resize's two passes run with: a set of kernels for each kind of processor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/cpu.h"
+#include "resize/weights.h"
+
+namespace imseq {
+
+// Columns that the vertical pass resizes, of planes each of which begins where the one before it
+// ends. A plane is at least kMinWidth wide, so that kernels need not write behind its end, where
+// memory may be another's, to make use of whole vectors.
+struct Columns {
+  static constexpr size_t kMinWidth = 64;
+  size_t first, width;
+  int num_planes;
+};
+
+// What one CpuLevel resizes with. Rows begin anywhere and may be read kRowSlack bytes behind their
+// end; nothing but the outputs is written. A plan holds the weights in the order in which the kernel
+// wants them.
+struct ResizeKernels {
+  // False: the image shrinks so much that the horizontal pass is left to the portable kernel.
+  bool (*can_resize_horizontally)(const AxisWeights& weights);
+  size_t (*horizontal_plan_bytes)(const AxisWeights& weights);
+  void (*plan_horizontally)(const AxisWeights& weights, void* plan);
+  // num_planes rows of pixels, one plane every in_stride bytes. flip: the last output comes first.
+  void (*horizontal)(const AxisWeights& weights, const void* plan, const uint8_t* in,
+                     size_t in_stride, int num_planes, bool flip, uint8_t* out, size_t out_stride);
+
+  size_t (*vertical_plan_bytes)(const AxisWeights& weights);
+  void (*plan_vertically)(const AxisWeights& weights, void* plan);
+  // Output i. rows: those of its taps, and then any, up to a multiple of AxisWeights::kTapGroup.
+  void (*vertical)(const AxisWeights& weights, const void* plan, int i, const uint8_t* const* rows,
+                   const Columns& columns, uint8_t* out, size_t out_stride);
+};
+
+[[nodiscard]] const ResizeKernels& resize_kernels(CpuLevel level);
+
+const ResizeKernels& portable_resize_kernels();
+const ResizeKernels& avx2_resize_kernels();
+const ResizeKernels& avx512_resize_kernels();
+const ResizeKernels& neon_resize_kernels();
+
+// Of kernels that read the weights as they are.
+size_t no_plan_bytes(const AxisWeights& weights);
+void no_plan(const AxisWeights& weights, void* plan);
+
+// Whether the pixels of four taps of each kWindowOutputs outputs lie in a window of 16 bytes.
+constexpr size_t kWindowOutputs = 4;
+[[nodiscard]] bool windows_suffice(const AxisWeights& weights);
+
+}  // namespace imseq
