@@ -15,8 +15,9 @@
 #include "read/crc32c.h"
 #include "read/file_reader.h"
 #include "read/kept.h"
-#include "sample/augment.h"
 #include "sample/decode.h"
+#include "sample/draw.h"
+#include "sample/recipe.h"
 
 namespace imseq {
 

@@ -37,7 +37,7 @@
 #include <utility>
 #include <vector>
 
-#include "sample/augment.h"
+#include "sample/recipe.h"
 #include "read/crc32c.h"
 #include "sample/decode.h"
 #include "read/disk_lock.h"

@@ -13,7 +13,7 @@
 #include "jpeg/lanes.h"
 #include "jpeg/region.h"
 #include "resize/resizer.h"
-#include "sample/augment.h"
+#include "sample/draw.h"
 #include "sample/store.h"
 
 namespace imseq {

@@ -11,7 +11,4 @@ namespace imseq {
 [[nodiscard]] int32_t draw_view(const imseq_recipe& recipe, const imseq_key& key, int32_t width,
                                 int32_t height, imseq_view* view);
 
-// IMSEQ_OK, or IMSEQ_ERROR_ARGUMENT with the field that is out of its domain.
-[[nodiscard]] int32_t check_recipe(const imseq_recipe& recipe, imseq_error* error);
-
 }  // namespace imseq

@@ -1,12 +1,12 @@
 // PixelStore at every level this processor has, against storing value by value; and nothing beside
 // the row is written.
+#include "sample/store.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 #include <vector>
-
-#include "sample/store.h"
 
 namespace {
 
