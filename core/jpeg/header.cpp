@@ -18,19 +18,7 @@ namespace {
 constexpr int kMaxDimension = 65500;
 constexpr int kMaxMcuBlocks = 10;
 
-// The payload of a marker segment, its length field not included.
-struct Payload {
-  const uint8_t* bytes;
-  size_t size;
-
-  [[nodiscard]] int u8(size_t at) const { return bytes[at]; }
-  [[nodiscard]] int u16(size_t at) const { return bytes[at] << 8 | bytes[at + 1]; }
-  [[nodiscard]] bool starts_with(const char* text, size_t length) const {
-    return size >= length && std::memcmp(bytes, text, length) == 0;
-  }
-};
-
-bool parse_dqt(Payload in, JpegHeader* header) {
+bool parse_dqt(JpegPayload in, JpegHeader* header) {
   size_t at = 0;
   while (at < in.size) {
     const int precision = in.u8(at) >> 4, index = in.u8(at) & 15;
@@ -47,7 +35,7 @@ bool parse_dqt(Payload in, JpegHeader* header) {
   return true;
 }
 
-bool parse_dht(Payload in, JpegHeader* header) {
+bool parse_dht(JpegPayload in, JpegHeader* header) {
   size_t at = 0;
   while (at < in.size) {
     const int table_class = in.u8(at) >> 4, index = in.u8(at) & 15;
@@ -67,7 +55,7 @@ bool parse_dht(Payload in, JpegHeader* header) {
   return true;
 }
 
-bool parse_frame(int marker, Payload in, JpegHeader* header) {
+bool parse_frame(int marker, JpegPayload in, JpegHeader* header) {
   if (header->frame_marker != 0 || in.size < 6) return false;
   header->frame_marker = marker;
   header->precision = in.u8(0);
@@ -95,7 +83,7 @@ bool parse_frame(int marker, Payload in, JpegHeader* header) {
 
 // Pillow reads these blocks while it opens a file, and where one ends behind the resource code it
 // fails (IndexError in JpegImagePlugin.APP); everything else that is wrong with them it forgives.
-bool pillow_fails_on_photoshop(Payload in) {
+bool pillow_fails_on_photoshop(JpegPayload in) {
   size_t at = 14;
   while (in.size >= at + 4 && std::memcmp(in.bytes + at, "8BIM", 4) == 0) {
     at += 6;
@@ -115,7 +103,7 @@ bool pillow_fails_on_photoshop(Payload in) {
 // must be as it expects. The one exception we know is a damaged XResolution in Exif data, which
 // some versions of Pillow stumble over (JpegImageFile._read_dpi_from_exif); here it is ignored like
 // all of Exif.
-bool parse_application(int marker, Payload in, JpegHeader* header) {
+bool parse_application(int marker, JpegPayload in, JpegHeader* header) {
   if (marker == kApp0 && in.starts_with("JFIF", 4)) {
     if (in.size < 14) return false;
     if (in.starts_with("JFIF\0", 5)) header->has_jfif = true;
@@ -132,7 +120,7 @@ bool parse_application(int marker, Payload in, JpegHeader* header) {
 }
 
 // A scan that is not one of all components in the order of the frame leaves *whole_image false.
-bool parse_scan(Payload in, JpegHeader* header, bool* whole_image) {
+bool parse_scan(JpegPayload in, JpegHeader* header, bool* whole_image) {
   if (header->frame_marker == 0 || in.size < 1) return false;
   const int n = in.u8(0);
   if (n < 1 || n > 4 || in.size != 4 + 2 * static_cast<size_t>(n)) return false;
@@ -152,7 +140,7 @@ bool is_frame_marker(int marker) {
   return marker >= kSof0 && marker <= kSof15 && marker != kDht && marker != kJpg && marker != kDac;
 }
 
-bool parse_segment(int marker, Payload in, JpegHeader* header, bool* whole_image) {
+bool parse_segment(int marker, JpegPayload in, JpegHeader* header, bool* whole_image) {
   if (is_frame_marker(marker)) return parse_frame(marker, in, header);
   if (marker >= kApp0 && marker <= kApp15) return parse_application(marker, in, header);
   switch (marker) {

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -41,11 +42,27 @@ struct JpegComponent {
   int blocks_wide = 0, blocks_high = 0;  // coded blocks, those that only fill up an MCU included
 };
 
-// A marker segment before the entropy-coded data: bytes[offset, offset + size) begins with its
+// What a marker segment holds, its length field not included.
+struct JpegPayload {
+  const uint8_t* bytes;
+  size_t size;
+
+  [[nodiscard]] int u8(size_t at) const { return bytes[at]; }
+  [[nodiscard]] int u16(size_t at) const { return bytes[at] << 8 | bytes[at + 1]; }
+  [[nodiscard]] bool starts_with(const char* text, size_t length) const {
+    return size >= length && std::memcmp(bytes, text, length) == 0;
+  }
+};
+
+// A marker segment before the entropy-coded data: image[offset, offset + size) begins with its
 // 0xFF.
 struct JpegSegment {
   uint8_t marker;
   size_t offset, size;
+
+  [[nodiscard]] JpegPayload payload(const uint8_t* image) const {
+    return {image + offset + 4, size - 4};  // 4: the marker and the length field
+  }
 };
 
 enum class JpegColour { kGrey, kYCbCr, kRgb };

@@ -147,8 +147,7 @@ struct Scan {
 // The scan header just read, the last of the segments. False: it does not fit the frame. T.81
 // B.2.3.
 bool read_scan_header(const JpegHeader& header, const uint8_t* bytes, Scan* scan) {
-  constexpr size_t kMarkerAndLength = 4;
-  const uint8_t* in = bytes + header.segments.back().offset + kMarkerAndLength;
+  const uint8_t* in = header.segments.back().payload(bytes).bytes;
   scan->num_components = *in++;
   int component = -1;
   for (size_t i = 0; i < static_cast<size_t>(scan->num_components); ++i, in += 2) {

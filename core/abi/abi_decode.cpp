@@ -1,7 +1,4 @@
-// The C functions that need no engine and no transcoder.
-#include <fcntl.h>
-
-#include <cerrno>
+// The C functions about this build, and those that decode single images or look at files.
 #include <cstring>
 #include <memory>
 #include <new>
@@ -10,9 +7,7 @@
 #include "abi/status.h"
 #include "cpu/cpu.h"
 #include "imagenet_seq.h"
-#include "jpeg/codes.h"
 #include "jpeg/header.h"
-#include "read/crc32c.h"
 #include "read/file_reader.h"
 #include "read/kept.h"
 #include "sample/decode.h"
@@ -37,45 +32,10 @@ namespace {
 #define IMSEQ_ARCHITECTURE "another architecture"
 #endif
 
-void describe(const JpegHeader& header, JpegKind kind, imseq_header* out) {
-  *out = imseq_header{};
-  out->width = header.width;
-  out->height = header.height;
-  out->num_components = header.num_components;
-  for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
-    out->h_sampling[c] = header.components[c].h_sampling;
-    out->v_sampling[c] = header.components[c].v_sampling;
-  }
-  out->restart_interval = header.restart_interval;
-  out->progressive = header.frame_marker == kSof2 ? 1 : 0;
-  out->supported = kind == JpegKind::kBaseline ? 1 : 0;
-  out->entropy_offset = static_cast<int64_t>(header.entropy_offset);
-}
-
-int32_t is_null(imseq_error* error, const char* function) {
-  return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "%s: expected pointers, got NULL", function);
-}
-
-int32_t out_of_memory(imseq_error* error, const char* function) {
-  return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "%s: no memory", function);
-}
-
 // A decoder keeps scratch memory from sample to sample; one a thread makes single calls cheap too.
 SampleDecoder& decoder_of_thread() {
   static thread_local const auto decoder = std::make_unique<SampleDecoder>();
   return *decoder;
-}
-
-// 0, or what the system refuses with. Systems and file systems that can't do it are not asked for
-// more: it makes reading faster, nothing depends on it.
-int set_aside([[maybe_unused]] int fd, [[maybe_unused]] int64_t size_bytes) {
-#if defined(__linux__)
-  while (::fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size_bytes) != 0) {
-    if (errno == EOPNOTSUPP || errno == ENOSYS) return 0;
-    if (errno != EINTR) return errno;
-  }
-#endif
-  return 0;
 }
 
 }  // namespace
@@ -115,7 +75,7 @@ int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
   imseq::JpegHeader header;
   const imseq::JpegKind kind = imseq::parse_jpeg(bytes, size, &header);
   if (kind == imseq::JpegKind::kDamaged) return IMSEQ_FOREIGN;
-  imseq::describe(header, kind, out);
+  imseq::describe(header, kind == imseq::JpegKind::kBaseline, out);
   return IMSEQ_OK;
 } catch (const std::bad_alloc&) {
   return imseq::out_of_memory(error, "imseq_read_header");
@@ -177,10 +137,6 @@ int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key, const uint
   return imseq::out_of_memory(error, "imseq_apply");
 }
 
-uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size) {
-  return imseq::crc32c(crc, bytes, size);
-}
-
 int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
                       imseq_error* error) try {
   if (path == nullptr || size_bytes == nullptr || address == nullptr) {
@@ -193,18 +149,6 @@ int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
   return status;
 } catch (const std::bad_alloc&) {
   return imseq::out_of_memory(error, "imseq_look_up");
-}
-
-int32_t imseq_preallocate(int32_t fd, int64_t size_bytes, imseq_error* error) {
-  if (size_bytes < 0) {
-    return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                       "size_bytes: expected 0 or more, got %lld",
-                       static_cast<long long>(size_bytes));
-  }
-  const int os_errno = size_bytes == 0 ? 0 : imseq::set_aside(fd, size_bytes);
-  if (os_errno == 0) return IMSEQ_OK;
-  return imseq::fail(error, IMSEQ_ERROR_READ, -1, -1, os_errno, "cannot set aside %lld bytes",
-                     static_cast<long long>(size_bytes));
 }
 
 int64_t imseq_kept_table_bytes(int64_t num_keys) {
