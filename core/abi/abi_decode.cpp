@@ -1,7 +1,7 @@
 // The C functions about this build, and those that decode single images or look at files.
 #include <cstring>
+#include <exception>
 #include <memory>
-#include <new>
 #include <string>
 
 #include "abi/status.h"
@@ -50,7 +50,7 @@ const char* imseq_build_info(void) {
 
 const char* imseq_cpu(void) { return imseq::cpu_level_name(imseq::cpu_level()); }
 
-int32_t imseq_use_cpu(const char* level, imseq_error* error) {
+int32_t imseq_use_cpu(const char* level, imseq_error* error) try {
   using imseq::CpuLevel;
   if (level == nullptr) return imseq::is_null(error, "imseq_use_cpu");
   std::string supported;
@@ -67,6 +67,8 @@ int32_t imseq_use_cpu(const char* level, imseq_error* error) {
   return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
                      "kernels '%s': expected one that this processor has (%s)", level,
                      supported.c_str());
+} catch (const std::exception&) {
+  return imseq::out_of_memory(error, "imseq_use_cpu");
 }
 
 int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
@@ -77,7 +79,7 @@ int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
   if (kind == imseq::JpegKind::kDamaged) return IMSEQ_FOREIGN;
   imseq::describe(header, kind == imseq::JpegKind::kBaseline, out);
   return IMSEQ_OK;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_read_header");
 }
 
@@ -101,7 +103,7 @@ int32_t imseq_decode(const imseq_recipe* recipe, const imseq_key* key, const uin
   const int32_t error_status =
       imseq::decoder_of_thread().decode(*recipe, &sample, 1, nullptr, error);
   return error_status < 0 ? error_status : sample.status;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_decode");
 }
 
@@ -121,7 +123,7 @@ int32_t imseq_decode_group(const imseq_recipe* recipe, imseq_sample* samples, in
   const int32_t status = imseq::check_recipe(*recipe, error);
   if (status != IMSEQ_OK) return status;
   return imseq::decoder_of_thread().decode(*recipe, samples, num_samples, times, error);
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_decode_group");
 }
 
@@ -133,7 +135,7 @@ int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key, const uint
   const int32_t status = imseq::check_recipe(*recipe, error);
   if (status != IMSEQ_OK) return status;
   return imseq::decoder_of_thread().apply(*recipe, *key, pixels, width, height, row, error);
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_apply");
 }
 
@@ -147,7 +149,7 @@ int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
   *size_bytes = place.size_bytes;
   *address = place.address;
   return status;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_look_up");
 }
 
