@@ -95,6 +95,9 @@ const ColourKernels& colour_kernels(CpuLevel level) {
       return kColourAvx2;
     case CpuLevel::kAvx512:
       return kColourAvx512;
+#elif defined(__aarch64__)
+    case CpuLevel::kNeon:
+      return kColourNeon;
 #endif
     default:
       return kPortable;

@@ -43,6 +43,6 @@ struct ColourKernels {
 
 [[nodiscard]] const ColourKernels& colour_kernels(CpuLevel level);
 
-extern const ColourKernels kColourAvx2, kColourAvx512;
+extern const ColourKernels kColourAvx2, kColourAvx512, kColourNeon;
 
 }  // namespace imseq
