@@ -1,4 +1,4 @@
-// The C functions about this build, and those that decode single images or look at files.
+// The C functions that describe the build, decode single images, or look at files.
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -32,7 +32,7 @@ namespace {
 #define IMSEQ_ARCHITECTURE "another architecture"
 #endif
 
-// A decoder keeps scratch memory from sample to sample; one a thread makes single calls cheap too.
+// One per thread: a decoder keeps its scratch memory, so single calls are cheap too.
 SampleDecoder& decoder_of_thread() {
   static thread_local const auto decoder = std::make_unique<SampleDecoder>();
   return *decoder;

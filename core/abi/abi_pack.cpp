@@ -31,8 +31,8 @@ int32_t check_arguments(const uint8_t* bytes, size_t size, int32_t restart_inter
   return IMSEQ_OK;
 }
 
-// 0, or what the system refuses with. Systems and file systems that can't do it are not asked for
-// more: it makes reading faster, nothing depends on it.
+// Returns 0, or the errno of a refusal. Does nothing where the system can't do it: reserved room
+// only makes reading faster.
 int set_aside([[maybe_unused]] int fd, [[maybe_unused]] int64_t size_bytes) {
 #if defined(__linux__)
   while (::fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size_bytes) != 0) {

@@ -12,7 +12,7 @@ __attribute__((format(printf, 6, 7))) int32_t fail(imseq_error* error, int32_t c
                                                    int64_t offset, int os_errno, const char* format,
                                                    ...);
 
-// What a C function returns that was given NULL, or that got no memory.
+// For a C function that was given NULL, or that got no memory.
 int32_t is_null(imseq_error* error, const char* function);
 int32_t out_of_memory(imseq_error* error, const char* function);
 

@@ -1,4 +1,4 @@
-// Numbers of ITU-T T.81: markers, and the values that codes stand for.
+// Constants of ITU-T T.81: markers, and the values of coded coefficients.
 #pragma once
 
 #include <cstdint>

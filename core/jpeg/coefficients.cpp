@@ -14,9 +14,9 @@ namespace {
 
 // ---- bits ---------------------------------------------------------------------------------------
 
-// Bits of an interval whose byte stuffing has been removed, most significant first. It may run
-// ahead of the interval's end while a block is decoded, by a block's bits and a refill
-// (kBlockBytes) at most: memory must be readable as far as that, and overrun() tells afterwards.
+// Reads bits of an unstuffed interval, most significant first. While a block is decoded it may read
+// kBlockBytes (a block's bits and a refill) behind the interval's end: these must be readable, and
+// overrun() tells afterwards.
 class BitReader {
  public:
   static constexpr size_t kBlockBytes = 64 * 31 / 8 + 16;
@@ -24,8 +24,7 @@ class BitReader {
 
   BitReader(const uint8_t* begin, const uint8_t* end) : next_(begin), end_(end) {}
 
-  // At least kRefilledBits are there afterwards. Branchless: reads 8 bytes, advances by whole bytes
-  // used.
+  // Ensures kRefilledBits bits. Branchless: loads 8 bytes, advances by the whole bytes used.
   void refill() {
     uint64_t word;
     std::memcpy(&word, next_, 8);
@@ -42,7 +41,7 @@ class BitReader {
   }
   [[nodiscard]] int count() const { return count_; }
 
-  // Bits of the interval that have not been consumed; negative behind its end.
+  // Bits of the interval not yet consumed; negative behind its end.
   [[nodiscard]] ptrdiff_t bits_left() const { return (end_ - next_) * 8 + count_; }
   [[nodiscard]] bool overrun() const { return bits_left() < 0; }
 
@@ -55,14 +54,13 @@ class BitReader {
 
 // ---- blocks -------------------------------------------------------------------------------------
 
-// Decodes one block: writes its coefficients other than zero to block[k], k being the zigzag index;
-// the block must have been zeroed, but for block[0]. False on an anomaly. Does not check for an
-// overrun: the caller does, block by block.
+// Decodes one block. Writes only nonzero coefficients, so the block must be zero before. False: an
+// anomaly. The caller must check for an overrun after each block.
 bool decode_block(BitReader& reader, const HuffmanTables& tables, int component, int& prediction,
                   int16_t* block) {
   BitReader bits = reader;  // a local copy stays in registers
-  // A symbol that is looked up needs no more than kLookupBits bits; others are preceded by a refill
-  // of their own. So three symbols can follow a refill, even if the first of them is of the longest.
+  // A symbol that is looked up takes at most kLookupBits bits; others are preceded by a refill of
+  // their own. So three symbols can follow a refill, even if the first is of the longest.
   constexpr int kLookupBits = HuffmanTable::kLookupBits;
   static_assert(BitReader::kRefilledBits - HuffmanTable::kMaxSymbolBits >= 2 * kLookupBits);
   const auto next_symbol = [&bits](const HuffmanEntry* lookup, const HuffmanTable& table)
@@ -83,7 +81,7 @@ bool decode_block(BitReader& reader, const HuffmanTables& tables, int component,
   bits.refill();
   const HuffmanSymbol difference = next_symbol(tables.dc_lookup(component), dc);
   prediction += difference.value;
-  // libjpeg-turbo stores the low 16 bits; a difference of 2^15 steps is no image's.
+  // No sound image has a larger sum; libjpeg-turbo would cut it to 16 bits.
   if (difference.advance != 1 || prediction != static_cast<int16_t>(prediction)) return false;
   block[0] = static_cast<int16_t>(prediction);
   int k = 0;
@@ -111,14 +109,14 @@ struct Interval {
   int64_t first_mcu, end_mcu;
 };
 
-// Splits a scan into its restart intervals, without byte stuffing; without restart markers it is
-// one.
+// Splits a scan into its restart intervals and removes the byte stuffing. Without restart markers
+// the scan is one interval.
 class IntervalReader {
  public:
-  // False where the markers are not exactly RST0, RST1, ... and EOI, as many as there must be.
+  // False: the markers are not RST0, RST1, ... and EOI, as many as there must be.
   [[nodiscard]] bool read(const JpegHeader& header, const uint8_t* bytes, size_t size);
   [[nodiscard]] const std::vector<Interval>& intervals() const { return intervals_; }
-  // Behind the EOI marker, in the bytes given to read().
+  // Offset behind the EOI marker in the bytes given to read().
   [[nodiscard]] size_t end_offset() const { return end_offset_; }
 
  private:
@@ -133,7 +131,7 @@ bool IntervalReader::read(const JpegHeader& header, const uint8_t* bytes, size_t
   const uint8_t* const data = bytes + header.entropy_offset;
   const size_t data_size = size - header.entropy_offset;
   const int64_t num_intervals = header.num_intervals();
-  // Every interval takes a marker of two bytes.
+  // Every interval has a marker of two bytes.
   if (data_size > UINT32_MAX || static_cast<int64_t>(data_size / 2) < num_intervals) return false;
   markers_.resize(static_cast<size_t>(num_intervals));
   if (!find_markers(header, data, data_size, num_intervals, markers_.data())) return false;
@@ -158,7 +156,7 @@ bool IntervalReader::read(const JpegHeader& header, const uint8_t* bytes, size_t
 
 // ---- the image ----------------------------------------------------------------------------------
 
-// One MCU of all components into its place; false on an anomaly.
+// Decodes one MCU of all components. False: an anomaly.
 bool decode_mcu(const JpegHeader& header, const HuffmanTables& tables, int64_t mcu,
                 BitReader& reader, std::array<int, 3>& predictions, JpegCoefficients* out) {
   const int mcu_y = static_cast<int>(mcu / header.mcus_wide);
@@ -177,7 +175,7 @@ bool decode_mcu(const JpegHeader& header, const HuffmanTables& tables, int64_t m
   return true;
 }
 
-// False where the bytes can't hold so many blocks: each takes a DC and an AC code of a bit or more.
+// Whether the bytes can hold the blocks, each of which takes at least a bit for DC and for AC.
 bool can_hold_blocks(size_t entropy_bytes, const JpegHeader& header) {
   size_t num_blocks = 0;
   for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {

@@ -1,5 +1,5 @@
-// All coefficients of a baseline image, for packing. Pixels come from region.h, which is faster and
-// does not look at every block alone.
+// Decodes all coefficients of a baseline image, for packing. Pixels come from region.h, which is
+// faster.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@
 
 namespace imseq {
 
-// The coefficients of all blocks, quantised as they are coded.
+// The quantised coefficients of all blocks.
 struct JpegCoefficients {
   // Blocks row by row, 64 values each in zigzag order.
   std::array<std::vector<int16_t>, 3> components;
@@ -29,7 +29,7 @@ struct JpegCoefficients {
   }
 };
 
-// Decodes the whole scan of a kBaseline image. False: an anomaly anywhere up to the EOI marker.
+// Decodes a kBaseline image. False: there is an anomaly before the EOI marker.
 [[nodiscard]] bool decode_coefficients(const JpegHeader& header, const uint8_t* bytes, size_t size,
                                        JpegCoefficients* out);
 

@@ -1,5 +1,5 @@
-// The kernels of colour.h on vectors, where they are worth it; for colour_*.cpp alone, each of which
-// is compiled for one kind of processor.
+// The functions of colour.h written with vectors. Included only by colour_*.cpp, each of which is
+// compiled for one kind of processor.
 #pragma once
 
 #include "cpu/vectors.h"
@@ -9,9 +9,9 @@ namespace imseq {
 
 namespace {
 
-// Twice as many pixels as samples: 3/4 of a sample and 1/4 of the nearer neighbour. vector_at(i):
-// samples, or sums of two rows, from the i-th on; value_at(i): the i-th alone. Each step writes
-// 2 * kWords pixels, of which the last step has up to 2 * kWords - 2 too many.
+// Doubles a row: each pixel is 3/4 of its own value and 1/4 of the nearer neighbour's. Values are
+// samples, or sums of two rows: vector_at(i) gives kWords of them from the i-th on, value_at(i) the
+// i-th. The last step writes up to 2 * kWords - 2 pixels too many.
 template <int kLeftBias, int kRightBias, int kShift, typename VectorAt, typename ValueAt>
 inline void double_width(const VectorAt& vector_at, const ValueAt& value_at, int begin, int end,
                          int width, uint8_t* out) {
@@ -55,9 +55,9 @@ struct Rgb {
   Words red, green, blue;
 };
 
-// u = Cb - 128, v = Cr - 128. Red and blue need one product only, and 1.402 and 1.772 in 14 bits give
-// the same as jdcolor.c's 16 for all 256 values (colour_test.cpp tries them). Green's two factors
-// are even, so that half of each, which fits 16 bits, loses nothing.
+// u = Cb - 128, v = Cr - 128. Red and blue need one product each, and 14 bits of 1.402 and 1.772
+// give the same as jdcolor.c's 16 for all 256 values (colour_test.cpp tries them). Green's two
+// factors are even, so halving them to fit 16 bits is exact.
 inline Rgb to_rgb(Words y, Words u, Words v) {
   return {add(y, scaled(add(v, v), 22970)), add(y, scaled_sum<-22554 / 2, -46802 / 2>(u, v)),
           add(y, scaled(add(u, u), 29033))};

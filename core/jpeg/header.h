@@ -1,6 +1,6 @@
-// The headers of a JPEG. Pixels of a region come from region.h, all coefficients from coefficients.h
-// and progressive.h. All decode strictly: a stream is decoded without any anomaly or not at all,
-// because only libjpeg-turbo can say what it makes of a damaged one.
+// The headers of a JPEG. Pixels of a region come from region.h, all coefficients from
+// coefficients.h and progressive.h. All decode strictly: a stream is decoded without any anomaly or
+// not at all, because only libjpeg-turbo can say what it makes of a damaged one.
 //
 // References: ITU-T T.81 (the numbered sections below), ITU-T T.871 (JFIF), and libjpeg-turbo 3.x
 // and Pillow for whatever those leave open.
@@ -37,12 +37,12 @@ struct JpegComponent {
   int h_sampling = 0, v_sampling = 0;  // as written in the frame header
   int quant_table = 0, dc_table = 0, ac_table = 0;
   // What follows is derived, and only for kBaseline and kSeveralScans.
-  int mcu_width = 0, mcu_height = 0;  // blocks of this component in an MCU
-  int width = 0, height = 0;          // samples that mean something: the image's size, downsampled
-  int blocks_wide = 0, blocks_high = 0;  // coded blocks, those that only fill up an MCU included
+  int mcu_width = 0, mcu_height = 0;     // blocks of this component in an MCU
+  int width = 0, height = 0;             // samples of the image, without padding
+  int blocks_wide = 0, blocks_high = 0;  // coded blocks, with those that pad MCUs
 };
 
-// What a marker segment holds, its length field not included.
+// The content of a marker segment, behind its length field.
 struct JpegPayload {
   const uint8_t* bytes;
   size_t size;
@@ -79,14 +79,14 @@ struct JpegHeader {
   std::array<JpegHuffmanSpec, 4> dc_tables{}, ac_tables{};
   bool has_jfif = false, has_adobe = false;
   int adobe_transform = 0;
-  std::vector<JpegSegment> segments;  // all between SOI and the entropy-coded data, SOS the last
+  std::vector<JpegSegment> segments;  // all before the entropy-coded data; the last is SOS
   size_t entropy_offset = 0;          // first byte behind the scan header
   // What follows is derived, and only for kBaseline and kSeveralScans.
   JpegColour colour = JpegColour::kGrey;
   int mcus_wide = 0, mcus_high = 0;
 
   [[nodiscard]] int64_t num_mcus() const { return int64_t{mcus_wide} * mcus_high; }
-  // MCUs of a restart interval but the last, and how many intervals there are.
+  // MCUs of every restart interval except the last, which may have fewer.
   [[nodiscard]] int64_t interval_mcus() const {
     return restart_interval == 0 ? num_mcus() : restart_interval;
   }
@@ -98,25 +98,23 @@ struct JpegHeader {
 };
 
 enum class JpegKind {
-  kBaseline,      // this decoder's scope
-  kSeveralScans,  // the same but for its scans: progressive, or several sequential ones; only
-                  // packing decodes it (progressive.h)
-  kForeign,       // a header that can be read, but of another kind: CMYK, 12 bit ...
-  kDamaged        // no JPEG, or a header that is not sound
+  kBaseline,      // the core decodes it
+  kSeveralScans,  // progressive, or several sequential scans; only packing decodes it
+                  // (progressive.h)
+  kUnsupported,   // a sound header of another kind: CMYK, 12 bit ...
+  kDamaged        // no JPEG, or its header is not sound
 };
 
-// Reads everything up to the entropy-coded data of the first scan. Looks at no byte outside [0,
-// size).
+// Reads everything up to the entropy-coded data of the first scan. Reads no byte outside [0, size).
 [[nodiscard]] JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header);
 
-// Reads on at bytes[*at], behind the entropy-coded data of a scan: Huffman tables and restart
-// intervals into the header, up to the marker that ends them. Returns it, with *at behind it (behind
-// its segment where it has one, which is then the last of header->segments): SOS or EOI; 0 where
-// anything else comes.
+// Reads the segments behind a scan, from bytes[*at] on: Huffman tables and restart intervals go
+// into the header. Returns the marker that ends them and leaves *at behind it: SOS, whose segment
+// is then the last of header->segments, or EOI. Returns 0 if there is anything else.
 [[nodiscard]] int parse_to_next_scan(const uint8_t* bytes, size_t size, size_t* at,
                                      JpegHeader* header);
 
-// Whether no code is a prefix of another, nor all ones.
+// Whether no code is a prefix of another and none is all ones.
 [[nodiscard]] bool is_prefix_code(const JpegHuffmanSpec& spec);
 // Whether all symbols are categories of a DC difference.
 [[nodiscard]] bool is_dc_table(const JpegHuffmanSpec& spec);

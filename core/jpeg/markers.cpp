@@ -60,7 +60,7 @@ bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size, in
 
 bool read_markers(const JpegHeader& header, const uint8_t* bytes, size_t size,
                   int64_t num_intervals, uint32_t* markers) {
-  // It stands right before the scan header.
+  // The segment lies right before the scan header.
   if (header.segments.size() < 2) return false;
   const JpegSegment& segment = header.segments[header.segments.size() - 2];
   const auto num_sizes = static_cast<size_t>(header.num_intervals());

@@ -42,8 +42,8 @@ class HeaderWriter {
                               HeaderWriter* writer);
 void write_scan_header(const JpegHeader& header, HeaderWriter* writer);
 
-// The APP9 segment with the bytes that each restart interval takes, its marker included; and its own
-// size, 0 where there are too many intervals for a segment.
+// The APP9 segment with the bytes that each restart interval takes, its marker included; and its
+// own size, 0 where there are too many intervals for a segment.
 [[nodiscard]] size_t interval_sizes_bytes(size_t num_intervals);
 void write_interval_sizes(const std::vector<size_t>& sizes, HeaderWriter* writer);
 

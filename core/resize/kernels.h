@@ -19,8 +19,8 @@ struct Columns {
 };
 
 // What one CpuLevel resizes with. Rows begin anywhere and may be read kRowSlack bytes behind their
-// end; nothing but the outputs is written. A plan holds the weights in the order in which the kernel
-// wants them.
+// end; nothing but the outputs is written. A plan holds the weights in the order in which the
+// kernel wants them.
 struct ResizeKernels {
   // False: the image shrinks so much that the horizontal pass is left to the portable kernel.
   bool (*can_resize_horizontally)(const AxisWeights& weights);

@@ -14,8 +14,8 @@ constexpr int32_t kMaxResized = 1 << 24;
 
 // ---- randomness ---------------------------------------------------------------------------------
 
-// What a stream of draws is for. A new augmentation takes a new number, so that it can't shift the
-// draws of another; numbers are never reused, or the same seed would mean other pixels.
+// Each augmentation draws from a stream of its own, so that a new one does not shift the draws of
+// the others. Numbers are never reused: the same seed would then give other pixels.
 enum class Purpose : uint64_t { kCrop = 0, kFlip = 1 };
 
 uint64_t multiply_high(uint64_t a, uint64_t b) {
@@ -27,7 +27,7 @@ uint64_t multiply_high(uint64_t a, uint64_t b) {
 }
 
 // Philox4x64-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011).
-// The stream of a purpose is, number by number, NumPy's
+// A stream equals NumPy's
 //   numpy.random.Philox(key=[seed, kStreamTag], counter=[0, sample, epoch, purpose])
 // (negative numbers as two's complement), so that anyone can recompute a crop, as
 // test_augment.py does.
@@ -44,7 +44,7 @@ class Draws {
 
   double uniform(double low, double high) { return low + (high - low) * uniform(); }
 
-  // In [0, n); the bias, at most n / 2^64, is far below what any epoch could show.
+  // In [0, n). The bias, at most n / 2^64, is too small to be noticed.
   int32_t below(int32_t n) {
     return static_cast<int32_t>(multiply_high(bits(), static_cast<uint64_t>(n)));
   }
@@ -136,7 +136,7 @@ struct Box {
 };
 
 // torchvision 0.16 to 0.28, RandomResizedCrop.get_params, when ten tries have found no crop: the
-// central crop with the nearest ratio. May be empty for ratios that no crop of this image has.
+// central crop with the nearest ratio. Empty if no crop of this image has such a ratio.
 Box central_crop(const imseq_recipe& recipe, int32_t width, int32_t height) {
   const double ratio = static_cast<double>(width) / height;
   int32_t crop_width = width, crop_height = height;
@@ -148,8 +148,7 @@ Box central_crop(const imseq_recipe& recipe, int32_t width, int32_t height) {
   return {(height - crop_height) / 2, (width - crop_width) / 2, crop_height, crop_width};
 }
 
-// torchvision RandomResizedCrop.get_params: the same tries with the same distributions, our own
-// draws.
+// torchvision RandomResizedCrop.get_params: the same algorithm with our own random numbers.
 Box random_resized_crop(const imseq_recipe& recipe, const imseq_key& key, int32_t width,
                         int32_t height) {
   Draws draws(key, Purpose::kCrop);

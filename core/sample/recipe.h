@@ -1,11 +1,11 @@
-// The rules that a recipe must keep.
+// Checks recipes.
 #pragma once
 
 #include "imagenet_seq.h"
 
 namespace imseq {
 
-// IMSEQ_OK, or IMSEQ_ERROR_ARGUMENT with the field that is out of its domain.
+// Returns IMSEQ_OK, or IMSEQ_ERROR_ARGUMENT and names the field that is out of range.
 [[nodiscard]] int32_t check_recipe(const imseq_recipe& recipe, imseq_error* error);
 
 }  // namespace imseq

@@ -1,5 +1,5 @@
-// The C functions that need no engine: whatever allocation fails, no exception leaves them, and NULL
-// is refused.
+// The C functions that need no engine: whatever allocation fails, no exception leaves them, and
+// NULL is refused.
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>

@@ -1,5 +1,6 @@
-// The JPEG decoder by itself: entropy coding there and back, regions against the whole image, and damage that must neither be accepted nor read past the
-// bytes (for sanitizers). Equality with Pillow is tests/test_decode.py's.
+// The JPEG decoder by itself: entropy coding there and back, regions against the whole image, and
+// damage that must neither be accepted nor read past the bytes (for sanitizers). Equality with
+// Pillow is tests/test_decode.py's.
 #include <algorithm>
 #include <bit>
 #include <cstdio>
@@ -654,8 +655,8 @@ void test_groups() {
   expect(num_decoded > 100 && num_foreign > 20, "images of both kinds", num_decoded, num_foreign);
 }
 
-// A marker that is not where the sizes say: the image is foreign, wherever in it lanes find out, and
-// nothing else in its group is.
+// A marker that is not where the sizes say: the image is foreign, wherever in it lanes find out,
+// and nothing else in its group is.
 void test_damaged_markers() {
   imseq::SampleDecoder decoder;
   const Image image =
