@@ -1,5 +1,4 @@
-// The marker segments of a re-coded image. docs/format.md, "Canonical form", says which and in what
-// order.
+// Writes the marker segments of a re-coded image. docs/format.md, "Canonical form", defines them.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +10,7 @@
 
 namespace imseq {
 
-// Marker segments, one after the other.
+// Collects marker segments.
 class HeaderWriter {
  public:
   void marker(uint8_t code) { bytes_.insert(bytes_.end(), {0xFF, code}); }
@@ -30,13 +29,13 @@ class HeaderWriter {
   std::vector<uint8_t> bytes_;
 };
 
-// Copies the metadata segments in their order; strip: only those that change what an image looks
-// like. False: there is one that would not be true of the re-coded image.
+// Copies the metadata segments in their order; strip: only those that affect how the image looks.
+// False: there is one that would be wrong for the re-coded image.
 [[nodiscard]] bool write_metadata(const JpegHeader& header, const uint8_t* bytes, bool strip,
                                   HeaderWriter* writer);
 
-// Everything up to the scan header but the intervals' sizes. codes: of the tables that the image
-// uses. False: as write_metadata.
+// Writes everything before the scan header, except the intervals' sizes. False: as of
+// write_metadata.
 [[nodiscard]] bool write_head(const JpegHeader& header, const uint8_t* bytes, bool strip,
                               int32_t restart_interval, const HuffmanCodes& codes,
                               HeaderWriter* writer);

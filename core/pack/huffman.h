@@ -1,4 +1,4 @@
-// Huffman codes as an encoder needs them: fitted to an image or to a whole pack, and as bytes.
+// Huffman codes of an encoder, fitted to an image or to a whole pack, and their bytes.
 // docs/format.md, "Canonical form", says which codes a pack has.
 #pragma once
 

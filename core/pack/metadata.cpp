@@ -1,4 +1,4 @@
-// Which of an image's application and comment segments a re-coded image keeps.
+// Copies application and comment segments to a re-coded image.
 #include <vector>
 
 #include "jpeg/codes.h"
@@ -9,8 +9,7 @@ namespace imseq {
 
 namespace {
 
-// The orientation tag of an Exif segment's first directory (Exif 2.3, 4.6.4 A); 1 where there is
-// none.
+// The orientation tag of an Exif segment's first directory (Exif 2.3, 4.6.4 A); 1: there is none.
 int exif_orientation(JpegPayload payload) {
   constexpr size_t kTiffOffset = 6, kEntrySize = 12;
   constexpr uint32_t kOrientationTag = 0x0112, kTypeShort = 3;
@@ -38,7 +37,7 @@ int exif_orientation(JpegPayload payload) {
   return 1;
 }
 
-// An Exif segment that has nothing but the orientation.
+// An Exif segment with only the orientation.
 std::vector<uint8_t> exif_of_orientation(int value) {
   return {'E', 'x', 'i', 'f',  0, 0, 'M', 'M', 0, 42, 0, 0,
           0,   8,  // one directory, at 8
@@ -59,7 +58,7 @@ bool write_metadata(const JpegHeader& header, const uint8_t* bytes, bool strip,
     const bool is_jfif = segment.marker == kApp0 && payload.starts_with("JFIF", 4);
     const bool is_adobe = segment.marker == kApp14 && payload.starts_with("Adobe", 5);
     if (segment.marker == kApp9 && payload.starts_with(kIntervalSizes, sizeof(kIntervalSizes))) {
-      continue;  // this image gets its own
+      continue;  // the re-coded image gets its own
     }
     if (strip && segment.marker == kApp1 && payload.starts_with("Exif\0", 6)) {
       const int orientation = exif_orientation(payload);
@@ -68,8 +67,7 @@ bool write_metadata(const JpegHeader& header, const uint8_t* bytes, bool strip,
       }
       orientation_written = orientation_written || orientation != 1;
     } else if (!strip || is_jfif || is_adobe) {
-      // A multi-picture index holds offsets of pictures behind this one: re-coding would break
-      // them.
+      // A multi-picture index holds file offsets of other pictures, which re-coding would break.
       if (segment.marker == kApp2 && payload.starts_with("MPF", 4)) return false;
       writer->segment(segment.marker, {payload.bytes, payload.bytes + payload.size});
     }

@@ -9,7 +9,7 @@ namespace imseq {
 
 namespace {
 
-// How a token's symbol is written: its code, moved up to make place for the extra bits.
+// A symbol's code, shifted to make room for the extra bits.
 struct SymbolCode {
   uint32_t bits;
   int32_t length;  // extra bits included
@@ -30,8 +30,8 @@ SymbolCodes symbol_codes(const HuffmanCodes& codes) {
   return result;
 }
 
-// Bits as bytes, most significant first. Stores eight bytes at a time, of which those behind
-// position() mean nothing yet.
+// Writes bits, most significant first. Stores eight bytes at a time; those behind position() are
+// not valid yet.
 class BitWriter {
  public:
   explicit BitWriter(uint8_t* begin) : position_(begin) {}
@@ -48,7 +48,7 @@ class BitWriter {
   // Fills the last byte with ones.
   void fill_byte() { put((1u << (-used_ & 7)) - 1, -used_ & 7); }
 
-  // Continues at begin, where nothing of the bytes before matters any more.
+  // Continues at begin; the bytes written before may be overwritten.
   void restart(uint8_t* begin) { position_ = begin; }
   [[nodiscard]] uint8_t* position() const { return position_; }
 

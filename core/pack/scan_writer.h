@@ -1,4 +1,4 @@
-// Huffman coding of a scan.
+// Writes the entropy-coded data of a scan.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 
 namespace imseq {
 
-// Entropy-coded data inside [begin, end), with the zero byte that has to follow each 0xFF (T.81
-// F.1.2.3). Where there is no room for more, writes nothing more and says so at the end.
+// Writes bytes to [begin, end) with a zero byte behind each 0xFF (T.81 F.1.2.3). Once there is no
+// room left it writes nothing more, and full() is true.
 class StuffingWriter {
  public:
   StuffingWriter(uint8_t* begin, uint8_t* end) : position_(begin), end_(end) {}
@@ -23,7 +23,7 @@ class StuffingWriter {
     for (; bytes_end - bytes >= 8; bytes += 8) {
       uint64_t word;
       std::memcpy(&word, bytes, sizeof(word));
-      // A byte of 0xFF, or a harmless neighbour of one, carries out of its seven low bits.
+      // True if no byte is 0xFF: adding 1 clears the top bit of such a byte.
       if ((word & ~(word + 0x0101010101010101u) & 0x8080808080808080u) == 0) {
         std::memcpy(position_, &word, sizeof(word));
         position_ += sizeof(word);
@@ -58,8 +58,8 @@ class StuffingWriter {
   bool full_ = false;
 };
 
-// Writes the entropy-coded data, markers included; sizes: the bytes of each restart interval with
-// its marker.
+// Writes the entropy-coded data with their markers. Appends to *sizes the bytes of each restart
+// interval with its marker.
 void write_scan(const ScanTokens& scan, const HuffmanCodes& huffman, StuffingWriter* writer,
                 std::vector<size_t>* sizes);
 

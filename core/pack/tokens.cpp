@@ -16,7 +16,7 @@ namespace {
 
 constexpr uint32_t kEndOfBlock = 0x00, kSixteenZeros = 0xF0;
 
-// Tables as in HuffmanCodes, times 256.
+// The index of the table in HuffmanCodes, times 256.
 constexpr uint32_t dc_table_of(int component) { return component == 0 ? 0x000 : 0x200; }
 constexpr uint32_t ac_table_of(int component) { return component == 0 ? 0x100 : 0x300; }
 
@@ -26,7 +26,7 @@ uint64_t nonzero_mask(const int16_t* block) {
   uint64_t zeros = 0;
   for (int i = 0; i < 64; i += 16) {
     const auto* in = reinterpret_cast<const __m128i*>(block + i);
-    // Packing saturates, so it makes no value zero.
+    // Packing saturates, so no other value becomes zero.
     const __m128i bytes = _mm_packs_epi16(_mm_loadu_si128(in), _mm_loadu_si128(in + 1));
     const int is_zero = _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
     zeros |= static_cast<uint64_t>(is_zero) << i;
@@ -40,15 +40,15 @@ uint64_t nonzero_mask(const int16_t* block) {
     uint64_t four;
     std::memcpy(&four, block + i, sizeof(four));
     const uint64_t top_bits = (((four & kLow15) + kLow15) | four) & ~kLow15;
-    // The product brings the four top bits side by side, at bit 48.
+    // The product collects the four top bits from bit 48 on.
     mask |= (((top_bits >> 15) * 0x0001000200040008u) >> 48 & 0xF) << i;
   }
   return mask;
 #endif
 }
 
-// The category of each value and its extra bits (T.81 F.1.2.1.1), as they stand in a token;
-// [value & kCategoryMask]. Values that are too large for that have any token.
+// [value & kCategoryMask]: the category of the value and its extra bits (T.81 F.1.2.1.1), as in a
+// token. Undefined for values that are too large.
 constexpr uint32_t kCategoryMask = 0xFFF;
 constexpr auto kCategories = [] {
   std::array<Token, kCategoryMask + 1> table{};
@@ -108,7 +108,7 @@ Token* ScanTokens::collect_mcu(const JpegHeader& header, const JpegCoefficients&
   return out;
 }
 
-// A row of MCUs has at most 64 tokens a block: then no token needs a check of its own.
+// Makes room for a row of MCUs, at most 64 tokens per block, so that no token needs a check.
 void ScanTokens::make_room(const JpegHeader& header, size_t num_tokens) {
   size_t row_blocks = 0;
   for (int c = 0; c < header.num_components; ++c) {

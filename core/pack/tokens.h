@@ -1,4 +1,4 @@
-// The coefficients of an image as the symbols of its Huffman codes.
+// Converts the coefficients of an image to the symbols of its Huffman codes.
 #pragma once
 
 #include <array>
@@ -10,17 +10,18 @@
 
 namespace imseq {
 
-// A symbol to code: bits 0 to 9 the table and the symbol in it, bits 16 and up its extra bits.
+// A symbol to be coded: bits 0 to 9 are the table and the symbol in it, bits 16 and up the extra
+// bits.
 using Token = uint32_t;
 constexpr int kExtraShift = 16;
 constexpr uint32_t kTokenSymbol = 0x3FF;
 
 using SymbolCounts = std::array<uint64_t, 4 * 256>;  // [table and symbol, as in a token]
 
-// The scan as tokens.
+// The tokens of a scan.
 class ScanTokens {
  public:
-  // False: a coefficient is larger than an encoder can make it from 8-bit samples.
+  // False: a coefficient is too large for 8-bit samples.
   [[nodiscard]] bool collect(const JpegHeader& header, const JpegCoefficients& coefficients,
                              int32_t restart_interval);
 

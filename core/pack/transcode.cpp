@@ -14,11 +14,10 @@ namespace imseq {
 
 namespace {
 
-// Pillow refuses larger images unless told otherwise (twice MAX_IMAGE_PIXELS), so they stay as they
-// are.
+// By default Pillow refuses larger images (twice MAX_IMAGE_PIXELS); they are not re-coded.
 constexpr int64_t kMaxPixels = 178956970;
 
-// False: the pack's tables are not what imseq_fit_tables gives.
+// False: imseq_fit_tables can't have made the pack's tables.
 bool choose_codes(const ScanTokens& scan, const uint8_t* pack_tables, HuffmanCodes* out) {
   if (pack_tables != nullptr) return read_pack_tables(pack_tables, out);
   const SymbolCounts counts = scan.counts();
@@ -28,8 +27,8 @@ bool choose_codes(const ScanTokens& scan, const uint8_t* pack_tables, HuffmanCod
   return true;
 }
 
-// Bytes that are enough for the entropy-coded data: each may need a stuffed one, and an interval
-// adds a part of a byte and its marker.
+// An upper bound of the entropy-coded data's bytes: each may be followed by a stuffed one, and an
+// interval adds padding and its marker.
 size_t enough_for_scan(const ScanTokens& scan, const HuffmanCodes& codes) {
   const SymbolCounts counts = scan.counts();
   uint64_t num_bits = 0;
@@ -46,7 +45,7 @@ void Transcoder::trim() {
   if (int64_t{header_.width} * header_.height > kKeptPixels) *this = {};
 }
 
-// False: not to be re-coded.
+// False: the image can't be re-coded.
 bool Transcoder::take_apart(const uint8_t* bytes, size_t size, int32_t restart_interval) {
   const JpegKind kind = parse_jpeg(bytes, size, &header_);
   if (kind != JpegKind::kBaseline && kind != JpegKind::kSeveralScans) return false;
@@ -80,7 +79,7 @@ int32_t Transcoder::transcode(const uint8_t* bytes, size_t size, const Transcode
     return IMSEQ_FOREIGN;
   write_scan_header(header_, &scan_header);
 
-  // The intervals' sizes stand before them, so they are coded first, behind the place for the rest.
+  // The header contains the intervals' sizes, so they are coded first, behind the room for it.
   const size_t sizes_bytes =
       settings.restart_interval > 0 ? interval_sizes_bytes(scan_.num_intervals()) : 0;
   const size_t place = head.bytes().size() + sizes_bytes + scan_header.bytes().size();

@@ -1,5 +1,5 @@
-// Packing's lossless re-coding: the same coefficients under other Huffman tables, with restart
-// markers. docs/format.md, "Canonical form", says what comes out.
+// Re-codes JPEGs without loss for packing: the same coefficients with other Huffman tables and with
+// restart markers. docs/format.md, "Canonical form", defines the result.
 #pragma once
 
 #include <cstddef>
@@ -14,26 +14,26 @@ namespace imseq {
 
 struct TranscodeSettings {
   int32_t restart_interval;  // MCUs, 0: none
-  bool strip;                // leave out metadata that does not change what the image looks like
+  bool strip;                // omit metadata that does not affect how the image looks
   const uint8_t* tables;     // of the pack; null: fitted to the image
 };
 
-// Keeps its memory from image to image, but for that of very large ones.
+// Reuses its memory, except that of very large images.
 class Transcoder {
  public:
-  // Statuses as of imseq_transcode. *entropy_offset: where the entropy-coded data begin in `out`.
+  // Returns statuses as imseq_transcode. *entropy_offset: where the entropy-coded data begin in
+  // `out`.
   [[nodiscard]] int32_t transcode(const uint8_t* bytes, size_t size,
                                   const TranscodeSettings& settings, uint8_t* out, size_t capacity,
                                   size_t* out_size, size_t* entropy_offset, imseq_error* error);
 
-  // Adds to counts. False: not to be re-coded, nothing is added.
+  // Adds to counts. False: the image can't be re-coded, and nothing is added.
   [[nodiscard]] bool count_symbols(const uint8_t* bytes, size_t size, int32_t restart_interval,
                                    uint64_t* counts);
 
-  // Of the last image.
+  // The header of the last image.
   [[nodiscard]] const JpegHeader& header() const { return header_; }
-  // After every image, whatever came of it: frees what so few images need that a thread should not
-  // keep it.
+  // Call after every image: frees the memory if the image was very large.
   void trim();
 
  private:

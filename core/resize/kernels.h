@@ -1,4 +1,4 @@
-// What the resize's two passes run with: a set of kernels for each kind of processor.
+// The kernels of the resize's two passes, a set for each CpuLevel.
 #pragma once
 
 #include <cstddef>
@@ -9,20 +9,19 @@
 
 namespace imseq {
 
-// Columns that the vertical pass resizes, of planes each of which begins where the one before it
-// ends. A plane is at least kMinWidth wide, so that kernels need not write behind its end, where
-// memory may be another's, to make use of whole vectors.
+// The columns that the vertical pass resizes, of planes that follow each other without a gap. A
+// plane is at least kMinWidth wide, so that kernels use whole vectors without writing behind its
+// end.
 struct Columns {
   static constexpr size_t kMinWidth = 64;
   size_t first, width;
   int num_planes;
 };
 
-// What one CpuLevel resizes with. Rows begin anywhere and may be read kRowSlack bytes behind their
-// end; nothing but the outputs is written. A plan holds the weights in the order in which the
-// kernel wants them.
+// Rows begin anywhere and may be read kRowSlack bytes behind their end; only outputs are written. A
+// plan holds the weights in the order in which a kernel reads them.
 struct ResizeKernels {
-  // False: the image shrinks so much that the horizontal pass is left to the portable kernel.
+  // False: the image shrinks so much that the portable kernel must do the horizontal pass.
   bool (*can_resize_horizontally)(const AxisWeights& weights);
   size_t (*horizontal_plan_bytes)(const AxisWeights& weights);
   void (*plan_horizontally)(const AxisWeights& weights, void* plan);
@@ -44,7 +43,7 @@ const ResizeKernels& avx2_resize_kernels();
 const ResizeKernels& avx512_resize_kernels();
 const ResizeKernels& neon_resize_kernels();
 
-// Of kernels that read the weights as they are.
+// For kernels that need no plan.
 size_t no_plan_bytes(const AxisWeights& weights);
 void no_plan(const AxisWeights& weights, void* plan);
 

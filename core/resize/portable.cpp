@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kHalf = 1 << (kWeightBits - 1);
 
-// 10 bits are left; saying so lets compilers clamp 16-bit vectors, which all x86-64 can.
+// After the shift 10 bits are left; the cast makes compilers clamp 16-bit vectors, as SSE2 can.
 inline uint8_t to_byte(int32_t sum) {
   const auto value = static_cast<int16_t>(sum >> kWeightBits);
   return static_cast<uint8_t>(std::clamp(static_cast<int>(value), 0, 255));
@@ -20,8 +20,8 @@ bool always(const AxisWeights&) { return true; }
 
 constexpr int kStrip = 64;  // outputs of the horizontal pass that are rounded to bytes at a time
 
-// Three planes of a row, or one; weights and places serve them all. kTaps: the number of taps of
-// every output, missing ones having weight zero; 0: each output has its own.
+// Resizes three planes of a row, or one. kTaps: the number of taps of every output, missing ones
+// having weight zero; 0: each output has its own number.
 template <int kPlanes, int kTaps>
 void horizontal_pass(const AxisWeights& weights, const uint8_t* __restrict in, size_t in_stride,
                      bool flip, uint8_t* __restrict out, size_t out_stride) {
@@ -76,16 +76,15 @@ void portable_horizontal(const AxisWeights& weights, const void*, const uint8_t*
   }
 }
 
-// A weight is below 2 and so has 24 bits. It is taken apart into two 16-bit numbers, which
-// compilers for baseline x86-64 multiply eight at a time (32-bit multiplication of vectors came
-// with SSE4.1).
+// Each weight, of 24 bits, is split into two 16-bit numbers, because baseline x86-64 has no 32-bit
+// multiplication of vectors.
 void portable_vertical(const AxisWeights& weights, const void*, int i, const uint8_t* const* rows,
                        const Columns& columns, uint8_t* out, size_t out_stride) {
   constexpr size_t kColumns = 16;  // at a time, their sums in registers
   for (size_t p = 0; p < static_cast<size_t>(columns.num_planes); ++p) {
     uint8_t* __restrict plane = out + p * out_stride;
     for (size_t begin = 0; begin < columns.width; begin += kColumns) {
-      // The last ones may do again some of what was done before.
+      // The last ones may overlap the ones before.
       const size_t x = std::min(begin, columns.width - kColumns);
       int32_t sums[kColumns];
       for (int32_t& sum : sums) sum = kHalf;

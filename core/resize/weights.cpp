@@ -10,8 +10,8 @@ namespace imseq {
 
 namespace {
 
-// The filters of Resample.c, in its order of operations but without branches, so that compilers can
-// compute several weights at a time.
+// The filters of Resample.c, with its order of operations but without branches, so that compilers
+// can vectorise them.
 struct Box {
   static constexpr double kSupport = 0.5;
   static double weight(double x) { return ((x > -0.5) & (x <= 0.5)) ? 1.0 : 0.0; }
@@ -87,7 +87,7 @@ void ResizeWeights::find_taps(int in_size, double scale, double support, int beg
   axis_.num_taps = num_taps_.data();
 }
 
-// Tap by tap, all outputs at once; each output's total still adds up in the order of its taps.
+// Computes tap by tap for all outputs at once; each total still adds up in the order of its taps.
 template <typename Filter>
 void ResizeWeights::compute_weights(double inverse) {
   const size_t n = axis_.stride;
@@ -110,7 +110,7 @@ void ResizeWeights::compute_weights(double inverse) {
       totals[i] += taps[i];
     }
   }
-  // Pillow leaves weights alone that add up to nothing; dividing by one does the same.
+  // Pillow does not normalise weights that add up to zero; nor does dividing by one.
   for (size_t i = 0; i < n; ++i) totals[i] = totals[i] == 0.0 ? 1.0 : totals[i];
   // normalize_coeffs_8bpc.
   for (size_t k = 0; k < max_taps; ++k) {

@@ -10,10 +10,10 @@ namespace imseq {
 // Resample.c: PRECISION_BITS = 32 - 8 - 2.
 constexpr int kWeightBits = 22;
 
-// One axis' weights as kernels read them. Output i is the sum of weights[k * stride + i] * input
-// first_taps[i] + k over its taps k, which is rounded. Both arrays are padded to whole groups:
-// outputs to a multiple of kOutputGroup, repeating the last first tap, taps to one of kTapGroup.
-// Every weight that pads is zero.
+// One axis' weights as kernels read them. Output i is the rounded sum of weights[k * stride + i] *
+// input[first_taps[i] + k] over its taps k. Outputs are padded to a multiple of kOutputGroup, for
+// which the last first tap is repeated, and taps to a multiple of kTapGroup. Padding weights are
+// zero.
 struct AxisWeights {
   static constexpr int kOutputGroup = 32, kTapGroup = 4;
   int num_outputs = 0;
@@ -24,13 +24,13 @@ struct AxisWeights {
   const int32_t* weights = nullptr;  // below 2.0 in magnitude
 };
 
-// Pillow's weights along one axis for outputs [begin, end) of `out_size`, from an input of
-// `in_size`.
+// Computes Pillow's weights along one axis, for outputs [begin, end) of `out_size` from `in_size`
+// inputs.
 class ResizeWeights {
  public:
   void compute(int in_size, int out_size, int begin, int end, int filter);
 
-  // Where the sizes are equal Pillow leaves the axis alone: output i is input begin + i.
+  // If the sizes are equal Pillow leaves the axis alone: output i is input begin + i.
   [[nodiscard]] bool identity() const { return identity_; }
   // Inputs [first_input, end_input) are needed. Taps count from first_input.
   [[nodiscard]] int first_input() const { return first_input_; }
