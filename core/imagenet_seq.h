@@ -206,8 +206,8 @@ IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t
                                       size_t capacity, size_t* out_size, imseq_header* header,
                                       imseq_error* error);
 
-/* Add to counts[4 * 256] (table, symbol) how often the re-coded JPEG has each symbol. IMSEQ_FOREIGN:
- * the image is damaged or unsupported, and nothing is added. */
+/* Add to counts[4 * 256] (table, symbol) how often the re-coded JPEG has each symbol.
+ * IMSEQ_FOREIGN: the image is damaged or unsupported, and nothing is added. */
 IMSEQ_CHECKED int32_t imseq_count_symbols(const uint8_t* bytes, size_t size,
                                           int32_t restart_interval, uint64_t* counts,
                                           imseq_error* error);
