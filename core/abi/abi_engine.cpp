@@ -13,6 +13,8 @@
 
 using imseq::check_config;
 using imseq::fail;
+using imseq::is_null;
+using imseq::out_of_memory;
 
 struct imseq_engine : imseq::Engine {
   using Engine::Engine;
@@ -22,16 +24,8 @@ struct imseq_engine : imseq::Engine {
 
 namespace {
 
-int32_t out_of_memory(imseq_error* error) {
-  return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
-}
-
 bool has_null(std::initializer_list<const void*> pointers) {
   return std::find(pointers.begin(), pointers.end(), nullptr) != pointers.end();
-}
-
-int32_t is_null(imseq_error* error) {
-  return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "engine: expected pointers, got NULL");
 }
 
 // Runs body on an engine of this process; no exception may cross the C boundary. arguments:
@@ -39,7 +33,7 @@ int32_t is_null(imseq_error* error) {
 template <class Body>
 int32_t guarded(imseq_engine* engine, std::initializer_list<const void*> arguments,
                 imseq_error* error, Body body) {
-  if (engine == nullptr || has_null(arguments)) return is_null(error);
+  if (engine == nullptr || has_null(arguments)) return is_null(error, "engine");
   if (engine->owner != getpid()) {
     return fail(
         error, IMSEQ_ERROR_FORK, -1, -1, 0,
@@ -55,7 +49,7 @@ int32_t guarded(imseq_engine* engine, std::initializer_list<const void*> argumen
       return body();
     }
   } catch (const std::bad_alloc&) {
-    return out_of_memory(error);
+    return out_of_memory(error, "engine");
   } catch (const std::exception& exception) {
     return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "%s", exception.what());
   }
@@ -65,13 +59,13 @@ int32_t guarded(imseq_engine* engine, std::initializer_list<const void*> argumen
 
 int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** out,
                             imseq_error* error) {
-  if (has_null({config, out})) return is_null(error);
+  if (has_null({config, out})) return is_null(error, "engine");
   if (const int32_t status = check_config(*config, error); status != IMSEQ_OK) return status;
   try {
     *out = new imseq_engine(*config);
     return IMSEQ_OK;
   } catch (const std::bad_alloc&) {
-    return out_of_memory(error);
+    return out_of_memory(error, "engine");
   } catch (const std::exception& exception) {
     return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "cannot start %d threads: %s",
                 config->num_decoders + config->num_readers, exception.what());

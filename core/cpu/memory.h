@@ -1,4 +1,4 @@
-// Rounding, growing and the clock: what several stages need and none of them owns.
+// Rounding, growing vectors and reading the clock, for all stages.
 #pragma once
 
 #include <chrono>
@@ -9,8 +9,8 @@
 
 namespace imseq {
 
-// For values that are not negative. Always inlined: the linker must not choose a copy that was
-// compiled for one kind of processor for all.
+// For values that are not negative. Always inlined: otherwise the linker could keep the copy that
+// was compiled for one kind of processor, for all.
 template <typename T>
 __attribute__((always_inline)) constexpr T divide_up(T value, std::type_identity_t<T> unit) {
   return (value + unit - 1) / unit;

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "abi/status.h"
-#include "sample/augment.h"
+#include "sample/recipe.h"
 
 namespace imseq {
 
