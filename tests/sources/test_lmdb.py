@@ -24,9 +24,8 @@ from imagenet_seq.pack import lmdb as lmdb_file
 from imagenet_seq.pack.lmdb import LmdbWriter, tensorpack_key, tensorpack_keys, tensorpack_value
 from imagenet_seq.sources.formats.lmdb_tree import BRANCH, KEYS, LEAF
 from imagenet_seq.sources.formats.lmdb_values import ValueFormError, find_pair, stored_bytes
-from imagenet_seq.sources.place import Opening, SplitNeededError
+from imagenet_seq.sources.place import Opening, Seen, SplitNeededError
 from imagenet_seq.sources.recognise import find_source, open_source
-from imagenet_seq.sources.scan import Seen
 
 lmdb = pytest.importorskip("lmdb")
 msgpack = pytest.importorskip("msgpack")

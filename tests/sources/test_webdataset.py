@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.tar_file import InMemory, Member, members
-from imagenet_seq.sources.place import Opening, SplitNeededError, expand_pattern
+from imagenet_seq.sources.place import Opening, Seen, SplitNeededError, expand_pattern
 from imagenet_seq.sources.recognise import find_source, open_source
-from imagenet_seq.sources.scan import Problems, Seen
+from imagenet_seq.sources.scan import Problems
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BLOCK = 512

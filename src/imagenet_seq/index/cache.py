@@ -25,7 +25,7 @@ OnError = Literal["fail", "skip"]
 """What to do with a sample that can't be indexed: raise, or leave it out, count and report it."""
 
 
-_FORMAT = 1
+_FORMAT = 2
 """Of kept indexes. Another one is made anew: raise it when a scan would give another result."""
 
 

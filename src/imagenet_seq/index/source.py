@@ -19,6 +19,11 @@ class Block(NamedTuple):
     offsets: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
+    def image(self, ordinal: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes of the sample with this ordinal, as a view."""
+        begin = int(self.offsets[ordinal])
+        return self.bytes[begin : begin + int(self.lengths[ordinal])]
+
 
 @dataclass(frozen=True, eq=False)
 class Source:

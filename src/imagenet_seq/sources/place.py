@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.index.source import Source
-from imagenet_seq.sources.scan import Visit
 
 SPLITS = ("train", "val")
 
@@ -20,6 +19,24 @@ SPLITS = ("train", "val")
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
 }  # fmt: skip
+
+
+class Seen(NamedTuple):
+    """A sample whose bytes are at hand while its source is indexed; valid during the call only.
+
+    Attributes:
+        sample: its number in the index.
+        name: its name in the index.
+        data: the encoded image.
+    """
+
+    sample: int
+    name: str
+    data: memoryview
+
+
+Visit = Callable[[Seen], None]
+"""Gets every sample while a scan reads it, so that packing needs no second pass."""
 
 
 class Opening(NamedTuple):

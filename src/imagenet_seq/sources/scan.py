@@ -12,8 +12,8 @@ import os
 import queue
 import threading
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -140,18 +140,6 @@ class FileStream:
 # ---- what is found -------------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
-    """A sample whose bytes pass by while its source is indexed; valid during the call only."""
-
-    sample: int  # its number in the index
-    name: str
-    data: memoryview
-
-
-Visit = Callable[[Seen], None]
-"""Gets every sample of a scan that reads images: packing can then do with one pass."""
-
-
 class Problems:
     """What is wrong with single samples, and what the user wants done about it.
 
@@ -180,18 +168,6 @@ class Problems:
         self.count += 1
         if len(self.messages) < self.SHOWN:
             self.messages.append(message)
-
-
-_SIGNATURES = (
-    (b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n\x1a\n", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"),
-    (b"RIFF", ".webp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P6", ".ppm"), (b"P5", ".pgm"),
-)  # fmt: skip
-
-
-def image_extension(data: bytes | memoryview) -> str:
-    """Return the extension that image bytes should have; ".bin" where no format is recognised."""
-    head = bytes(data[:8])
-    return next((found for magic, found in _SIGNATURES if head.startswith(magic)), ".bin")
 
 
 class Rows:

@@ -22,6 +22,7 @@ from imagenet_seq.index.classes import MAX_CLASSES, classes_of
 from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats import imagefolder
+from imagenet_seq.sources.images import is_image_name
 from imagenet_seq.sources.place import (
     SPLITS,
     Found,
@@ -84,7 +85,7 @@ def find(place: Place) -> Found | str | None:
                     f"{place.path} holds images with labels in {name}/: pass split='train' or "
                     "split='val'"
                 )
-    if not any(map(imagefolder.is_image, place.files)) or imagefolder.has_classes(place):
+    if not any(map(is_image_name, place.files)) or imagefolder.has_classes(place):
         return None
     known = _Images.of(place.files)
     lists = [path for path in _possible_lists(place.path) if _is_about(path, known)]
@@ -120,7 +121,7 @@ def _open(folder: str, lists: Sequence[str], how: Opening) -> Source:
 
 def _scan(folder: str, lists: Sequence[str], how: Opening) -> Scanned:
     with os.scandir(folder) as entries:
-        files = sorted(entry.name for entry in entries if imagefolder.is_image(entry.name))
+        files = sorted(entry.name for entry in entries if is_image_name(entry.name))
     images, problems = _Images.of(files), Problems(how.on_error)
     told = [_read_list(path, images, problems) for path in lists]
     classes, from_where = _classes(folder, lists, told)
@@ -199,7 +200,7 @@ class _Images(NamedTuple):
 
     @classmethod
     def of(cls, files: Iterable[str]) -> _Images:
-        names = [name for name in files if imagefolder.is_image(name)]
+        names = [name for name in files if is_image_name(name)]
         of_stem: dict[str, str] = {}
         for name in names:
             stem = os.path.splitext(name)[0]
@@ -266,7 +267,7 @@ def _read_list(path: str, images: _Images, problems: Problems) -> dict[str, _Tol
                 problems.report(f"{path}:{line}: expected a name and a label")
                 continue
             where, image = f"{path}:{line.number}", images.find(line.name)
-            is_header = line.number == 1 and not imagefolder.is_image(line.name)
+            is_header = line.number == 1 and not is_image_name(line.name)
             if image is None and is_header and not _NUMBER.fullmatch(line.label):
                 continue
             if image is None:

@@ -25,6 +25,7 @@ from imagenet_seq.index.cache import OnError, Scanned
 from imagenet_seq.index.classes import MAX_CLASSES, classes_of, imagenet_classes, is_wnid
 from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Block
+from imagenet_seq.sources.images import NAMED_EXTENSIONS, image_extension
 from imagenet_seq.sources.place import Place, SplitNeededError
 from imagenet_seq.sources.scan import Problems, Rows
 
@@ -41,9 +42,6 @@ _LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
 
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
-
-
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -278,8 +276,7 @@ def images_in(array: Any) -> Block:
 
 def begin_of(images: Block, row: int) -> bytes:
     """Return the first bytes of an image."""
-    begin, length = int(images.offsets[row]), int(images.lengths[row])
-    return images.bytes[begin : begin + min(length, 16)].tobytes()
+    return images.image(row)[:16].tobytes()
 
 
 def nulls_of(array: Any) -> npt.NDArray[np.bool_]:
@@ -310,15 +307,6 @@ def _base_names(array: Any) -> list[str]:
     text, begins, lengths = names.bytes.tobytes(), names.offsets.tolist(), names.lengths.tolist()
     paths = [text[at : at + length] for at, length in zip(begins, lengths, strict=True)]
     return [os.fsdecode(path.rpartition(b"/")[2].replace(b"\0", b"")) for path in paths]
-
-
-def _extension_of(data: bytes) -> str:
-    """Tell by its first bytes what an image is."""
-    if data.startswith(b"\x89PNG"):
-        return ".png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    return ".jpg"
 
 
 # ---- indexing ------------------------------------------------------------------------------------
@@ -401,8 +389,8 @@ class Scan:
                 continue
             # By file and row no two have the same name.
             name = f"{stem}/{row}-{base}" if base else f"{stem}/{row}"
-            if not base.lower().endswith(_EXTENSIONS):
-                name += _extension_of(part.begins(i))
+            if not base.lower().endswith(NAMED_EXTENSIONS):
+                name += image_extension(part.begins(i)) or ".jpg"
             self._rows.add(name, part.file, offset, length, number)
 
     def scanned(

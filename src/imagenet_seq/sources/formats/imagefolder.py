@@ -23,6 +23,7 @@ from imagenet_seq.index.cache import OnError, Scanned, Stamps, indexed
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.pack import refuse_unfinished
+from imagenet_seq.sources.images import IMAGE_EXTENSIONS, is_image_name
 from imagenet_seq.sources.place import (
     SPLITS,
     Found,
@@ -37,12 +38,6 @@ from imagenet_seq.sources.scan import Problems
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "an ImageFolder: one folder of images for each class"
-
-
-IMAGE_EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-"""torchvision.datasets.folder.IMG_EXTENSIONS."""
 
 
 _SCAN_THREADS = 4
@@ -96,14 +91,14 @@ def has_classes(place: Place) -> bool:
             deeper: list[str] = []
             for entry in _entries(path):
                 if not is_directory(entry):
-                    if is_image(entry.name):
+                    if is_image_name(entry.name):
                         return True
                 elif split_of(entry.name) == entry.name:
                     return False
                 elif len(deeper) < _LOOKED_INTO:
                     deeper.append(entry.path)
             inside = itertools.chain.from_iterable(map(_entries, deeper))
-            if any(is_image(entry.name) for entry in inside):
+            if any(is_image_name(entry.name) for entry in inside):
                 return True
         except OSError:
             return True  # it can't be looked into: opening says so
@@ -113,11 +108,6 @@ def has_classes(place: Place) -> bool:
 def _entries(path: str) -> Iterator[os.DirEntry[str]]:
     with os.scandir(path) as entries:
         yield from entries
-
-
-def is_image(name: str) -> bool:
-    """Tell a file of an image by its extension, as torchvision does."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def open_imagefolder(root: str | os.PathLike[str], how: Opening | None = None) -> Source:
@@ -312,7 +302,7 @@ def _walk(
     for entry in entries:
         if is_directory(entry):
             folders.append(entry.name)
-        elif not is_image(entry.name):
+        elif not is_image_name(entry.name):
             if not entry.name.startswith("."):  # .DS_Store and its like are nobody's images
                 read.ignored.append(entry.name)
         elif entry.name.startswith("._") and _is_apple_double(entry.path):

@@ -50,8 +50,9 @@ from imagenet_seq.sources.formats.lmdb_values import (
     find_pair,
     stored_bytes,
 )
-from imagenet_seq.sources.place import Found, Opening, Place
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen
+from imagenet_seq.sources.images import NAMED_EXTENSIONS, image_extension
+from imagenet_seq.sources.place import Found, Opening, Place, Seen
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "an LMDB (*.lmdb, or a folder with data.mdb) of images and labels, as tensorpack's"
@@ -67,13 +68,6 @@ _BLOCK_BYTES = 4 << 20
 
 
 _INCOMPLETE = "it is incomplete"
-
-
-_EXTENSIONS = (
-    (b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"GIF8", ".gif"),
-    (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P5", ".pgm"), (b"P6", ".ppm"), (b"RIFF", ".webp"),
-)  # fmt: skip
-"""By the first bytes of an image."""
 
 
 def find(place: Place) -> Found | str | None:
@@ -206,7 +200,7 @@ class _Scan:
                 key, offset, f"{ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
             )
             return
-        extension = _extension(image)
+        extension = image_extension(image)
         if extension is None:
             got = f"{len(image)} bytes that begin with {bytes(image[:8])!r}"
             self._report(key, offset, f"an image, got {got}")
@@ -296,17 +290,7 @@ def _is_about(key: bytes) -> bool:
 
 
 def _has_extension(key: bytes) -> bool:
-    return os.path.splitext(key)[1].lower() in _NAMED_EXTENSIONS
-
-
-_NAMED_EXTENSIONS = {extension.encode() for _, extension in _EXTENSIONS} | {b".jpeg", b".tiff"}
-
-
-def _extension(image: memoryview) -> str | None:
-    head = bytes(image[:4])
-    if head[:2] == b"\xff\xd8":  # nearly all of them
-        return ".jpg"
-    return next((extension for begin, extension in _EXTENSIONS if head.startswith(begin)), None)
+    return os.path.splitext(os.fsdecode(key))[1].lower() in NAMED_EXTENSIONS
 
 
 def _msgpack_count(head: bytes) -> int | None:

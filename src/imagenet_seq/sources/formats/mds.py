@@ -39,14 +39,9 @@ from imagenet_seq.index.columns import Index
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
-from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, SplitNeededError
-from imagenet_seq.sources.scan import (
-    FileStream,
-    Problems,
-    Rows,
-    Seen,
-    image_extension,
-)
+from imagenet_seq.sources.images import image_extension
+from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, Seen, SplitNeededError
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "MosaicML Streaming's MDS: a folder of index.json and shard.00000.mds, ..."
@@ -567,7 +562,7 @@ def _image(encoding: str, data: memoryview, begin: int, end: int) -> _Image:
         return _pixels(data, begin, end)
     if begin == end:
         raise _WrongError("expected an image, got no bytes")
-    return _Image(begin, end, image_extension(data[begin:end]))
+    return _Image(begin, end, image_extension(data[begin:end]) or ".bin")
 
 
 def _pixels(data: memoryview, begin: int, end: int) -> _Image:

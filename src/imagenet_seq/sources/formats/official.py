@@ -25,8 +25,8 @@ from imagenet_seq.index.classes import is_wnid
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.tar_file import InMemory, Member, first_members, members
-from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen
+from imagenet_seq.sources.place import Found, Opening, Place, Seen, SplitNeededError
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.sources.formats.imagefolder import IMAGE_EXTENSIONS
+from imagenet_seq.sources.images import is_image_name
 from imagenet_seq.sources.scan import Problems
 
 _BLOCK = 512
@@ -123,7 +123,7 @@ class Member(NamedTuple):
     @property
     def is_image(self) -> bool:
         """Whether torchvision's ImageFolder would take it: by its extension."""
-        return self.name.lower().endswith(IMAGE_EXTENSIONS)
+        return is_image_name(self.name)
 
     @property
     def leads_outside(self) -> bool:

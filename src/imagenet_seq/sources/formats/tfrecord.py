@@ -29,14 +29,9 @@ from imagenet_seq.index.classes import MAX_CLASSES, classes_of, imagenet_classes
 from imagenet_seq.index.columns import Index
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
-from imagenet_seq.sources.place import Found, Opening, Place
-from imagenet_seq.sources.scan import (
-    FileStream,
-    Problems,
-    Rows,
-    Seen,
-    image_extension,
-)
+from imagenet_seq.sources.images import image_extension
+from imagenet_seq.sources.place import Found, Opening, Place, Seen
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "TFRecord files: imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-01024, ..."
@@ -259,7 +254,7 @@ class _Scan:
         label = self._checked_label(message, features, label_key)
         name = _text(message, features, name_key) if name_key else f"{in_file:08d}"
         if not os.path.splitext(name)[1]:
-            name += image_extension(message[begin:end])
+            name += image_extension(message[begin:end]) or ".bin"
         wnid = _text(message, features, _SYNSET) if _SYNSET in features else ""
         if wnid and self._wnids.setdefault(label, wnid) != wnid:
             raise _MalformedError(

@@ -22,11 +22,19 @@ from imagenet_seq.index.cache import Scanned, indexed
 from imagenet_seq.index.classes import MAX_CLASSES, classes_of, is_wnid
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
-from imagenet_seq.sources.formats.imagefolder import IMAGE_EXTENSIONS
 from imagenet_seq.sources.formats.official import DEVKIT, NAMES, split_in
 from imagenet_seq.sources.formats.tar_file import Member, first_members, members
-from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError, split_of
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen, Visit
+from imagenet_seq.sources.images import IMAGE_EXTENSIONS
+from imagenet_seq.sources.place import (
+    Found,
+    Opening,
+    Place,
+    Seen,
+    SplitNeededError,
+    Visit,
+    split_of,
+)
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = (
