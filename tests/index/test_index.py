@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.index.columns import Index, Names, read_columns, write_columns
+from imagenet_seq.index.column_file import read_columns, write_columns
+from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.sources.formats.imagefolder import from_samples, open_imagefolder
 from imagenet_seq.sources.place import Opening, SplitNeededError

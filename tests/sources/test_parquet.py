@@ -131,13 +131,18 @@ def test_a_file_a_pattern_and_a_splits_folder_need_no_split(path: str) -> None:
 
 
 def test_names_tell_file_row_and_what_the_row_was(tmp_path: Path) -> None:
-    images = [(IMAGES[0], "a/b/c.png"), (b"\x89PNG 1", None), (IMAGES[1], "plain")]
+    images = [
+        (IMAGES[0], "a/b/c.png"), (b"\x89PNG 1", None), (IMAGES[1], "plain"), (b"GIF89a", None),
+        (b"P5 1 1 255 x", "grey.pgm"), (b"of no format", None),
+    ]  # fmt: skip
     for path in (
         write_parquet(tmp_path / "p" / "x.parquet", rows(images)),
         write_arrow(tmp_path / "a" / "x.arrow", rows(images)),
     ):
         names = list(open_source(path).index.name)
-        assert names == ["x/0-c.png", "x/1.png", "x/2-plain.jpg"]
+        assert names == [
+            "x/0-c.png", "x/1.png", "x/2-plain.jpg", "x/3.gif", "x/4-grey.pgm", "x/5.jpg",
+        ]  # fmt: skip
 
 
 def test_the_hub_cache_is_looked_into(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import pytest
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import cache as kept_index
-from imagenet_seq.index.cache import OnError, Scanned, Stamps, indexed
-from imagenet_seq.index.columns import Index, Names, read_columns, write_columns
+from imagenet_seq.index.cache import FileStamps, OnError, Scanned, indexed
+from imagenet_seq.index.column_file import read_columns, write_columns
+from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.sources import scan
 from imagenet_seq.sources.scan import FileStream, Problems, Rows
@@ -469,7 +470,7 @@ def test_a_file_changed_just_now_proves_nothing(data: Data) -> None:
 def test_folders_are_known_by_their_time_alone(data: Data) -> None:
     (data.folder / "sub").mkdir()
     os.utime(data.folder / "sub", ns=(OLD_NS, OLD_NS))
-    stamps = Stamps.of([str(data.folder / "sub")], str(data.files[0]))
+    stamps = FileStamps.of([str(data.folder / "sub")], str(data.files[0]))
     assert list(stamps.size) == [-1]
     assert stamps.first_changed(str(data.files[0])) is None
     (data.folder / "sub" / "new").touch()

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.classes import is_wnid
-from imagenet_seq.index.columns import Index, Names, read_columns, write_columns
+from imagenet_seq.index.column_file import read_columns, write_columns
+from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.machine import cache_folder
 
 OnError = Literal["fail", "skip"]
@@ -46,7 +47,7 @@ HOW_TO_SKIP = "Repair it, or leave such samples out: on_error='skip' (--on-error
 _KEPT_DTYPES = (np.uint8, np.uint32, np.int32, np.int64)  # of `read_columns`
 
 
-class Stamps(NamedTuple):
+class FileStamps(NamedTuple):
     """Files and folders that an index was made of, as they were; it holds while they stay so.
 
     Attributes:
@@ -60,7 +61,7 @@ class Stamps(NamedTuple):
     mtime_ns: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, files: Iterable[str], place: str) -> Stamps:
+    def of(cls, files: Iterable[str], place: str) -> FileStamps:
         """Look at files and folders.
 
         Args:
@@ -115,7 +116,7 @@ class Scanned:
     problems: Sequence[str] = ()
     num_problems: int = 0
     remarks: Sequence[str] = ()
-    stamps: Stamps | None = None
+    stamps: FileStamps | None = None
     lasting: bool = True
 
     def __post_init__(self) -> None:
@@ -192,7 +193,7 @@ def _scan_and_keep(
 ) -> Scanned:
     began_ns = time.time_ns()
     # Before reading: a change meanwhile gives another time than the one noted.
-    before = Stamps.of(filter(os.path.exists, files), place)
+    before = FileStamps.of(filter(os.path.exists, files), place)
     scanned = scan()
     stamps = scanned.stamps or before
     if changed := stamps.first_changed(place):
@@ -255,7 +256,7 @@ def _open_kept(path: str, place: str) -> Scanned | None:
         header, columns = read_columns(path)
         if header["format"] != _FORMAT:
             return None
-        stamps = Stamps(
+        stamps = FileStamps(
             Names(columns["stamps.blob"], columns["stamps.begin"]),
             columns["stamps.size"],
             columns["stamps.mtime_ns"],
@@ -275,7 +276,7 @@ def _open_kept(path: str, place: str) -> Scanned | None:
         return None
 
 
-def _keep(path: str, scanned: Scanned, stamps: Stamps, place: str) -> bool:
+def _keep(path: str, scanned: Scanned, stamps: FileStamps, place: str) -> bool:
     """Write an index; where that fails the next process scans again, and nothing else is lost."""
     header, columns = scanned.index.to_columns()
     header["format"] = _FORMAT

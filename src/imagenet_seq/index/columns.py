@@ -7,13 +7,10 @@ Python objects (names, samples, targets) is a lazy sequence over those columns.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import mmap
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -22,12 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
+from imagenet_seq.index.column_file import read_columns, slices, write_columns
 
 IntArray = npt.NDArray[np.integer[Any]]
-
-
-_SLICE = 1 << 16
-"""Elements handled at once where a temporary array of the whole column would cost memory."""
 
 
 class Names(Sequence[str]):
@@ -94,8 +88,8 @@ class Names(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         # In slices: one call into NumPy for many names instead of three for each.
-        for first in range(0, len(self), _SLICE):
-            begin = self._begin[first : first + _SLICE + 1]
+        for names in slices(len(self)):
+            begin = self._begin[names.start : names.stop + 1]
             part = self._blob[begin[0] : begin[-1]].tobytes()
             ends = (begin - begin[0]).tolist()
             for i in range(len(ends) - 1):
@@ -126,11 +120,11 @@ class Names(Sequence[str]):
         """
         chosen = _indices(indices, len(self))
         lengths = np.empty(len(chosen), np.int64)
-        for part in _slices(len(chosen)):
+        for part in slices(len(chosen)):
             lengths[part] = self._begin[chosen[part] + 1] - self._begin[chosen[part]]
         begin = _begin_of(lengths)
         blob = np.empty(begin[-1], np.uint8)
-        for part in _slices(len(chosen)):
+        for part in slices(len(chosen)):
             # Output byte k comes from k + shift, where all bytes of a name have one shift.
             first, last = begin[part.start], begin[part.stop]
             shift = np.repeat(self._begin[chosen[part]] - begin[part], lengths[part])
@@ -406,7 +400,7 @@ class Targets(Sequence[int]):
         return int(self._label[_position(index, len(self))])
 
     def __iter__(self) -> Iterator[int]:
-        for part in _slices(len(self)):
+        for part in slices(len(self)):
             yield from self._label[part].tolist()
 
     def __array__(
@@ -418,118 +412,6 @@ class Targets(Sequence[int]):
 
     def __repr__(self) -> str:
         return f"Targets(len={len(self)})"
-
-
-# ---- columns in one file -------------------------------------------------------------------------
-
-_MAGIC = b"imseqix1"
-
-
-_ALIGNMENT = 64
-
-
-def write_columns(
-    path: str | os.PathLike[str], header: Mapping[str, Any], columns: Mapping[str, npt.NDArray[Any]]
-) -> None:
-    """Write a JSON-able header and one-dimensional arrays to one file, whole or not at all.
-
-    The file appears under its name by a rename after everything is on disk: a reader sees the
-    former file or the new one, and whoever has the former one mapped keeps it. An array whose
-    elements are one and the same in memory (`np.broadcast_to`) is stored once.
-
-    Layout: magic (8 bytes), length of the JSON text (little-endian uint64), JSON text, arrays in
-    little-endian order at multiples of 64 bytes counted from the end of the text's padding.
-    """
-    stored = {
-        name: values[:1] if values.strides == (0,) else values for name, values in columns.items()
-    }
-    table, end = {}, 0
-    for name, values in stored.items():
-        table[name] = {
-            "dtype": values.dtype.newbyteorder("<").str,
-            "offset": end,
-            "size": len(columns[name]),
-            "stored": len(values),
-        }
-        end += _padded(values.nbytes)
-    text = json.dumps({"header": dict(header), "columns": table, "bytes": end}).encode("ascii")
-    prefix = _MAGIC + len(text).to_bytes(8, "little") + text
-
-    folder, base = os.path.split(os.path.abspath(os.fspath(path)))
-    temporary = os.path.join(folder, f".{base}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(prefix.ljust(_padded(len(prefix)), b"\0"))
-            for values in stored.values():
-                for part in _slices(len(values)):
-                    file.write(values[part].astype(values.dtype.newbyteorder("<")).data)
-                file.write(bytes(_padded(values.nbytes) - values.nbytes))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def read_columns(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Map a file of `write_columns` into memory: (header, read-only arrays).
-
-    Raises:
-        DataError: where the file is damaged or something else.
-        OSError: where it can't be read.
-    """
-    with open(path, "rb") as file:
-        prefix = file.read(16)
-        if len(prefix) < 16 or prefix[:8] != _MAGIC:
-            raise DataError(
-                f"{path}: expected a file that begins with {_MAGIC!r}, got {prefix[:8]!r}; "
-                "delete it and let it be written again"
-            )
-        size = os.fstat(file.fileno()).st_size
-        text_bytes = int.from_bytes(prefix[8:], "little")
-        if text_bytes > size - 16:
-            raise DataError(f"{path}: header of {text_bytes} bytes in a file of {size} bytes")
-        text = file.read(text_bytes)
-        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    try:
-        described = json.loads(text)
-        header, table, data_bytes = (described[key] for key in ("header", "columns", "bytes"))
-        if not isinstance(header, dict) or not isinstance(table, dict):
-            raise ValueError("expected objects 'header' and 'columns'")
-        data = mapped[_padded(16 + text_bytes) :]
-        if len(data) != data_bytes:
-            raise ValueError(f"expected {data_bytes} bytes of columns, got {len(data)}")
-        return header, {name: _mapped_column(data, entry) for name, entry in table.items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: damaged header: {type(error).__name__}: {error}; "
-            "delete the file and let it be written again"
-        ) from error
-
-
-def _mapped_column(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> npt.NDArray[Any]:
-    dtype, offset, size, stored = (entry[key] for key in ("dtype", "offset", "size", "stored"))
-    if dtype not in ("|u1", "<u4", "<i4", "<i8"):
-        raise ValueError(f"dtype {dtype!r}")
-    if not all(isinstance(number, int) and number >= 0 for number in (offset, size, stored)):
-        raise ValueError(f"expected sizes >= 0, got {entry!r:.200}")
-    end = offset + stored * np.dtype(dtype).itemsize
-    if offset % _ALIGNMENT or end > len(data):
-        raise ValueError(f"bytes {offset} to {end} of {len(data)}")
-    values: npt.NDArray[Any] = data[offset:end].view(dtype)
-    if stored == size:
-        return values
-    if stored != 1:
-        raise ValueError(f"{stored} elements stored for {size}")
-    return np.broadcast_to(values, size)
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 # ---- details -------------------------------------------------------------------------------------
@@ -578,11 +460,6 @@ def _indices(indices: npt.ArrayLike, size: int) -> IntArray:
     return chosen.astype(np.int64, copy=False)
 
 
-def _slices(size: int) -> Iterator[slice]:
-    for first in range(0, size, _SLICE):
-        yield slice(first, min(first + _SLICE, size))
-
-
 def _digest(index: Index) -> str:
     digest = hashlib.sha256(b"imagenet-seq index 1\0")
     digest.update(json.dumps([len(index), list(index.classes)]).encode("ascii"))
@@ -597,7 +474,7 @@ def _digest(index: Index) -> str:
             continue
         digest.update(column.encode("ascii"))
         first = begin[0] if column == "name.begin" else 0
-        for part in _slices(len(values)):
+        for part in slices(len(values)):
             chosen = values[part] - first if first else values[part]
             digest.update(np.ascontiguousarray(chosen, chosen.dtype.newbyteorder("<")).data)
     return digest.hexdigest()

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.index.cache import OnError, Scanned, Stamps, indexed
+from imagenet_seq.index.cache import FileStamps, OnError, Scanned, indexed
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.pack import refuse_unfinished
@@ -247,10 +247,10 @@ def _scan(root: str, how: Opening) -> Scanned:
     )
 
 
-def _stamps(root: str, top_ns: int, seen: Sequence[_Directory]) -> Stamps:
+def _stamps(root: str, top_ns: int, seen: Sequence[_Directory]) -> FileStamps:
     times = {"": top_ns} | {found.path: found.mtime_ns for found in seen if found.mtime_ns}
     name = os.path.basename(os.path.abspath(root))
-    return Stamps(
+    return FileStamps(
         Names.from_strings(os.path.join(name, path) for path in times),
         np.full(len(times), -1, np.int64),
         np.array(list(times.values()), np.int64),
