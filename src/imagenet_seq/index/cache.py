@@ -25,19 +25,15 @@ from imagenet_seq.machine import cache_folder
 OnError = Literal["fail", "skip"]
 """What to do with a sample that can't be indexed: raise, or leave it out, count and report it."""
 
-
 _FORMAT = 2
 """Of kept indexes. Another one is made anew: raise it when a scan would give another result."""
-
 
 _RACY_NS = 2_000_000_000
 """A file or folder changed this recently may change again without getting another modification time
 (the coarsest common clock, FAT's, ticks every 2 s), so it proves nothing."""
 
-
 _LONG_SCAN_NS = 10_000_000_000
 """Who waits longer for an index is told why it is not kept."""
-
 
 HOW_TO_SKIP = "Repair it, or leave such samples out: on_error='skip' (--on-error skip)"
 

@@ -15,7 +15,6 @@ MAX_CLASSES = 100_000
 """More than any data set of images has (ImageNet-21k: 21,841); a label beyond is damage, and
 must not make us name that many classes."""
 
-
 _WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
 

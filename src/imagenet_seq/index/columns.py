@@ -344,8 +344,6 @@ _COLUMNS: dict[str, type[np.integer[Any]]] = {
     "checksum": np.uint32,
     "flags": np.uint8,
 }
-
-
 _MANDATORY = ("file", "offset")
 
 

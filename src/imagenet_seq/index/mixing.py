@@ -65,7 +65,6 @@ def two_sided(z: float) -> float:
 MIN_PERMUTED = 1000
 """Of fewer samples the order can't be told."""
 
-
 _MAX_Z, _SORTED_Z = 5.0, 20.0
 
 

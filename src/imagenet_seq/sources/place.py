@@ -14,8 +14,6 @@ from imagenet_seq.index.cache import OnError
 from imagenet_seq.index.source import Source
 
 SPLITS = ("train", "val")
-
-
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
 }  # fmt: skip

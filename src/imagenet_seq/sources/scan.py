@@ -23,10 +23,7 @@ from imagenet_seq.index.cache import HOW_TO_SKIP, OnError
 from imagenet_seq.index.columns import Index, Names
 
 _PIECE_BYTES = 4 << 20
-
-
 _PIECES_AHEAD = 4
-
 
 _MOST_BYTES = 1 << 30
 """More than this no sample takes: a length that says so is damaged, and must not cost memory."""

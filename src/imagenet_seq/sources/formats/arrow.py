@@ -23,10 +23,8 @@ from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "Arrow files of Hugging Face: a folder of save_to_disk, or of the cache of datasets"
 
-
 _MAGIC = b"\xff\xff\xff\xff"
 """The mark before a stream's first message."""
-
 
 _OF_CACHE = re.compile(r"(?!cache-).+-[a-z]+(-\d{5}-of-\d{5})?\.arrow")
 """Files that hold a split: not what `map` and `shuffle` left beside them."""

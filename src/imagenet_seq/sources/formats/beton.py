@@ -37,31 +37,14 @@ from imagenet_seq.sources.place import Found, Opening, Place
 from imagenet_seq.sources.scan import Problems
 
 LOOKS_FOR = "FFCV's files: train.beton, val.beton"
-
-
 _EXTENSIONS = (".beton", ".ffcv")
-
-
 _VERSION = 2
-
-
 _HEADER = struct.Struct("<HHIQQ")
-
-
 _FIELD = struct.Struct("<B16s1024x")
-
-
 _IMAGE, _INT = 2, 1
-
-
 _JPEG, _RAW = 0, 1
-
-
 _IMAGE_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("begin", "<u8")])
-
-
 _PIECE_ROW = np.dtype([("begin", "<u8"), ("size", "<u8")])
-
 
 _FIELD_ROWS = {
     0: np.dtype("<f8"), _INT: np.dtype("<i8"), _IMAGE: _IMAGE_ROW, 3: _PIECE_ROW,
@@ -70,13 +53,8 @@ _FIELD_ROWS = {
 """What each type of field has in a sample's metadata: float, int, image, bytes, array, JSON,
 tensor."""
 
-
 _ALLOCATION = np.dtype([("sample", "<u8"), ("begin", "<u8"), ("size", "<u8")])
-
-
 _MAX_FIELDS = 256
-
-
 _BLOCK_BYTES = 8 << 20
 
 

@@ -38,34 +38,20 @@ LOOKS_FOR = (
     "a folder of images and their labels: Kaggle's ILSVRC/Data/CLS-LOC with LOC_val_solution.csv, "
     "or val.txt, labels.csv, labels.txt in the folder or beside it ('name label' lines)"
 )
-
-
 _SOLUTION, _MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
-
-
 _KAGGLE = (("ILSVRC", "Data", "CLS-LOC"), ("Data", "CLS-LOC"), ("CLS-LOC",))
-
 
 _LEVELS = 4
 """From Kaggle's folder of images up to the one with the lists."""
 
-
 _KINDS = ("csv", "txt", "tsv")
-
-
 _PEEK_BYTES = 64 << 10
-
-
 _NAME_HEADS = (
     "imageid", "image_id", "image", "filename", "file_name", "file", "name", "path", "id",
 )  # fmt: skip
-
-
 _LABEL_HEADS = (
     "predictionstring", "label", "class", "target", "label_id", "class_id", "wnid", "category",
 )  # fmt: skip
-
-
 _WNID, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"[+-]?[0-9]+")
 
 

@@ -30,17 +30,9 @@ from imagenet_seq.sources.place import Place, SplitNeededError
 from imagenet_seq.sources.scan import Problems, Rows
 
 _MAX_DEPTH = 5
-
-
 _PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
-
-
 _OF = re.compile(r"(?P<set>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d)")
-
-
 _LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
-
-
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 

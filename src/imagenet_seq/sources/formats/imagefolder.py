@@ -39,18 +39,14 @@ from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "an ImageFolder: one folder of images for each class"
 
-
 _SCAN_THREADS = 4
 """Directories read at once: the waits of a network file system overlap, a disk can sort them."""
-
 
 _MAX_DEPTH = 128
 """More levels than any data set has; Python bounds recursion."""
 
-
 _LOOKED_INTO = 8
 """Folders that are looked into for images, to tell classes from other folders."""
-
 
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 """How the files begin in which macOS keeps what other file systems have no place for."""

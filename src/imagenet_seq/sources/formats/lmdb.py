@@ -56,17 +56,9 @@ from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "an LMDB (*.lmdb, or a folder with data.mdb) of images and labels, as tensorpack's"
-
-
 _DATA_FILE = "data.mdb"
-
-
 _SUFFIXES = (".lmdb", ".mdb")
-
-
 _BLOCK_BYTES = 4 << 20
-
-
 _INCOMPLETE = "it is incomplete"
 
 

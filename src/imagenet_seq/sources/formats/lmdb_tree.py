@@ -12,55 +12,41 @@ from imagenet_seq.errors import DataError
 from imagenet_seq.text import progress_bar
 
 MAGIC = 0xBEEFC0DE
-
-
 VERSION = 1
-
 
 NO_PAGE = 0xFFFFFFFFFFFFFFFF
 """Root of an empty tree."""
 
-
 PAGE_HEADER = struct.Struct("<QHHHH")
 """Page number, pad, flags, and of a branch or leaf where its free space begins and ends."""
-
 
 OVERFLOW_HEADER = struct.Struct("<QHHI")
 """Page number, pad, flags, number of pages in the run."""
 
-
 BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8
 """Flags of pages."""
-
 
 NODE = struct.Struct("<HHHH")
 """Low and high half of the value's size (in a branch: of the child's page number), flags (in a
 branch: the child's page number from bit 32), size of the key; key and value follow."""
 
-
 IN_OVERFLOW, SUB_DATABASE, DUPLICATES = 1, 2, 4
 """Flags of nodes: the value is the number of its first overflow page; the others we don't write."""
 
-
 META_HEAD = struct.Struct("<IIQQ")
 """Magic, version, address and size of the map."""
-
 
 TREE = struct.Struct("<IHHQQQQQ")
 """Of the free list, then of the data: pad (of the free list: the page size), flags, depth, numbers
 of branch, leaf and overflow pages and of entries, root."""
 
-
 META_TAIL = struct.Struct("<QQ")
 """Last page used, and number of the transaction: the meta page with the higher one holds."""
 
-
 META_BYTES = PAGE_HEADER.size + META_HEAD.size + 2 * TREE.size + META_TAIL.size
-
 
 KEYS = b"__keys__"
 """Key of the list of keys; comes after all of them."""
-
 
 _MAX_DEPTH = 32
 """LMDB's own bound (CURSOR_STACK)."""

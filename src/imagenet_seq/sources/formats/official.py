@@ -46,33 +46,17 @@ DOWNLOADS = {
 }
 """The archives by split. MD5: torchvision.datasets.imagenet.ARCHIVE_META."""
 
-
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-
-
 _DEVKIT_MD5 = "fa75699e90414af021442c21a62c3abf"
-
-
 _MAX_DEVKIT_BYTES = 256 << 20  # decompressed; 2.5 MB are downloaded
-
-
 NAMES = frozenset(download.name for download in DOWNLOADS.values())
-
-
 LOOKS_FOR = (
     f"the ILSVRC2012 archives: {DOWNLOADS['train'].name}; {DOWNLOADS['val'].name} with {DEVKIT} "
     "beside it"
 )
-
-
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
-
-
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
-
-
 _DAMAGED = "damaged: expected MD5"
-
 
 _FEW = 4
 """So many renamed archives are looked into in a folder; shards come in hundreds, each a seek."""

@@ -27,11 +27,7 @@ from imagenet_seq.sources.place import Found, Opening, Place
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "Parquet files of Hugging Face: columns image (bytes, path) and label"
-
-
 _MAGIC = b"PAR1"
-
-
 _LARGE_GROUP_BYTES = 256 << 20
 
 

@@ -19,18 +19,12 @@ from imagenet_seq.sources.images import is_image_name
 from imagenet_seq.sources.scan import Problems
 
 _BLOCK = 512
-
-
 _ZEROS = bytes(_BLOCK)
-
 
 _MAX_EXTENDED_BYTES = 1 << 20
 """A long name or a PAX header takes some hundred bytes; a lying size must not fill the memory."""
 
-
 _LOOK_BYTES = 1 << 20
-
-
 _COMPRESSED = {
     b"\x1f\x8b": "gzip -d",
     b"BZh": "bzip2 -d",
@@ -38,26 +32,14 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd -d",
     b"\x04\x22\x4d\x18": "lz4 -d",
 }
-
-
 _HERE = re.compile(r"(\./)+")
-
-
 _NO_FILES = {
     ord("1"): "a hard link", ord("2"): "a symbolic link", ord("3"): "a character device",
     ord("4"): "a block device", ord("6"): "a FIFO",
 }  # fmt: skip
-
-
 _REGULAR = frozenset(b"07\0")
-
-
 _FOLDERS_AND_LABELS = frozenset(b"5DV")
-
-
 _WITHOUT_DATA = frozenset(b"123456V")
-
-
 _EXTENDED = frozenset(b"xXgLK")
 
 

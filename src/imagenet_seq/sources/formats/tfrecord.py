@@ -35,38 +35,16 @@ from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "TFRecord files: imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-01024, ..."
-
-
 _IMAGE = (b"image/encoded", b"image", b"image_raw", b"jpeg", b"jpg")
-
-
 _LABEL = (b"image/class/label", b"label", b"class")
-
-
 _NAME = (b"image/filename", b"file_name", b"filename")
-
-
 _SYNSET = b"image/class/synset"
-
-
 _INTERESTING = frozenset((*_IMAGE, *_LABEL, *_NAME, _SYNSET))
-
-
 _COUNTS_FROM_1 = b"image/class/label"
-
-
 _SHARD = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(?:\.tfrecords?)?", re.IGNORECASE)
-
-
 _NAMED = re.compile(r"\.tfrec(?:ords?)?(?![a-z])", re.IGNORECASE)
-
-
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
 _LABEL_NAMES = "label.labels.txt"
-
-
 _HEADER = struct.Struct("<QI")
 
 
@@ -383,10 +361,7 @@ def _masked_crc(data: bytes | memoryview) -> int:
 
 # Tags of the messages' fields: number << 3 | 2, as all of them have a length.
 _FIRST, _SECOND, _THIRD = 0x0A, 0x12, 0x1A
-
-
 _PLAIN_INT = 0x08
-
 
 _Features = dict[bytes, tuple[int, int]]
 """Where in a sample's message each interesting feature's value begins and ends."""

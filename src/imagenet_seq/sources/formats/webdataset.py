@@ -41,25 +41,12 @@ LOOKS_FOR = (
     "WebDataset shards: *.tar with .jpg, .jpeg or .png and .cls, .json or .txt of the same name; "
     "or *.tar of class folders"
 )
-
-
 _IMAGES = frozenset(extension[1:] for extension in IMAGE_EXTENSIONS)
-
-
 _LABELS = ("cls", "json", "txt")  # the first of them that says something counts
-
-
 _LABEL_KEYS = ("label", "cls", "class")
-
-
 _NAME_KEYS = ("wnid", "class_name")
-
-
 _MAX_LABEL_BYTES = 1 << 20
-
-
 _MAX_NAME_LENGTH = 200
-
 
 _SIDECAR = re.compile(
     r"(readme|licen[cs]e|index|info|meta(data)?|dataset|dataset_infos?|classes|labels|synsets?"
@@ -68,10 +55,7 @@ _SIDECAR = re.compile(
 )
 """Files about the data set, not of a sample."""
 
-
 _NUM_LOOKED_AT = 64
-
-
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
