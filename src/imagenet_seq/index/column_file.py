@@ -1,4 +1,4 @@
-"""Columns in one file: written whole or not at all, and mapped into memory."""
+"""Files of columns: written atomically, and mapped into memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from imagenet_seq.errors import DataError
 _MAGIC = b"imseqix1"
 _ALIGNMENT = 64
 _SLICE = 1 << 16
-"""Elements handled at once where a temporary array of the whole column would cost memory."""
+"""Elements converted at once; temporary arrays of a whole column would take much memory."""
 
 
 def slices(size: int) -> Iterator[slice]:
@@ -30,11 +30,11 @@ def slices(size: int) -> Iterator[slice]:
 def write_columns(
     path: str | os.PathLike[str], header: Mapping[str, Any], columns: Mapping[str, npt.NDArray[Any]]
 ) -> None:
-    """Write a JSON-able header and one-dimensional arrays to one file, whole or not at all.
+    """Write a header, which JSON can express, and one-dimensional arrays to one file, atomically.
 
-    The file appears under its name by a rename after everything is on disk: a reader sees the
-    former file or the new one, and whoever has the former one mapped keeps it. An array whose
-    elements are one and the same in memory (`np.broadcast_to`) is stored once.
+    The file gets its name by a rename when everything is on disk: a reader sees the old file or the
+    new one, and a process that has the old one mapped keeps it. An array whose elements share one
+    place in memory (`np.broadcast_to`) is stored as one element.
 
     Layout: magic (8 bytes), length of the JSON text (little-endian uint64), JSON text, arrays in
     little-endian order at multiples of 64 bytes counted from the end of the text's padding.
@@ -75,11 +75,11 @@ def write_columns(
 def read_columns(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Map a file of `write_columns` into memory: (header, read-only arrays).
+    """Map a file of `write_columns` into memory; return the header and read-only arrays.
 
     Raises:
-        DataError: where the file is damaged or something else.
-        OSError: where it can't be read.
+        DataError: if the file is damaged, or not such a file.
+        OSError: if it can't be read.
     """
     with open(path, "rb") as file:
         prefix = file.read(16)

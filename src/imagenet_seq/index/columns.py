@@ -1,8 +1,8 @@
 """The index stage: a dataset on disk as columns over N samples.
 
-Columns are NumPy arrays, memory-mapped where they come from a file, so that eight ranks of a
-training job share one copy and 14 million samples open in a moment. What looks like a list of
-Python objects (names, samples, targets) is a lazy sequence over those columns.
+Columns are NumPy arrays, memory-mapped if they come from a file, so that eight ranks of a training
+job share one copy and 14 million samples open in a moment. Names, samples and targets look like
+lists of Python objects; they are lazy sequences over those columns.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ IntArray = npt.NDArray[np.integer[Any]]
 
 
 class Names(Sequence[str]):
-    """Immutable sequence of strings kept as one array of bytes; strings are made on access.
+    """Immutable sequence of strings, stored as one array of bytes; strings are made on access.
 
-    String i is `os.fsdecode(blob[begin[i]:begin[i + 1]])`, so any file name survives, UTF-8 or not.
+    String i is `os.fsdecode(blob[begin[i]:begin[i + 1]])`, so file names need not be UTF-8.
 
     Args:
         blob: uint8 array of the bytes of all strings.
         begin: int64 array of `len + 1` ascending positions in `blob`; need not start at 0.
 
     Raises:
-        TypeError: where an array has another dtype or shape.
+        TypeError: if an array has another dtype or shape.
     """
 
     __slots__ = ("_begin", "_blob")
@@ -54,7 +54,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Names]) -> Names:
-        """Put several sequences of names one after the other."""
+        """Concatenate several sequences of names."""
         if not parts:
             return cls.from_strings(())
         blob = np.concatenate([part.blob[part.begin[0] : part.begin[-1]] for part in parts])
@@ -116,7 +116,7 @@ class Names(Sequence[str]):
     def take(self, indices: npt.ArrayLike) -> Names:
         """Return the names at `indices` (integers in [0, len)), in that order.
 
-        Time and memory are those of the bytes copied: 0.8 s for a million names of 33 bytes.
+        Time and memory are proportional to the bytes copied: 0.8 s for a million names of 33 bytes.
         """
         chosen = _indices(indices, len(self))
         lengths = np.empty(len(chosen), np.int64)
@@ -136,9 +136,9 @@ class Names(Sequence[str]):
 class Index:
     """The samples of a dataset as immutable columns; element i of each belongs to sample i.
 
-    Arrays are converted to the stated dtypes (no copy where they have them already, so columns may
-    be strided views of a memory-mapped structured array) and made read-only. Shapes are checked
-    here; the values of columns that come from a file are checked by `validate`.
+    Arrays are converted to the stated dtypes (without a copy if they have them already, so columns
+    may be strided views of a memory-mapped structured array) and made read-only. Shapes are checked
+    here; call `validate` to check the values of columns that come from a file.
 
     For a source of python blocks `file` is the number of the block that holds the sample,
     `offset` its ordinal in the block and `length` the bytes of the encoded image.
@@ -146,21 +146,21 @@ class Index:
     Args:
         file: number of the file in `files` that holds the sample (int32).
         offset: byte in the file where the sample begins (int64).
-        name: what the source calls the sample; unique. A folder: the path relative to `root`.
+        name: what the source calls the sample; unique. For files, the path relative to `root`.
         root: folder that `files` are relative to.
         files: path of each file.
-        classes: names of the classes; a label is a place in this tuple.
+        classes: names of the classes, by label.
         length: bytes of the sample (int64); -1 or None: unknown, up to the end of the file.
         label: class of the sample (int32); -1 or None: unknown.
         width: width of the image in pixels (int32); -1 or None: unknown.
         height: height of the image in pixels (int32); -1 or None: unknown.
         checksum: CRC-32C of the sample's bytes (uint32), or None.
         flags: IMSEQ_SAMPLE_... of core/imagenet_seq.h (uint8), or None.
-        known_id: the `id`, where it is already known; computed on first use otherwise.
+        known_id: the `id` if it is already known, else it is computed on first use.
 
     Raises:
-        TypeError: where a column is not a one-dimensional array of integers.
-        ValueError: where columns differ in length.
+        TypeError: if a column is not a one-dimensional array of integers.
+        ValueError: if columns differ in length.
     """
 
     file: npt.NDArray[np.int32]
@@ -203,9 +203,9 @@ class Index:
 
     @functools.cached_property
     def id(self) -> str:
-        """Hex digest of what the dataset is: names, labels, offsets, lengths and class names.
+        """Hex digest of names, labels, offsets, lengths and class names.
 
-        Not of where it lies: moving a dataset keeps its id, and so its order and saved states.
+        The path is not in it: a dataset that is moved keeps its id, its order and saved states.
         Computed from the raw column bytes (about 1 s for 14 million samples) unless already known.
         """
         return self.known_id or _digest(self)
@@ -217,16 +217,16 @@ class Index:
 
     @property
     def samples(self) -> Samples:
-        """Lazy sequence of (path, label), as torchvision's ImageFolder has it."""
+        """Lazy sequence of (path, label), as in torchvision's ImageFolder."""
         return Samples(self)
 
     @property
     def targets(self) -> Targets:
-        """Lazy sequence of labels, as torchvision's ImageFolder has it; `np.asarray` is free."""
+        """Lazy sequence of labels, as in torchvision's ImageFolder; `np.asarray` is free."""
         return Targets(self)
 
     def take(self, indices: npt.ArrayLike) -> Index:
-        """Return the index of the samples at `indices`, in that order (as torch's Subset)."""
+        """Return the index of the samples at `indices`, in that order (like torch's Subset)."""
         chosen = _indices(indices, len(self))
         columns = {
             column: values[chosen]
@@ -245,7 +245,7 @@ class Index:
         """Check the values of all columns; call it for columns that come from a file.
 
         Args:
-            where: what the columns were read from, for the message.
+            where: path of the file that the columns were read from, for the message.
 
         Raises:
             DataError: naming the column, the sample and the value.
@@ -265,7 +265,7 @@ class Index:
         _validate_range(self.height, "height", -1, 1 << 31, where)
 
     def to_columns(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        """Return (header, columns) for `write_columns`; `from_columns` is the way back."""
+        """Return (header, columns) for `write_columns`; `from_columns` is the inverse."""
         columns = {
             column: values for column in _COLUMNS if (values := getattr(self, column)) is not None
         }
@@ -279,10 +279,10 @@ class Index:
     def from_columns(
         cls, header: Mapping[str, Any], columns: Mapping[str, npt.NDArray[Any]], where: str
     ) -> Index:
-        """Rebuild an index from `to_columns`' result, trusting nothing in it.
+        """Rebuild an index from what `to_columns` returned; every value is checked.
 
         Raises:
-            DataError: saying what is wrong with which part of `where`.
+            DataError: if something in it is wrong; says what.
         """
         root, classes, known_id = (header.get(key) for key in ("root", "classes", "id"))
         if not isinstance(root, str) or not isinstance(known_id, str):
@@ -318,7 +318,7 @@ class Index:
         return index
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to one file, whole or not at all; `Index.open` maps it into memory."""
+        """Write the index to one file, atomically; `Index.open` maps it into memory."""
         header, columns = self.to_columns()
         write_columns(path, header, columns)
 
@@ -327,8 +327,8 @@ class Index:
         """Map an index written by `save` into memory and check every value in it.
 
         Raises:
-            DataError: where the file is damaged or no index.
-            OSError: where it can't be read.
+            DataError: if the file is damaged or no index.
+            OSError: if it can't be read.
         """
         header, columns = read_columns(path)
         return cls.from_columns(header, columns, os.fspath(path))
@@ -348,7 +348,7 @@ _MANDATORY = ("file", "offset")
 
 
 class Samples(Sequence[tuple[str, int]]):
-    """Lazy sequence of (path, label) over an index; label -1 where unknown."""
+    """Lazy sequence of (path, label) over an index; label -1 if unknown."""
 
     __slots__ = ("_index",)
 
@@ -376,7 +376,7 @@ class Samples(Sequence[tuple[str, int]]):
 
 
 class Targets(Sequence[int]):
-    """Lazy sequence of labels over an index; -1 where unknown. `np.asarray` gives the column."""
+    """Lazy sequence of labels over an index; -1 if unknown. `np.asarray` returns the column."""
 
     __slots__ = ("_label",)
 

@@ -23,7 +23,7 @@ def is_image_name(name: str) -> bool:
 
 
 def image_extension(data: bytes | memoryview) -> str | None:
-    """Return the extension that belongs to an image, or None where no format is recognised.
+    """Return the extension that belongs to an image, or None if no format is recognised.
 
     Args:
         data: the image, or its first 12 bytes at least.

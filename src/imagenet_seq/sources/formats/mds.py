@@ -1,14 +1,14 @@
 """MosaicML Streaming's MDS: a folder of shards and an index.json that describes them.
 
-    index.json   of each shard: columns with encodings and sizes, number of samples, names, bytes
+    index.json   for each shard: columns with encodings and sizes, number of samples, names, bytes
                  and hashes of its file and of its compressed file
     shard        number of samples and where each begins (u32), a copy of the description, samples
     sample       bytes of each column without a fixed size (u32), then the columns
 
 Labels lie between the images, so indexing reads everything once. Images of uncompressed shards are
-byte ranges of them. Compressed shards come as python blocks, and so do raw pixels (encoding
-"pil"), which become PPM. A block is a shard: it is compressed as a whole. Shards have 64 MB unless
-their writer said otherwise, so the 64 blocks of a block shuffle take 4 GB; packing avoids that.
+byte ranges. Compressed shards, and raw pixels (encoding "pil"), which become PPM, come as python
+blocks. A shard is compressed as a whole, so it is one block. Shards have 64 MB by default, so the
+64 blocks of a block shuffle take 4 GB; packing avoids that.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def find(place: Place) -> Found | str | None:
     """Recognise a folder of shards by its index.json.
 
     Raises:
-        SplitNeededError: where it is a folder of such folders, and no split was asked for.
+        SplitNeededError: if it is a folder of such folders and no split was given.
     """
     if not place.is_folder:
         return None
@@ -94,7 +94,7 @@ def _is_mds(folder: str) -> bool:
 
 
 def _decompressor(algorithm: str, data: bytes) -> Any:
-    """Return a file object of what is in compressed bytes."""
+    """Return a file object that decompresses bytes."""
     if algorithm == "gz":
         return gzip.GzipFile(fileobj=io.BytesIO(data))
     if algorithm == "bz2":
@@ -112,13 +112,13 @@ def _zstandard() -> Any:
 
 
 def _decompressed(shard: Shard, data: bytes) -> npt.NDArray[np.uint8]:
-    """Return what is in a compressed shard.
+    """Decompress a shard.
 
     Raises:
-        DataError: where it is damaged, or has not as many bytes as index.json says.
+        DataError: if it is damaged, or has another size than index.json says.
     """
     assert shard.compression is not None
-    # Of the decompressors: nothing is read from a disk here.
+    # Raised by the decompressors: nothing is read from a disk here.
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if shard.compression == "zstd":
         errors = (_zstandard().ZstdError,)
@@ -160,7 +160,7 @@ def _open(folder: str, how: Opening) -> Source:
 
 
 def _first_of(index: Index, num_shards: int) -> npt.NDArray[np.int64]:
-    """Return which sample each shard begins with, and where the last one ends."""
+    """Return the first sample of each shard, and the end of the last."""
     return np.searchsorted(index.file, np.arange(num_shards + 1)).astype(np.int64)
 
 
@@ -197,12 +197,12 @@ def _whole(stream: FileStream) -> bytes:
 
 
 class _Image(NamedTuple):
-    """Where an image lies in a sample, and what it is to be."""
+    """Where an image lies in a sample, and of what kind it is."""
 
     begin: int
     end: int
     extension: str
-    header: bytes = b""  # of a PPM: the last bytes before `begin` are to be replaced by it
+    header: bytes = b""  # for pixels: replaces as many bytes before `begin`, to make a PPM
     width: int = -1
     height: int = -1
 
@@ -217,15 +217,15 @@ class _Scan:
     def __init__(self, problems: Problems, how: Opening) -> None:
         self._problems, self._visit = problems, how.visit
         self._rows = Rows()
-        self._labels: dict[str, int] = {}  # a number of its own for each text that is a label
+        self._labels: dict[str, int] = {}  # numbers of the texts, if labels are texts
         self._width, self._height = array("i"), array("i")
-        self.begin = array("q")  # of each sample's bytes in its shard
+        self.begin = array("q")  # offset of each image in its shard
 
     def add_shard(self, number: int, shard: Shard, bar: Any) -> None:
         """Add a shard's samples.
 
         Raises:
-            DataError: where the shard is damaged; with on_error="fail" for any problem.
+            DataError: if the shard is damaged; with on_error="fail" for any problem.
         """
         algorithm = _algorithm_of(shard.hashes)
         digest = hashlib.new(algorithm) if algorithm else None
@@ -290,7 +290,7 @@ class _Scan:
         return label
 
     def index(self, folder: str, files: Sequence[str]) -> Index:
-        """Return the index of all that was added; offsets are those of bytes in the shards."""
+        """Return the index of all samples, with their offsets in the shards."""
         rows = self._rows
         label, classes = rows.label, tuple[str, ...]()
         if self._labels:
@@ -303,7 +303,7 @@ class _Scan:
 
 
 def _algorithm_of(hashes: Mapping[str, Any]) -> str:
-    """Return a hash that Python has; "" where there is none (xxhash only, for example)."""
+    """Return the name of a hash that Python has; "" if there is none, such as xxhash only."""
     known = hashlib.algorithms_guaranteed - {"shake_128", "shake_256"}
     return next((name for name in hashes if name in known), "")
 
@@ -311,9 +311,9 @@ def _algorithm_of(hashes: Mapping[str, Any]) -> str:
 def _numbered(
     texts: Sequence[str], label: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
-    """Return labels, and names of the classes, for labels that are places in `texts`.
+    """Return the labels and class names for labels that are places in `texts`.
 
-    Texts are numbers of classes if all of them are, else names, numbered as they sort.
+    If all texts are numbers, these are the labels; else they are names, numbered as they sort.
     """
     if all(text.isdecimal() and len(text) < 6 for text in texts):
         return np.array([int(text) for text in texts], np.int32)[label], ()
@@ -326,7 +326,7 @@ def _ends(shard: Shard, take: Take) -> list[int]:
     """Return where each sample begins, and where the last one ends.
 
     Raises:
-        DataError: where that can't be.
+        DataError: if these places are not possible.
     """
     table_bytes = 4 * (shard.num_samples + 2)
     table = np.frombuffer(take(0, table_bytes), "<u4").astype(np.int64)
@@ -347,7 +347,11 @@ def _ends(shard: Shard, take: Take) -> list[int]:
 
 
 class _Lengths:
-    """Finds columns in samples."""
+    """Finds the columns of samples.
+
+    Args:
+        sizes: bytes of each column; None if each sample says its own.
+    """
 
     def __init__(self, sizes: Sequence[int | None]) -> None:
         self._sizes = sizes
@@ -377,7 +381,7 @@ def _image(encoding: str, data: memoryview, begin: int, end: int) -> _Image:
 
 
 def _pixels(data: memoryview, begin: int, end: int) -> _Image:
-    """Find pixels as encoding "pil" has them: after width, height, a mode's length and the mode."""
+    """Find the pixels of encoding "pil": after width, height, length of the mode, and mode."""
     if end - begin < 13:
         raise MdsError(f"expected pixels with their size and mode, got {end - begin} bytes")
     width, height, mode_bytes = struct.unpack_from("<3I", data, begin)
@@ -394,9 +398,9 @@ def _pixels(data: memoryview, begin: int, end: int) -> _Image:
 
 
 def _ppm_header(width: int, height: int, is_rgb: bool) -> bytes:
-    """Return what makes pixels a PPM (or PGM).
+    """Return the header that makes pixels a PPM (or PGM).
 
-    It is never longer than what comes before them in a shard: the column's length and pil's header.
+    It is never longer than what precedes them in a shard: the column's length and pil's header.
     """
     return b"P%d\n%d %d\n255\n" % (6 if is_rgb else 5, width, height)
 
@@ -406,18 +410,27 @@ def _ppm_header(width: int, height: int, is_rgb: bool) -> bytes:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """What a source of python blocks needs of its shards beyond the index, which may be a part of it."""
+    """Where the samples of all shards lie.
+
+    The source's own index may be a selection; this one is whole.
+
+    Attributes:
+        shards: the shards, one for each block.
+        first: the first sample of each shard, and the end of the last.
+        begin: offset of each image in its shard.
+        index: all samples.
+    """
 
     shards: Sequence[Shard]
-    first: npt.NDArray[np.int64]  # of each shard's samples, and the end of the last
-    begin: npt.NDArray[np.int64]  # of each sample in its shard
+    first: npt.NDArray[np.int64]
+    begin: npt.NDArray[np.int64]
     index: Index
 
     def check(self) -> None:
-        """Check what comes from a file that may be damaged.
+        """Check the cached index, which may be damaged.
 
         Raises:
-            DataError: where a sample does not lie in its shard.
+            DataError: if a sample does not lie in its shard.
         """
         index, length = self.index, self.index.length
         shard_bytes = np.array([shard.raw_bytes for shard in self.shards], np.int64)
@@ -429,18 +442,18 @@ class _Blocks:
                 (self.begin < 0) | (length < 0) | (self.begin + length > shard_bytes[index.file])
             ).any()
         ):
-            raise DataError(f"{index.root}: the index kept of it is damaged: delete it")
+            raise DataError(f"{index.root}: its cached index is damaged: delete the index")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _ShardSource(Source):
-    """Shards that are compressed, or have pixels."""
+    """Shards that are compressed or have pixels; each is a block."""
 
     blocks: _Blocks
     turns: AbstractContextManager[Any]
 
     def read_block(self, number: int) -> Block:
-        """Read a shard, decompress it, and make PPMs of its pixels."""
+        """Read a shard, decompress it, and turn its pixels into PPMs."""
         shard, index = self.blocks.shards[number], self.blocks.index
         samples = slice(self.blocks.first[number], self.blocks.first[number + 1])
         begin = self.blocks.begin[samples]

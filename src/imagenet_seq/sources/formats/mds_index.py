@@ -11,7 +11,7 @@ from imagenet_seq.errors import DataError
 
 INDEX_FILE = "index.json"
 _MAX_INDEX_BYTES = 1 << 28
-_MAX_SHARD_BYTES = (1 << 32) - 1  # where a sample begins is a u32
+_MAX_SHARD_BYTES = (1 << 32) - 1  # offsets are u32
 _IMAGES = ("jpeg", "png", "pil", "jpeg_array", "jpegarray")
 INTS = {
     "int": "<q", "int64": "<q", "int32": "<i", "int16": "<h", "int8": "<b",
@@ -23,7 +23,7 @@ _LABEL_NAMES = ("label", "class", "y", "target", "cls")
 
 
 def described_shards(path: str) -> list[dict[str, Any]] | None:
-    """Return what an index.json says of each shard; None where it is not of MosaicML Streaming."""
+    """Return the shards in an index.json; None if it is not MosaicML Streaming's."""
     if os.path.getsize(path) > _MAX_INDEX_BYTES:
         return None
     try:
@@ -38,7 +38,7 @@ def described_shards(path: str) -> list[dict[str, Any]] | None:
 
 
 class Columns(NamedTuple):
-    """A sample's columns, and which two are meant."""
+    """The columns of a sample: their encodings and sizes, and which are image and label."""
 
     encodings: tuple[str, ...]
     sizes: tuple[int | None, ...]
@@ -47,26 +47,41 @@ class Columns(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A shard, and the file that it is read from."""
+    """A shard, and the file that it is read from.
+
+    Attributes:
+        path: the file.
+        name: prefix of its samples' names; empty if there is only one shard.
+        compression: how the file is compressed: "zstd", "gz", "bz2" or None.
+        raw_bytes: size without compression.
+        num_samples: number of its samples.
+        columns: their columns.
+        hashes: by algorithm, of the bytes without compression.
+    """
 
     path: str
-    name: str  # of its samples' names; one shard's only
-    compression: str | None  # of that file
+    name: str
+    compression: str | None
     raw_bytes: int
     num_samples: int
     columns: Columns
-    hashes: Mapping[str, str]  # of the raw bytes
+    hashes: Mapping[str, str]
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether its images are raw pixels."""
+        return self.columns.encodings[self.columns.image] == "pil"
 
 
 class MdsError(ValueError):
-    """Something is not what it should be; says what was expected and what came."""
+    """A part of a shard or of its description is wrong; says what was expected and what came."""
 
 
 def read_shards(folder: str) -> list[Shard]:
     """Read index.json.
 
     Raises:
-        DataError: where it is damaged, or a file is not there or has another size.
+        DataError: if it is damaged, or a file is missing or has another size.
     """
     where = os.path.join(folder, INDEX_FILE)
     described = described_shards(where)
@@ -168,7 +183,7 @@ def _lists(about: dict[str, Any]) -> tuple[list[str], list[str], list[int | None
 
 
 def _chosen(names: Sequence[str], choice: Sequence[int], known: Sequence[str]) -> int | None:
-    """Return the column with the first known name among `choice`, or the only one there is."""
+    """Return the column in `choice` with the first known name, or the only one."""
     by_name = {names[i].lower(): i for i in choice}
     found = next((by_name[name] for name in known if name in by_name), None)
     return choice[0] if found is None and len(choice) == 1 else found
