@@ -96,7 +96,7 @@ def stored(source: Source, sample: int) -> bytes:
     block = source.read_block(int(index.file[sample]))
     ordinal = int(index.offset[sample])
     assert block.lengths[ordinal] == index.length[sample]
-    return block.bytes[block.offsets[ordinal] :][: block.lengths[ordinal]].tobytes()
+    return block.image(ordinal).tobytes()
 
 
 def refusal(path: Path) -> str:

@@ -137,7 +137,7 @@ def stored(source: Source, number: int) -> bytes:
     block = source.read_block(int(index.file[number]))
     ordinal = int(index.offset[number])
     assert block.lengths[ordinal] == index.length[number]
-    return block.bytes[block.offsets[ordinal] :][: block.lengths[ordinal]].tobytes()
+    return block.image(ordinal).tobytes()
 
 
 def refusal(path: Path) -> str:

@@ -22,6 +22,11 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
+def ppm_header(width: int, height: int, is_rgb: bool = True) -> bytes:
+    """Return the bytes that make pixels behind them a PPM, or a PGM if they are grey."""
+    return b"P%d\n%d %d\n255\n" % (6 if is_rgb else 5, width, height)
+
+
 def image_extension(data: bytes | memoryview) -> str | None:
     """Return the extension that belongs to an image, or None if no format is recognised.
 

@@ -174,6 +174,6 @@ def _described(place: Place) -> str:
     if not place.files and not place.folders:
         return "is empty"
     if not place.is_folder:
-        return "is a file of none of the formats"
+        return "is a file of no known format"
     shown = ", ".join((*(f"{name}/" for name in place.folders), *place.files)[:4])
     return f"holds {len(place.folders)} folders and {len(place.files)} files ({shown}, ...)"

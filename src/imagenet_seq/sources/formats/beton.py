@@ -33,6 +33,7 @@ from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
+from imagenet_seq.sources.images import ppm_header
 from imagenet_seq.sources.place import Found, Opening, Place
 from imagenet_seq.sources.scan import Problems
 
@@ -317,18 +318,13 @@ def _in_blocks(index: Index, is_raw: npt.NDArray[np.bool_]) -> Index:
 
 
 def _header_bytes(index: Index) -> npt.NDArray[np.int64]:
-    """Return the length of `_ppm_header` for each sample."""
+    """Return the length of `ppm_header` for each sample."""
     digits = sum(
         1 + sum((values >= 10**k).astype(np.int64) for k in range(1, 5))
         for values in (index.width, index.height)
         if values is not None
     )
-    return np.asarray(digits + len(_ppm_header(0, 0)) - 2, np.int64)
-
-
-def _ppm_header(width: int, height: int) -> bytes:
-    """Return the header that makes pixels a PPM."""
-    return b"P6\n%d %d\n255\n" % (width, height)
+    return np.asarray(digits + len(ppm_header(0, 0)) - 2, np.int64)
 
 
 class _Parts(NamedTuple):
@@ -384,7 +380,7 @@ class _RawSource(Source):
                 parts.height[samples].tolist(), strict=True,
             ):  # fmt: skip
                 if skip:
-                    data.data[offset : offset + skip] = _ppm_header(width, height)
+                    data.data[offset : offset + skip] = ppm_header(width, height)
                 file.seek(at)
                 _read_into(file, data.data[offset + skip : offset + length])
         return Block(data, offsets, lengths)

@@ -276,7 +276,7 @@ def _read_list(path: str, images: _Images, problems: Problems) -> dict[str, _Tol
     if len(told) > 2 and [entry.label for entry in told.values()] == _counted(len(told)):
         raise DataError(
             f"{path}: expected labels, found the images numbered from 1 to {len(told)}: a list of "
-            "images, as in ILSVRC/ImageSets. Take it away"
+            "images, as in ILSVRC/ImageSets. Remove it"
         )
     return told
 

@@ -196,7 +196,7 @@ def columns_of(schema: Any, path: str) -> Columns:
         listed = ", ".join(f"{field.name}: {field.type}" for field in fields)
         raise DataError(
             f"{path}: expected one column of images, struct<bytes: binary, path: string>, and one "
-            f"of whole numbers, the labels; got the columns {listed:.500}"
+            f"of integers, the labels; got the columns {listed:.500}"
         )
     names = features.get(label, {}).get("names")
     return Columns(

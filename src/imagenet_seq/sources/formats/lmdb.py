@@ -30,6 +30,7 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
+from imagenet_seq.sources.formats.lmdb_objects import RAW, ValueFormError, stored_bytes
 from imagenet_seq.sources.formats.lmdb_tree import (
     KEYS,
     META_BYTES,
@@ -42,14 +43,7 @@ from imagenet_seq.sources.formats.lmdb_tree import (
     newer_meta,
     why_none,
 )
-from imagenet_seq.sources.formats.lmdb_values import (
-    ACCEPTED,
-    RAW,
-    Pair,
-    ValueFormError,
-    find_pair,
-    stored_bytes,
-)
+from imagenet_seq.sources.formats.lmdb_values import ACCEPTED, Pair, find_pair
 from imagenet_seq.sources.images import NAMED_EXTENSIONS, image_extension
 from imagenet_seq.sources.place import Found, Opening, Place, Seen
 from imagenet_seq.sources.scan import FileStream, Problems, Rows
@@ -389,7 +383,7 @@ class _StoredSource(Source):
             file.seek(begin)
             content = memoryview(file.read(end - begin))
         if len(content) != end - begin:
-            raise DataError(f"{self.path}: expected {end} bytes, but it ends before: was it cut?")
+            raise DataError(f"{self.path}: expected {end} bytes, got less: it was truncated")
         images = [
             stored_bytes(content[at : at + length], how)
             for at, length, how in zip(

@@ -225,8 +225,8 @@ class Tree:
         """Read a page of the expected kind; return it, and the places of its nodes."""
         if not 2 <= number <= self.meta.last_page:
             raise DataError(
-                f"{self.path}: a page that lies at page {number}: expected 2 to "
-                f"{self.meta.last_page}; it is damaged"
+                f"{self.path}: expected a page number from 2 to {self.meta.last_page}, got "
+                f"{number}: it is damaged"
             )
         if number in self._seen:
             raise self._damaged(number, "two pages lead to it")

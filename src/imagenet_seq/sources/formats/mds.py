@@ -47,7 +47,7 @@ from imagenet_seq.sources.formats.mds_index import (
     described_shards,
     read_shards,
 )
-from imagenet_seq.sources.images import image_extension
+from imagenet_seq.sources.images import image_extension, ppm_header
 from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, Seen, SplitNeededError
 from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
@@ -381,7 +381,10 @@ def _image(encoding: str, data: memoryview, begin: int, end: int) -> _Image:
 
 
 def _pixels(data: memoryview, begin: int, end: int) -> _Image:
-    """Find the pixels of encoding "pil": after width, height, length of the mode, and mode."""
+    """Find the pixels of encoding "pil": after width, height, length of the mode, and mode.
+
+    A PPM's header is never longer than these and the column's length, and takes their place.
+    """
     if end - begin < 13:
         raise MdsError(f"expected pixels with their size and mode, got {end - begin} bytes")
     width, height, mode_bytes = struct.unpack_from("<3I", data, begin)
@@ -394,15 +397,7 @@ def _pixels(data: memoryview, begin: int, end: int) -> _Image:
         raise MdsError(
             f"expected {width} x {height} pixels of mode {mode.decode()}, got {end - first} bytes"
         )
-    return _Image(first, end, ".ppm", _ppm_header(width, height, mode == b"RGB"), width, height)
-
-
-def _ppm_header(width: int, height: int, is_rgb: bool) -> bytes:
-    """Return the header that makes pixels a PPM (or PGM).
-
-    It is never longer than what precedes them in a shard: the column's length and pil's header.
-    """
-    return b"P%d\n%d %d\n255\n" % (6 if is_rgb else 5, width, height)
+    return _Image(first, end, ".ppm", ppm_header(width, height, mode == b"RGB"), width, height)
 
 
 # ---- blocks --------------------------------------------------------------------------------------
@@ -467,8 +462,8 @@ class _ShardSource(Source):
             for (width, height), at, size in zip(
                 sizes, begin.tolist(), length.tolist(), strict=True
             ):
-                is_rgb = size == 3 * width * height + len(_ppm_header(width, height, True))
-                header = np.frombuffer(_ppm_header(width, height, is_rgb), np.uint8)
+                is_rgb = size == 3 * width * height + len(ppm_header(width, height, True))
+                header = np.frombuffer(ppm_header(width, height, is_rgb), np.uint8)
                 data[at : at + len(header)] = header
         return Block(data, begin, length)
 

@@ -205,7 +205,7 @@ class _Scan:
         elif name in self._names:
             wrong = "expected one image of this name, got another (a duplicate)"
         elif member.leads_outside:
-            wrong = "expected a name inside the archive, got one that leads out"
+            wrong = "expected a path inside the archive, got one outside"
         if wrong:
             self._problems.report(f"{self._path}: {name!r} at offset {member.offset}: {wrong}")
             return

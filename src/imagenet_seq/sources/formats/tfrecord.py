@@ -97,7 +97,7 @@ def _why_none(path: str) -> str | None:
         return None
     if head[:2] == b"\x1f\x8b":
         return "a gzip'ed TFRecord file, whose images can't be read in place: gunzip it first"
-    return "expected a TFRecord file, but its first bytes are no length with its CRC"
+    return "expected a TFRecord file, but its first bytes are not a length and its CRC"
 
 
 def _open(place: Place, files: Sequence[str], how: Opening) -> Source:
@@ -205,7 +205,7 @@ class _Scan:
                 message = data[:length]
                 sample = self._parsed(message, in_file)
                 if sample.name in names:
-                    raise _MalformedError(f"the name {sample.name!r} is another sample's, too")
+                    raise _MalformedError(f"another sample has the name {sample.name!r}, too")
             except _MalformedError as error:
                 self._problems.report(f"{stream.path}: sample {in_file} at offset {at}: {error}")
             else:

@@ -196,7 +196,7 @@ class _Collector:
     def _check(self, name: str, image: Member) -> None:
         """Refuse what can be wrong in both layouts."""
         if image.leads_outside:
-            raise _WrongSampleError("expected a name inside the archive, got one that leads out")
+            raise _WrongSampleError("expected a path inside the archive, got one outside")
         if not image.length:
             raise _WrongSampleError(f"expected an image, got 0 bytes in {image.name!r}")
         if name in self._names_in_file:
@@ -406,7 +406,7 @@ class _ClassFolders(_Collector):
                 continue
             try:
                 if not folder:
-                    raise _WrongSampleError("expected an image in a class folder, got one in none")
+                    raise _WrongSampleError("expected an image in a class folder, got one outside")
                 self._check(member.name, member)
             except _WrongSampleError as wrong:
                 self._report(member.name, member.offset, wrong)
