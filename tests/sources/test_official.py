@@ -241,7 +241,7 @@ WRONG: dict[str, tuple[dict[str, Files], Files, str]] = {
         {"n00000002": [*GOOD["n00000002"], ("b.JPEG", b"")]}, (), "an image, got 0 bytes"
     ),
     "a name outside": (
-        {"n00000002": [*GOOD["n00000002"], ("../b.JPEG", b"x")]}, (), "name inside the archive"
+        {"n00000002": [*GOOD["n00000002"], ("../b.JPEG", b"x")]}, (), "path inside the archive"
     ),
 }  # fmt: skip
 
