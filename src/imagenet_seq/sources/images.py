@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
@@ -10,11 +12,13 @@ IMAGE_EXTENSIONS = (
 NAMED_EXTENSIONS = (*IMAGE_EXTENSIONS, ".gif")
 """With one of these at its end, a sample's name already says which kind of image it is."""
 
-_SIGNATURES = (
-    (b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"),
-    (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P6", ".ppm"), (b"P5", ".pgm"),
-)  # fmt: skip
-"""First bytes of each format; the most frequent one first. WebP's are in two places."""
+_SIGNATURES = {
+    ".jpg": rb"\xff\xd8", ".png": rb"\x89PNG", ".gif": rb"GIF8", ".bmp": rb"BM",
+    ".tif": rb"II\*\0|MM\0\*", ".webp": rb"RIFF.{4}WEBP", ".ppm": rb"P6", ".pgm": rb"P5",
+}  # fmt: skip
+"""First bytes of each format."""
+_EXTENSIONS = (None, *_SIGNATURES)
+_SIGNATURE = re.compile(b"|".join(b"(%b)" % form for form in _SIGNATURES.values()), re.DOTALL)
 
 
 def is_image_name(name: str) -> bool:
@@ -33,8 +37,5 @@ def image_extension(data: bytes | memoryview) -> str | None:
     Args:
         data: the image, or its first 12 bytes at least.
     """
-    head = bytes(data[:12])
-    for signature, extension in _SIGNATURES:
-        if head.startswith(signature):
-            return extension
-    return ".webp" if head[:4] == b"RIFF" and head[8:] == b"WEBP" else None
+    found = _SIGNATURE.match(data)
+    return _EXTENSIONS[found.lastindex or 0] if found else None
