@@ -62,9 +62,7 @@ class Dataset(Sequence[Any]):
         offset = int(columns.offset[index])
         length = -1 if columns.length is None else int(columns.length[index])
         if self._source.python_blocks:
-            block = self._source.read_block(int(columns.file[index]))
-            begin = int(block.offsets[offset])
-            return bytes(block.bytes[begin : begin + int(block.lengths[offset])])
+            return self._source.read_block(int(columns.file[index])).image(offset).tobytes()
         with open(os.path.join(columns.root, columns.files[columns.file[index]]), "rb") as file:
             file.seek(offset)
             return file.read(length)

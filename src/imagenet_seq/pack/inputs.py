@@ -29,8 +29,7 @@ from imagenet_seq.pack.io_log import IoLog
 from imagenet_seq.pack.selection import Selection
 from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.formats.pack import Encoded
-from imagenet_seq.sources.place import Found, Opening
-from imagenet_seq.sources.scan import Visit
+from imagenet_seq.sources.place import Found, Opening, Visit
 from imagenet_seq.text import progress_bar
 
 _READ_BYTES = 8 << 20
@@ -451,8 +450,7 @@ class _Blocks(_InFiles):
             return block
         if ordinal >= len(block.offsets):
             return Refused(f"block {number} holds {len(block.offsets)} images, not this one", None)
-        begin = int(block.offsets[ordinal])
-        return _storable(block.bytes[begin : begin + int(block.lengths[ordinal])].tobytes())
+        return _storable(block.image(ordinal).tobytes())
 
     def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
         """Produce samples block by block."""

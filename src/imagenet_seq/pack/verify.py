@@ -239,9 +239,7 @@ class _Reference:
         """Yield names and bytes of the samples of one python block."""
         block = self._source.read_block(int(self._index.file[samples[0]]))
         for sample in samples.tolist():
-            ordinal = int(self._index.offset[sample])
-            begin = int(block.offsets[ordinal])
-            data = block.bytes[begin : begin + int(block.lengths[ordinal])].tobytes()
+            data = block.image(int(self._index.offset[sample])).tobytes()
             yield self._index.name[sample], data
 
     def check_names(self, pack: layout.Pack) -> Iterator[str]:

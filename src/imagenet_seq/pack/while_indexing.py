@@ -33,7 +33,7 @@ from imagenet_seq.pack.shards import RUN_BYTES, RUN_SAMPLES, RUNS_AHEAD, on_same
 from imagenet_seq.pack.shrink import NUM_SAMPLED
 from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.formats.pack import Encoded
-from imagenet_seq.sources.scan import Seen
+from imagenet_seq.sources.place import Seen
 
 # ---- dealing while a source is indexed -----------------------------------------------------------
 
