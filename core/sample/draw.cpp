@@ -29,8 +29,8 @@ uint64_t multiply_high(uint64_t a, uint64_t b) {
 // Philox4x64-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011).
 // A stream equals NumPy's
 //   numpy.random.Philox(key=[seed, kStreamTag], counter=[0, sample, epoch, purpose])
-// (negative numbers as two's complement), so that anyone can recompute a crop, as
-// test_augment.py does.
+// (negative numbers as two's complement), so that anyone can recompute a crop, as test_augment.py
+// does.
 class Draws {
  public:
   Draws(const imseq_key& key, Purpose purpose)
