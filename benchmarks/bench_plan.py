@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from imagenet_seq.index.columns import Index, Names
-from imagenet_seq.plan import epoch as plan
+from imagenet_seq.plan.epoch import peak_block_bytes, rank_plan
+from imagenet_seq.plan.order import Order
 
 IMAGENET_1K, IMAGENET_21K = 1_281_167, 14_197_122
 LIMIT_S = {IMAGENET_1K: 1.0, IMAGENET_21K: 8.0}
@@ -84,8 +85,8 @@ def measure(path: str, shuffle: str, world_size: int) -> dict[str, Any]:
     start, start_cpu = time.perf_counter(), time.process_time()
     index = Index.open(path)
     opened = time.perf_counter()
-    order = plan.Order(shuffle, num_streams=world_size)
-    planned = plan.rank_plan(index, order, 0, batch_size=256, world_size=world_size)
+    order = Order(shuffle, num_streams=world_size)
+    planned = rank_plan(index, order, 0, batch_size=256, world_size=world_size)
     end = time.perf_counter()
     end_cpu = time.process_time()
     peak = peak_resident_bytes() - before
@@ -98,7 +99,7 @@ def measure(path: str, shuffle: str, world_size: int) -> dict[str, Any]:
         "cpu_s": end_cpu - start_cpu,
         "peak_bytes": peak,
         "plan_bytes": sum(array.nbytes for array in arrays.values() if array.flags.owndata),
-        "live_block_bytes": plan.peak_block_bytes(planned, unknown_bytes=MEAN_BYTES),
+        "live_block_bytes": peak_block_bytes(planned, unknown_bytes=MEAN_BYTES),
     }
 
 

@@ -27,7 +27,7 @@ from imagenet_seq import native
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.loader import Loader
-from imagenet_seq.plan import epoch as plan
+from imagenet_seq.plan.epoch import rank_plan
 from imagenet_seq.sources.formats.pack import shard_file
 from imagenet_seq.sources.recognise import open_source
 
@@ -154,7 +154,7 @@ def make_loader(task: Task) -> Loader:
 def batch_bytes(task: Task, loader: Loader, epoch: int) -> list[int]:
     """Return the bytes of the images of each batch of an epoch; 0 where they are unknown."""
     index = loader.dataset._source.index
-    made = plan.rank_plan(
+    made = rank_plan(
         index,
         loader._order(),
         epoch,

@@ -36,14 +36,12 @@ from imagenet_seq.options import (
 )
 from imagenet_seq.plan.epoch import (
     EnginePlan,
-    Order,
-    batch_begins,
-    epoch_size,
     explicit_plan,
     in_windows,
     rank_plan,
     reads_blocks,
 )
+from imagenet_seq.plan.order import Order, batch_begins, epoch_size
 from imagenet_seq.plan.state import State, check_state
 from imagenet_seq.read.arrange import Reading, Wishes, arrange, blocks_of_pool, mean_block_bytes
 from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_of

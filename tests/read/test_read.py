@@ -26,8 +26,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imagenet_seq.read.speed import Speed, reads_direct
-from imagenet_seq.read.turns import lock_path
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
@@ -41,9 +39,12 @@ from imagenet_seq.loader import Loader
 from imagenet_seq.machine import LoaderNote
 from imagenet_seq.native.recipe import Geometry, Recipe, Rows
 from imagenet_seq.pack.packing import pack as make_pack
-from imagenet_seq.plan.epoch import EnginePlan, Order, explicit_plan, in_windows, rank_plan
+from imagenet_seq.plan.epoch import EnginePlan, explicit_plan, in_windows, rank_plan
+from imagenet_seq.plan.order import Order
 from imagenet_seq.read import arrange, disk
 from imagenet_seq.read import kept as ram
+from imagenet_seq.read.speed import Speed, reads_direct
+from imagenet_seq.read.turns import lock_path
 from imagenet_seq.sources.recognise import open_source
 
 BLOCK_BYTES = 20_000

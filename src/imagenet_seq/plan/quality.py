@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from imagenet_seq.index.columns import Index
 from imagenet_seq.index.mixing import IntArray, LabelRuns, label_runs, two_sided
-from imagenet_seq.plan.epoch import Order, batch_begins, blocks_of, epoch_order
+from imagenet_seq.plan.blocks import blocks_of
+from imagenet_seq.plan.order import Order, batch_begins, epoch_order
 
 FloatArray = npt.NDArray[np.float64]
 
