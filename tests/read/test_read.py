@@ -136,7 +136,7 @@ class Rig:
             row_bytes=1,
             block_budget_bytes=budget_bytes,
             verify_checksums=True,
-            reading=native.Reading(record_requests=True, **reading),
+            reading=native.ReadConfig(record_requests=True, **reading),
         )
         self.right: set[int] = set()  # positions of the plan whose bytes were right
         self.requested: list[native.Request] = []
