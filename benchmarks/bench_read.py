@@ -312,11 +312,6 @@ def show(row: dict[str, Any]) -> None:
 # ---- the cases -----------------------------------------------------------------------------------
 
 
-def arguments(**given: Any) -> dict[str, Any]:
-    """Return the Loader's arguments on spindle: it is FUSE, so what disk it is has to be said."""
-    return {"disk": "hdd", **given}
-
-
 def batches_of(size: int) -> int:
     """Return how many batches of all ranks together have so many bytes."""
     return size // MEAN_BYTES // GLOBAL_BATCH
@@ -334,7 +329,8 @@ def bytes_cases(limit_bytes: int) -> list[Case]:
             decoded=False,
             most_batches=fill + batches_of(limit_bytes),
             block_bytes=block_mb << 20,
-            loader_arguments=arguments(ram=0),
+            disk="hdd",
+            loader_arguments={"ram": 0},
         )
         return Case("bytes", task, num_ranks, readahead_kb, skip_batches=fill)
 
@@ -348,7 +344,8 @@ def pack_task(decoded: bool, num_epochs: int, **given: Any) -> Task:
         "data",
         decoded=decoded,
         num_epochs=num_epochs,
-        loader_arguments=arguments(**given),
+        disk="hdd",
+        loader_arguments=given,
     )
 
 
@@ -380,7 +377,7 @@ def folder_cases(name: str) -> list[Case]:
     """Ours over two windows behind the first one; torchvision over as many rounds of its workers as
     reach a steady state, since it takes minutes.
     """
-    task = Task("imagenet_seq", "data", loader_arguments=arguments())
+    task = Task("imagenet_seq", "data", disk="hdd")
     ours = task._replace(most_batches=3 * WINDOW_BATCHES)
     peer = Task("torchvision", "data", most_batches=6 * PEER_WORKERS)
     return [
@@ -406,7 +403,7 @@ def source_cases(kind: str) -> list[Case]:
     if kind != "official":
         return [Case(kind, pack_task(True, 3, ram=0), readahead_kb=128, skip_epochs=1)]
     in_order = pack_task(True, 3, ram=0, shuffle=False)
-    shuffled = Task("imagenet_seq", "data", loader_arguments=arguments(ram=0))
+    shuffled = Task("imagenet_seq", "data", disk="hdd", loader_arguments={"ram": 0})
     shuffled = shuffled._replace(most_batches=3 * WINDOW_BATCHES)
     return [
         Case(f"{kind}, in order", in_order, readahead_kb=128, skip_epochs=1),
@@ -419,7 +416,8 @@ def cases_of_folder(folder: Path, args: argparse.Namespace) -> list[Case]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     fill_bytes = 2 * POOL_BLOCKS * (16 << 20)
     fill = batches_of(fill_bytes) if size > 2 * fill_bytes else 0  # small sets: all of an epoch
-    task = Task("imagenet_seq", ".", loader_arguments=arguments() if args.spindle else {})
+    # spindle is FUSE, so what disk it models has to be said.
+    task = Task("imagenet_seq", ".", disk="hdd" if args.spindle else "auto")
     cases = []
     for decoded, num_ranks in itertools.product((False, True), args.ranks):
         name = "decoded" if decoded else "bytes"

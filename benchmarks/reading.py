@@ -28,6 +28,7 @@ from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.loader import Loader
 from imagenet_seq.plan.epoch import rank_plan
+from imagenet_seq.read.options import DiskKind, ReadOptions
 from imagenet_seq.sources.formats.pack import shard_file
 from imagenet_seq.sources.recognise import open_source
 
@@ -50,6 +51,7 @@ class Task(NamedTuple):
     num_epochs: int = 1
     most_batches: int = 0  # of an epoch; 0: all
     block_bytes: int = 16 << 20
+    disk: DiskKind = "auto"
     loader_arguments: Mapping[str, Any] = MappingProxyType({})
     pace_s: float = 0.0  # the script takes no batch sooner after the one before: it trains
     digest: bool = False  # of all batches, to compare runs
@@ -139,8 +141,9 @@ def make_loader(task: Task) -> Loader:
         num_workers=task.num_workers,
         rank=task.rank,
         world_size=task.world_size,
-        block_bytes=task.block_bytes,
-        verify_checksums=not made_up,
+        reading=ReadOptions(
+            disk=task.disk, block_bytes=task.block_bytes, verify_checksums=not made_up
+        ),
         forecast=False,
         **task.loader_arguments,
     )

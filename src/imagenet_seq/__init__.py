@@ -9,23 +9,82 @@ Importing this package is quick: torch is imported when a Loader is first asked 
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagenet_seq.loader import ImagenetLoader, Loader
+    from imagenet_seq.data import ImagenetLoader
+    from imagenet_seq.errors import (
+        CollateError,
+        DataError,
+        ForkError,
+        ImagenetSeqError,
+        LoaderClosedError,
+        PackError,
+        SampleError,
+        StateError,
+    )
+    from imagenet_seq.loader import Loader
+    from imagenet_seq.machine import LoaderNote
+    from imagenet_seq.pack.packing import pack_dataset
+    from imagenet_seq.read.options import ReadOptions
+    from imagenet_seq.sources.recognise import open_source
 
 try:
     __version__ = version("imagenet-seq")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["ImagenetLoader", "Loader", "__version__"]
+_MODULES = {
+    "Loader": "loader",
+    "ImagenetLoader": "data",
+    "ReadOptions": "read.options",
+    "LoaderNote": "machine",
+    "open_source": "sources.recognise",
+    "pack_dataset": "pack.packing",
+    **dict.fromkeys(
+        (
+            "CollateError",
+            "DataError",
+            "ForkError",
+            "ImagenetSeqError",
+            "LoaderClosedError",
+            "PackError",
+            "SampleError",
+            "StateError",
+        ),
+        "errors",
+    ),
+}
+"""Where each public name is defined; its module is imported when the name is first asked for."""
+
+__all__ = [
+    "CollateError",
+    "DataError",
+    "ForkError",
+    "ImagenetLoader",
+    "ImagenetSeqError",
+    "Loader",
+    "LoaderClosedError",
+    "LoaderNote",
+    "PackError",
+    "ReadOptions",
+    "SampleError",
+    "StateError",
+    "__version__",
+    "open_source",
+    "pack_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Loader", "ImagenetLoader"):
-        from imagenet_seq import loader
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return getattr(loader, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from imagenet_seq import native
 from imagenet_seq.batch.crew import Crew, Work
 from imagenet_seq.batch.iterator import EpochIterator
 from imagenet_seq.batch.memory import Memory, PagedMemory, PinnedMemory
+from imagenet_seq.batch.progress import PlanAhead, Progress
 from imagenet_seq.dataset import Dataset, resolve_dataset
 from imagenet_seq.decode.pipeline import memory_shape
 from imagenet_seq.decode.transforms import interpret
@@ -27,75 +25,29 @@ from imagenet_seq.index.cache import OnError
 from imagenet_seq.machine import available_cores, find_ranks, node_ranks, note_once, say_once
 from imagenet_seq.native.recipe import Rows
 from imagenet_seq.options import (
-    ADOPTED_SAMPLERS,
+    Default,
+    EpochSampler,
+    Exact,
+    Shuffle,
+    Split,
+    adopt_sampler,
     check_arguments,
     cuda_device,
     is_default_collate,
     notes_on_order,
     shuffle_kind,
 )
-from imagenet_seq.plan.epoch import (
-    EnginePlan,
-    explicit_plan,
-    in_windows,
-    rank_plan,
-    reads_blocks,
-)
-from imagenet_seq.plan.order import Order, batch_begins, epoch_size
+from imagenet_seq.plan.epoch import EnginePlan, in_windows
+from imagenet_seq.plan.order import Order
+from imagenet_seq.plan.schedule import Schedule
 from imagenet_seq.plan.state import State, check_state
-from imagenet_seq.read.arrange import Reading, Wishes, arrange, blocks_of_pool, mean_block_bytes
+from imagenet_seq.read.arrange import Reading, Wishes, arrange, blocks_of_pool
 from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_of
+from imagenet_seq.read.options import ReadOptions
+from imagenet_seq.read.pool import block_memory_bytes
 
-MB = 1 << 20
-
-
-_READ_AHEAD_BYTES = 64 * MB  # beyond what the shuffle itself keeps in memory
-
-
-_FILE_OVERHEAD_BYTES = 16 * 1024  # memory that a file takes beyond its bytes, about
-
-
-_BLOCK_OVERHEAD_BYTES = 32 * 1024  # the same of a block: pages at both ends, steps of 16 KB
-
-
+_DEFAULT_BATCH_SIZE = Default(256)
 _LONG_PLAN = 100_000  # samples whose plan takes long enough to be made ahead
-
-
-_MEAN_FILE_BYTES = 128 * 1024  # of files whose size is not known; ImageNet's are 110 KB
-
-
-@dataclass
-class _Progress:
-    """How far an epoch has come; shared by the loader and the epoch's iterator."""
-
-    epoch: int
-    samples_done: int = 0  # that scripts have, over all ranks
-    samples_end: int = -1  # samples_done after the last batch
-    ended: bool = False  # the engine has no more; a device stage may still have some
-
-
-class _Ahead:
-    """The next epoch's plan, made while the present one is delivered."""
-
-    def __init__(self, loader: Loader, progress: _Progress, crew: Crew) -> None:
-        self.progress = progress
-        self.crew = crew
-        self.plan: EnginePlan | None = None
-        self.in_engine = False
-        self.thread = threading.Thread(target=self._make, args=(loader,), name="imagenet-seq-plan")
-
-    def _make(self, loader: Loader) -> None:
-        with contextlib.suppress(Exception):  # what is wrong is said when the epoch begins
-            made = loader._plan(self.progress)
-            if loader._arranged().reads_on:
-                self.crew.prepare(made, loader._memory_rows)
-                self.in_engine = True
-            self.plan = made
-
-    def fits(self, progress: _Progress) -> bool:
-        """Wait for the plan; return whether it is the one of an epoch that begins now."""
-        self.thread.join()
-        return self.plan is not None and self.progress == progress
 
 
 class Loader:
@@ -151,28 +103,16 @@ class Loader:
             once, and damaged files otherwise give Pillow's result either way.
         pillow: the Pillow version whose resize rule is followed, such as "12"; None: the installed
             one's.
-        block_bytes: size of a read from a pack.
         shuffle_blocks: blocks pooled and mixed together by a block shuffle, over all ranks. Where
             the source decides how large its blocks are (parquet), as many as have those bytes.
         num_streams: independent runs the order is cut into, one for each rank; None: world_size.
             Part of the state: a run that continues on another number of ranks keeps it.
-        cache: the original project's name for the samples in the shuffle pool; sets shuffle_blocks.
-            A uniform shuffle has no pool.
-        cuda: the original project's name for device="cuda".
-        verify_checksums: check the CRC-32C of every sample of a pack on its first read. Later
-            epochs of this loader take it for granted.
         ram: memory for data that stays from epoch to epoch, for all ranks of the node together:
             "auto", "48GB", "30%", a number of bytes, or 0. "auto": data that fits in half of what
             is available is read through the page cache; of larger data that much is kept. What is
             kept is read once; each epoch reads exactly the rest. Never changes the order.
-        disk: "auto", "hdd" (one process at a time, in turns) or "ssd" (several requests at a
-            time). Also from the environment variable IMAGENET_SEQ_DISK.
-        num_readers: threads that read; None: what suits the disk.
-        direct: read past the page cache (O_DIRECT). None: where data is read in blocks and does not
-            stay in the page cache.
-        window: samples that are read in the order they lie on the disk and delivered in the order
-            of the shuffle, where samples are read one by one. None: 4096 over the node's ranks on a
-            hard disk, else 0.
+        reading: `ReadOptions`: the kind of disk, readers, block size, checksums. None: what suits
+            the disk.
         on_error: what to do with samples that the source's index can't hold (a tar member that
             is cut short, a label out of range): "fail" raises a DataError, "skip" leaves them out
             and says so. It is about indexing; an image that can't be decoded always raises.
@@ -181,6 +121,15 @@ class Loader:
         worker_init_fn, multiprocessing_context, persistent_workers, pin_memory_device, in_order,
             snapshot_every_n_steps: accepted for scripts that pass them; threads have no use for
                 them.
+
+    Attributes:
+        dataset: the samples: `len`, `classes`, `class_to_idx`, `samples`, `targets`, and
+            ``dataset[i]`` for a look at one.
+        sampler: the sampler that was passed, or one with `set_epoch` and `len`.
+        batch_sampler, batch_size, drop_last, num_workers, collate_fn, pin_memory, timeout,
+            generator, prefetch_factor, persistent_workers: as they were passed; batch_size is None
+            beside a batch_sampler.
+        memory_bytes: bound of what one iteration holds in memory.
 
     Raises:
         ValueError, TypeError: an argument is not what it should be; the message says what was
@@ -192,11 +141,11 @@ class Loader:
     def __init__(
         self,
         dataset: Any = None,
-        split: str | None = None,
+        split: Split | None = None,
         transform: Callable[[Any], Any] | None = None,
         *,
-        batch_size: int | None = 256,
-        shuffle: bool | str | None = None,
+        batch_size: int | None = _DEFAULT_BATCH_SIZE,
+        shuffle: bool | Shuffle | None = None,
         sampler: Any = None,
         batch_sampler: Any = None,
         num_workers: int | None = 0,
@@ -219,19 +168,12 @@ class Loader:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
-        exact: str = "crop",
+        exact: Exact = "crop",
         pillow: str | None = None,
-        block_bytes: int = 16 * MB,
         shuffle_blocks: int = 64,
         num_streams: int | None = None,
-        cache: int | None = None,
-        cuda: bool = False,
-        verify_checksums: bool = True,
         ram: str | int | float | None = "auto",
-        disk: str = "auto",
-        num_readers: int | None = None,
-        direct: bool | None = None,
-        window: int | None = None,
+        reading: ReadOptions | None = None,
         on_error: OnError = "fail",
         forecast: bool = True,
     ) -> None:
@@ -249,49 +191,58 @@ class Loader:
             memory_format=memory_format,
             exact=exact,
             on_error=on_error,
-            block_bytes=block_bytes,
             shuffle_blocks=shuffle_blocks,
-            cache=cache,
             num_streams=num_streams,
             seed=seed,
-            num_readers=num_readers,
-            window=window,
         )
-        self._wishes = Wishes(ram, disk, num_readers, direct, window)
+        self._read_options = reading or ReadOptions()
+        if not isinstance(self._read_options, ReadOptions):
+            raise TypeError(f"expected ReadOptions(...) for reading, got {reading!r}")
+        options = self._read_options
+        self._wishes = Wishes(
+            ram, options.disk, options.num_readers, options.direct, options.window
+        )
         self._wishes.check()
         if worker_init_fn is not None:
             note_once("worker_init_fn is not called: there are no worker processes")
-        self._source, split, own_transform, own_target_transform = resolve_dataset(
+        self._source, found_split, own_transform, own_target_transform = resolve_dataset(
             dataset, split, on_error
         )
         transform = transform if transform is not None else own_transform
-        if transform is None and split is None:
+        if transform is None and found_split is None:
             raise ValueError(
                 "without a split there is no standard transform: pass split='train' or 'val', or "
                 "transform="
             )
         self._rank, self._world_size = find_ranks(rank, world_size)
-        self._explicit_order, shuffle, drop_last, seed = self._adopt_sampler(
-            sampler, batch_sampler, shuffle, drop_last, seed
-        )
-        if shuffle is None:
-            shuffle = split == "train"
-        self._shuffle = shuffle_kind(shuffle, self._source)
+        num_samples = self._source.index.num_samples
+        adopted = adopt_sampler(sampler, batch_sampler, shuffle, seed, num_samples)
+        self._executed_sampler, self._drops_rest = adopted.executed, adopted.drops_rest
+        self._followed_sampler = adopted.followed
+        self._followed_epoch: int | None = None
+        if adopted.followed is not None:
+            if rank is not None and (rank, world_size) != (sampler.rank, sampler.num_replicas):
+                raise ValueError(
+                    f"rank {rank} of {world_size} was passed beside a DistributedSampler of rank "
+                    f"{sampler.rank} of {sampler.num_replicas}; pass one of them"
+                )
+            self._rank, self._world_size = sampler.rank, sampler.num_replicas
+        shuffled = found_split == "train" if adopted.shuffle is None else adopted.shuffle
+        self._shuffle = shuffle_kind(shuffled, self._source)
         for note in (*self._source.notes, *notes_on_order(self._shuffle, self._source)):
             note_once(note)
+        seed = adopted.seed
         if seed is None:
             seed = generator.initial_seed() if generator is not None else 0
         self._seed = int(seed) & 0xFFFF_FFFF_FFFF_FFFF
         self._num_streams = num_streams if num_streams is not None else self._world_size
-        self._block_bytes = block_bytes
-        if cache is not None:
-            shuffle_blocks = self._blocks_of_cache(cache, block_bytes)
-        self._shuffle_blocks = blocks_of_pool(self._source, shuffle_blocks, block_bytes)
-        self._device = cuda_device("cuda" if cuda and device is None else device)
+        self._block_bytes = self._read_options.block_bytes
+        self._shuffle_blocks = self._pooled_blocks(int(shuffle_blocks))
+        self._device = cuda_device(device)
         self._channels_last = memory_format == torch.channels_last
         self._pipeline = interpret(
             transform,
-            train=split == "train",
+            train=found_split == "train",
             dtype=dtype,
             channels_last=self._channels_last,
             pillow=pillow,
@@ -314,10 +265,9 @@ class Loader:
         self._num_threads = num_workers or available_cores()
         self._num_slots = prefetch_factor or 3
         self._timeout_s = timeout
-        self._verify_checksums = verify_checksums
 
-        self._batch_size = batch_size or 1
-        self.batch_size = batch_size if batch_sampler is None else None
+        self._batch_size = int(batch_size or 1)
+        self.batch_size = self._batch_size if batch_sampler is None else None
         self.num_workers = num_workers or 0
         self.drop_last = drop_last
         self.batch_sampler = batch_sampler
@@ -330,7 +280,7 @@ class Loader:
         self.sampler = sampler if sampler is not None else EpochSampler(self)
         self.dataset = Dataset(self._source, self._pipeline, transform, self._target_transform)
 
-        self._progress = _Progress(epoch=0, ended=False)
+        self._progress = Progress(epoch=0, ended=False)
         self._resumed = True  # the next iter() begins where _progress stands
         self._lock = threading.Lock()
         self._idle_crew: Crew | None = None
@@ -339,58 +289,16 @@ class Loader:
         self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
         self._on_device: tuple[torch.cuda.Stream, Tensor | None] | None = None
         self._reading: Reading | None = None
-        self._ahead: _Ahead | None = None
+        self._ahead: PlanAhead | None = None
         self._forecast = forecast
         self._announced = False
         self._pace = Pace()
         self._stats: dict[str, int] = {}
         self._iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
 
-    # ---- arguments that need the loader ----
-
-    def _adopt_sampler(
-        self,
-        sampler: Any,
-        batch_sampler: Any,
-        shuffle: bool | str | None,
-        drop_last: bool,
-        seed: int | None,
-    ) -> tuple[Any, bool | str | None, bool, int | None]:
-        """Take over what a torch sampler says; return (order, shuffle, drop_last, seed)."""
-        self._followed_sampler: Any = None
-        self._leave_over = False  # in an order that is not shuffled
-        if batch_sampler is not None:
-            return batch_sampler, False, drop_last, seed
-        if sampler is None:
-            return None, shuffle, drop_last, seed
-        kind = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
-        data = getattr(sampler, ADOPTED_SAMPLERS.get(kind, ""), ())
-        if len(data) != self._source.index.num_samples:
-            # Not one we know, or made for something else: a subset, say.
-            return sampler, False, drop_last, seed
-        if kind == "torch.utils.data.distributed.DistributedSampler":
-            self._rank, self._world_size = sampler.rank, sampler.num_replicas
-            self._followed_sampler = sampler
-            self._followed_epoch: int | None = None
-            self._leave_over = bool(sampler.drop_last)
-            return None, sampler.shuffle, drop_last, sampler.seed if seed is None else seed
-        if kind == "torch.utils.data.sampler.SequentialSampler":
-            return None, False, drop_last, seed
-        if kind == "torch.utils.data.sampler.RandomSampler" and not (
-            sampler.replacement or sampler.num_samples != len(data)
-        ):
-            if seed is None and sampler.generator is not None:
-                seed = sampler.generator.initial_seed()
-            return None, True, drop_last, seed
-        return sampler, False, drop_last, seed
-
-    def _blocks_of_cache(self, cache: int, block_bytes: int) -> int:
-        """Return the blocks that hold about `cache` samples."""
-        length = self._source.index.length
-        if length is None or len(length) == 0:
-            return 64
-        mean_bytes = max(1.0, float(np.mean(length[:65536])))
-        return max(1, round(cache * mean_bytes / block_bytes))
+    def _pooled_blocks(self, shuffle_blocks: int) -> int:
+        """Return how many of the source's own blocks a block shuffle pools."""
+        return blocks_of_pool(self._source, shuffle_blocks, self._block_bytes)
 
     # ---- the DataLoader surface ----
 
@@ -402,27 +310,16 @@ class Loader:
 
     def __len__(self) -> int:
         """Return the number of batches an epoch has on this rank."""
-        if self._explicit_order is not None:
-            if self.batch_sampler is not None:
-                return len(self.batch_sampler)
-            full, rest = divmod(len(self._explicit_order), self._batch_size)
-            return full + (rest > 0 and not self.drop_last)
-        size = epoch_size(len(self.dataset), self._order())
-        begins = batch_begins(size, self._batch_size, self._world_size, self.drop_last)
-        return len(begins) - 1
-
-    def _num_samples(self) -> int:
-        size = epoch_size(len(self.dataset), self._order())
-        return size // self._world_size + (self._rank < size % self._world_size)
+        return self._schedule.num_batches
 
     def __iter__(self) -> Iterator[Any]:
         """Begin an epoch, or go on with the one that load_state_dict or set_epoch named."""
         self._follow_sampler()
         before = self._progress
         if self._resumed:
-            progress = _Progress(before.epoch, before.samples_done)
+            progress = Progress(before.epoch, before.samples_done)
         else:
-            progress = _Progress(before.epoch + 1)
+            progress = Progress(before.epoch + 1)
         if not self._announced:
             self._announce()
         ahead, self._ahead = self._ahead, None
@@ -440,8 +337,8 @@ class Loader:
         def taken(crew: Crew, number: int) -> None:
             owner = loader() if number == plan_ahead_at else None
             if owner is not None:
-                owner._ahead = _Ahead(owner, _Progress(progress.epoch + 1), crew)
-                owner._ahead.thread.start()
+                rows = owner._memory_rows if owner._arranged().reads_on else None
+                owner._ahead = PlanAhead(Progress(progress.epoch + 1), crew, owner._plan, rows)
 
         def ended(crew: Crew | None, stats: dict[str, int]) -> None:
             progress.ended = crew is not None
@@ -463,7 +360,7 @@ class Loader:
             on_end=ended,
             on_taken=taken,
             on_stall=note_once,
-            prepared=ahead is not None and fits and ahead.in_engine and ahead.crew is crew,
+            prepared=ahead is not None and fits and ahead.is_prepared(crew),
         )
         # Only now: an epoch that could not begin is not an epoch that was begun.
         self._progress, self._resumed = progress, False
@@ -481,7 +378,7 @@ class Loader:
         if epoch < 0:
             raise ValueError(f"expected an epoch of 0 or above, got {epoch}")
         if not (self._resumed and self._progress.epoch == epoch):
-            self._progress = _Progress(int(epoch))
+            self._progress = Progress(int(epoch))
             self._resumed = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -490,7 +387,7 @@ class Loader:
 
         Batches that were prepared but not yet handed to the script are not counted.
         """
-        if self._explicit_order is not None:
+        if self._schedule.is_explicit:
             raise StateError(
                 "a loader that executes the order of a sampler has no state: the order is the "
                 "sampler's. Use shuffle=True or a DistributedSampler"
@@ -507,7 +404,7 @@ class Loader:
             StateError: the state was taken on other data or with other settings of order or seed;
                 says expected and got.
         """
-        if self._explicit_order is not None:
+        if self._schedule.is_explicit:
             raise StateError("a loader that executes the order of a sampler can't load a state")
         saved = State.from_dict(state)
         check_state(self._state(saved.epoch, saved.samples_done), saved)
@@ -516,7 +413,7 @@ class Loader:
             # again.
             self._num_streams = saved.num_streams
             self._close_idle_crew()  # made for another number of streams
-        self._progress = _Progress(saved.epoch, saved.samples_done)
+        self._progress = Progress(saved.epoch, saved.samples_done)
         self._resumed = True
 
     def stats(self) -> dict[str, float]:
@@ -554,7 +451,7 @@ class Loader:
         return forecast_of(
             self._source,
             reading,
-            num_samples=epoch_size(len(self.dataset), self._order()),
+            num_samples=self._schedule.epoch_samples,
             block_bytes=self._block_bytes,
             order={"block": "blocks", "none": "sequence"}.get(self._shuffle, "files"),
         )
@@ -585,6 +482,8 @@ class Loader:
         """
         for iterator in list(self._iterators):
             iterator.close()
+        if self._ahead is not None:
+            self._ahead.wait()  # its thread would open the memory for kept blocks again
         self._close_idle_crew()
         self._reading = None  # the memory goes with the last engine that uses it
 
@@ -612,19 +511,31 @@ class Loader:
                 self._idle_crew, crew = crew, None
         return crew
 
-    def _order(self) -> Order:
-        return Order(
+    @property
+    def _schedule(self) -> Schedule:
+        """What decides the batches; follows `drop_last`, which a script may set."""
+        order = Order(
             shuffle=self._shuffle,
             seed=self._seed,
             block_bytes=self._block_bytes,
             shuffle_blocks=self._shuffle_blocks,
             num_streams=self._num_streams,
-            exact=self._shuffle == "none" and not self._leave_over,
+            exact=self._shuffle == "none" and not self._drops_rest,
+        )
+        return Schedule(
+            self._source.index,
+            self._source.python_blocks,
+            order,
+            self._batch_size,
+            self._rank,
+            self._world_size,
+            self.drop_last,
+            self._executed_sampler,
+            self.batch_sampler,
         )
 
     def _state(self, epoch: int, samples_done: int) -> State:
-        rule = self._pipeline.recipe.passes.name
-        return State.of(self._source.index, self._order(), rule, epoch, samples_done)
+        return self._schedule.state(self._pipeline.recipe.passes.name, epoch, samples_done)
 
     def _announce(self) -> None:
         """Tell the user how the source is read and what the disk allows, once."""
@@ -637,19 +548,18 @@ class Loader:
     def _arranged(self) -> Reading:
         """Decide how the source is read."""
         if self._reading is None:
-            index = self._source.index
-            by_sample = self._explicit_order is not None or not reads_blocks(index, self._order())
+            by_sample = self._schedule.reads_samples
             self._reading = arrange(
                 self._source,
                 self._wishes,
-                in_blocks=not by_sample and index.length is not None,
+                in_blocks=not by_sample and self._source.index.length is not None,
                 units="samples" if by_sample else f"blocks of {self._block_bytes}",
                 num_ranks=node_ranks(self._world_size),
             )
         return self._reading
 
-    def _plan(self, progress: _Progress) -> EnginePlan:
-        made = self._plan_of_order(progress)
+    def _plan(self, progress: Progress) -> EnginePlan:
+        made = self._schedule.plan(progress.epoch, progress.samples_done)
         window = self._arranged().window
         return in_windows(made, window) if window else made
 
@@ -659,49 +569,14 @@ class Loader:
         Well before the last blocks are read, so that the disk does not wait.
         """
         reading, num_batches = self._arranged(), len(epoch_plan.batch_begin) - 1
-        if self._explicit_order is not None or not num_batches:
+        if self._schedule.is_explicit or not num_batches:
             return -1
         if not reading.reads_on and len(self._source.index) < _LONG_PLAN:
             return -1
         ahead = self._block_budget() / max(1, reading.data_bytes // self._world_size)
         return max(0, int(num_batches * (0.9 - 1.5 * ahead)))
 
-    def _plan_of_order(self, progress: _Progress) -> EnginePlan:
-        index, python_blocks = self._source.index, self._source.python_blocks
-        if self._explicit_order is None:
-            return rank_plan(
-                index,
-                self._order(),
-                progress.epoch,
-                batch_size=self._batch_size,
-                rank=self._rank,
-                world_size=self._world_size,
-                drop_last=self.drop_last,
-                samples_done=progress.samples_done,
-                python_blocks=python_blocks,
-            )
-        if self.batch_sampler is not None:
-            batches = [list(indices) for indices in self.batch_sampler]
-            begins = np.cumsum([0, *map(len, batches)])
-            samples = np.fromiter((i for indices in batches for i in indices), np.int64)
-        else:
-            samples = np.fromiter(self._explicit_order, np.int64)
-            begins = np.append(np.arange(0, len(samples), self._batch_size), len(samples))
-            if self.drop_last:
-                begins = np.arange(0, len(samples) + 1, self._batch_size)
-                samples = samples[: begins[-1]]
-        return explicit_plan(
-            index,
-            samples,
-            begins,
-            seed=self._seed,
-            epoch=progress.epoch,
-            rank=self._rank,
-            block_bytes=self._block_bytes,
-            python_blocks=python_blocks,
-        )
-
-    def _work(self, progress: _Progress, epoch_plan: EnginePlan | None) -> Work:
+    def _work(self, progress: Progress, epoch_plan: EnginePlan | None) -> Work:
         epoch_plan = epoch_plan or self._plan(progress)
         rows = self._batch_size
         if self.batch_sampler is not None:  # its batches may be of any size
@@ -749,61 +624,16 @@ class Loader:
             rows=self._pipeline.rows,
             row_bytes=int(np.prod(shape)) * dtype.itemsize,
             block_budget_bytes=self._block_budget(),
-            verify_checksums=self._verify_checksums,
+            verify_checksums=self._read_options.verify_checksums,
             reading=self._arranged().native,
         )
         return Crew(engine, self._num_threads)
 
     def _block_budget(self) -> int:
-        """Return the bound of block memory.
-
-        A block shuffle has a pool, and half as many blocks read ahead of it; windows are two: one
-        in use and one being read.
-        """
-        source = self._source
-        if self._shuffle != "block" or (source.index.length is None and not source.python_blocks):
-            window = min(self._arranged().window, len(self._source.index))
-            return max(_READ_AHEAD_BYTES, 2 * window * (self._mean_bytes() + _FILE_OVERHEAD_BYTES))
-        # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
-        streams = self._num_streams // math.gcd(self._num_streams, self._world_size)
-        pool_blocks = self._order().pool_blocks
-        num_blocks = streams * (pool_blocks + max(2, pool_blocks // 2))
-        block_bytes = mean_block_bytes(source, self._block_bytes)
-        return num_blocks * (block_bytes + _BLOCK_OVERHEAD_BYTES)
-
-    def _mean_bytes(self) -> int:
-        num_samples = max(1, len(self._source.index))
-        return self._arranged().data_bytes // num_samples or _MEAN_FILE_BYTES
+        return block_memory_bytes(self._source, self._schedule, self._arranged())
 
 
 def _delivering(iterator: EpochIterator, pin: bool) -> Iterator[Any]:
     for prepared, delivered in iterator:
         delivered()
         yield to_device(prepared, pinned) if pin else prepared
-
-
-class ImagenetLoader(Loader):
-    """The original project's name for `Loader`; all its call forms work.
-
-    ``ImagenetLoader('train', batch_size=..., num_workers=...)``,
-    ``ImagenetLoader(root, 'train', transform, batch_size=..., num_workers=..., cache=...,
-    shuffle=True)``.
-    """
-
-
-class EpochSampler:
-    """Stands in for ``loader.sampler`` in scripts that call ``loader.sampler.set_epoch(epoch)``."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = weakref.ref(loader)
-
-    def __len__(self) -> int:
-        """Return the samples of an epoch on this rank."""
-        loader = self._loader()
-        return 0 if loader is None else loader._num_samples()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Forward to `Loader.set_epoch`."""
-        loader = self._loader()
-        if loader is not None:
-            loader.set_epoch(epoch)

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import weakref
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.index.mixing import MIN_PERMUTED
 from imagenet_seq.index.source import Source
+from imagenet_seq.read.options import check_count
 from imagenet_seq.sources.place import SPLITS
 
-ADOPTED_SAMPLERS = {  # samplers whose order is ours, and where they keep what they sample from
+Split = Literal["train", "val"]
+Shuffle = Literal["uniform", "block"]
+Exact = Literal["crop", "strict"]
+
+_NATIVE_SAMPLERS = {  # samplers we run natively, and their attribute that holds the dataset
     "torch.utils.data.distributed.DistributedSampler": "dataset",
     "torch.utils.data.sampler.SequentialSampler": "data_source",
     "torch.utils.data.sampler.RandomSampler": "data_source",
 }
 
 
+class Default(int):
+    """The default of an argument that another one excludes: told from the same number, given."""
+
+
 def check_arguments(**given: Any) -> None:
-    """Raise for arguments outside their domain, in the order in which a user wrote them."""
-
-    def positive(name: str, least: int = 1) -> None:
-        value = given[name]
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"expected an int for {name}, got {value!r}")
-        if value < least:
-            raise ValueError(f"expected {name} of {least} or more, got {value}")
-
+    """Raise for arguments outside their domain, or beside one that excludes them."""
     split, transform = given["split"], given["transform"]
     if isinstance(split, int):
         raise TypeError(
@@ -40,30 +41,13 @@ def check_arguments(**given: Any) -> None:
         raise ValueError(f"expected split 'train' or 'val' (or None), got {split!r}")
     if transform is not None and not callable(transform):
         raise TypeError(f"expected a callable transform, got {transform!r}")
-    for name in ("batch_size", "prefetch_factor", "block_bytes", "shuffle_blocks", "cache"):
-        positive(name)
-    positive("num_streams")
-    positive("num_readers")
-    positive("window", least=0)
-    positive("seed", least=0)
-    positive("num_workers", least=0)
-    if given["timeout"] < 0:
+    for name in ("batch_size", "prefetch_factor", "shuffle_blocks", "num_streams"):
+        check_count(name, given[name])
+    for name in ("seed", "num_workers"):
+        check_count(name, given[name], least=0)
+    if not given["timeout"] >= 0:
         raise ValueError(f"expected timeout of 0 or more seconds, got {given['timeout']}")
-    shuffle, sampler, batch_sampler = given["shuffle"], given["sampler"], given["batch_sampler"]
-    if shuffle not in (None, True, False, "uniform", "block"):
-        raise ValueError(f"expected shuffle True, False, 'uniform' or 'block', got {shuffle!r}")
-    if sampler is not None and shuffle:
-        raise ValueError("sampler and shuffle exclude each other: the sampler decides the order")
-    if batch_sampler is not None and (
-        sampler is not None or shuffle or given["drop_last"] or given["batch_size"] not in (1, 256)
-    ):
-        raise ValueError(
-            "batch_sampler excludes batch_size, shuffle, sampler and drop_last: it decides them"
-        )
-    if given["batch_size"] is None and batch_sampler is None:
-        raise ValueError(
-            "batch_size=None (samples without batches) is not supported; use batch_size=1"
-        )
+    _check_order(**given)
     if given["memory_format"] not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(
             "expected memory_format torch.contiguous_format or torch.channels_last, got "
@@ -71,8 +55,91 @@ def check_arguments(**given: Any) -> None:
         )
     if given["on_error"] not in get_args(OnError):
         raise ValueError(f"expected on_error 'fail' or 'skip', got {given['on_error']!r}")
-    if given["exact"] not in ("crop", "strict"):
+    if given["exact"] not in get_args(Exact):
         raise ValueError(f"expected exact 'crop' or 'strict', got {given['exact']!r}")
+
+
+def _check_order(
+    *, shuffle: Any, sampler: Any, batch_sampler: Any, batch_size: Any, drop_last: Any, **_: Any
+) -> None:
+    """Check the arguments of which one decides the order, as DataLoader does.
+
+    What says "no" (shuffle=False, drop_last=False) is no second decision, and batch_size=1 is
+    DataLoader's own default: scripts pass these beside a sampler.
+    """
+    if shuffle not in (None, True, False, *get_args(Shuffle)):
+        raise ValueError(f"expected shuffle True, False, 'uniform' or 'block', got {shuffle!r}")
+    if sampler is not None and shuffle:
+        raise ValueError("sampler and shuffle exclude each other: the sampler decides the order")
+    if batch_sampler is None:
+        if batch_size is None:
+            raise ValueError(
+                "batch_size=None (samples without batches) is not supported; use batch_size=1"
+            )
+        return
+    sized = batch_size not in (None, 1) and not isinstance(batch_size, Default)
+    if sampler is not None or shuffle or drop_last or sized:
+        raise ValueError(
+            "batch_sampler excludes batch_size, shuffle, sampler and drop_last: it decides them"
+        )
+
+
+class Adopted(NamedTuple):
+    """What a sampler says of the order.
+
+    Attributes:
+        executed: the sampler whose order is executed; None: the order is ours.
+        shuffle: as the Loader's argument.
+        seed: as the Loader's argument.
+        followed: a DistributedSampler whose rank, world size and epochs are taken over.
+        drops_rest: in an order that is not shuffled, leave samples over so that all ranks have
+            equally many.
+    """
+
+    executed: Any
+    shuffle: bool | str | None
+    seed: int | None
+    followed: Any = None
+    drops_rest: bool = False
+
+
+def adopt_sampler(
+    sampler: Any,
+    batch_sampler: Any,
+    shuffle: bool | str | None,
+    seed: int | None,
+    num_samples: int,
+) -> Adopted:
+    """Return what torch's samplers say, where they sample all of the dataset."""
+    if batch_sampler is not None:
+        return Adopted(None, False, seed)
+    if sampler is None:
+        return Adopted(None, shuffle, seed)
+    executed = Adopted(sampler, False, seed)
+    kind = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
+    data = getattr(sampler, _NATIVE_SAMPLERS.get(kind, ""), ())
+    if len(data) != num_samples:
+        # Not one we know, or made for something else: a subset, say.
+        return executed
+    if kind == "torch.utils.data.distributed.DistributedSampler":
+        seed = sampler.seed if seed is None else seed
+        return Adopted(None, sampler.shuffle, seed, sampler, bool(sampler.drop_last))
+    if kind == "torch.utils.data.sampler.SequentialSampler":
+        return Adopted(None, False, seed)
+    if sampler.replacement or sampler.num_samples != len(data):
+        return executed
+    if seed is None and sampler.generator is not None:
+        seed = sampler.generator.initial_seed()
+    return Adopted(None, True, seed)
+
+
+def blocks_of_cache(source: Source, cache: int, block_bytes: int) -> int:
+    """Return the blocks that hold about `cache` samples: the original project's unit."""
+    length = source.index.length
+    if length is None or len(length) == 0:
+        return 64
+    mean_bytes = max(1.0, float(np.mean(length[:65536])))
+    return max(1, round(cache * mean_bytes / block_bytes))
 
 
 def shuffle_kind(shuffle: bool | str, source: Source) -> str:
@@ -120,4 +187,23 @@ def cuda_device(device: torch.device | str | int | None) -> torch.device | None:
 
 
 def is_default_collate(collate_fn: Any) -> bool:
+    """Tell whether batches are stacked as torch does it by default."""
     return collate_fn is None or collate_fn is torch.utils.data.default_collate
+
+
+class EpochSampler:
+    """Stands in for ``loader.sampler`` in scripts that call ``loader.sampler.set_epoch(epoch)``."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = weakref.ref(loader)
+
+    def __len__(self) -> int:
+        """Return the samples of an epoch on this rank."""
+        loader = self._loader()
+        return 0 if loader is None else int(loader._schedule.rank_samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Forward to `Loader.set_epoch`."""
+        loader = self._loader()
+        if loader is not None:
+            loader.set_epoch(epoch)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
+import pydoc
 import random
 import threading
 import time
@@ -23,14 +25,17 @@ from torchvision.transforms import v2
 
 import imagenet_seq
 import imagenet_seq.batch.crew as batch_module
+from imagenet_seq.data import ImagenetLoader
 from imagenet_seq.device import CudaFeeder
 from imagenet_seq.errors import CollateError, DataError, LoaderClosedError, SampleError, StateError
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Block, Source
-from imagenet_seq.loader import ImagenetLoader, Loader
+from imagenet_seq.loader import Loader
 from imagenet_seq.machine import LoaderNote, _cgroup_cores
 from imagenet_seq.pack.packing import pack
+from imagenet_seq.read.options import ReadOptions
 
+UNCHECKED = ReadOptions(verify_checksums=False)
 SMALL = v2.Compose([v2.RandomResizedCrop(32), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 EVAL = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
 
@@ -70,10 +75,11 @@ def test_call_forms_of_the_original_project(root: Path, monkeypatch: pytest.Monk
         root, "train", SMALL, batch_size=16, num_workers=2, shuffle=True, cache=5000
     )
     assert next(iter(explicit))[0].shape == (16, 3, 32, 32)
-    from imagenet_seq.loader import ImagenetLoader as named
-    from imagenet_seq.loader import Loader as short
+    from imagenet_seq.data import ImagenetLoader as named
+    from imagenet_seq.data import Loader as short
 
-    assert (short, named) == (imagenet_seq.Loader, imagenet_seq.ImagenetLoader)
+    assert named is short is imagenet_seq.ImagenetLoader
+    assert issubclass(short, imagenet_seq.Loader)
 
 
 def test_a_checksum_is_checked_on_the_first_read(root: Path, tmp_path: Path) -> None:
@@ -92,7 +98,7 @@ def test_a_checksum_is_checked_on_the_first_read(root: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"CRC-32C is [0-9a-f]{8}, expected"):
         epoch_of(loader)  # a new engine
     unchecked = Loader(
-        tmp_path / "pack", "train", EVAL, batch_size=8, shuffle=False, verify_checksums=False
+        tmp_path / "pack", "train", EVAL, batch_size=8, shuffle=False, reading=UNCHECKED
     )
     assert len(epoch_of(unchecked)) == len(before)
 
@@ -100,14 +106,15 @@ def test_a_checksum_is_checked_on_the_first_read(root: Path, tmp_path: Path) -> 
 def test_cache_is_the_pool_of_a_block_shuffle(root: Path, tmp_path: Path) -> None:
     pack(root / "train", tmp_path / "pack", progress=False)
     mean_bytes = np.mean([p.stat().st_size for p in (root / "train").rglob("*.jpg")])
-    settings = {"block_bytes": int(4 * mean_bytes), "batch_size": 8}
+    reading = ReadOptions(block_bytes=int(4 * mean_bytes))
+    settings = {"reading": reading, "batch_size": 8}
 
-    def order(**arguments: int) -> list[int]:
-        loader = Loader(tmp_path / "pack", "train", SMALL, **settings, **arguments)
+    def order(loader_type: type[Loader] = Loader, **arguments: int) -> list[int]:
+        loader = loader_type(tmp_path / "pack", "train", SMALL, **settings, **arguments)
         return [x.sum().item() for images, _ in loader for x in images]
 
-    assert order(cache=8) == order(shuffle_blocks=2) != order(shuffle_blocks=9)
-    assert order(cache=36) == order(shuffle_blocks=9)
+    assert order(ImagenetLoader, cache=8) == order(shuffle_blocks=2) != order(shuffle_blocks=9)
+    assert order(ImagenetLoader, cache=36) == order(shuffle_blocks=9)
 
 
 def test_a_split_is_taken_from_the_folder_or_asked_for(root: Path, tmp_path: Path) -> None:
@@ -321,11 +328,10 @@ def test_datasets_that_would_be_changed_are_refused(root: Path) -> None:
         ({"ram": 48}, ValueError, "ram: .* 48 bytes"),
         ({"ram": "130%"}, ValueError, "ram"),
         ({"ram": [1]}, TypeError, "ram"),
-        ({"disk": "floppy"}, ValueError, "disk: expected one of auto, hdd, ssd, got 'floppy'"),
-        ({"num_readers": 0}, ValueError, "num_readers of 1 or more, got 0"),
-        ({"num_readers": True}, TypeError, "num_readers"),
-        ({"window": -1}, ValueError, "window of 0 or more, got -1"),
-        ({"window": 0.5}, TypeError, "window"),
+        ({"cache": 8}, TypeError, "cache"),
+        ({"cuda": True}, TypeError, "cuda"),
+        ({"disk": "hdd"}, TypeError, "disk"),
+        ({"reading": {"disk": "hdd"}}, TypeError, r"expected ReadOptions\(...\) for reading"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(
@@ -333,6 +339,57 @@ def test_wrong_arguments_say_what_was_expected(
 ) -> None:
     with pytest.raises(error, match=message):
         Loader(root, **{"split": "train", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"disk": "floppy"}, ValueError, "expected disk 'auto', 'hdd' or 'ssd', got 'floppy'"),
+        ({"num_readers": 0}, ValueError, "num_readers of 1 or more, got 0"),
+        ({"num_readers": True}, TypeError, "num_readers"),
+        ({"window": -1}, ValueError, "window of 0 or more, got -1"),
+        ({"window": 0.5}, TypeError, "window"),
+        ({"block_bytes": 0}, ValueError, "block_bytes of 1 or more, got 0"),
+        ({"block_bytes": None}, TypeError, "block_bytes"),
+        ({"direct": "yes"}, TypeError, "True or False for direct, got 'yes'"),
+        ({"verify_checksums": 1}, TypeError, "True or False for verify_checksums, got 1"),
+    ],
+)
+def test_wrong_read_options_say_what_was_expected(options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ReadOptions(**options)
+
+
+def test_read_options_are_one_frozen_value() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ReadOptions().disk = "hdd"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ReadOptions("hdd")  # type: ignore[call-arg, misc]
+
+
+def test_arguments_that_exclude_each_other_are_refused_also_at_their_default(root: Path) -> None:
+    dataset = datasets.ImageFolder(root / "train", EVAL)
+    batches = [[0, 1], [2]]
+    with pytest.raises(ValueError, match="batch_sampler excludes batch_size"):
+        Loader(dataset, batch_sampler=batches, batch_size=256)
+    # DataLoader's own defaults say nothing, and frameworks pass them on.
+    assert len(Loader(dataset, batch_sampler=batches, batch_size=1, drop_last=False)) == 2
+    with pytest.raises(ValueError, match="cache and shuffle_blocks exclude each other"):
+        ImagenetLoader(root, "train", cache=100, shuffle_blocks=64)
+    with pytest.raises(ValueError, match="cuda and device exclude each other"):
+        ImagenetLoader(root, "train", cuda=False, device=None)
+    sampler = torch.utils.data.distributed.DistributedSampler(dataset, num_replicas=2, rank=1)
+    with pytest.raises(ValueError, match="rank 0 of 2 was passed beside a DistributedSampler"):
+        Loader(dataset, sampler=sampler, rank=0, world_size=2)
+    assert len(Loader(dataset, sampler=sampler, shuffle=False, rank=1, world_size=2)) > 0
+
+
+def test_public_names_are_listed_and_typed() -> None:
+    assert set(dir(imagenet_seq)) == set(imagenet_seq.__all__)
+    for name in imagenet_seq.__all__:
+        value = getattr(imagenet_seq, name)
+        assert name == "__version__" or value.__doc__, name
+    assert "Loader" in pydoc.plain(pydoc.render_doc(imagenet_seq))
 
 
 def test_arguments_that_threads_make_moot_are_accepted(root: Path) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from imagenet_seq.plan.epoch import EnginePlan, explicit_plan, in_windows, rank_
 from imagenet_seq.plan.order import Order
 from imagenet_seq.read import arrange, disk
 from imagenet_seq.read import kept as ram
+from imagenet_seq.read.options import ReadOptions
 from imagenet_seq.read.speed import Speed, reads_direct
 from imagenet_seq.read.turns import lock_path
 from imagenet_seq.sources.recognise import open_source
@@ -897,8 +898,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 
 
 def loader_of(dataset: Path, transform: object = SMALL, **arguments: object) -> Loader:
+    names = {field.name for field in fields(ReadOptions)}
+    reading = ReadOptions(**{name: arguments.pop(name) for name in names & arguments.keys()})
     defaults = {"batch_size": BATCH_SIZE, "num_workers": 2, "forecast": False}
-    return Loader(dataset, "train", transform, **{**defaults, **arguments})
+    return Loader(dataset, "train", transform, reading=reading, **{**defaults, **arguments})
 
 
 def epoch_of(loader: Loader) -> torch.Tensor:
@@ -1243,5 +1246,7 @@ def test_a_pool_of_python_blocks_takes_the_bytes_that_were_asked_for(
     source = Source("made here", index, python_blocks=True)
     assert arrange.blocks_of_pool(source, 64, 1000) == pooled
     assert arrange.blocks_of_pool(replace(source, python_blocks=False), 64, 1000) == 64
-    loader = Loader(source, "train", shuffle="block", block_bytes=1000, forecast=False)
+    loader = Loader(
+        source, "train", shuffle="block", reading=ReadOptions(block_bytes=1000), forecast=False
+    )
     assert loader.state_dict()["shuffle_blocks"] == pooled

@@ -28,9 +28,11 @@ from helpers.same_images import (
 from PIL import Image
 
 import imagenet_seq.data
+from imagenet_seq.data import ImagenetLoader
 from imagenet_seq.index.source import Source
-from imagenet_seq.loader import ImagenetLoader, Loader
+from imagenet_seq.loader import Loader
 from imagenet_seq.pack.packing import pack
+from imagenet_seq.read.options import ReadOptions
 from imagenet_seq.sources.recognise import open_source
 
 NUMBERED = ("flat", "lmdb", "tensorpack", "ffcv", "mds", "webdataset_variants/jpeg_txt_number")
@@ -102,7 +104,7 @@ def test_random_crops_are_the_imagefolders(case: Case) -> None:
 
 def test_a_block_shuffle_changes_nothing_but_the_order(case: Case) -> None:
     """The order is that of the source's own blocks; a sample's crop is the same in any order."""
-    settings = {"shuffle": "block", "block_bytes": 8192, "shuffle_blocks": 2}
+    settings = {"shuffle": "block", "reading": ReadOptions(block_bytes=8192), "shuffle_blocks": 2}
     reference = case.reference_loader(CROPS, shuffle=False)
     loader, other = (case.loader(CROPS, num_workers=n, **settings) for n in (1, 8))
     epoch = epoch_of(loader)

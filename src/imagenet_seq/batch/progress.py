@@ -1,0 +1,74 @@
+"""How far an epoch has come, and the next epoch's plan, made before this one ends."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from imagenet_seq.batch.crew import Crew
+from imagenet_seq.plan.epoch import EnginePlan
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come; shared by the loader and the epoch's iterator.
+
+    Attributes:
+        epoch: its number.
+        samples_done: samples that scripts have, over all ranks.
+        samples_end: samples_done after the last batch; -1: not known yet.
+        ended: the engine has no more; a device stage may still have some.
+    """
+
+    epoch: int
+    samples_done: int = 0
+    samples_end: int = -1
+    ended: bool = False
+
+
+class PlanAhead:
+    """The next epoch's plan, made in a thread while the present one is delivered."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        crew: Crew,
+        make_plan: Callable[[Progress], EnginePlan],
+        prepare_rows: int | None,
+    ) -> None:
+        """Args:
+        progress: where the epoch begins that is planned.
+        crew: whose engine gets the plan.
+        make_plan: makes it.
+        prepare_rows: rows of a slot, for an engine that reads on into that epoch; None: it doesn't.
+        """
+        self.plan: EnginePlan | None = None
+        self._progress, self._crew = progress, crew
+        self._in_engine = False
+        self._thread = threading.Thread(
+            target=self._make, args=(make_plan, prepare_rows), name="imagenet-seq-plan"
+        )
+        self._thread.start()
+
+    def _make(self, make_plan: Callable[[Progress], EnginePlan], prepare_rows: int | None) -> None:
+        with contextlib.suppress(Exception):  # what is wrong is said when the epoch begins
+            plan = make_plan(self._progress)
+            if prepare_rows is not None:
+                self._crew.prepare(plan, prepare_rows)
+                self._in_engine = True
+            self.plan = plan
+
+    def wait(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    def fits(self, progress: Progress) -> bool:
+        """Wait for the plan; return whether it is the one of an epoch that begins now."""
+        self.wait()
+        return self.plan is not None and self._progress == progress
+
+    def is_prepared(self, crew: Crew) -> bool:
+        """Tell whether the engine of `crew` reads by the plan already."""
+        return self._in_engine and self._crew is crew

@@ -1,0 +1,125 @@
+"""What decides which samples come in which batch of this rank, in every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imagenet_seq.index.columns import Index
+from imagenet_seq.plan.epoch import EnginePlan, explicit_plan, rank_plan, reads_blocks
+from imagenet_seq.plan.order import Order, batch_begins, epoch_size
+from imagenet_seq.plan.state import State
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The order of a Loader's epochs, for one rank.
+
+    Attributes:
+        index: the dataset.
+        python_blocks: `Source.python_blocks`.
+        order: what decides the order besides the index and the epoch's number.
+        batch_size: samples of this rank in a batch.
+        rank: number of this rank.
+        world_size: number of ranks.
+        drop_last: leave out a smaller last batch.
+        sampler: a sampler whose order is executed; None: the order is `order`.
+        batch_sampler: the same of a batch sampler, whose batches may be of any size.
+    """
+
+    index: Index
+    python_blocks: bool
+    order: Order
+    batch_size: int
+    rank: int
+    world_size: int
+    drop_last: bool = False
+    sampler: Any = None
+    batch_sampler: Any = None
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the order is a sampler's, and so there is no state to resume from."""
+        return self.sampler is not None or self.batch_sampler is not None
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether samples are read one by one, and not in blocks."""
+        return self.is_explicit or not reads_blocks(self.index, self.order)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch, over all ranks."""
+        return epoch_size(self.index.num_samples, self.order)
+
+    @property
+    def rank_samples(self) -> int:
+        """Samples of an epoch on this rank."""
+        size = self.epoch_samples
+        return size // self.world_size + (self.rank < size % self.world_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch on this rank."""
+        if self.batch_sampler is not None:
+            return len(self.batch_sampler)
+        if self.sampler is not None:
+            full, rest = divmod(len(self.sampler), self.batch_size)
+            return full + (rest > 0 and not self.drop_last)
+        begins = batch_begins(self.epoch_samples, self.batch_size, self.world_size, self.drop_last)
+        return len(begins) - 1
+
+    def plan(self, epoch: int, samples_done: int = 0) -> EnginePlan:
+        """Plan what is left of an epoch; iterates the sampler, where there is one."""
+        if not self.is_explicit:
+            return rank_plan(
+                self.index,
+                self.order,
+                epoch,
+                batch_size=self.batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+                drop_last=self.drop_last,
+                samples_done=samples_done,
+                python_blocks=self.python_blocks,
+            )
+        if self.batch_sampler is not None:
+            samples, begins = _in_given_batches(self.batch_sampler)
+        else:
+            samples, begins = _in_batches_of(self.batch_size, self.sampler, self.drop_last)
+        return explicit_plan(
+            self.index,
+            samples,
+            begins,
+            seed=self.order.seed,
+            epoch=epoch,
+            rank=self.rank,
+            block_bytes=self.order.block_bytes,
+            python_blocks=self.python_blocks,
+        )
+
+    def state(self, pillow_rule: str, epoch: int, samples_done: int) -> State:
+        """Return the state of a run that is at this position."""
+        return State.of(self.index, self.order, pillow_rule, epoch, samples_done)
+
+
+def _in_given_batches(
+    batch_sampler: Iterable[Iterable[int]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    batches = [list(indices) for indices in batch_sampler]
+    samples = np.fromiter((i for indices in batches for i in indices), np.int64)
+    return samples, np.cumsum([0, *map(len, batches)])
+
+
+def _in_batches_of(
+    batch_size: int, sampler: Iterable[int], drop_last: bool
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    samples = np.fromiter(sampler, np.int64)
+    if drop_last:
+        begins = np.arange(0, len(samples) + 1, batch_size)
+        return samples[: begins[-1]], begins
+    return samples, np.append(np.arange(0, len(samples), batch_size), len(samples))
