@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imagenet_seq import native
 from imagenet_seq.batch.memory import Memory
-from imagenet_seq.decode.pipeline import Pipeline, decode_with_pillow, images_of
+from imagenet_seq.decode.pipeline import Pipeline, images_of
 from imagenet_seq.decode.random import reproducible
 from imagenet_seq.errors import CollateError, SampleError
 from imagenet_seq.index.source import Source
@@ -76,7 +76,7 @@ class Work:
             return
         slot = self.slots[task.slot]  # keeps the memory alive while this thread writes to it
         if not task.prefix_done:
-            decode_with_pillow(self.pipeline, self.recipe, task.encoded(), key, task.row)
+            self.pipeline.decode_with_pillow(self.recipe, task.encoded(), key, task.row)
         if self.pipeline.rows == Rows.FINISHED_BY_PYTHON:
             row = images_of(slot, self.recipe)[task.row_index]
             self._store(task, self.pipeline.finish(row, key))
