@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -20,11 +19,10 @@ from imagenet_seq import __version__
 from imagenet_seq.errors import ImagenetSeqError
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.index.source import Source
-from imagenet_seq.read.budget import UNITS
 from imagenet_seq.sources.formats import pack as layout
 from imagenet_seq.sources.place import SPLITS, Found, Opening, SplitNeededError
 from imagenet_seq.sources.recognise import find_source
-from imagenet_seq.text import format_bytes
+from imagenet_seq.text import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from imagenet_seq.pack.shards import Summary
@@ -568,11 +566,13 @@ def _positive(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    unit = UNITS.get(match[2]) if match else None
-    if not match or unit is None or float(match[1]) * unit < 1:
-        raise argparse.ArgumentTypeError(f"expected a size such as 1GB or 512MiB, got {text!r}")
-    return int(float(match[1]) * unit)
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 byte, got {text!r}")
+    return int(size)
 
 
 def _names(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The device stage: memory of batches, and their way to the training device, normalised."""
+"""The device stage: copies batches to the training device and normalises them there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def normalise(images: Tensor, table: Tensor) -> Tensor:
-    """Look every byte up in the table of its channel: the bits the CPU path gives, on any device.
+    """Look every byte up in its channel's table, so that all devices give the CPU path's bits.
 
     Pure.
 
@@ -31,7 +31,7 @@ def normalise(images: Tensor, table: Tensor) -> Tensor:
 
 
 def to_device(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply function to every tensor in nested tuples, lists and dicts; leave the rest as it is."""
+    """Apply a function to every tensor in nested tuples, lists and dicts; keep all else."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -44,7 +44,7 @@ def to_device(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """Return the tensor in page-locked memory; one that is there, or on a GPU, as it is."""
+    """Return the tensor in page-locked memory; itself if it is there already, or on a GPU."""
     return tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
@@ -52,7 +52,7 @@ class CudaFeeder:
     """Copies batches to a GPU on a side stream, ahead of the training stream.
 
     While the script trains on a batch, the next ones are copied and normalised. The script's
-    stream waits for the copy of the batch it gets, not for the host.
+    stream waits for the copy of the batch that it gets; the host does not wait.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class CudaFeeder:
         depth: int,
     ) -> None:
         """Args:
-        batches: pairs of a batch and what to call when the script gets it.
-        stream: a stream of the GPU for the copies.
-        table: (3, 256) values on the GPU for uint8 images; None: images are copied as they are.
-        depth: batches copied ahead.
+        batches: pairs of a batch and a function to call when the script gets it.
+        stream: the stream of the GPU for the copies.
+        table: shape (3, 256), on the GPU, to normalise uint8 images; None: images stay as they are.
+        depth: number of batches copied ahead.
         """
         self._batches = batches
         self._device = stream.device
@@ -74,8 +74,8 @@ class CudaFeeder:
         self._table = table
         self._depth = depth
         self._ahead: deque[tuple[Any, torch.cuda.Event, Callable[[], None]]] = deque()
-        self._end: BaseException | None = None  # why no more batches come, raised in its turn
-        # The table, copied on the script's stream, is there before the side stream reads it.
+        self._end: BaseException | None = None  # raised after the batches before it
+        # The table was copied on the script's stream: the side stream must not read it earlier.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def _copy_one(self) -> bool:
@@ -87,10 +87,7 @@ class CudaFeeder:
             self._end = end
             return False
         with torch.cuda.stream(self._stream):
-            moved = to_device(
-                batch,
-                lambda t: pinned(t).to(self._device, non_blocking=True),
-            )
+            moved = to_device(batch, lambda t: pinned(t).to(self._device, non_blocking=True))
             if self._table is not None:
                 moved[0] = normalise(moved[0], self._table)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

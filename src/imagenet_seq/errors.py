@@ -1,18 +1,17 @@
-"""What can go wrong with data, and the one place that turns a native status into an exception.
+"""Errors about data, saved state or the machine; all derive from `ImagenetSeqError`.
 
-Mistakes in arguments raise ``ValueError`` or ``TypeError``, as everywhere in Python. Everything
-below is about data, state or the machine, and derives from `ImagenetSeqError`.
+Wrong arguments raise ``ValueError`` or ``TypeError``.
 """
 
 from __future__ import annotations
 
 
 class ImagenetSeqError(Exception):
-    """Base of the errors that are particular to this package."""
+    """Base class of this package's errors."""
 
 
 class DataError(ImagenetSeqError):
-    """Bytes on disk are not what they should be: a damaged pack, index or image."""
+    """Data on disk is damaged: a pack, an index or an image."""
 
 
 class SampleError(DataError):
@@ -20,7 +19,7 @@ class SampleError(DataError):
 
     Attributes:
         sample: index of the sample in the dataset.
-        name: its name (path relative to the dataset), or "" where unknown.
+        name: its name (path relative to the dataset), "" if unknown.
     """
 
     def __init__(self, message: str, sample: int = -1, name: str = "") -> None:
@@ -30,7 +29,7 @@ class SampleError(DataError):
 
 
 class StateError(ImagenetSeqError):
-    """A saved loader state does not fit this loader; the message says expected and got."""
+    """A saved loader state does not fit this loader; the message says what was expected."""
 
 
 class ForkError(ImagenetSeqError):
@@ -38,12 +37,12 @@ class ForkError(ImagenetSeqError):
 
 
 class PackError(ImagenetSeqError):
-    """Packing stopped; the message says why and how to go on."""
+    """Packing stopped; the message says why and how to continue."""
 
 
 class CollateError(ImagenetSeqError):
-    """The samples of a batch could not be made into one."""
+    """The samples of a batch could not be combined, by collate_fn or the default."""
 
 
 class LoaderClosedError(ImagenetSeqError):
-    """A loader was closed while it was iterated, so the epoch ends before its last batch."""
+    """A loader was closed during iteration, so the epoch ends before its last batch."""

@@ -92,7 +92,8 @@ class Loader:
         prefetch_factor: batches in memory ahead of the script, in total; None: 3.
         target_transform: applied to every label.
         seed: of order and augmentation.
-        rank, world_size: of this process; None: from torch.distributed or torchrun's environment.
+        rank, world_size: of this process; None: from torch.distributed, else from the environment of
+            torchrun, mpirun or srun.
         device: "cuda" (or a GPU): batches come on it, copied on a side stream ahead of the script
             and normalised there, with the same bits as on the CPU. None or "cpu": batches stay on
             the CPU.

@@ -31,7 +31,7 @@ from imagenet_seq.errors import CollateError, DataError, LoaderClosedError, Samp
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.loader import Loader
-from imagenet_seq.machine import LoaderNote, _cgroup_cores
+from imagenet_seq.machine import LoaderNote
 from imagenet_seq.pack.packing import pack
 from imagenet_seq.read.options import ReadOptions
 
@@ -124,16 +124,6 @@ def test_a_split_is_taken_from_the_folder_or_asked_for(root: Path, tmp_path: Pat
     with pytest.raises(ValueError, match="pass split="):
         Loader(tmp_path / "mine")
     assert len(Loader(tmp_path / "mine", transform=EVAL, batch_size=67)) == 1
-
-
-def test_cgroup_quotas_of_all_levels_count(tmp_path: Path) -> None:
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    own = tmp_path / "own"
-    own.write_text("0::/a/b\n")
-    assert _cgroup_cores(tmp_path, own) == float("inf")
-    (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "a" / "cpu.max").write_text("250000 100000\n")
-    assert _cgroup_cores(tmp_path, own) == 2.5
 
 
 def test_length_classes_samples_and_targets(root: Path) -> None:

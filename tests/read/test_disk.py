@@ -656,14 +656,3 @@ def test_reading_directly(tmp_path: Path, large: str) -> None:
     assert not reads_direct(tmp_path / "none")
     (tmp_path / "empty").write_bytes(b"")
     assert reads_direct(large) == reads_direct(tmp_path / "empty")
-
-
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IMAGENET_SEQ_CACHE", "/a")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    monkeypatch.setenv("HOME", "/c")
-    assert cache_folder() == "/a"
-    monkeypatch.delenv("IMAGENET_SEQ_CACHE")
-    assert cache_folder() == "/b/imagenet-seq"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == "/c/.cache/imagenet-seq"

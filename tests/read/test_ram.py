@@ -22,7 +22,7 @@ from typing import ClassVar
 import pytest
 
 from imagenet_seq import native
-from imagenet_seq.machine import Limits, limits
+from imagenet_seq.machine import Limits
 from imagenet_seq.read import kept as ram
 from imagenet_seq.read.budget import Budget, describe, ram_budget
 from imagenet_seq.read.kept import KeptMemory, open_kept
@@ -134,107 +134,6 @@ def test_memory_that_is_open_but_not_filled_counts_as_taken_once(key: str) -> No
     assert kept() == 50 * GB - 24 * MIB
     again.close()
     assert kept() == 50 * GB
-
-
-# ---- How much there is ----
-
-
-@pytest.fixture
-def proc(tmp_path: Path) -> Path:
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    write_meminfo(tmp_path / "proc", MemTotal=200_000, MemAvailable=100_000, SwapTotal=0)
-    return tmp_path / "proc"
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Path:
-    (tmp_path / "cgroup").mkdir()
-    return tmp_path / "cgroup"
-
-
-def write_meminfo(proc: Path, **kilobytes: int) -> None:
-    lines = [f"{name + ':':<15}{value:>9} kB" for name, value in kilobytes.items()]
-    (proc / "meminfo").write_text("\n".join([*lines, "HugePages_Total:       0"]))
-
-
-def write_group(folder: Path, stat: str = "", **files: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in files.items():
-        (folder / f"memory.{name}").write_text(f"{value}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{stat}\n")
-
-
-def test_without_cgroups_meminfo_decides(proc: Path, mount: Path) -> None:
-    found = limits(proc, mount)
-    assert found.total_bytes == 200_000 * 1024
-    assert found.available_bytes == 100_000 * 1024
-    assert (found.has_swap, found.cgroup) == (False, None)
-    write_meminfo(proc, MemTotal=200_000, MemAvailable=100_000, SwapTotal=7)
-    assert limits(proc, mount).has_swap
-
-
-def test_without_proc_half_of_the_machine_counts_as_available(tmp_path: Path) -> None:
-    found = limits(tmp_path / "none", tmp_path / "none")
-    assert found.total_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert found.total_bytes // 2 - 1024 < found.available_bytes <= found.total_bytes // 2
-
-
-def test_every_cgroup_up_to_the_root_may_limit(proc: Path, mount: Path) -> None:
-    (proc / "self" / "cgroup").write_text("0::/slice/job/step\n")
-    write_group(mount / "slice" / "job" / "step", max="max", current=4_000_000)
-    write_group(
-        mount / "slice" / "job", "inactive_file 500000\n", max=10_000_000, current=4_000_000
-    )
-    write_group(mount / "slice", max=90_000_000, current=60_000_000)
-    found = limits(proc, mount)
-    assert found.total_bytes == 10_000_000
-    assert found.available_bytes == 10_000_000 - 4_000_000 + 500_000
-    assert found.cgroup == str(mount / "slice" / "job")
-    write_group(mount / "slice", max=90_000_000, current=85_000_000)  # a sibling grew
-    found = limits(proc, mount)
-    assert (found.available_bytes, found.cgroup) == (5_000_000, str(mount / "slice"))
-    assert found.total_bytes == 10_000_000
-
-
-def test_memory_high_limits_too_and_an_overfull_group_leaves_nothing(
-    proc: Path, mount: Path
-) -> None:
-    (proc / "self" / "cgroup").write_text("0::/job\n")
-    write_group(mount / "job", max="max", high=8_000_000, current=9_000_000)
-    assert limits(proc, mount).total_bytes == 8_000_000
-    assert limits(proc, mount).available_bytes == 0
-
-
-def test_a_container_sees_its_own_cgroup_as_the_root_of_the_mount(proc: Path, mount: Path) -> None:
-    (proc / "self" / "cgroup").write_text("0::/docker/0123456789ab\n")
-    write_group(mount, "inactive_file 0\n", max=30_000_000, current=10_000_000)
-    found = limits(proc, mount)
-    assert (found.available_bytes, found.cgroup) == (20_000_000, str(mount))
-
-
-@pytest.mark.parametrize("own", ["4:memory:/vm/job", "4:cpu,memory:/vm/job\n3:pids:/\n0::/"])
-def test_version_1_beside_version_2(proc: Path, mount: Path, own: str) -> None:
-    (proc / "self" / "cgroup").write_text(own)
-    stat = "inactive_file 1\ntotal_inactive_file 3000000\n"
-    group = mount / "memory" / "vm" / "job"
-    write_group(group, stat, limit_in_bytes=20_000_000, usage_in_bytes=15_000_000)
-    write_group(mount / "memory", limit_in_bytes=9223372036854771712, usage_in_bytes=15_000_000)
-    (mount / "unified").mkdir()
-    found = limits(proc, mount)
-    assert (found.total_bytes, found.available_bytes) == (20_000_000, 8_000_000)
-    assert found.cgroup == str(group)
-
-
-def test_files_that_are_missing_or_strange_limit_nothing(proc: Path, mount: Path) -> None:
-    (proc / "self" / "cgroup").write_text("0::/../elsewhere\n2:cpu:/x\n")
-    (mount / "memory.max").write_text("")
-    assert limits(proc, mount).available_bytes == 100_000 * 1024
-
-
-@linux
-def test_the_limits_of_this_machine_are_plausible() -> None:
-    found = limits()
-    assert 0 < found.available_bytes <= found.total_bytes
 
 
 # ---- The memory ----

@@ -31,7 +31,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index.cache import OnError
-from imagenet_seq.machine import num_cores
+from imagenet_seq.machine import available_cores
 from imagenet_seq.pack.claim import claim_destination, clear_errors, clear_scrap, delete_scrap
 from imagenet_seq.pack.encode import Settings
 from imagenet_seq.pack.inputs import Folder, LargeFiles, Origin, Packed
@@ -131,7 +131,7 @@ def pack(
             return LargeFiles(found, kept, selection, log, indexing, progress)
         return Folder(found.open(Opening(indexing, progress)), kept, selection, log, progress)
 
-    options = RunOptions(on_error, num_workers or num_cores(), memory_bytes, progress)
+    options = RunOptions(on_error, num_workers or available_cores(), memory_bytes, progress)
     return _pack_all(source, destination, splits, io_log, prepare, options, format)
 
 
@@ -176,7 +176,7 @@ def reshuffle(
     def prepare(found: Found, log: IoLog) -> Origin:
         return Packed(found, seed, log)
 
-    options = RunOptions(None, num_workers or num_cores(), memory_bytes, progress)
+    options = RunOptions(None, num_workers or available_cores(), memory_bytes, progress)
     return _pack_all(source, destination, splits, io_log, prepare, options)
 
 

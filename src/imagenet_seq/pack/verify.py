@@ -19,7 +19,7 @@ from imagenet_seq import native
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Source
-from imagenet_seq.machine import num_cores
+from imagenet_seq.machine import available_cores
 from imagenet_seq.pack.selection import Selection
 from imagenet_seq.pack.shrink import Shrink, smaller_copy
 from imagenet_seq.sources.formats import pack as layout
@@ -89,7 +89,7 @@ def verify(
         source = selection.of(open_source(against, split, progress, "skip"))
         reference = _Reference(pack, source)
         problems += reference.check_names(pack)
-    workers = num_workers or num_cores()
+    workers = num_workers or available_cores()
     bar = progress_bar(f"verify {pack.folder}", len(pack.rows), enabled=progress)
     with bar, ThreadPoolExecutor(workers) as threads:
         check = _ShardCheck(pack, reference, bar)

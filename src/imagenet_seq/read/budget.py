@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imagenet_seq.machine import Limits, measured_limits
+from imagenet_seq import machine
 from imagenet_seq.read.kept import unfilled_bytes
-from imagenet_seq.text import format_bytes
+from imagenet_seq.text import format_bytes, parse_bytes
 
 _MOST_OF_AVAILABLE = 0.9  # what an explicit ram= may take; training needs memory, too
-
-
-# ---- How much is kept ----
+_SHARE = r"(\d+(?:\.\d+)?)\s*%"
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Budget:
 
     Attributes:
         page_cache: the whole source fits, so it is read buffered and the kernel keeps it.
-        kept_bytes: bytes of blocks to keep in memory of our own, for the whole node; 0: none.
+        kept_bytes: bytes of blocks to keep in `KeptMemory`, for the whole node; 0: none.
         notes: what the user should know, such as what limited it; () normally.
         reason: where the number comes from, as `describe` says it.
     """
@@ -36,29 +34,30 @@ class Budget:
 
 
 def ram_budget(
-    ram: str | int | float | None, dataset_bytes: int, *, limits: Limits | None = None
+    ram: str | int | float | None, dataset_bytes: int, *, limits: machine.Limits | None = None
 ) -> Budget:
     """Decide how many bytes of a dataset stay in memory.
 
-    Memory that this process opened with `open_kept` and has not filled yet counts as taken. The
+    Memory that this process opened with `open_kept` and has not filled yet counts as used. The
     result depends on what is available now, so ranks that start at different times may get
-    different numbers: the one whose `open_kept` comes first decides for all.
+    different numbers; the first to call `open_kept` decides for all.
 
     Args:
         ram: "auto" (or None): a dataset that fits in half of the available memory is left to
-            the page cache; of others, that much is kept in memory of our own. A size ("48GB",
-            "512MiB", a number of bytes) or a share of the node's memory as this cgroup may use it
-            ("30%"): so much in memory of our own, at most 90 % of what is available. 0: none.
+            the page cache; of a larger one, half of the available memory is filled with its
+            blocks. A size ("48GB", "512MiB", a number of bytes) or a share of the memory that
+            this process's cgroup may use ("30%"): so much is filled, at most 90 % of what is
+            available. 0: nothing is kept.
         dataset_bytes: size of all blocks of the dataset.
-        limits: what the machine has; None: measure it.
+        limits: the machine's memory limits; None: measure them.
 
     Raises:
-        ValueError: a size that can't be meant.
+        ValueError: `ram` is no size, or one of less than a page.
         TypeError: `ram` is neither text nor a number.
     """
-    machine = limits or measured_limits()
-    wanted = _wanted_bytes(ram, machine.total_bytes)
-    available = max(0, machine.available_bytes - unfilled_bytes())
+    limits = limits or machine.limits()
+    wanted = _wanted_bytes(ram, limits.total_bytes)
+    available = max(0, limits.available_bytes - unfilled_bytes())
     if wanted is None:
         half = available // 2
         reason = f"half of the {format_bytes(available)} available"
@@ -68,7 +67,7 @@ def ram_budget(
     kept, most = min(wanted, dataset_bytes), int(available * _MOST_OF_AVAILABLE)
     if kept <= most:
         return Budget(False, kept, reason=f"ram={ram!r}")
-    by = f" under the limit of the cgroup {machine.cgroup}" if machine.cgroup else ""
+    by = f" under the limit of the cgroup {limits.cgroup}" if limits.cgroup else ""
     note = (
         f"ram={ram!r}: {format_bytes(most)} are kept in memory instead of {format_bytes(kept)}: "
         f"{format_bytes(available)} are available{by}, of which a tenth is left for other uses"
@@ -86,16 +85,8 @@ def describe(budget: Budget, dataset_bytes: int) -> str:
     return f"keeps {kept} of {format_bytes(dataset_bytes)} in memory ({budget.reason})"
 
 
-UNITS = {
-    "": 1,
-    **{letter: 1000**power for power, letter in enumerate("KMGT", 1)},
-    **{f"{letter}I": 1024**power for power, letter in enumerate("KMGT", 1)},
-}
-"""Bytes of a unit, without the B: "G" is 10**9, "GI" 2**30."""
-
-
 def _wanted_bytes(ram: str | int | float | None, total_bytes: int) -> int | None:
-    """Return the bytes that `ram` asks for; None: as many as fit well."""
+    """Return the bytes that `ram` asks for; None: it says "auto"."""
     expected = "expected 'auto', a size such as '48GB' or '512MiB', a share such as '30%', or 0"
     if ram is None:
         return None
@@ -105,15 +96,14 @@ def _wanted_bytes(ram: str | int | float | None, total_bytes: int) -> int | None
         wanted = float(ram)
     elif ram.strip().lower() == "auto":
         return None
+    elif (share := re.fullmatch(_SHARE, ram.strip())) and float(share[1]) <= 100:
+        wanted = float(share[1]) * (total_bytes / 100)
     else:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?I?B?)", ram.strip().upper())
-        unit = match and (
-            total_bytes / 100 if match[2] == "%" else UNITS.get(match[2].removesuffix("B"))
-        )
-        if not match or unit is None or (match[2] == "%" and float(match[1]) > 100):
-            raise ValueError(f"ram: {expected}; got {ram!r}")
-        wanted = float(match[1]) * unit
-    # Less than a page is no size anyone wants: 48 is meant to be GB, 0.3 a share.
+        try:
+            wanted = parse_bytes(ram)
+        except ValueError:
+            raise ValueError(f"ram: {expected}; got {ram!r}") from None
+    # Nobody means less than a page: 48 was meant as GB, 0.3 as a share.
     if not (wanted == 0 or 4096 <= wanted < math.inf):
         raise ValueError(f"ram: {expected}; got {ram!r}, which is {wanted:g} bytes")
     return int(wanted)

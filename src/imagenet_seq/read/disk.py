@@ -1,8 +1,8 @@
-"""Which disk a path lies on, how fast that disk is, and the lock that its readers take in turns.
+"""Finds which disk a path lies on.
 
-How a disk is best read depends on what it is: one with a head wants one request at a time, over all
-processes; everything else wants several. The kernel says which it is (sysfs, mountinfo), a short
-measurement corrects the kernel where it is wrong, and the user overrules both.
+A hard disk is read best by one request at a time, over all processes; other disks by several. The
+kernel says which kind a disk is (sysfs, mountinfo), a short measurement (`speed`) corrects it where
+it is wrong, and the user overrules both.
 """
 
 from __future__ import annotations
@@ -15,23 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 SYS = Path("/sys")
-
-
 _MOUNTINFO = Path("/proc/self/mountinfo")
-
-
 _MEMORY_TYPES = {"tmpfs", "ramfs", "devtmpfs"}
-
-
 _NETWORK_TYPES = {
     "nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs", "9p",
     "virtiofs",
 }  # fmt: skip
-
-
 _MAX_LAYERS = 8
-"""Devices on top of each other (a partition, md, LUKS, LVM, a loop: 5 are many). A bound, because a
-damaged sysfs may go in circles."""
+"""Bound on stacked devices (partition, md, LUKS, LVM and loop are 5): a damaged sysfs may form a
+cycle."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +33,10 @@ class Disk:
     Args:
         kind: "hdd", "ssd", "network", "fuse", "memory" or "unknown".
         name: for messages: "sda", "md0 (sda, sdb)", "nfs server:/export", "fuse.sshfs", "tmpfs".
-        device: names the physical disk for locks and measurements: "8:0", of several members
-            "8:0+8:16"; without a disk of this machine what is mounted, in characters that a file's
-            name may have; "" where there is nothing to measure.
-        chosen: whether the user said so, so that no measurement overrules it.
+        device: names the physical disk for locks and measurements: "8:0", or "8:0+8:16" for
+            several. For what is not a disk of this machine: what is mounted, in characters that are
+            safe in a file name. "" where there is nothing to measure.
+        chosen: the user chose the kind, so no measurement overrules it.
     """
 
     kind: str
@@ -54,23 +46,20 @@ class Disk:
 
     @property
     def has_one_head(self) -> bool:
-        """Whether it is read best by one request at a time, under the lock of `lock_path`."""
+        """Whether one request at a time, under the lock of `turns.lock_path`, reads it best."""
         return self.kind == "hdd"
 
 
-# ---- which disk ----------------------------------------------------------------------------------
-
-
 def choose_disk(path: str | os.PathLike[str], wish: str = "auto") -> Disk:
-    """Return the disk of `path`, of the kind that the user wishes.
+    """Return the disk of `path`, of the kind that the user chose.
 
     Args:
         path: a file or folder.
-        wish: "hdd", "ssd", or "auto": what $IMAGENET_SEQ_DISK says, else what it is found to be.
+        wish: "hdd", "ssd", or "auto": what $IMAGENET_SEQ_DISK says, else what `find_disk` finds.
 
     Raises:
-        ValueError: where `wish` or $IMAGENET_SEQ_DISK is another word.
-        FileNotFoundError: where `path` does not exist.
+        ValueError: `wish` or $IMAGENET_SEQ_DISK is another word.
+        FileNotFoundError: `path` does not exist.
     """
     words = ("auto", "hdd", "ssd")
     if wish not in words:
@@ -90,16 +79,16 @@ def find_disk(
 ) -> Disk:
     """Find which disk a path lies on, through partitions, LVM, LUKS, md, loops and mounts.
 
-    A disk behind a faster cache (bcache, dm-cache) counts as what it is itself; `effective` sees
-    the cache. Where the kernel does not say (or is not Linux), the kind is "unknown".
+    A disk behind a faster cache (bcache, dm-cache) has its own kind; `speed.effective` takes the
+    cache into account. Where the kernel does not say (or is not Linux), the kind is "unknown".
 
     Args:
         path: a file or folder.
         sys: where sysfs is mounted.
-        mountinfo: the list of mounts, as in proc(5).
+        mountinfo: the list of mounts, see proc(5).
 
     Raises:
-        FileNotFoundError: where `path` does not exist.
+        FileNotFoundError: `path` does not exist.
     """
     return _Finder(sys, mountinfo).of_path(os.fspath(path), 0)
 
@@ -113,7 +102,7 @@ class _Mount(NamedTuple):
 
 
 class _Finder:
-    """Follows a path down to physical disks; `layers` counts the devices passed on the way."""
+    """Follows a path down to physical disks; `layers` counts the devices on the way."""
 
     def __init__(self, sys: Path, mountinfo: Path) -> None:
         self._sys = sys
@@ -154,14 +143,14 @@ class _Finder:
         return self.of_path(path, layers + 1)
 
     def _folders_of(self, mount: _Mount) -> list[Path]:
-        """Return the sysfs folders of the block devices that a file system consists of."""
+        """Return the sysfs folders of the block devices of a file system."""
         blocks = self._sys / "class" / "block"
-        # bcachefs names all its members; btrfs only one, but sysfs has a folder of them all.
+        # bcachefs names all its members; btrfs names one, but sysfs has a folder with all of them.
         sources = mount.source.split(":") if mount.type == "bcachefs" else [mount.source]
         folders = []
         for source in sources:
             folder = blocks / os.path.basename(os.path.realpath(source))
-            if not folder.exists():  # /dev/mapper/NAME, where /dev lacks the link
+            if not folder.exists():  # /dev/mapper/NAME that is no link, as in some containers
                 folder = next(
                     (
                         name.parent.parent
@@ -177,7 +166,7 @@ class _Finder:
         return folders
 
     def _of_folders(self, folders: list[Path], number: str, layers: int) -> Disk:
-        """Return the disk that sysfs folders of block devices stand for."""
+        """Return the disk of block devices, given by their sysfs folders."""
         label = folders[0].name
         try:
             disks: list[Disk] = []
@@ -185,7 +174,7 @@ class _Finder:
             for folder in (folder.resolve(strict=True) for folder in folders):
                 labels.append(_label(folder))
                 disks += self._below(folder, layers)
-        except (OSError, RuntimeError, ValueError):  # RuntimeError: links in a circle
+        except (OSError, RuntimeError, ValueError):  # RuntimeError: a cycle of links
             return Disk("unknown", label, number)
         if len(folders) == 1:
             return _merge(labels[0], disks)
@@ -213,12 +202,12 @@ class _Finder:
 
 
 def _merge(label: str, below: list[Disk]) -> Disk:
-    """Return what several disks are to a reader: as slow as the slowest of them."""
+    """Return several disks as one: as slow as the slowest of them."""
     disks = list({(disk.name, disk.device): disk for disk in below}.values())
     kinds = {disk.kind for disk in disks}
     kind = "hdd" if "hdd" in kinds else kinds.pop() if len(kinds) == 1 else "unknown"
     names = ", ".join(disk.name for disk in disks)
-    # Of an HDD with an SSD as its cache, the HDD is what has to be taken in turns.
+    # Where an SSD caches an HDD, only the HDD needs the lock.
     numbers = {d.device for d in disks if d.device and (kind != "hdd" or d.kind == "hdd")}
     device = "+".join(sorted(numbers, key=_by_number))
     if not label or label == names:
@@ -231,7 +220,7 @@ def _by_number(device: str) -> tuple[list[int], str]:
 
 
 def _label(folder: Path) -> str:
-    """Return the name a user knows a block device by; of a partition: its disk's."""
+    """Return the name by which a user knows a block device; for a partition, its disk's."""
     if (folder / "partition").exists():
         return folder.parent.name
     mapped = folder / "dm" / "name"
@@ -239,6 +228,7 @@ def _label(folder: Path) -> str:
 
 
 def read_text(path: Path) -> str:
+    """Return the text of a file in sysfs, without the newline."""
     return os.fsdecode(path.read_bytes()).strip()
 
 
@@ -255,7 +245,7 @@ def _number(path: str | os.PathLike[str]) -> str:
 
 
 def sanitised(text: str) -> str:
-    """Return `text` in characters that are harmless in a file's name, and not too many of them."""
+    """Return `text` shortened and in characters that are safe in a file name."""
     return re.sub(r"[^A-Za-z0-9_:@+-]+", "-", text)[:100].strip("-")
 
 
@@ -281,11 +271,10 @@ def _unescaped(text: str) -> str:
 
 
 def _mount_of(path: str, number: str, mounts: Sequence[_Mount]) -> _Mount | None:
-    """Return the mount that `path`, whose st_dev is `number`, is seen through.
+    """Return the mount of `path`, whose st_dev is `number`.
 
-    The device number is the surest sign, where the file system shows the same one in both places
-    (btrfs and overlay need not); then the longest mount point above the path, the last one of those
-    on top of each other.
+    A mount with the same device number is preferred (btrfs and overlay may show another one), then
+    the one with the longest mount point above the path, then the one mounted last.
     """
     best, best_rank = None, (False, -1)
     for mount in mounts:
@@ -298,7 +287,7 @@ def _mount_of(path: str, number: str, mounts: Sequence[_Mount]) -> _Mount | None
 
 
 def _overlay_layer(path: str, mount: _Mount) -> str | None:
-    """Return where the file or folder `path` of an overlay really lies, if that can be seen."""
+    """Return where the file or folder `path` of an overlay lies in a layer, if one is visible."""
     layers = [mount.options.get("upperdir", ""), *mount.options.get("lowerdir", "").split(":")]
     relative = os.path.relpath(path, mount.point)
     candidates = [os.path.join(layer, relative) for layer in layers if layer.startswith("/")]

@@ -1,14 +1,11 @@
-"""The RAM budget: how many bytes of a dataset stay in memory, and the memory they stay in.
+"""Memory for kept blocks, made once a node: all processes of a user that open a key share it.
 
-`budget` turns the user's ``ram=`` and what the machine has into a number of bytes. `open_kept`
-makes that memory, once a node: all processes of a user that open the same key share it.
-
-The memory is a memfd: a file without a name that lives as long as a process has it open or mapped,
-so nothing is left behind by kill -9. It is not in /dev/shm, whose size (64 MB in many containers)
-doesn't matter; the system counts it as shared memory (``shared`` in ``free``, ``Shmem`` in
-/proc/meminfo), and the cgroup of the process that filled a page is charged for it. The process that
-comes first hands the file to the others over a Unix socket in the abstract namespace, whose name
-ends with that process, too.
+The memory is a memfd: a file without a name, which the kernel frees when no process has it open or
+mapped, so kill -9 leaves nothing behind. It is not in /dev/shm, so the size of that (64 MB in many
+containers) doesn't matter. The system counts it as shared memory (``shared`` in ``free``, ``Shmem``
+in /proc/meminfo), and charges each page to the cgroup of the process that filled it. The first
+process hands the file to the others over a Unix socket in the abstract namespace, whose name also
+disappears when that process ends.
 """
 
 from __future__ import annotations
@@ -34,9 +31,7 @@ from imagenet_seq import native
 from imagenet_seq.machine import limits, read_number
 from imagenet_seq.text import format_bytes
 
-_PATIENCE_S = 5.0  # for a process that holds the name but doesn't answer
-
-
+_PATIENCE_S = 5.0  # how long to wait for a process that holds the name but doesn't answer
 _PAUSE_S = 0.01
 
 
@@ -44,15 +39,14 @@ _PAUSE_S = 0.01
 
 
 class KeptMemory:
-    """Memory for kept blocks, shared by all processes of this user on this node with one `key`.
+    """Memory for kept blocks, shared by the processes of this user and node that open one key.
 
-    Made by `open_kept`. It is zero at first, and pages take room as they are written. A forked
-    child has the same memory, shared, not copied. The kernel frees it when no process has it any
-    more: each has closed it or ended, however it ended.
+    Made by `open_kept`. It is zero at first, and a page uses memory once it is written. A forked
+    child shares the same memory. The kernel frees it when every process has closed it or ended.
 
     Attributes:
-        size_bytes: its size; 0: there is none, `notes` says why.
-        is_shared: other processes with the same key get this memory.
+        size_bytes: its size; 0: there is no memory, and `notes` says why.
+        is_shared: whether other processes with the same key get this memory.
         notes: what the user should know; () normally.
     """
 
@@ -74,14 +68,14 @@ class KeptMemory:
     def address(self) -> int:
         """Address of the first byte in this process; 0 once closed.
 
-        Whoever uses it must hold a reference to this object, and stop before `close`.
+        The caller must hold a reference to this object, and must not use the address after `close`.
         """
         return self._address if self._release.alive else 0
 
     def close(self) -> None:
-        """Unmap the memory and stop handing it to others, who keep theirs. Idempotent, thread-safe.
+        """Unmap the memory and stop handing it out; other processes keep theirs.
 
-        An engine that uses it must be closed first.
+        Idempotent, thread-safe. An engine that uses the memory must be closed first.
         """
         self._release()
 
@@ -89,22 +83,22 @@ class KeptMemory:
 def open_kept(key: str, size_bytes: int, *, num_ranks: int = 1) -> KeptMemory:
     """Make the memory of `key`, or join the processes of this user on this node that have it.
 
-    Whoever comes first decides the size, and hands it to the others while it lives; should it be
-    gone, the next to come makes new memory, and those before it keep theirs. Two jobs with the
-    same key share, so the key must say everything that the content depends on. Versions of the
-    package with different native interfaces don't share. Ranks in network namespaces of their own
-    (a container each) don't see each other, and each makes the whole size: give them ``ram=``.
+    The first process decides the size, and hands the memory to the others as long as it lives.
+    After that the next process makes new memory, and those before it keep theirs. Two jobs with
+    the same key share, so the key must contain everything that the content depends on. Versions of
+    the package with different native interfaces don't share. Ranks in separate network namespaces
+    (one container each) don't see each other, so each makes the whole size: set ``ram=`` there.
 
-    Where sharing is not possible, the memory is this process's own and has its part of the size.
-    Where the machine has swap, and the limits allow it, pages are locked as they are filled.
+    Where sharing is not possible, this process gets its share of the size for itself. Where the
+    machine has swap, pages are locked as they are filled, if the limits allow it.
 
     Args:
-        key: what the memory holds, as text of any length.
+        key: text of any length that says what the memory holds.
         size_bytes: the size if this process is the first.
-        num_ranks: processes of this node that will open it.
+        num_ranks: number of processes of this node that will open it.
 
     Returns:
-        The memory. It never fails for want of memory: `size_bytes` is 0 then, with a note.
+        The memory. Where none can be had, its `size_bytes` is 0, and a note says why.
     """
     if size_bytes < 1 or num_ranks < 1:
         raise ValueError(f"expected a positive size and ranks, got {size_bytes} and {num_ranks}")
@@ -127,7 +121,7 @@ def _open_shared(key: str, size_bytes: int) -> KeptMemory:
 
 
 def _open_private(size_bytes: int, num_ranks: int, why: OSError) -> KeptMemory:
-    """Make memory of this process alone; shared with forked children, so that none is copied."""
+    """Make memory for this process alone; forked children share it, so it is not copied."""
     size_bytes = size_bytes // mmap.PAGESIZE * mmap.PAGESIZE
     if not size_bytes:
         return KeptMemory(None, -1, None, (f"no blocks are kept in memory: {why}",))
@@ -138,21 +132,22 @@ def _open_private(size_bytes: int, num_ranks: int, why: OSError) -> KeptMemory:
         return KeptMemory(None, -1, None, (note,))
     note = (
         f"the {num_ranks} ranks of this node can't share memory for kept blocks, so each keeps "
-        f"its own {format_bytes(size_bytes)}, and reads from disk what others may have: {why}"
+        f"{format_bytes(size_bytes)} of its own, and may read from disk what another keeps: {why}"
     )
     return KeptMemory(memory, -1, None, (*((note,) if num_ranks > 1 else ()), *_prepare(memory)))
 
 
 def _prepare(memory: mmap.mmap) -> tuple[str, ...]:
     """Tell the kernel how the memory is used; return what the user should know about that."""
-    # Huge pages save TLB misses where the administrator allows them for shared memory. A core dump
-    # need not hold the dataset. Not MADV_DONTFORK: fork copies no page tables of shared memory, so
-    # children cost nothing, and a child's munmap of a hole could hit what it mapped there since.
+    # Huge pages save TLB misses where the administrator allows them for shared memory. Core dumps
+    # should not contain the dataset. MADV_DONTFORK is not used: fork copies no page tables of
+    # shared memory, so it would save nothing, and a child's munmap of the hole could hit memory
+    # that the child mapped there since.
     for name in ("MADV_HUGEPAGE", "MADV_DONTDUMP"):
         with contextlib.suppress(OSError, AttributeError):
             memory.madvise(getattr(mmap, name))
     machine = limits()
-    if not machine.has_swap:  # then shared memory has nowhere to go
+    if not machine.has_swap:  # shared memory can't be swapped out
         return ()
     address = np.frombuffer(memory, np.uint8).ctypes.data
     error = native.lock_on_fault(address, len(memory))
@@ -160,10 +155,10 @@ def _prepare(memory: mmap.mmap) -> tuple[str, ...]:
         return ()
     limit = "none" if machine.memlock_bytes < 0 else format_bytes(machine.memlock_bytes)
     return (
-        f"kept blocks ({format_bytes(len(memory))}) can't be locked in memory ({os.strerror(error)}; "
-        f"limit {limit}), so under memory pressure the kernel may swap them out, which is slower "
-        "than reading them again; allow it with 'ulimit -l unlimited', or in a container with "
-        "'docker run --ulimit memlock=-1'",
+        f"kept blocks ({format_bytes(len(memory))}) can't be locked in memory "
+        f"({os.strerror(error)}; limit {limit}), so under memory pressure the kernel may swap them "
+        "out, which is slower than reading them again; allow it with 'ulimit -l unlimited', or in "
+        "a container with 'docker run --ulimit memlock=-1'",
     )
 
 
@@ -172,19 +167,15 @@ def _prepare(memory: mmap.mmap) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Reservation:
-    """An open memory: its size, and its file (-1: none) that says how much of it is filled."""
+    """An open memory: its size, and its file (-1: none), whose status says how much is filled."""
 
     size_bytes: int
     file: int
 
 
 _open: dict[int, _Reservation] = {}
-
-
 _givers: set[_Giver] = set()
-
-
-_lock = threading.RLock()  # guards both; a finaliser may run in the thread that holds it
+_lock = threading.RLock()  # guards both; reentrant: a finaliser may run in the thread that holds it
 
 
 def _release(memory: mmap.mmap | None, reservation: _Reservation, giver: _Giver | None) -> None:
@@ -199,7 +190,7 @@ def _release(memory: mmap.mmap | None, reservation: _Reservation, giver: _Giver 
 
 
 def unfilled_bytes() -> int:
-    """Return what this process has open and nobody has written yet."""
+    """Return the bytes of this process's open memory that no process has written yet."""
     unfilled = {}
     with _lock:
         for own, reservation in _open.copy().items():
@@ -213,12 +204,12 @@ def unfilled_bytes() -> int:
 
 def _after_fork_in_child() -> None:
     for giver in _givers:
-        giver.close_files()  # a child that had the socket would hold its name beyond its owner
+        giver.close_files()  # else the child would hold the socket's name after its parent's end
     _givers.clear()
     _lock.release()
 
 
-# Held across a fork, the lock is free in the child, and no giver's socket goes there unseen.
+# The fork waits for the lock, so that the child knows every socket it inherits, and gets it free.
 os.register_at_fork(
     before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork_in_child
 )
@@ -228,7 +219,7 @@ os.register_at_fork(
 
 
 class _Giver:
-    """Hands a file to every process of this user that connects to a socket, until stopped."""
+    """A thread that hands a file to every process of this user that connects to a socket."""
 
     def __init__(self, listener: socket.socket, file: int) -> None:
         self._listener = listener
@@ -246,7 +237,7 @@ class _Giver:
             except OSError:  # stopped; or out of file descriptors for now
                 time.sleep(_PAUSE_S)
                 continue
-            # Neither waits for the other side: the message fits in the new socket's buffer.
+            # Sending doesn't block: the message fits in the new socket's buffer.
             with connection, contextlib.suppress(OSError):
                 if _uid_of_peer(connection) == os.geteuid():
                     socket.send_fds(connection, [self._greeting], [self._file])
@@ -255,11 +246,11 @@ class _Giver:
             self.close_files()
 
     def stop(self) -> None:
-        """Free the name and end the thread; nothing is left to do in a forked child."""
+        """Free the name and end the thread; in a forked child, which has neither, do nothing."""
         self._is_stopping = True
-        with contextlib.suppress(OSError):  # closed, in a forked child
+        with contextlib.suppress(OSError):  # a forked child has closed it
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-        if self._thread is not threading.current_thread():  # garbage is collected in any thread
+        if self._thread is not threading.current_thread():  # a finaliser may run in any thread
             self._thread.join(_PATIENCE_S)
 
     def close_files(self) -> None:
@@ -269,7 +260,7 @@ class _Giver:
 
 
 def _socket_name(key: str) -> bytes:
-    """Return the abstract socket's name, which all users of one network namespace share."""
+    """Return the name of a key's abstract socket; all users of a network namespace see it."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return f"\0imagenet-seq-kept-{native.ABI}-{os.geteuid()}-{digest}".encode()
 
@@ -279,15 +270,15 @@ def _greeting(size_bytes: int) -> bytes:
 
 
 def _join_or_make(name: bytes, size_bytes: int) -> tuple[int, _Giver | None]:
-    """Return the memory file of a name, and the giver if this process made it.
+    """Return the memory file of a name, and its giver if this process made it.
 
     Raises:
-        OSError: nothing can be shared; the message says why.
+        OSError: memory can't be shared; the message says why.
     """
     if sys.platform != "linux":
         raise OSError("it takes Linux")
     if read_number(Path("/proc/sys/vm/overcommit_memory"), 0) == 2:
-        # A page of a memfd is accounted when it is touched, and refusing it means SIGBUS.
+        # A page of a memfd is accounted when it is touched, and SIGBUS follows if it is refused.
         raise OSError("vm.overcommit_memory is 2")
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -297,17 +288,17 @@ def _join_or_make(name: bytes, size_bytes: int) -> tuple[int, _Giver | None]:
         try:
             return _join(name), None
         except (ConnectionError, BlockingIOError, TimeoutError) as error:
-            # The owner does not listen yet, or has just gone, or is asked by very many.
+            # The owner does not listen yet, has just ended, or has very many to answer.
             if time.monotonic() > deadline:
                 raise OSError(f"the process that holds socket {_text(name)} sends none") from error
         time.sleep(_PAUSE_S)
 
 
 def _make(name: bytes, size_bytes: int) -> tuple[int, _Giver] | None:
-    """Make the memory and offer it to others; None where somebody holds the name."""
+    """Make the memory and offer it to others; None where another process holds the name."""
     with contextlib.ExitStack() as on_failure:
         listener = on_failure.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        with _lock:  # a fork must not carry the socket into a child unseen
+        with _lock:  # a fork must not copy the socket before _givers knows it
             try:
                 listener.bind(name)
             except OSError as error:
@@ -323,7 +314,7 @@ def _make(name: bytes, size_bytes: int) -> tuple[int, _Giver] | None:
 
 
 def _join(name: bytes) -> int:
-    """Return the memory file that the holder of a name hands out, once it is known to be sound."""
+    """Return the memory file that the holder of a name hands out, after checking it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_PATIENCE_S)
         connection.connect(name)
@@ -341,21 +332,16 @@ def _join(name: bytes) -> int:
     return files[0]
 
 
-# Of linux/memfd.h and linux/fcntl.h: a Python that was built on an old system (conda's, uv's) does
-# not have them, although it runs on a new one.
+# From linux/memfd.h and linux/fcntl.h: a Python built on an old system (conda's, uv's) lacks them.
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_NOEXEC_SEAL = 1, 2, 8
-
-
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
-
-
 _SIZE_IS_FINAL = 1 | 2 | 4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
 
 
 def _sealed_memory(size_bytes: int) -> int:
-    """Return a memfd whose size nobody can change, so that no access ends in SIGBUS."""
+    """Return a memfd whose size nobody can change, so that no access raises SIGBUS."""
     flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
-    try:  # from Linux 6.3, and some systems insist on it
+    try:  # exists since Linux 6.3, and is mandatory where vm.memfd_noexec is 2
         file = native.memory_file("imagenet-seq-kept", flags | _MFD_NOEXEC_SEAL)
     except OSError:
         file = native.memory_file("imagenet-seq-kept", flags)
@@ -369,16 +355,16 @@ def _sealed_memory(size_bytes: int) -> int:
 
 
 def _check_memory(file: int, greeting: bytes) -> None:
-    """Raise OSError unless the file is a memfd of the announced size, and that for good."""
+    """Raise OSError unless the file is a memfd of the announced size, sealed against changes."""
     size_bytes = os.fstat(file).st_size
     if greeting != _greeting(size_bytes):
         raise OSError(f"expected the greeting {_greeting(size_bytes)!r}, got {greeting!r}")
     if fcntl.fcntl(file, _F_GET_SEALS) & _SIZE_IS_FINAL != _SIZE_IS_FINAL:
-        raise OSError("the memory that came is not sealed against changes of its size")
+        raise OSError("the received memory is not sealed against changes of its size")
 
 
 def _uid_of_peer(connection: socket.socket) -> int:
-    """Return the effective user of the process on the other side, as the kernel knows it."""
+    """Return the effective user id of the process on the other side, from the kernel."""
     layout = struct.Struct("3i")  # struct ucred: pid, uid, gid
     return int(
         layout.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size))[1]

@@ -1,4 +1,4 @@
-"""How fast a disk is: measured once on the data itself, and kept for a month."""
+"""Measures how fast a disk is, on the data itself; results are cached for a month."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from imagenet_seq.read.disk import SYS, Disk, read_text, sanitised
 from imagenet_seq.read.turns import lock_file, turn
 
 _FASTEST_HEAD_MS = 2.0
-"""No disk with a head finds a random place faster: at 15,000 rpm half a turn alone takes 2.0 ms."""
+"""Bound on the positioning time of hard disks: half a turn at 15,000 rpm takes 2.0 ms."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a disk does, as measured here.
+    """The measured speed of a disk.
 
     Args:
         sequential_mb_s: rate of large reads, MB = 10**6 bytes.
@@ -41,10 +41,9 @@ class Speed:
 
 
 def effective(disk: Disk, speed: Speed | None) -> Disk:
-    """Return `disk` as its speed shows it to be, unless the user said what it is.
+    """Return `disk`, as an SSD if it is faster than any hard disk, unless the user chose its kind.
 
-    Virtual machines call their disks rotating whatever lies below, and a cache may stand before a
-    hard disk: what finds random places faster than any head is an SSD to its readers.
+    Virtual machines may call every disk rotational, and a hard disk may have a faster cache.
     """
     is_too_fast = speed is not None and speed.positioning_ms < _FASTEST_HEAD_MS
     if disk.kind == "hdd" and not disk.chosen and is_too_fast:
@@ -52,39 +51,26 @@ def effective(disk: Disk, speed: Speed | None) -> Disk:
     return disk
 
 
-# ---- how fast ------------------------------------------------------------------------------------
+# ---- Measuring ----
 
 _PAGE_BYTES = 4096
-"""Small reads, and the alignment that O_DIRECT asks for on any disk of today."""
-
+"""Size of small reads, and the alignment that O_DIRECT needs on all current disks."""
 
 _LARGEST_RUN_BYTES = 16 << 20
-
-
 _FIRST_RUN_BYTES = 1 << 20
-
-
 _LARGE_FILE_BYTES = 64 << 20
-
-
 _NUM_FILES = 8
-
-
 _NUM_PLACES = 16
 
-
 _MEMORY_MB_S = 20_000.0
-
-
 _MEMORY_MS = 0.02
-"""What is faster than these came from memory, whatever was asked for."""
-
+"""Faster reads than these two came from memory, even if O_DIRECT was asked for."""
 
 _KEPT_DAYS = 30
 
 
 class _Probe(NamedTuple):
-    """One visit to a random place: a small read to get there, and a large one right behind it."""
+    """Times of a small read at a random place, and of a large one directly behind it."""
 
     positioning_s: float
     run_bytes: int
@@ -92,28 +78,28 @@ class _Probe(NamedTuple):
 
 
 def measure(files: Sequence[str], seed: int = 0, seconds: float = 1.0) -> Speed | None:
-    """Measure the disk that `files` lie on by reading them at random places, past the page cache.
+    """Measure the disk of `files` by reading them at random places, past the page cache.
 
-    At each place 4 KB are read, which takes the head there, and then up to 16 MB right behind them:
-    the first is the positioning time, the second the sequential rate without it. Small files are
-    read up to their end, which measures the rate less well. Data of less than about 100 MB, or what
-    has just been read, says nothing: the disk's own memory may hold it.
+    At each place 4 KB are read, which moves the head there, and then up to 16 MB behind them. The
+    first read gives the positioning time, the second the sequential rate. Small files are read to
+    their end, which measures the rate less well. Data of less than about 100 MB, or data that has
+    just been read, can't be measured: it may come from the disk's own cache.
 
     Args:
-        files: what to read, from all over the data; of many, 8 are used.
+        files: files from all over the data; of many, 8 are read.
         seed: of the choice of files and places.
-        seconds: when to stop. A read that has begun then is waited for as long again; if the disk
-            does not answer, it is left to a thread of its own, and this function returns.
+        seconds: when to stop. A read that is under way then gets the same time again. If the disk
+            does not answer, this function returns, and its thread stays behind.
 
     Returns:
-        None where nothing was measured: no file of at least 8 KB, nothing answered in time, or so
-        fast that it came from memory.
+        None where nothing was measured: no file of at least 8 KB, no answer in time, or reads so
+        fast that they came from memory.
     """
     if not files:
         return None
     probes: list[_Probe] = []
     until = time.monotonic() + seconds
-    # A thread, because nothing can interrupt a read from a disk that does not answer.
+    # In a thread, because a read from a disk that does not answer can't be interrupted.
     reader = threading.Thread(
         target=_probe, args=(files, seed, until, probes), daemon=True, name="measure disk"
     )
@@ -122,7 +108,7 @@ def measure(files: Sequence[str], seed: int = 0, seconds: float = 1.0) -> Speed 
     done = list(probes)
     if not done:
         return None
-    # Medians: what another program, or the scheduler, did to some of the reads is not the disk's.
+    # Medians, because other programs and the scheduler delay some of the reads.
     largest = max(probe.run_bytes for probe in done)
     runs = [probe for probe in done if 2 * probe.run_bytes >= largest]
     rate = statistics.median(run.run_bytes / max(run.run_s, 1e-9) for run in runs) / 1e6
@@ -148,7 +134,7 @@ def _probe(files: Sequence[str], seed: int, until: float, probes: list[_Probe]) 
             done = _read_at(file, offset + _PAGE_BYTES, buffer[: min(run_bytes, rest)])
             run_s = time.perf_counter() - middle
             probes.append(_Probe(middle - begin, done, run_s))
-            # Runs grow while they are short: 16 MB of a slow network would take all the time.
+            # Start small: 16 MB from a slow network could take all the time.
             if run_s * _NUM_PLACES < until - time.monotonic():
                 run_bytes = min(2 * run_bytes, _LARGEST_RUN_BYTES)
 
@@ -156,11 +142,11 @@ def _probe(files: Sequence[str], seed: int, until: float, probes: list[_Probe]) 
 def _open_some(
     files: Sequence[str], rng: random.Random, until: float, stack: contextlib.ExitStack
 ) -> list[tuple[BinaryIO, int]]:
-    """Open some files, past the page cache where that works; return each with its size."""
+    """Open some files, with O_DIRECT where that works; return each with its size."""
     chosen = rng.sample(range(len(files)), min(_NUM_FILES + 1, len(files)))
     flags = os.O_DIRECT if reads_direct(files[chosen[0]]) else 0
     opened = []
-    # The first has been read, so a page of it may be in the disk's own memory.
+    # Not the first: a page of it has just been read, so the disk's cache may hold it.
     for path in (files[number] for number in chosen[1:] or chosen):
         if time.monotonic() >= until:
             break
@@ -175,15 +161,12 @@ def _open_some(
 def _places(
     opened: list[tuple[BinaryIO, int]], rng: random.Random, page: memoryview
 ) -> Iterator[tuple[BinaryIO, int, int]]:
-    """Yield places in files: (file, offset, bytes that follow the page there)."""
+    """Yield places in files: (file, offset, number of bytes behind the page there)."""
     large = [(file, size) for file, size in opened if size >= _LARGE_FILE_BYTES]
     for file, size in opened:
         if (file, size) not in large and size >= 2 * _PAGE_BYTES:
             yield file, 0, size // _PAGE_BYTES * _PAGE_BYTES - _PAGE_BYTES
-    for (
-        file,
-        _,
-    ) in large:  # where its parts lie is itself on the disk: find out before the clock runs
+    for file, _ in large:  # reading the extent map costs a disk access: do it before timing
         _read_at(file, 0, page)
     for number in range(_NUM_PLACES if large else 0):
         file, size = large[number % len(large)]
@@ -193,7 +176,7 @@ def _places(
 
 
 def reads_direct(path: str | os.PathLike[str]) -> bool:
-    """Tell whether the file `path` can be read past the page cache (O_DIRECT), by doing it."""
+    """Tell whether the file `path` can be read with O_DIRECT, by trying it."""
     direct = getattr(os, "O_DIRECT", 0)
     if not direct:
         return False
@@ -213,19 +196,22 @@ def _read_at(file: BinaryIO, offset: int, into: memoryview) -> int:
     return int(file.readinto(into))  # type: ignore[attr-defined]
 
 
-def speed_of(disk: Disk, files: Sequence[str], *, remeasure: bool = False) -> Speed | None:
-    """Return the speed of a disk: kept from the last 30 days, else measured now.
+# ---- Cached results ----
 
-    Processes that ask at once (the ranks of a node) measure one after the other; all but the first
-    find what that one has kept. A disk whose lock is taken for 3 s is not measured.
+
+def speed_of(disk: Disk, files: Sequence[str], *, remeasure: bool = False) -> Speed | None:
+    """Return the speed of a disk: a result of the last 30 days, else measured now.
+
+    Of processes that ask at once (the ranks of a node), the first measures, and the others wait for
+    its result. A disk whose lock stays taken for 3 s is not measured.
 
     Args:
-        disk: what the files lie on.
-        files: what to read to measure it (see `measure`); none: don't measure.
-        remeasure: whether to measure although a speed is kept.
+        disk: the disk of the files.
+        files: files to measure with (see `measure`); none: don't measure.
+        remeasure: measure even if there is a result.
 
     Returns:
-        None where it is memory, or could not be measured.
+        None where the disk is memory, or could not be measured.
     """
     if not disk.device:
         return None
@@ -239,7 +225,7 @@ def speed_of(disk: Disk, files: Sequence[str], *, remeasure: bool = False) -> Sp
             return None
         if not remeasure and (kept := _kept_speeds().get(key)):
             return kept
-        # Other places each time: those read last may still be in the disk's own memory.
+        # Other places each time: those read last may still be in the disk's own cache.
         speed = measure(files, seed=random.randrange(2**32))
         if speed is not None:
             _keep_speed(key, speed)
@@ -247,7 +233,7 @@ def speed_of(disk: Disk, files: Sequence[str], *, remeasure: bool = False) -> Sp
 
 
 def _key(disk: Disk) -> str:
-    """Name a disk so that another one that has its number after a restart is not taken for it."""
+    """Return a name of a disk that another one with its number after a restart won't have."""
     parts = []
     for number in disk.device.split("+"):
         folder = SYS / "dev" / "block" / number
@@ -264,7 +250,7 @@ def _speeds_file() -> str:
 
 
 def _kept_speeds() -> dict[str, Speed]:
-    """Read the speeds that are not too old; of a damaged file, those that can be read."""
+    """Read the results that are not too old; from a damaged file, those that can be read."""
     try:
         with open(_speeds_file(), encoding="utf-8") as file:
             entries = json.load(file)
@@ -291,7 +277,7 @@ def _parsed(entry: Mapping[str, object]) -> Speed:
 
 
 def _keep_speed(key: str, speed: Speed) -> None:
-    """Note a speed. Of two processes that note one at once, one may have to measure again later."""
+    """Save a result. Of two processes that save at once, one result may be lost."""
     entries = {key: asdict(speed) for key, speed in {**_kept_speeds(), key: speed}.items()}
     path = _speeds_file()
     with contextlib.suppress(OSError):

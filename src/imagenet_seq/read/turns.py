@@ -1,4 +1,4 @@
-"""Turns at a disk with one head, taken by all processes that read from it."""
+"""The lock under which processes read from a hard disk in turns."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from collections.abc import Iterator
 from imagenet_seq.read.disk import Disk, choose_disk, sanitised
 
 _LOCK_WAIT_S = 3.0
-"""How long to wait for another process that measures, or that reads a block, of the same disk."""
-
-
-# ---- taking turns --------------------------------------------------------------------------------
+"""How long to wait for another process that measures the disk or reads a block from it."""
 
 
 def lock_path(disk: Disk) -> str:
-    """Return the file whose flock(2) the readers of a disk with one head take in turns.
-
-    The file exists then, and any user can open it for reading, which is all that flock needs:
-    opening it with O_CREAT may fail for other users (fs.protected_regular). It lies in
-    $IMAGENET_SEQ_LOCKS, or in imagenet-seq-locks in the folder for temporary files; containers that
-    read the same disk need one such folder in common.
+    """Return the lock file of a disk, made by `lock_file`.
 
     Returns:
-        "" where the disk needs no lock or none can be made (then its readers don't take turns).
+        "" where the disk is no hard disk, or where no lock file can be made.
     """
     return lock_file(disk.device) if disk.has_one_head else ""
 
 
 def lock_file(device: str) -> str:
+    """Return the file of a device for flock(2), and make it if need be.
+
+    It is in $IMAGENET_SEQ_LOCKS, or in imagenet-seq-locks in the folder for temporary files;
+    containers that read the same disk must share this folder. Any user can open the file for
+    reading, which is all that flock needs. Opening it with O_CREAT may fail for other users
+    (fs.protected_regular).
+
+    Returns:
+        "" where it can't be made: then readers don't take turns.
+    """
     try:
         folder = os.environ.get("IMAGENET_SEQ_LOCKS") or os.path.join(
             tempfile.gettempdir(),  # raises where no folder can be written, as in some containers
@@ -43,8 +45,8 @@ def lock_file(device: str) -> str:
         path = os.path.join(folder, f"{sanitised(device)}.lock")
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
-            os.chmod(folder, 0o1777)  # past the umask: other users take turns, too
-        # Someone else may have been here first with a link to what is not theirs.
+            os.chmod(folder, 0o1777)  # other users need it too, whatever the umask
+        # Another user may have made a link to a folder or file that isn't theirs.
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             return ""
         with contextlib.suppress(FileExistsError):
@@ -58,11 +60,11 @@ def lock_file(device: str) -> str:
 
 @contextlib.contextmanager
 def turn(lock: str) -> Iterator[bool]:
-    """Hold a lock where there is one; yields False where others held it for all of 3 s."""
+    """Hold a lock file's lock, if there is a file; yields False if others held it for 3 s."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(lock, "rb"))
-        except OSError:  # also where there is no lock: ""
+        except OSError:  # also of "", no lock file
             yield True
             return
         until = time.monotonic() + _LOCK_WAIT_S
@@ -77,10 +79,10 @@ def turn(lock: str) -> Iterator[bool]:
 
 
 class Turns:
-    """What a thread holds while it reads for a python block: its turn at the disk of `path`.
+    """A lock that a thread holds while it reads a python block from the disk of `path`.
 
-    A disk with one head that goes to and fro between several long reads is slow, whichever threads
-    and processes they are of. Other disks need no turns.
+    A hard disk whose head moves between several long reads is slow, whether they come from threads
+    or processes. For other disks the lock does nothing.
     """
 
     def __init__(self, path: str) -> None:
