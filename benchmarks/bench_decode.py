@@ -161,7 +161,7 @@ def pack_options() -> dict[str, tuple[str, ...]]:
     return packs
 
 
-def prepare_sources(folder: Path, num_images: int) -> dict[str, list[Encoded]]:
+def prepare_sources(folder: Path | None, num_images: int) -> dict[str, list[Encoded]]:
     """Read the photos and packs of them into memory; equal packs are measured once."""
     with tempfile.TemporaryDirectory(prefix="bench-decode-") as temporary:
         linked = photos.link_photos(folder, num_images, Path(temporary, "train"))

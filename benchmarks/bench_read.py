@@ -516,7 +516,7 @@ def stretch_of(size: int) -> str:
     return f"--stretch={max(1.0, IMAGENET_BYTES / size):.3f}"
 
 
-def copy_photos(source: Path, folder: Path) -> list[Path]:
+def copy_photos(source: Path | None, folder: Path) -> list[Path]:
     """Copy photos, so that names in the same file system can be linked to them."""
     folder.mkdir()
     return [

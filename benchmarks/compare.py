@@ -88,7 +88,7 @@ def pillow_validation(path: str) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + CROP, top + CROP)))
 
 
-def link_centred(folder: Path, destination: Path) -> Path:
+def link_centred(folder: Path | None, destination: Path) -> Path:
     """Make an ImageFolder of photos whose center is a whole pixel, as far as there are such."""
     found = photos.find_photos(folder)
     chosen = sorted(found[:: max(1, len(found) // (4 * NUM_VAL_IMAGES))], key=is_off_center)
