@@ -1,20 +1,20 @@
-/* The whole boundary between Python and the native core: a plain C ABI.
+/* The C ABI between Python and the native core.
  *
- * Rules that hold for every function here (ARCHITECTURE.md, "The native boundary"):
+ * Rules for every function (ARCHITECTURE.md, "The native boundary"):
  *   - The core never calls Python and knows no dataset format: it gets byte ranges, recipes, rows.
  *   - Memory: every pointer is owned by the caller. Plan arrays are copied by imseq_engine_start;
- *     rows of a batch are lent from imseq_engine_start / imseq_engine_release until
- *     imseq_engine_next has returned their batch. The core frees nothing it did not allocate.
- *   - Errors: a status below zero fills the error struct the caller passed (NULL is allowed and
- *     fills nothing). Statuses of zero and above are answers, not errors.
+ *     rows of a batch are lent from imseq_engine_start or imseq_engine_release until
+ *     imseq_engine_next has returned their batch. The core frees only what it allocated.
+ *   - Errors: a status below zero fills the error struct of the caller, which may be NULL.
+ *     Statuses of zero and above are answers, not errors. No function throws.
  *   - Threads: functions without an engine are pure and may run on any thread at once. Engine
  *     functions may run on any thread at once, except that one thread at a time may call
  *     imseq_engine_next.
  *   - Fork: in a child process every engine function is refused with IMSEQ_ERROR_FORK, and
- *     imseq_engine_destroy forgets the engine without touching it.
+ *     imseq_engine_destroy does nothing.
  *
- * Any change of a struct or prototype raises IMSEQ_ABI; tests/test_abi.py compares this file with
- * src/imagenet_seq/_native.py.
+ * Any change of a struct or prototype raises IMSEQ_ABI; test_abi.py compares this file with its
+ * mirror in Python.
  */
 #ifndef IMAGENET_SEQ_H
 #define IMAGENET_SEQ_H
@@ -40,16 +40,16 @@ extern "C" {
 
 enum {
   IMSEQ_OK = 0,
-  IMSEQ_TIMEOUT = 1,   /* nothing came within the time-out; call again */
+  IMSEQ_TIMEOUT = 1,   /* nothing within the time-out; call again */
   IMSEQ_END = 2,       /* the plan is done */
   IMSEQ_CANCELLED = 3, /* the engine was cancelled or destroyed while the call waited */
-  IMSEQ_FOREIGN = 4,   /* not an image the core decodes (or damaged): Pillow decides */
+  IMSEQ_FOREIGN = 4,   /* damaged, or not an image the core decodes: left to Pillow */
 
-  IMSEQ_ERROR_ARGUMENT = -1, /* the caller broke the contract */
+  IMSEQ_ERROR_ARGUMENT = -1, /* an argument is invalid */
   IMSEQ_ERROR_MEMORY = -2,
   IMSEQ_ERROR_READ = -3,    /* the operating system refused a read: see os_errno */
-  IMSEQ_ERROR_DATA = -4,    /* bytes that were read are not what the index promised */
-  IMSEQ_ERROR_SAMPLE = -5,  /* a foreign row or block was reported as failed */
+  IMSEQ_ERROR_DATA = -4,    /* the bytes read differ from what the index says */
+  IMSEQ_ERROR_SAMPLE = -5,  /* Python reported a row or block as failed */
   IMSEQ_ERROR_FORK = -6,    /* the engine belongs to the parent process */
   IMSEQ_ERROR_CAPACITY = -7 /* the output buffer is too small; the size needed is reported */
 };
@@ -68,8 +68,8 @@ IMSEQ_API int32_t imseq_abi(void);
 /* "0.1.0, GCC 12.2.0, x86-64"; a static string. */
 IMSEQ_API const char* imseq_build_info(void);
 
-/* The kernels that decode from now on: "portable", "avx2", "avx512" or "neon". All give the same
- * bits. At first the best that this processor has. */
+/* The kernels in use: "portable", "avx2", "avx512" or "neon"; at first the best that this processor
+ * has. All give the same bits. */
 IMSEQ_API const char* imseq_cpu(void);
 IMSEQ_CHECKED int32_t imseq_use_cpu(const char* level, imseq_error* error);
 
@@ -78,17 +78,17 @@ IMSEQ_CHECKED int32_t imseq_use_cpu(const char* level, imseq_error* error);
 enum { IMSEQ_UINT8 = 0, IMSEQ_FLOAT32 = 1, IMSEQ_FLOAT16 = 2, IMSEQ_BFLOAT16 = 3 };
 enum { IMSEQ_CHW = 0, IMSEQ_HWC = 1 };
 enum { IMSEQ_FILTER_BOX = 0, IMSEQ_FILTER_BILINEAR = 1, IMSEQ_FILTER_BICUBIC = 2 };
-/* Order of the two resize passes: a property of the Pillow version that is to be matched. */
+/* Order of the two resize passes, which depends on the Pillow version to be matched. */
 enum { IMSEQ_PASSES_HORIZONTAL_FIRST = 0, IMSEQ_PASSES_PILLOW_13 = 1 };
 enum {
   IMSEQ_GEOMETRY_RANDOM_RESIZED_CROP = 1, /* torchvision RandomResizedCrop */
   IMSEQ_GEOMETRY_RESIZE_CROP = 2, /* torchvision Resize (optional), then CenterCrop (optional) */
-  IMSEQ_GEOMETRY_FIXED_CROP = 3   /* a given crop resized to the output: tests, notebooks */
+  IMSEQ_GEOMETRY_FIXED_CROP = 3   /* a given crop, resized to the output */
 };
-/* CenterCrop's offset of a crop in an image: int(round((n - c) / 2.0)), or (n - c) // 2. */
+/* CenterCrop's offset of a crop c in a side n: int(round((n - c) / 2.0)), or (n - c) // 2. */
 enum { IMSEQ_CENTER_ROUND = 0, IMSEQ_CENTER_FLOOR = 1 };
 
-/* What the core does to every sample: geometry, flip, then conversion to the output format. */
+/* What the core does to every sample: crop, resize, flip, convert to the output format. */
 typedef struct imseq_recipe {
   int32_t geometry;
   int32_t out_height, out_width; /* pixels of a row of the batch */
@@ -96,7 +96,7 @@ typedef struct imseq_recipe {
   int32_t passes;
   int32_t dtype;
   int32_t layout;
-  int32_t strict; /* 1: decode all of an unpacked file's entropy data, not only the crop's */
+  int32_t strict; /* 1: decode all of an unpacked file, not only the crop, to find damage */
   /* RANDOM_RESIZED_CROP */
   double scale_min, scale_max; /* fraction of the image's area */
   double ratio_min, ratio_max; /* width / height */
@@ -108,11 +108,11 @@ typedef struct imseq_recipe {
   /* FIXED_CROP, in pixels of the image */
   int32_t fixed_top, fixed_left, fixed_height, fixed_width, fixed_flip;
   double flip_probability;
-  int64_t max_pixels; /* larger images are foreign (Pillow's MAX_IMAGE_PIXELS); 0: no limit */
+  int64_t max_pixels; /* larger images are left to Pillow (its MAX_IMAGE_PIXELS); 0: no limit */
   const void* table;  /* 3 x 256 values of dtype (channel, byte); NULL for uint8 */
 } imseq_recipe;
 
-/* What decides a sample's random draws, and nothing else does. */
+/* The only input of a sample's random draws. */
 typedef struct imseq_key {
   uint64_t seed;
   int64_t epoch;
@@ -123,12 +123,12 @@ typedef struct imseq_key {
 typedef struct imseq_view {
   int32_t top, left, height, width;      /* box, pixels of the image */
   int32_t resized_height, resized_width; /* size the box is resized to */
-  int32_t window_top, window_left;       /* of the output in the resized box; may be negative: */
-  int32_t flip;                          /* what lies outside it is zero, as CenterCrop pads */
+  int32_t window_top, window_left;       /* of the output in the resized box; may be negative, */
+  int32_t flip;                          /* outside it the output is zero, as CenterCrop pads */
 } imseq_view;
 
 enum {
-  IMSEQ_SAMPLE_CLEAN = 1 /* decoded once in full without any anomaly (packs) */
+  IMSEQ_SAMPLE_CLEAN = 1 /* known to be free of anomalies (packs) */
 };
 
 typedef struct imseq_header {
@@ -136,15 +136,15 @@ typedef struct imseq_header {
   int32_t h_sampling[4], v_sampling[4];
   int32_t restart_interval; /* MCUs, 0: none */
   int32_t progressive;      /* 1 for SOF2 */
-  int32_t supported;        /* 1: in the scope of the core's decoder */
+  int32_t supported;        /* 1: the core decodes it */
   int64_t entropy_offset;   /* first byte of the entropy-coded data of the first scan */
 } imseq_header;
 
-/* Read a JPEG's header. IMSEQ_FOREIGN where the bytes are no JPEG or its header is damaged. */
+/* Read a JPEG's header. IMSEQ_FOREIGN: the bytes are no JPEG, or its header is damaged. */
 IMSEQ_CHECKED int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
                                         imseq_error* error);
 
-/* The geometry of a sample: the pure function behind every crop and flip. */
+/* Draw the geometry of a sample: a pure function. */
 IMSEQ_CHECKED int32_t imseq_draw(const imseq_recipe* recipe, const imseq_key* key, int32_t width,
                                  int32_t height, imseq_view* out, imseq_error* error);
 
@@ -164,7 +164,7 @@ typedef struct imseq_sample {
   int32_t status; /* out: IMSEQ_OK, IMSEQ_FOREIGN, or an error */
 } imseq_sample;
 
-/* Where the time of decoding goes, in ticks of the processor's counter. */
+/* Time of each stage of decoding, in ticks of the processor's counter. */
 typedef struct imseq_times {
   int64_t header;  /* header, tables, geometry and weights of the resize */
   int64_t markers; /* restart markers and byte stuffing */
@@ -178,13 +178,13 @@ typedef struct imseq_times {
 enum { IMSEQ_MAX_GROUP = 8 };
 
 /* Decode up to IMSEQ_MAX_GROUP samples, interleaved in this thread: faster than one after the
- * other, with the same results. times: added to; NULL: not measured. An error concerns one sample;
- * the first of them is returned. */
+ * other, with the same results. times: added to; NULL: not measured. Each sample has its own
+ * status; the first error is returned. */
 IMSEQ_CHECKED int32_t imseq_decode_group(const imseq_recipe* recipe, imseq_sample* samples,
                                          int32_t num_samples, imseq_times* times,
                                          imseq_error* error);
 
-/* The same from decoded pixels: height x width x 3 bytes, rows without gaps (foreign rows). */
+/* The same for pixels that are decoded already: height x width x 3 bytes, rows without gaps. */
 IMSEQ_CHECKED int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key,
                                   const uint8_t* pixels, int32_t width, int32_t height, void* row,
                                   imseq_error* error);
@@ -193,27 +193,27 @@ IMSEQ_CHECKED int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* k
 
 enum { IMSEQ_STRIP_METADATA = 1 };
 
-/* A pack's four Huffman tables: DC and AC of the first component, DC and AC of the others, each as
+/* A pack's four Huffman tables (DC and AC of the first component, DC and AC of the others), each as
  * the payload of a DHT segment. */
 enum { IMSEQ_TABLES_BYTES = 416 };
 
 /* Re-code a JPEG losslessly into canonical form: baseline, with the pack's Huffman tables (NULL:
  * tables fitted to the image), a restart marker every restart_interval MCUs and the intervals'
  * sizes in APP9. Decodes the whole stream; any anomaly is IMSEQ_FOREIGN.
- * *out_size: the bytes written, or with IMSEQ_ERROR_CAPACITY the capacity that is enough. */
+ * *out_size: the bytes written, or with IMSEQ_ERROR_CAPACITY a sufficient capacity. */
 IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t restart_interval,
                                       uint32_t options, const uint8_t* tables, uint8_t* out,
                                       size_t capacity, size_t* out_size, imseq_header* header,
                                       imseq_error* error);
 
-/* Add to counts[4 * 256] (table, symbol) how often a re-coded JPEG would have each symbol.
- * IMSEQ_FOREIGN, and nothing is added, where the image is damaged or out of scope. */
+/* Add to counts[4 * 256] (table, symbol) how often the re-coded JPEG has each symbol.
+ * IMSEQ_FOREIGN: the image is damaged or unsupported, and nothing is added. */
 IMSEQ_CHECKED int32_t imseq_count_symbols(const uint8_t* bytes, size_t size,
                                           int32_t restart_interval, uint64_t* counts,
                                           imseq_error* error);
 
-/* Tables for a pack whose images have about these counts, each below 2^48: a pure function. Every
- * baseline image can be coded with them. out: IMSEQ_TABLES_BYTES. */
+/* Fit tables to a pack whose images have about these counts, each below 2^48: a pure function.
+ * Every baseline image can be coded with them. out: IMSEQ_TABLES_BYTES. */
 IMSEQ_CHECKED int32_t imseq_fit_tables(const uint64_t* counts, uint8_t* out, imseq_error* error);
 
 /* CRC-32C (Castagnoli, RFC 3720) of bytes, continuing from crc (0 to begin). */
@@ -221,14 +221,14 @@ IMSEQ_API uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size)
 
 /* ---- files and memory ------------------------------------------------------------------------ */
 
-/* Where a file lies on its disk: its size, and the physical address of its first byte (FIEMAP; -1
- * where the file system does not say). */
+/* Find a file's size and the physical address of its first byte on the disk (FIEMAP; -1: the file
+ * system does not say). */
 IMSEQ_CHECKED int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
                                     imseq_error* error);
-/* Reserve room on the disk for an open file's first bytes, if possible in one piece, without
- * changing its size. Does nothing where the file system can't. */
+/* Reserve room on the disk for an open file, if possible in one piece, without changing its size.
+ * Does nothing if the file system can't. */
 IMSEQ_CHECKED int32_t imseq_preallocate(int32_t fd, int64_t size_bytes, imseq_error* error);
-/* What of the memory lent for kept blocks their table takes. */
+/* Bytes that the table of kept blocks takes of the memory lent for them. */
 IMSEQ_API int64_t imseq_kept_table_bytes(int64_t num_keys);
 
 /* ---- the engine ------------------------------------------------------------------------------ */
@@ -237,57 +237,57 @@ typedef struct imseq_engine imseq_engine;
 
 enum {
   IMSEQ_ROWS_DECODED =
-      0, /* the core fills rows by the recipe; what it can't decode becomes a foreign row */
-  IMSEQ_ROWS_FINISHED_BY_PYTHON = 1, /* the same, and then every row is handed out for the rest */
-  IMSEQ_ROWS_FROM_BYTES = 2, /* every row is handed out with its bytes, nothing is decoded */
-  IMSEQ_ROWS_READ = 3 /* bytes are read, and checked where asked for; nothing is made of them */
+      0, /* the core fills rows by the recipe; Python fills those it can't decode */
+  IMSEQ_ROWS_FINISHED_BY_PYTHON = 1, /* the same, and then Python finishes every row */
+  IMSEQ_ROWS_FROM_BYTES = 2,         /* Python gets the bytes of every row and fills it */
+  IMSEQ_ROWS_READ = 3                /* bytes are read, and checked if asked for, but not decoded */
 };
 
 typedef struct imseq_engine_config {
-  int32_t num_decoders;     /* threads that decode, >= 1 */
-  int32_t num_readers;      /* threads that read, >= 1 */
-  int32_t num_slots;        /* batches in memory at once, >= 1 */
-  int32_t rows;             /* IMSEQ_ROWS_... */
-  int32_t verify_checksums; /* 1: CRC-32C of a sample that has one is checked till it was right */
-  int32_t direct;    /* 1: read past the page cache (O_DIRECT); where that fails, through it */
-  int64_t row_bytes; /* bytes of a row of a batch */
-  int64_t block_budget_bytes; /* blocks are read ahead of decoding up to this; what the plan needs
-                                 at once is always allowed */
-  const char* disk_lock; /* files that keep readers of one disk apart (core/disk_lock.h), copied;
-                            NULL: readers don't take turns */
-  void* kept;            /* memory for blocks that stay (core/kept.h), page-aligned, zero when new,
-                            lent until imseq_engine_close has returned; NULL: none */
+  int32_t num_decoders;       /* threads that decode, >= 1 */
+  int32_t num_readers;        /* threads that read, >= 1 */
+  int32_t num_slots;          /* batches in memory at once, >= 1 */
+  int32_t rows;               /* IMSEQ_ROWS_... */
+  int32_t verify_checksums;   /* 1: check the CRC-32C of each sample until it was right once */
+  int32_t direct;             /* 1: bypass the page cache (O_DIRECT) if possible */
+  int64_t row_bytes;          /* bytes of a row of a batch */
+  int64_t block_budget_bytes; /* limit of reading ahead; blocks that decoders wait for are always
+                                 allowed */
+  const char* disk_lock;      /* prefix of lock files by which the readers of a disk take turns
+                            (read/disk_lock.h), copied; NULL: they don't */
+  void* kept; /* memory for kept blocks (read/kept.h), page-aligned, zero when new, lent
+                            until imseq_engine_close has returned; NULL: none */
   int64_t kept_bytes;
-  int64_t kept_keys;        /* keys of blocks are below this */
-  int64_t kept_floor_bytes; /* no more blocks are kept while less memory is available */
-  int32_t record_requests;  /* 1: for imseq_engine_requests */
+  int64_t kept_keys;        /* all block keys are below this */
+  int64_t kept_floor_bytes; /* keep no more blocks while less memory is available */
+  int32_t record_requests;  /* 1: record for imseq_engine_requests */
   int32_t reserved;
   imseq_recipe recipe; /* its table is copied */
 } imseq_engine_config;
 
-/* One epoch's work of one rank. All arrays are copied. Position: place in the order of delivery. */
+/* One epoch of one rank. All arrays are copied. A position is a place in the order of delivery. */
 typedef struct imseq_plan {
   uint64_t seed;
   int64_t epoch;
   int64_t num_positions, num_batches, num_blocks, num_files;
-  int64_t slot_rows;          /* rows that each slot's memory holds: no batch may have more */
-  const int64_t* batch_begin; /* [num_batches + 1] first position of each batch */
-  const int64_t* sample;      /* [num_positions] index of the sample: key and messages; names the
-                                 same bytes in all plans of an engine */
-  const int64_t* draw;        /* [num_positions] or NULL: stands for the sample in its key */
-  const int32_t* block;       /* [num_positions] block that holds it */
-  const int64_t* offset; /* [num_positions] bytes from the block's begin; foreign: ordinal in it */
-  const int64_t* length; /* [num_positions] bytes; -1: up to the end of the block */
-  const uint32_t* checksum;  /* [num_positions] or NULL: CRC-32C */
-  const uint8_t* flags;      /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
-  const int32_t* block_file; /* [num_blocks] file, or -1: foreign block; in the order of reading */
-  const int64_t* block_offset; /* [num_blocks] bytes; foreign block: its number in the source */
-  const int64_t* block_length; /* [num_blocks] bytes; -1: up to the end of the file */
-  /* [num_blocks] or NULL: names a block's bytes in all plans of an engine, for keeping them in
-     memory; -1: not kept */
+  int64_t slot_rows;           /* rows that each slot's memory holds */
+  const int64_t* batch_begin;  /* [num_batches + 1] first position of each batch */
+  const int64_t* sample;       /* [num_positions] index of the sample; stands for the same bytes in
+                                 all plans of an engine */
+  const int64_t* draw;         /* [num_positions] or NULL: replaces the sample in its key */
+  const int32_t* block;        /* [num_positions] block that holds it */
+  const int64_t* offset;       /* [num_positions] bytes in the block; python block: ordinal in it */
+  const int64_t* length;       /* [num_positions] bytes; -1: to the end of the block */
+  const uint32_t* checksum;    /* [num_positions] or NULL: CRC-32C */
+  const uint8_t* flags;        /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
+  const int32_t* block_file;   /* [num_blocks] file; -1: python block. In the order of reading */
+  const int64_t* block_offset; /* [num_blocks] bytes; python block: its number in the source */
+  const int64_t* block_length; /* [num_blocks] bytes; -1: to the end of the file */
+  /* [num_blocks] or NULL: key under which a block is kept in memory, the same in all plans of an
+     engine; -1: not kept */
   const int64_t* block_key;
-  /* [num_windows + 1] first block of each window: its files are looked up first and then read in
-     the order they lie on the disk */
+  /* [num_windows + 1] first block of each window: a window's files are looked up and then read in
+     the order of their disk addresses */
   const int64_t* window_begin;
   int64_t num_windows;       /* 0: blocks are read in the order of the plan */
   const char* root;          /* folder that paths are relative to */
@@ -304,18 +304,18 @@ typedef struct imseq_batch {
 
 enum { IMSEQ_TASK_ROW = 1, IMSEQ_TASK_BLOCK = 2 };
 
-/* Work for Python. bytes stay valid until the row is finished. */
+/* Work for Python. bytes are valid until the row is finished. */
 typedef struct imseq_task {
   int32_t kind;
   int32_t slot;
-  int64_t ticket;   /* names this task in imseq_engine_finish_...; unique in the engine's life */
+  int64_t ticket;   /* identifies the task in imseq_engine_finish_...; never reused */
   int64_t position; /* row: position. block: index in the plan's blocks */
   int64_t sample;   /* row: sample. block: its number in the source (block_offset) */
-  int64_t draw;     /* row: what stands for the sample in its key */
+  int64_t draw;     /* row: replaces the sample in its key */
   int64_t batch;
   int64_t row_index;    /* row of the batch */
-  void* row;            /* memory to fill; where prefix_done, the core has filled it */
-  const uint8_t* bytes; /* the encoded image; NULL where prefix_done */
+  void* row;            /* memory to fill; with prefix_done the core has filled it */
+  const uint8_t* bytes; /* the encoded image; NULL with prefix_done */
   int64_t size;
   int32_t prefix_done;
   int32_t reserved;
@@ -325,25 +325,25 @@ typedef struct imseq_task {
 typedef struct imseq_stats {
   int64_t read_bytes, read_requests, read_seeks;
   int64_t read_ns;              /* inside read calls */
-  int64_t read_wait_ns;         /* readers with nothing they may read: decoding is behind */
+  int64_t read_wait_ns;         /* readers without a block they may read: decoding is slower */
   int64_t read_lock_wait_ns;    /* readers that waited for their turn at the disk */
-  int64_t read_direct_requests; /* of read_requests: past the page cache */
+  int64_t read_direct_requests; /* of read_requests: bypassed the page cache */
   int64_t read_lookups;         /* files looked up before a window was read */
   int64_t read_cached_bytes;    /* of read_bytes: found in the page cache */
-  int64_t read_kept_bytes;      /* of blocks that were in memory already; not in read_bytes */
+  int64_t read_kept_bytes;      /* of kept blocks; not in read_bytes */
   int64_t decode_samples;       /* rows the core decoded */
   int64_t decode_ns;
   int64_t decode_wait_read_ns;  /* decoders that waited for a block */
-  int64_t decode_wait_batch_ns; /* decoders that waited for a free batch: training is behind */
+  int64_t decode_wait_batch_ns; /* decoders that waited for a free batch: training is slower */
   int64_t foreign_rows, foreign_blocks;
   int64_t batch_count;
-  int64_t batch_wait_ns; /* imseq_engine_next with no batch ready: training waits for data */
+  int64_t batch_wait_ns; /* imseq_engine_next without a ready batch: training waits */
   int64_t block_bytes, block_bytes_peak; /* memory in blocks now and at most */
-  int64_t kept_bytes, kept_blocks;       /* kept in memory, by all that share it */
-  int64_t block_budget_bytes;            /* what block_bytes may come to */
+  int64_t kept_bytes, kept_blocks;       /* kept, by all processes that share the memory */
+  int64_t block_budget_bytes;            /* limit of block_bytes */
 } imseq_stats;
 
-/* A request that the operating system has not answered. */
+/* An unanswered read request. */
 typedef struct imseq_pending {
   int64_t age_ns; /* -1: there is none */
   int64_t offset; /* bytes in the file */
@@ -356,52 +356,52 @@ typedef struct imseq_request {
   int64_t file; /* number in the plan */
   int64_t offset;
   int64_t length;
-  int32_t direct; /* 1: past the page cache */
+  int32_t direct; /* 1: bypassed the page cache */
   int32_t locked; /* 1: the reader held the disk's lock */
-  int32_t cached; /* 1: it was in the page cache, the disk was not asked */
+  int32_t cached; /* 1: came from the page cache */
   int32_t reserved;
 } imseq_request;
 
 IMSEQ_CHECKED int32_t imseq_engine_create(const imseq_engine_config* config, imseq_engine** out,
                                           imseq_error* error);
-/* Name the plan that will probably be started next: its blocks are read when those of the present
- * plan have been, as far as the budget goes. Replaces one that was named before. */
+/* Announce the plan that will probably be started next: its blocks are read after those of the
+ * current plan, within the budget. Replaces a plan announced before. */
 IMSEQ_CHECKED int32_t imseq_engine_prepare(imseq_engine* engine, const imseq_plan* plan,
                                            imseq_error* error);
-/* Begin a plan; rows[num_slots] lends memory for as many batches. The former plan must have ended.
+/* Begin a plan; rows[num_slots] lends memory for as many batches. The plan before must have ended.
  * plan NULL: the prepared one; otherwise a prepared one is dropped. */
 IMSEQ_CHECKED int32_t imseq_engine_start(imseq_engine* engine, const imseq_plan* plan,
                                          void* const* rows, imseq_error* error);
-/* The next batch in plan order. From its return on, the slot's memory is the caller's again. */
+/* Wait for the next batch in plan order. Its memory is then the caller's again. */
 IMSEQ_CHECKED int32_t imseq_engine_next(imseq_engine* engine, int64_t timeout_ns, imseq_batch* out,
                                         imseq_error* error);
 /* Lend memory for the slot's next batch. Slots are released in the order of their batches. */
 IMSEQ_CHECKED int32_t imseq_engine_release(imseq_engine* engine, int32_t slot, void* rows,
                                            imseq_error* error);
-/* End the plan now, and a prepared one; not beside imseq_engine_prepare. Returns when no thread of
- * the core touches lent rows any more; rows and blocks that Python holds are forgotten, and
- * finishing them later is answered with IMSEQ_CANCELLED. */
+/* End the plan now, and a prepared one; not at the same time as imseq_engine_prepare. Returns when
+ * no thread of the core uses lent rows any more. Finishing a row or block later returns
+ * IMSEQ_CANCELLED. */
 IMSEQ_CHECKED int32_t imseq_engine_cancel(imseq_engine* engine, imseq_error* error);
 IMSEQ_CHECKED int32_t imseq_engine_stats(imseq_engine* engine, imseq_stats* out,
                                          imseq_error* error);
-/* The oldest request that is not answered: what a stalled disk is asked for. */
+/* The oldest unanswered request, to report a stalled disk. */
 IMSEQ_CHECKED int32_t imseq_engine_pending(imseq_engine* engine, imseq_pending* out,
                                            imseq_error* error);
-/* What was read since the last call, in order: up to capacity requests go to out and are forgotten;
- * *count: how many. */
+/* Move up to capacity recorded requests, oldest first, to out; *count: their number. */
 IMSEQ_CHECKED int32_t imseq_engine_requests(imseq_engine* engine, imseq_request* out,
                                             int64_t capacity, int64_t* count, imseq_error* error);
 /* Cancel, and end the core's threads for good. From then on imseq_engine_start, next, release and
- * take, also a waiting one, return IMSEQ_CANCELLED. May be called twice, and beside other calls. */
+ * take, including calls that wait, return IMSEQ_CANCELLED. May be called twice, and during other
+ * calls. */
 IMSEQ_CHECKED int32_t imseq_engine_close(imseq_engine* engine, imseq_error* error);
 /* Close and free. No other call may be running or follow. */
 IMSEQ_API void imseq_engine_destroy(imseq_engine* engine);
 
-/* Work for Python's threads: a foreign row or block. */
+/* Wait for a python row or block: work for Python's threads. */
 IMSEQ_CHECKED int32_t imseq_engine_take(imseq_engine* engine, int64_t timeout_ns, imseq_task* out,
                                         imseq_error* error);
-/* failure: NULL when the row is filled; otherwise the reason, which imseq_engine_next will report
- * as IMSEQ_ERROR_SAMPLE when the batch's turn comes. */
+/* failure: NULL if the row is filled; otherwise the reason, which imseq_engine_next reports as
+ * IMSEQ_ERROR_SAMPLE in place of the batch. */
 IMSEQ_CHECKED int32_t imseq_engine_finish_row(imseq_engine* engine, int64_t ticket,
                                               const char* failure, imseq_error* error);
 /* Sample i of the block lies at offsets[i] and has lengths[i] bytes; everything is copied. */

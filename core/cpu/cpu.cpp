@@ -11,7 +11,7 @@ namespace imseq {
 namespace {
 
 #if defined(__x86_64__)
-// Older compilers' __builtin_cpu_supports does not know it.
+// __builtin_cpu_supports of older compilers does not know MOVBE.
 bool has_movbe() {
   unsigned int a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_MOVBE) != 0;
@@ -41,7 +41,7 @@ bool cpu_has(CpuLevel level) {
     case CpuLevel::kPortable:
       return true;
 #if defined(__x86_64__)
-    // The compiler's runtime also asks whether the system saves the wide registers.
+    // __builtin_cpu_supports also asks whether the system saves the wide registers.
     case CpuLevel::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
              __builtin_cpu_supports("bmi2") && has_movbe();

@@ -1,5 +1,4 @@
-// Which instructions the kernels use. Every stage has a table of kernels for each level; all levels
-// give the same bits.
+// Which instruction set the kernels use. Every stage has one table of kernels per level.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +12,8 @@ enum class CpuLevel {
   kNeon       // every ARM64
 };
 
-// The level in use: the best this processor has, until use_cpu_level names another one. Decoders
-// look at it once for every group of samples.
+// The level in use: the best this processor has, until use_cpu_level names another one. It may
+// change at any time: all levels give the same bits.
 [[nodiscard]] CpuLevel cpu_level();
 [[nodiscard]] bool cpu_has(CpuLevel level);
 void use_cpu_level(CpuLevel level);

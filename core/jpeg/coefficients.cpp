@@ -5,16 +5,133 @@
 #include <memory>
 
 #include "cpu/cpu.h"
+#include "jpeg/lookup.h"
 #include "jpeg/markers.h"
 
 namespace imseq {
+
+namespace {
+
+// ---- bits ---------------------------------------------------------------------------------------
+
+// Reads bits of an unstuffed interval, most significant first. While a block is decoded it may read
+// kBlockBytes (a block's bits and a refill) behind the interval's end: these must be readable, and
+// overrun() tells afterwards.
+class BitReader {
+ public:
+  static constexpr size_t kBlockBytes = 64 * 31 / 8 + 16;
+  static constexpr int kRefilledBits = 56;
+
+  BitReader(const uint8_t* begin, const uint8_t* end) : next_(begin), end_(end) {}
+
+  // Ensures kRefilledBits bits. Branchless: loads 8 bytes, advances by the whole bytes used.
+  void refill() {
+    uint64_t word;
+    std::memcpy(&word, next_, 8);
+    if constexpr (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) word = __builtin_bswap64(word);
+    bits_ |= word >> count_;
+    next_ += (63 - count_) >> 3;
+    count_ |= kRefilledBits;
+  }
+  [[nodiscard]] uint64_t bits() const { return bits_; }
+  [[nodiscard]] uint32_t peek(int n) const { return static_cast<uint32_t>(bits_ >> (64 - n)); }
+  void consume(int n) {
+    bits_ <<= n;
+    count_ -= n;
+  }
+  [[nodiscard]] int count() const { return count_; }
+
+  // Bits of the interval not yet consumed; negative behind its end.
+  [[nodiscard]] ptrdiff_t bits_left() const { return (end_ - next_) * 8 + count_; }
+  [[nodiscard]] bool overrun() const { return bits_left() < 0; }
+
+ private:
+  const uint8_t* next_;
+  const uint8_t* end_;
+  uint64_t bits_ = 0;  // left-aligned
+  int count_ = 0;      // valid bits in bits_
+};
+
+// ---- blocks -------------------------------------------------------------------------------------
+
+// Decodes one block. Writes only nonzero coefficients, so the block must be zero before. False: an
+// anomaly. The caller must check for an overrun after each block.
+bool decode_block(BitReader& reader, const HuffmanTables& tables, int component, int& prediction,
+                  int16_t* block) {
+  BitReader bits = reader;  // a local copy stays in registers
+  // A symbol that is looked up takes at most kLookupBits bits; others are preceded by a refill of
+  // their own. So three symbols can follow a refill, even if the first is of the longest.
+  constexpr int kLookupBits = HuffmanTable::kLookupBits;
+  static_assert(BitReader::kRefilledBits - HuffmanTable::kMaxSymbolBits >= 2 * kLookupBits);
+  const auto next_symbol = [&bits](const HuffmanEntry* lookup, const HuffmanTable& table)
+                               __attribute__((always_inline)) {
+                                 const HuffmanEntry entry = lookup[bits.peek(kLookupBits)];
+                                 if (entry.is_whole()) [[likely]] {
+                                   bits.consume(entry.length());
+                                   return entry.symbol();
+                                 }
+                                 bits.refill();
+                                 const HuffmanSymbol symbol = table.decode_slowly(bits.bits());
+                                 bits.consume(symbol.length);
+                                 return symbol;
+                               };
+  const HuffmanTable& dc = tables.dc(component);
+  const HuffmanTable& ac = tables.ac(component);
+  const HuffmanEntry* const ac_lookup = tables.ac_lookup(component);
+  bits.refill();
+  const HuffmanSymbol difference = next_symbol(tables.dc_lookup(component), dc);
+  prediction += difference.value;
+  // No sound image has a larger sum; libjpeg-turbo would cut it to 16 bits.
+  if (difference.advance != 1 || prediction != static_cast<int16_t>(prediction)) return false;
+  block[0] = static_cast<int16_t>(prediction);
+  int k = 0;
+  HuffmanSymbol symbol{0, 0, 0};
+  // Takes the next symbol; true when it was the block's last.
+  const auto step = [&]() __attribute__((always_inline)) {
+    symbol = next_symbol(ac_lookup, ac);
+    k += symbol.advance;
+    if (k > 63) return true;
+    block[k] = static_cast<int16_t>(symbol.value);
+    return k == 63;
+  };
+  do {
+    bits.refill();
+  } while (!step() && !step() && !step());
+  reader = bits;
+  return k <= 63 || symbol.advance == kEndOfBlock;
+}
+
+// ---- restart intervals --------------------------------------------------------------------------
+
+struct Interval {
+  const uint8_t* begin;  // without byte stuffing; BitReader::kBlockBytes readable behind the end
+  const uint8_t* end;
+  int64_t first_mcu, end_mcu;
+};
+
+// Splits a scan into its restart intervals and removes the byte stuffing. Without restart markers
+// the scan is one interval.
+class IntervalReader {
+ public:
+  // False: the markers are not RST0, RST1, ... and EOI, as many as there must be.
+  [[nodiscard]] bool read(const JpegHeader& header, const uint8_t* bytes, size_t size);
+  [[nodiscard]] const std::vector<Interval>& intervals() const { return intervals_; }
+  // Offset behind the EOI marker in the bytes given to read().
+  [[nodiscard]] size_t end_offset() const { return end_offset_; }
+
+ private:
+  std::vector<uint8_t> arena_;
+  std::vector<Interval> intervals_;
+  std::vector<uint32_t> markers_;
+  size_t end_offset_ = 0;
+};
 
 bool IntervalReader::read(const JpegHeader& header, const uint8_t* bytes, size_t size) {
   intervals_.clear();
   const uint8_t* const data = bytes + header.entropy_offset;
   const size_t data_size = size - header.entropy_offset;
   const int64_t num_intervals = header.num_intervals();
-  // Every interval takes a marker of two bytes.
+  // Every interval has a marker of two bytes.
   if (data_size > UINT32_MAX || static_cast<int64_t>(data_size / 2) < num_intervals) return false;
   markers_.resize(static_cast<size_t>(num_intervals));
   if (!find_markers(header, data, data_size, num_intervals, markers_.data())) return false;
@@ -37,9 +154,9 @@ bool IntervalReader::read(const JpegHeader& header, const uint8_t* bytes, size_t
   return sound;
 }
 
-namespace {
+// ---- the image ----------------------------------------------------------------------------------
 
-// One MCU of all components into its place; false on an anomaly.
+// Decodes one MCU of all components. False: an anomaly.
 bool decode_mcu(const JpegHeader& header, const HuffmanTables& tables, int64_t mcu,
                 BitReader& reader, std::array<int, 3>& predictions, JpegCoefficients* out) {
   const int mcu_y = static_cast<int>(mcu / header.mcus_wide);
@@ -58,29 +175,31 @@ bool decode_mcu(const JpegHeader& header, const HuffmanTables& tables, int64_t m
   return true;
 }
 
-// Sizes and zeroes the output. False where the bytes can't hold so many blocks (a block takes a DC
-// and an AC code of a bit each at least), before any memory is asked for.
-bool prepare(const JpegHeader& header, size_t entropy_bytes, JpegCoefficients* out) {
+// Whether the bytes can hold the blocks, each of which takes at least a bit for DC and for AC.
+bool can_hold_blocks(size_t entropy_bytes, const JpegHeader& header) {
   size_t num_blocks = 0;
   for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
     const JpegComponent& component = header.components[c];
     num_blocks += static_cast<size_t>(component.blocks_wide) * component.blocks_high;
   }
-  if (num_blocks > entropy_bytes * 4) return false;
-  for (size_t c = 0; c < out->components.size(); ++c) {
-    const JpegComponent& component = header.components[c];
-    out->blocks_wide[c] = component.blocks_wide;
-    out->components[c].assign(
-        static_cast<size_t>(component.blocks_wide) * component.blocks_high * 64, 0);
-  }
-  return true;
+  return num_blocks <= entropy_bytes * 4;
 }
 
 }  // namespace
 
+void JpegCoefficients::reset(const JpegHeader& header) {
+  for (size_t c = 0; c < components.size(); ++c) {
+    const JpegComponent& component = header.components[c];
+    blocks_wide[c] = component.blocks_wide;
+    components[c].assign(static_cast<size_t>(component.blocks_wide) * component.blocks_high * 64,
+                         0);
+  }
+}
+
 bool decode_coefficients(const JpegHeader& header, const uint8_t* bytes, size_t size,
                          JpegCoefficients* out) {
-  if (!prepare(header, size - header.entropy_offset, out)) return false;
+  if (!can_hold_blocks(size - header.entropy_offset, header)) return false;
+  out->reset(header);
   IntervalReader reader;
   if (!reader.read(header, bytes, size)) return false;
   const auto tables = std::make_unique<HuffmanTables>();

@@ -1,132 +1,36 @@
-// Decoding of baseline scans block by block: all coefficients of an image, for packing. Pixels come
-// from lanes.h, which is faster and does not look at every block alone.
+// Decodes all coefficients of a baseline image, for packing. Pixels come from region.h, which is
+// faster.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "jpeg/header.h"
-#include "jpeg/lookup.h"
 
 namespace imseq {
 
-// ---- bits ---------------------------------------------------------------------------------------
+// The quantised coefficients of all blocks.
+struct JpegCoefficients {
+  // Blocks row by row, 64 values each in zigzag order.
+  std::array<std::vector<int16_t>, 3> components;
+  std::array<int, 3> blocks_wide{};
+  size_t end_offset = 0;  // first byte behind the EOI marker
 
-// Bits of an interval whose byte stuffing has been removed, most significant first. It may run
-// ahead of the interval's end while a block is decoded, by a block's bits and a refill
-// (kBlockBytes) at most: memory must be readable as far as that, and overrun() tells afterwards.
-class BitReader {
- public:
-  static constexpr size_t kBlockBytes = 64 * 31 / 8 + 16;
-  static constexpr int kRefilledBits = 56;
-
-  BitReader(const uint8_t* begin, const uint8_t* end) : next_(begin), end_(end) {}
-
-  // At least kRefilledBits are there afterwards. Branchless: reads 8 bytes, advances by whole bytes
-  // used.
-  void refill() {
-    uint64_t word;
-    std::memcpy(&word, next_, 8);
-    if constexpr (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) word = __builtin_bswap64(word);
-    bits_ |= word >> count_;
-    next_ += (63 - count_) >> 3;
-    count_ |= kRefilledBits;
+  // Makes room for the image's blocks, all zero.
+  void reset(const JpegHeader& header);
+  [[nodiscard]] int16_t* block(int component, int y, int x) {
+    const auto c = static_cast<size_t>(component);
+    return components[c].data() + (static_cast<size_t>(y) * blocks_wide[c] + x) * 64;
   }
-  [[nodiscard]] uint64_t bits() const { return bits_; }
-  [[nodiscard]] uint32_t peek(int n) const { return static_cast<uint32_t>(bits_ >> (64 - n)); }
-  void consume(int n) {
-    bits_ <<= n;
-    count_ -= n;
+  [[nodiscard]] const int16_t* block(int component, int y, int x) const {
+    return const_cast<JpegCoefficients*>(this)->block(component, y, x);
   }
-  [[nodiscard]] int count() const { return count_; }
-
-  // Bits of the interval that have not been consumed; negative behind its end.
-  [[nodiscard]] ptrdiff_t bits_left() const { return (end_ - next_) * 8 + count_; }
-  [[nodiscard]] bool overrun() const { return bits_left() < 0; }
-
- private:
-  const uint8_t* next_;
-  const uint8_t* end_;
-  uint64_t bits_ = 0;  // left-aligned
-  int count_ = 0;      // valid bits in bits_
 };
 
-// ---- blocks -------------------------------------------------------------------------------------
-
-// Decodes one block: writes its coefficients other than zero to block[k], k being the zigzag index;
-// the block must have been zeroed, but for block[0]. False on an anomaly. Does not check for an
-// overrun: the caller does, block by block.
-inline bool decode_block(BitReader& reader, const HuffmanTables& tables, int component,
-                         int& prediction, int16_t* block) {
-  BitReader bits = reader;  // a local copy stays in registers
-  // A symbol that is looked up needs no more than kLookupBits bits; others are preceded by a refill
-  // of their own. So three symbols can follow a refill, even if the first of them is of the longest.
-  constexpr int kLookupBits = HuffmanTable::kLookupBits;
-  static_assert(BitReader::kRefilledBits - HuffmanTable::kMaxSymbolBits >= 2 * kLookupBits);
-  const auto next_symbol = [&bits](const HuffmanEntry* lookup, const HuffmanTable& table)
-                               __attribute__((always_inline)) {
-                                 const HuffmanEntry entry = lookup[bits.peek(kLookupBits)];
-                                 if (entry.is_whole()) [[likely]] {
-                                   bits.consume(entry.length());
-                                   return entry.symbol();
-                                 }
-                                 bits.refill();
-                                 const HuffmanSymbol symbol = table.decode_slowly(bits.bits());
-                                 bits.consume(symbol.length);
-                                 return symbol;
-                               };
-  const HuffmanTable& dc = tables.dc(component);
-  const HuffmanTable& ac = tables.ac(component);
-  const HuffmanEntry* const ac_lookup = tables.ac_lookup(component);
-  bits.refill();
-  const HuffmanSymbol difference = next_symbol(tables.dc_lookup(component), dc);
-  prediction += difference.value;
-  // libjpeg-turbo stores the low 16 bits; a difference of 2^15 steps is no image's.
-  if (difference.advance != 1 || prediction != static_cast<int16_t>(prediction)) return false;
-  block[0] = static_cast<int16_t>(prediction);
-  int k = 0;
-  HuffmanSymbol symbol{0, 0, 0};
-  // Takes the next symbol; true when it was the block's last.
-  const auto step = [&]() __attribute__((always_inline)) {
-    symbol = next_symbol(ac_lookup, ac);
-    k += symbol.advance;
-    if (k > 63) return true;
-    block[k] = static_cast<int16_t>(symbol.value);
-    return k == 63;
-  };
-  do {
-    bits.refill();
-  } while (!step() && !step() && !step());
-  reader = bits;
-  return k <= 63 || symbol.advance == kEndOfBlock;
-}
-
-// ---- restart intervals --------------------------------------------------------------------------
-
-struct Interval {
-  const uint8_t* begin;  // without byte stuffing; BitReader::kBlockBytes readable behind the end
-  const uint8_t* end;
-  int64_t first_mcu, end_mcu;
-};
-
-// Splits a scan into its restart intervals, without byte stuffing; without restart markers it is
-// one.
-class IntervalReader {
- public:
-  // False where the markers are not exactly RST0, RST1, ... and EOI, as many as there must be.
-  [[nodiscard]] bool read(const JpegHeader& header, const uint8_t* bytes, size_t size);
-  [[nodiscard]] const std::vector<Interval>& intervals() const { return intervals_; }
-  // Behind the EOI marker, in the bytes given to read().
-  [[nodiscard]] size_t end_offset() const { return end_offset_; }
-
- private:
-  std::vector<uint8_t> arena_;
-  std::vector<Interval> intervals_;
-  std::vector<uint32_t> markers_;
-  size_t end_offset_ = 0;
-};
+// Decodes a kBaseline image. False: there is an anomaly before the EOI marker.
+[[nodiscard]] bool decode_coefficients(const JpegHeader& header, const uint8_t* bytes, size_t size,
+                                       JpegCoefficients* out);
 
 }  // namespace imseq

@@ -7,9 +7,9 @@ namespace imseq {
 
 namespace {
 
-// Doubles a row of `n` values that have a neighbour on both sides; T: samples, or sums of two rows.
-// Each pixel is 3/4 of its own value and 1/4 of the nearer neighbour's. The biases of left and
-// right pixels differ so that rounding does not lean to one side.
+// Doubles a row of n values that have neighbours on both sides; T: samples, or sums of two rows.
+// Each pixel is 3/4 of its own value and 1/4 of the nearer neighbour's. Left and right pixels have
+// different biases so that rounding errors cancel out.
 template <typename T>
 inline void double_width(const T* __restrict in, int n, int left_bias, int right_bias, int shift,
                          uint8_t* __restrict out) {
@@ -70,9 +70,9 @@ void replicate(const uint8_t* in, int n, int factor, uint8_t* out) {
 void ycc_to_rgb(const uint8_t* __restrict y, const uint8_t* __restrict cb,
                 const uint8_t* __restrict cr, int n, uint8_t* __restrict r, uint8_t* __restrict g,
                 uint8_t* __restrict b) {
-  // jdcolor.c's factors with their whole parts taken out, so that what is left fits 16-bit
-  // multiplication, of which compilers take the upper half where it is written so: 1.40200 = 1 +
-  // 26345 / 65536, 1.77200 = 2 - 14942 / 65536. Green's two, 22554 and 46802 / 65536, are even.
+  // jdcolor.c's factors without their whole parts, so that compilers can use 16-bit multiplication:
+  // 1.40200 = 1 + 26345 / 65536, 1.77200 = 2 - 14942 / 65536. Green's factors, 22554 / 65536 and
+  // 46802 / 65536, are even, so halving them is exact.
   constexpr int16_t kRed = 26345, kBlue = -14942, kGreenCb = -11277, kGreenCr = -23401;
   const auto rounded_product = [](int16_t factor, int16_t x) {
     return static_cast<int16_t>((((factor * static_cast<int16_t>(2 * x)) >> 16) + 1) >> 1);
@@ -95,6 +95,9 @@ const ColourKernels& colour_kernels(CpuLevel level) {
       return kColourAvx2;
     case CpuLevel::kAvx512:
       return kColourAvx512;
+#elif defined(__aarch64__)
+    case CpuLevel::kNeon:
+      return kColourNeon;
 #endif
     default:
       return kPortable;

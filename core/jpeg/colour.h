@@ -1,5 +1,4 @@
-// From component samples to RGB rows: chroma upsampling and colour conversion as libjpeg-turbo does
-// them.
+// Converts component samples to RGB: chroma upsampling and colour conversion as in libjpeg-turbo.
 #pragma once
 
 #include <cstdint>
@@ -8,29 +7,30 @@
 
 namespace imseq {
 
-// Upsampling to twice the width with a triangle filter: jdsample.c h2v1_fancy_upsample. Writes the
-// pixels of the input samples [begin, end), two of each, to out[0 ...]. `in` is indexed by sample
-// of the component, whose width it is; in[begin - 1] and in[end] are read where they exist.
+// Doubles the width with a triangle filter (jdsample.c, h2v1_fancy_upsample). Writes two pixels for
+// each of the samples [begin, end) of a row, which is `width` samples long, to out[0 ...]. Also
+// reads in[begin - 1] and in[end] if they exist.
 void upsample_h2v1(const uint8_t* in, int begin, int end, int width, uint8_t* out);
 
-// The same from two rows, the nearer weighing three times the farther: h2v2_fancy_upsample. sums is
-// scratch for end - begin + 2 values.
+// The same from two rows, of which the nearer weighs three times the farther (h2v2_fancy_upsample).
+// sums: scratch for end - begin + 2 values.
 void upsample_h2v2(const uint8_t* near, const uint8_t* far, int begin, int end, int width,
                    uint16_t* sums, uint8_t* out);
 
-// Twice the height only: h1v2_fancy_upsample. below: whether the pixel row is the lower one of the
+// Doubles the height only (h1v2_fancy_upsample). below: the pixel row is the lower one of the
 // sample's two.
 void upsample_h1v2(const uint8_t* near, const uint8_t* far, bool below, int n, uint8_t* out);
 
-// Each sample `factor` times: int_upsample.
+// Repeats each sample `factor` times (int_upsample).
 void replicate(const uint8_t* in, int n, int factor, uint8_t* out);
 
-// n pixels of YCbCr to RGB, jdcolor.c ycc_rgb_convert (T.871 section 7, 16 fractional bits).
+// Converts n pixels of YCbCr to RGB (jdcolor.c, ycc_rgb_convert; T.871 section 7, 16 fractional
+// bits).
 void ycc_to_rgb(const uint8_t* y, const uint8_t* cb, const uint8_t* cr, int n, uint8_t* r,
                 uint8_t* g, uint8_t* b);
 
-// The functions above, for one level. Beyond what they say there, kernels may read kRowSlack bytes
-// behind the end of every input and write as many behind the end of every output.
+// The functions above, for one CpuLevel. Kernels may also read kRowSlack bytes behind the end of
+// every input and write as many behind the end of every output.
 struct ColourKernels {
   void (*upsample_h2v1)(const uint8_t* in, int begin, int end, int width, uint8_t* out);
   void (*upsample_h2v2)(const uint8_t* near, const uint8_t* far, int begin, int end, int width,
@@ -43,6 +43,6 @@ struct ColourKernels {
 
 [[nodiscard]] const ColourKernels& colour_kernels(CpuLevel level);
 
-extern const ColourKernels kColourAvx2, kColourAvx512;
+extern const ColourKernels kColourAvx2, kColourAvx512, kColourNeon;
 
 }  // namespace imseq

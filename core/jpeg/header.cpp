@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "jpeg/codes.h"
+
 namespace imseq {
 
 const std::array<uint8_t, 64> kNaturalOrder = {
@@ -12,30 +14,11 @@ const std::array<uint8_t, 64> kNaturalOrder = {
 
 namespace {
 
-constexpr int kSof0 = 0xC0, kSof1 = 0xC1, kSof2 = 0xC2, kDht = 0xC4, kJpg = 0xC8, kDac = 0xCC,
-              kSof15 = 0xCF;
-constexpr int kSoi = 0xD8, kEoi = 0xD9, kSos = 0xDA, kDqt = 0xDB, kDri = 0xDD;
-constexpr int kApp0 = 0xE0, kApp2 = 0xE2, kApp13 = 0xED, kApp14 = 0xEE, kApp15 = 0xEF, kCom = 0xFE;
-
 // libjpeg-turbo's JPEG_MAX_DIMENSION and D_MAX_BLOCKS_IN_MCU (jmorecfg.h, jpeglib.h).
 constexpr int kMaxDimension = 65500;
 constexpr int kMaxMcuBlocks = 10;
 
-constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-// The payload of a marker segment, its length field not included.
-struct Payload {
-  const uint8_t* bytes;
-  size_t size;
-
-  [[nodiscard]] int u8(size_t at) const { return bytes[at]; }
-  [[nodiscard]] int u16(size_t at) const { return bytes[at] << 8 | bytes[at + 1]; }
-  [[nodiscard]] bool starts_with(const char* text, size_t length) const {
-    return size >= length && std::memcmp(bytes, text, length) == 0;
-  }
-};
-
-bool parse_dqt(Payload in, JpegHeader* header) {
+bool parse_dqt(JpegPayload in, JpegHeader* header) {
   size_t at = 0;
   while (at < in.size) {
     const int precision = in.u8(at) >> 4, index = in.u8(at) & 15;
@@ -52,7 +35,7 @@ bool parse_dqt(Payload in, JpegHeader* header) {
   return true;
 }
 
-bool parse_dht(Payload in, JpegHeader* header) {
+bool parse_dht(JpegPayload in, JpegHeader* header) {
   size_t at = 0;
   while (at < in.size) {
     const int table_class = in.u8(at) >> 4, index = in.u8(at) & 15;
@@ -72,7 +55,7 @@ bool parse_dht(Payload in, JpegHeader* header) {
   return true;
 }
 
-bool parse_frame(int marker, Payload in, JpegHeader* header) {
+bool parse_frame(int marker, JpegPayload in, JpegHeader* header) {
   if (header->frame_marker != 0 || in.size < 6) return false;
   header->frame_marker = marker;
   header->precision = in.u8(0);
@@ -98,9 +81,9 @@ bool parse_frame(int marker, Payload in, JpegHeader* header) {
   return true;
 }
 
-// Pillow reads these blocks while it opens a file, and where one ends behind the resource code it
-// fails (IndexError in JpegImagePlugin.APP); everything else that is wrong with them it forgives.
-bool pillow_fails_on_photoshop(Payload in) {
+// Pillow parses these blocks when it opens a file. It fails on one that ends right behind the
+// resource code (IndexError in JpegImagePlugin.APP) and accepts any other damage.
+bool pillow_fails_on_photoshop(JpegPayload in) {
   size_t at = 14;
   while (in.size >= at + 4 && std::memcmp(in.bytes + at, "8BIM", 4) == 0) {
     at += 6;
@@ -116,11 +99,10 @@ bool pillow_fails_on_photoshop(Payload in) {
   return false;
 }
 
-// Application segments decide the colour space. Those that Pillow takes apart while it opens a file
-// must be as it expects. The one exception we know is a damaged XResolution in Exif data, which
-// some versions of Pillow stumble over (JpegImageFile._read_dpi_from_exif); here it is ignored like
-// all of Exif.
-bool parse_application(int marker, Payload in, JpegHeader* header) {
+// Application segments decide the colour space. Those that Pillow parses when it opens a file must
+// be as it expects. One known exception: some versions of Pillow fail on a damaged XResolution in
+// Exif data (JpegImageFile._read_dpi_from_exif); all of Exif is ignored here.
+bool parse_application(int marker, JpegPayload in, JpegHeader* header) {
   if (marker == kApp0 && in.starts_with("JFIF", 4)) {
     if (in.size < 14) return false;
     if (in.starts_with("JFIF\0", 5)) header->has_jfif = true;
@@ -136,8 +118,8 @@ bool parse_application(int marker, Payload in, JpegHeader* header) {
   return true;
 }
 
-// A scan that is not one of all components in the order of the frame leaves *whole_image false.
-bool parse_scan(Payload in, JpegHeader* header, bool* whole_image) {
+// *whole_image: the scan has all components, in the order of the frame.
+bool parse_scan(JpegPayload in, JpegHeader* header, bool* whole_image) {
   if (header->frame_marker == 0 || in.size < 1) return false;
   const int n = in.u8(0);
   if (n < 1 || n > 4 || in.size != 4 + 2 * static_cast<size_t>(n)) return false;
@@ -157,7 +139,7 @@ bool is_frame_marker(int marker) {
   return marker >= kSof0 && marker <= kSof15 && marker != kDht && marker != kJpg && marker != kDac;
 }
 
-bool parse_segment(int marker, Payload in, JpegHeader* header, bool* whole_image) {
+bool parse_segment(int marker, JpegPayload in, JpegHeader* header, bool* whole_image) {
   if (is_frame_marker(marker)) return parse_frame(marker, in, header);
   if (marker >= kApp0 && marker <= kApp15) return parse_application(marker, in, header);
   switch (marker) {
@@ -186,8 +168,7 @@ bool is_prefix_code(const JpegHuffmanSpec& spec) {
   uint32_t code = 0;
   for (int bits = 1; bits <= 16; ++bits) {
     code = code * 2 + spec.counts[static_cast<size_t>(bits - 1)];
-    // The greatest code of this length is code - 1; where the length has none, nothing can be
-    // wrong.
+    // The greatest code of this length is code - 1.
     if (spec.counts[static_cast<size_t>(bits - 1)] != 0 && code >= 1u << bits) return false;
   }
   return true;
@@ -221,7 +202,7 @@ bool huffman_tables_are_sound(const JpegHeader& header) {
   return true;
 }
 
-// Sampling factors that divide the greatest ones, and an MCU that libjpeg-turbo accepts.
+// Whether all sampling factors divide the greatest ones, and libjpeg-turbo accepts the MCU's size.
 bool sampling_is_integral(const JpegHeader& header) {
   int mcu_blocks = 0;
   for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
@@ -275,8 +256,7 @@ void derive_geometry(JpegHeader* header) {
   header->mcus_high = divide_up(header->height, lone ? 8 : 8 * max_v);
   for (size_t c = 0; c < static_cast<size_t>(header->num_components); ++c) {
     JpegComponent& component = header->components[c];
-    // T.81 A.2.2: a scan of one component is not interleaved, its MCU is one block whatever the
-    // factors.
+    // T.81 A.2.2: with one component an MCU is one block, whatever the factors.
     component.mcu_width = lone ? 1 : component.h_sampling;
     component.mcu_height = lone ? 1 : component.v_sampling;
     component.width = divide_up(header->width * component.h_sampling, max_h);
@@ -286,15 +266,15 @@ void derive_geometry(JpegHeader* header) {
   }
 }
 
-// Skips the 0xFF that begins a marker and the fill bytes (T.81 B.1.1.2). Returns the marker, with *at
-// behind it; 0 if there is none.
+// Skips the 0xFF that begins a marker and fill bytes (T.81 B.1.1.2). Returns the marker and leaves
+// *at behind it; 0: there is none.
 int read_marker(const uint8_t* bytes, size_t size, size_t* at) {
   if (*at >= size || bytes[*at] != 0xFF) return 0;
   while (*at < size && bytes[*at] == 0xFF) ++*at;
   return *at < size ? bytes[(*at)++] : 0;
 }
 
-// Reads the segment whose marker, just before bytes[*at], has been read.
+// Reads the segment whose marker ends at bytes[*at].
 bool read_segment(int marker, const uint8_t* bytes, size_t size, size_t* at, JpegHeader* header,
                   bool* whole_image) {
   if (size - *at < 2) return false;
@@ -329,7 +309,7 @@ JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header) {
   header->entropy_offset = at;
   const bool baseline = whole_image && is_sequential(*header);
   if (!in_scope(*header) || (baseline && !huffman_tables_are_sound(*header)))
-    return JpegKind::kForeign;
+    return JpegKind::kUnsupported;
   header->colour = colour_of(*header);
   derive_geometry(header);
   return baseline ? JpegKind::kBaseline : JpegKind::kSeveralScans;

@@ -1,15 +1,6 @@
-// The project's own baseline JPEG decoder, part 1: the header, and all coefficients of an image.
-//
-//   JpegHeader header;                         // reuse it: it keeps its memory
-//   if (parse_jpeg(bytes, size, &header) != JpegKind::kBaseline) ...   // Pillow's business
-//   JpegCoefficients all;                      // reuse it as well
-//   if (!decode_coefficients(header, bytes, size, &all)) ...           // damaged: Pillow's
-//   business const int16_t* block = all.block(component, block_y, block_x);     // 64 values in
-//   zigzag order
-//
-// Pixels of a region come from region.h. Both decode strictly: a stream is decoded without any
-// anomaly or not at all, because what libjpeg-turbo makes of a damaged stream is for libjpeg-turbo
-// to say.
+// The headers of a JPEG. Pixels of a region come from region.h, all coefficients from
+// coefficients.h and progressive.h. All decode strictly: a stream is decoded without any anomaly or
+// not at all, because only libjpeg-turbo can say what it makes of a damaged one.
 //
 // References: ITU-T T.81 (the numbered sections below), ITU-T T.871 (JFIF), and libjpeg-turbo 3.x
 // and Pillow for whatever those leave open.
@@ -18,7 +9,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
+
+#include "cpu/memory.h"
 
 namespace imseq {
 
@@ -43,22 +37,38 @@ struct JpegComponent {
   int h_sampling = 0, v_sampling = 0;  // as written in the frame header
   int quant_table = 0, dc_table = 0, ac_table = 0;
   // What follows is derived, and only for kBaseline and kSeveralScans.
-  int mcu_width = 0, mcu_height = 0;  // blocks of this component in an MCU
-  int width = 0, height = 0;          // samples that mean something: the image's size, downsampled
-  int blocks_wide = 0, blocks_high = 0;  // coded blocks, those that only fill up an MCU included
+  int mcu_width = 0, mcu_height = 0;     // blocks of this component in an MCU
+  int width = 0, height = 0;             // samples of the image, without padding
+  int blocks_wide = 0, blocks_high = 0;  // coded blocks, with those that pad MCUs
 };
 
-// A marker segment before the entropy-coded data: bytes[offset, offset + size) begins with its
+// The content of a marker segment, behind its length field.
+struct JpegPayload {
+  const uint8_t* bytes;
+  size_t size;
+
+  [[nodiscard]] int u8(size_t at) const { return bytes[at]; }
+  [[nodiscard]] int u16(size_t at) const { return bytes[at] << 8 | bytes[at + 1]; }
+  [[nodiscard]] bool starts_with(const char* text, size_t length) const {
+    return size >= length && std::memcmp(bytes, text, length) == 0;
+  }
+};
+
+// A marker segment before the entropy-coded data: image[offset, offset + size) begins with its
 // 0xFF.
 struct JpegSegment {
   uint8_t marker;
   size_t offset, size;
+
+  [[nodiscard]] JpegPayload payload(const uint8_t* image) const {
+    return {image + offset + 4, size - 4};  // 4: the marker and the length field
+  }
 };
 
 enum class JpegColour { kGrey, kYCbCr, kRgb };
 
 struct JpegHeader {
-  int frame_marker = 0;  // 0xC0 ... 0xCF
+  int frame_marker = 0;  // SOF0 to SOF15
   int precision = 0;     // bits of a sample
   int width = 0, height = 0;
   int num_components = 0;
@@ -69,20 +79,18 @@ struct JpegHeader {
   std::array<JpegHuffmanSpec, 4> dc_tables{}, ac_tables{};
   bool has_jfif = false, has_adobe = false;
   int adobe_transform = 0;
-  std::vector<JpegSegment> segments;  // all between SOI and the entropy-coded data, SOS the last
+  std::vector<JpegSegment> segments;  // all before the entropy-coded data; the last is SOS
   size_t entropy_offset = 0;          // first byte behind the scan header
   // What follows is derived, and only for kBaseline and kSeveralScans.
   JpegColour colour = JpegColour::kGrey;
   int mcus_wide = 0, mcus_high = 0;
 
   [[nodiscard]] int64_t num_mcus() const { return int64_t{mcus_wide} * mcus_high; }
-  // MCUs of a restart interval but the last, and how many intervals there are.
+  // MCUs of every restart interval except the last, which may have fewer.
   [[nodiscard]] int64_t interval_mcus() const {
     return restart_interval == 0 ? num_mcus() : restart_interval;
   }
-  [[nodiscard]] int64_t num_intervals() const {
-    return (num_mcus() + interval_mcus() - 1) / interval_mcus();
-  }
+  [[nodiscard]] int64_t num_intervals() const { return divide_up(num_mcus(), interval_mcus()); }
   [[nodiscard]] const JpegQuantTable& quant(int component) const {
     return quant_tables[static_cast<size_t>(
         components[static_cast<size_t>(component)].quant_table)];
@@ -90,47 +98,25 @@ struct JpegHeader {
 };
 
 enum class JpegKind {
-  kBaseline,      // this decoder's scope
-  kSeveralScans,  // the same but for its scans: progressive, or several sequential ones; only
-                  // packing decodes it (progressive.h)
-  kForeign,       // a header that can be read, but of another kind: CMYK, 12 bit ...
-  kDamaged        // no JPEG, or a header that is not sound
+  kBaseline,      // the core decodes it
+  kSeveralScans,  // progressive, or several sequential scans; only packing decodes it
+                  // (progressive.h)
+  kUnsupported,   // a sound header of another kind: CMYK, 12 bit ...
+  kDamaged        // no JPEG, or its header is not sound
 };
 
-// Reads everything up to the entropy-coded data of the first scan. Looks at no byte outside [0,
-// size).
+// Reads everything up to the entropy-coded data of the first scan. Reads no byte outside [0, size).
 [[nodiscard]] JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header);
 
-// Reads on at bytes[*at], behind the entropy-coded data of a scan: Huffman tables and restart
-// intervals into the header, up to the marker that ends them. Returns it, with *at behind it (behind
-// its segment where it has one, which is then the last of header->segments): SOS or EOI; 0 where
-// anything else comes.
+// Reads the segments behind a scan, from bytes[*at] on: Huffman tables and restart intervals go
+// into the header. Returns the marker that ends them and leaves *at behind it: SOS, whose segment
+// is then the last of header->segments, or EOI. Returns 0 if there is anything else.
 [[nodiscard]] int parse_to_next_scan(const uint8_t* bytes, size_t size, size_t* at,
                                      JpegHeader* header);
 
-// Whether no code is a prefix of another, nor all ones.
+// Whether no code is a prefix of another and none is all ones.
 [[nodiscard]] bool is_prefix_code(const JpegHuffmanSpec& spec);
 // Whether all symbols are categories of a DC difference.
 [[nodiscard]] bool is_dc_table(const JpegHuffmanSpec& spec);
-
-// The coefficients of all blocks, quantised as they are coded.
-struct JpegCoefficients {
-  std::array<std::vector<int16_t>, 3>
-      components;  // blocks row by row, 64 values each in zigzag order
-  std::array<int, 3> blocks_wide{};
-  size_t end_offset = 0;  // first byte behind the EOI marker
-
-  [[nodiscard]] int16_t* block(int component, int y, int x) {
-    const auto c = static_cast<size_t>(component);
-    return components[c].data() + (static_cast<size_t>(y) * blocks_wide[c] + x) * 64;
-  }
-  [[nodiscard]] const int16_t* block(int component, int y, int x) const {
-    return const_cast<JpegCoefficients*>(this)->block(component, y, x);
-  }
-};
-
-// Decodes the whole scan of a kBaseline image. False: an anomaly anywhere up to the EOI marker.
-[[nodiscard]] bool decode_coefficients(const JpegHeader& header, const uint8_t* bytes, size_t size,
-                                       JpegCoefficients* out);
 
 }  // namespace imseq

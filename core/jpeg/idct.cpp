@@ -16,7 +16,7 @@ constexpr int k0_298 = 2446, k0_390 = 3196, k0_541 = 4433, k0_765 = 6270, k0_899
               k1_175 = 9633, k1_501 = 12299, k1_847 = 15137, k1_961 = 16069, k2_053 = 16819,
               k2_562 = 20995, k3_072 = 25172;
 
-// As jidctint-sse2.asm pairs them up, so that every rotation is x * a + y * b.
+// Combined as in jidctint-sse2.asm, so that every rotation is x * a + y * b.
 constexpr std::array<int16_t, 12> kRotation = {k0_541,          k0_541 - k1_847, k0_541 + k0_765,
                                                k1_175 - k1_961, k1_175,          k1_175 - k0_390,
                                                k0_298 - k0_899, -k0_899,         k2_053 - k2_562,
@@ -34,7 +34,7 @@ inline uint8_t to_sample(int16_t value) {
 }
 
 // One-dimensional transform of 8 values (Loeffler, Ligtenberg and Moschytz, ICASSP 1989), the
-// result scaled by 2^kConstBits. No sum leaves 32 bits: none is beyond 32768 * 64570.
+// result scaled by 2^kConstBits. Sums fit 32 bits: none exceeds 32768 * 64570.
 inline void transform(const int16_t (&in)[8], const int16_t* __restrict c, int (&out)[8]) {
   const int even2 = in[2] * c[0] + in[6] * c[1];
   const int even3 = in[2] * c[2] + in[6] * c[0];
@@ -61,9 +61,8 @@ inline void transform(const int16_t (&in)[8], const int16_t* __restrict c, int (
   out[4] = sum3 - odd0;
 }
 
-// Both passes transform columns, all eight at once: the loop over x is what compilers vectorise, as
-// long as these are functions of their own. Values from kRows on are zero: most blocks need no more
-// than four.
+// Both passes transform eight columns at once. Compilers vectorise the loop over x only if these
+// are functions of their own. Rows from kRows on are zero: most blocks need only four.
 template <int kRows>
 __attribute__((noinline)) void first_pass(const int16_t* __restrict coefficients,
                                           const int16_t* __restrict quant,
@@ -91,14 +90,14 @@ __attribute__((noinline)) void second_pass(const int16_t* __restrict in,
     int sums[8];
     for (int k = 0; k < kRows; ++k) column[k] = in[8 * k + x];
     transform(column, rotation, sums);
-    // 32 - 18 bits are left: no saturation is needed.
+    // The result has 32 - 18 bits: no saturation is needed.
     for (int k = 0; k < 8; ++k) {
       out[8 * k + x] = static_cast<int16_t>((sums[k] + (1 << (kShift - 1))) >> kShift);
     }
   }
 }
 
-// Exchanges the upper part of every group of bits in x with the lower part of it in y.
+// Swaps the upper part of every group of bits in x with the lower part of the same group in y.
 inline void swap_parts(uint64_t& x, uint64_t& y, uint64_t lower, int shift) {
   const uint64_t low = (x & lower) | (y & lower) << shift;
   y = (x >> shift & lower) | (y & ~lower);
@@ -107,7 +106,7 @@ inline void swap_parts(uint64_t& x, uint64_t& y, uint64_t lower, int shift) {
 constexpr uint64_t kLow32 = 0x00000000FFFFFFFF, kLow16 = 0x0000FFFF0000FFFF,
                    kLow8 = 0x00FF00FF00FF00FF;
 
-// Transposes 4 x 4 values, a row in each word, the first value its lowest bits.
+// Transposes 4 x 4 values, a row in each word, whose lowest bits are the first value.
 inline void transpose_4x4(uint64_t& a, uint64_t& b, uint64_t& c, uint64_t& d) {
   swap_parts(a, c, kLow32, 32);
   swap_parts(b, d, kLow32, 32);
@@ -127,7 +126,7 @@ inline void transpose(int16_t* block) {
   std::memcpy(block, w, sizeof(w));
 }
 
-// Columns of 8 samples become rows.
+// Stores columns of 8 samples as rows.
 inline void store_transposed(const uint8_t* columns, uint8_t* out, ptrdiff_t stride) {
   uint64_t w[8];
   std::memcpy(w, columns, sizeof(w));
@@ -141,7 +140,7 @@ inline void store_transposed(const uint8_t* columns, uint8_t* out, ptrdiff_t str
 }
 
 bool only_first_row(const int16_t* coefficients) {
-  if (coefficients[8] != 0) return false;  // mostly
+  if (coefficients[8] != 0) return false;  // usually
   int any = 0;
   for (int k = 8; k < 64; ++k) any |= coefficients[k];
   return any == 0;
@@ -157,8 +156,8 @@ IdctTable::IdctTable(const JpegQuantTable& quant_table) : rotation(kRotation) {
 
 namespace {
 
-// Where a block has coefficients other than zero: in the first place only, in the first four rows
-// and columns, or anywhere.
+// Where a block may have nonzero coefficients: only in the first place, in the first four rows and
+// columns, or anywhere.
 enum class Extent { kFirst, kQuarter, kWhole };
 
 constexpr bool in_quarter(int natural) { return natural / 8 < 4 && natural % 8 < 4; }
@@ -200,14 +199,14 @@ void transform_first(int16_t coefficient, int16_t quant, uint8_t* out, ptrdiff_t
   for (int y = 0; y < 8; ++y) std::memset(out + y * stride, to_sample(sum), 8);
 }
 
-// coefficients: in natural order. kRows: beyond these many rows and columns all are zero.
+// coefficients: in natural order, zero beyond the first kRows rows and columns.
 template <int kRows>
 void transform_block(const int16_t* coefficients, const IdctTable& table, uint8_t* out,
                      ptrdiff_t stride) {
   alignas(16) int16_t block[64], samples[64];
   alignas(16) uint8_t columns[64];
   if (only_first_row(coefficients)) {
-    // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates.
+    // libjpeg-turbo has this shortcut too, which wraps where the full transform saturates.
     for (size_t k = 0; k < 64; ++k) block[k] = scaled(coefficients[k & 7], table.quant[k & 7]);
   } else {
     first_pass<kRows>(coefficients, table.quant.data(), table.rotation.data(), block);

@@ -10,9 +10,9 @@
 
 namespace imseq {
 
-// What the transform multiplies by. The constants of the rotations lie in memory beside the
-// quantisation table because compilers turn constants they know into chains of shifts and
-// additions, which on vectors is three times slower than 16-bit multiplication.
+// The factors of the transform. The rotations' constants are kept in memory because compilers turn
+// known constants into shifts and additions, which on vectors are three times slower than 16-bit
+// multiplication.
 struct IdctTable {
   explicit IdctTable(const JpegQuantTable& quant_table);
   IdctTable() = default;
@@ -22,7 +22,7 @@ struct IdctTable {
   std::array<int16_t, 12> rotation{};
 };
 
-// Transforms num_blocks blocks whose output lies side by side, and leaves their coefficients zero.
+// Transforms num_blocks blocks whose outputs lie side by side, and sets their coefficients to zero.
 // Block i: 64 quantised coefficients in zigzag order at
 //   coefficients + (i / mcu_width) * mcu_step + (i % mcu_width) * 64,
 // best aligned to 64 bytes; its 8 x 8 samples begin at out + 8 * i, with rows `stride` bytes apart.
@@ -37,7 +37,7 @@ using IdctKernel = void (*)(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_
 
 [[nodiscard]] IdctKernel idct_kernel(CpuLevel level);
 
-// The kernels themselves; idct_portable is the reference, and does what is out of range for others.
+// The kernels. idct_portable is the reference; the others pass it blocks out of their range.
 void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                    const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 void idct_avx2(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
@@ -47,14 +47,14 @@ void idct_avx512(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int n
 void idct_neon(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                const IdctTable& table, uint8_t* out, ptrdiff_t stride);
 
-// What the kernels share: where to find a coefficient, row by row.
+// Zigzag index of each coefficient, row by row.
 inline constexpr uint8_t kZigzagOfNatural[64] = {
     0,  1,  5,  6,  14, 15, 27, 28, 2,  4,  7,  13, 16, 26, 29, 42, 3,  8,  12, 17, 25, 30,
     41, 43, 9,  11, 18, 24, 31, 40, 44, 53, 10, 19, 23, 32, 39, 45, 52, 54, 20, 22, 33, 38,
     46, 51, 55, 60, 21, 34, 37, 47, 50, 56, 59, 61, 35, 36, 48, 49, 57, 58, 62, 63};
 
-// The blocks of a run, one after the other. Always inlined: the linker must not choose a copy for
-// one kind of processor for all.
+// Iterates over the blocks of a run. Always inlined: otherwise the linker could keep the copy that
+// was compiled for one kind of processor, for all.
 class BlockWalk {
  public:
   __attribute__((always_inline)) BlockWalk(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step)

@@ -1,7 +1,7 @@
 // The inverse DCT of idct.h with AVX2: two blocks at a time, one in each 128-bit lane.
 //
 // As in idct_avx512.cpp, values that are multiplied together lie in pairs ("04": of rows 0 and 4)
-// from the de-zigzag on, and the first pass leaves pairs of columns for the second.
+// after the de-zigzag, and the first pass leaves pairs of columns for the second.
 #include <immintrin.h>
 
 #include "jpeg/idct.h"
@@ -14,17 +14,17 @@ using Vector = __m256i;
 
 // ---- de-zigzag ----------------------------------------------------------------------------------
 
-// Half a pair of rows: four columns of each, which are two pairs of columns.
+// The columns that half a pair of rows holds: four, which are two pairs of columns.
 struct Columns {
   int column[4];
 };
-// Of the three ways to take the pairs of columns two by two, this one needs the fewest shuffles.
+// Of the three ways to distribute the four pairs of columns, this one needs the fewest shuffles.
 constexpr Columns kLeftHalf = {{0, 4, 3, 5}}, kRightHalf = {{2, 6, 7, 1}};
-// All the upper left quarter of a block has, as pairs 02 and 13.
+// The columns of the upper left quarter of a block, as pairs 02 and 13.
 constexpr Columns kQuarter = {{0, 2, 1, 3}};
 
-// pshufb: the words of the half of rows `a` and `b` that are among the eight from zigzag index
-// 8 * source on, in their places, and zeros.
+// A pshufb index that moves the words of half of rows `a` and `b` that lie among the eight from
+// zigzag index 8 * source on to their places, and makes the others zero.
 struct Shuffle {
   alignas(32) uint8_t index[32];
   bool needed;
@@ -44,7 +44,7 @@ constexpr Shuffle shuffle_from(int source, int a, int b, const Columns& columns)
 
 inline Vector load(const void* from) { return _mm256_load_si256(static_cast<const Vector*>(from)); }
 
-// One half of rows kA and kB, from the coefficients in zigzag order.
+// Gathers half of rows kA and kB from the coefficients in zigzag order.
 template <int kA, int kB, const Columns& kColumns, int kSource = 0>
 inline Vector pair_of_rows(const Vector (&zigzag)[8]) {
   if constexpr (kSource == 8) {
@@ -57,7 +57,7 @@ inline Vector pair_of_rows(const Vector (&zigzag)[8]) {
   }
 }
 
-// Ones where a coefficient may not be other than zero, for which class of blocks.
+// Ones for the coefficients that must be zero in a class of blocks.
 struct Mask {
   alignas(32) uint16_t word[4][16];
 };
@@ -98,8 +98,8 @@ inline void butterfly(const Vector (&even)[4], const Vector (&odd)[4], Vector (&
   }
 }
 
-// transform() of idct.cpp, with `rounding` added, as long as the sum and the difference of 04 stay
-// within 16 bits.
+// transform() of idct.cpp with `rounding` added. Requires the sum and the difference of 04 to fit
+// 16 bits.
 inline void transform(const Pairs& in, Vector rounding, Vector (&out)[8]) {
   const Vector sum = _mm256_add_epi32(product(in.p04, 8192, 8192), rounding);
   const Vector difference = _mm256_add_epi32(product(in.p04, 8192, -8192), rounding);
@@ -115,7 +115,7 @@ inline void transform(const Pairs& in, Vector rounding, Vector (&out)[8]) {
   butterfly(even, odd, out);
 }
 
-// The same where values 4 to 7 are zero.
+// The same for values 4 to 7 zero.
 inline void transform_quarter(Vector p02, Vector p13, Vector rounding, Vector (&out)[8]) {
   const Vector even[4] = {_mm256_add_epi32(product(p02, 8192, 10703), rounding),
                           _mm256_add_epi32(product(p02, 8192, 4433), rounding),
@@ -137,13 +137,13 @@ inline Vector pack_first(Vector a, Vector b) {
   return _mm256_packs_epi32(_mm256_srai_epi32(a, kFirstShift), _mm256_srai_epi32(b, kFirstShift));
 }
 
-// Two columns of samples as pairs: of the shift by 18, taking the upper halves does 16.
+// Two columns of samples as pairs; taking the upper halves does 16 of the shift by 18.
 inline Vector pack_second(Vector a, Vector b) {
   const Vector both = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA);
   return _mm256_srai_epi16(both, kSecondShift - 16);
 }
 
-// Its upper two bits tell whether a value is within [-8192, 8192).
+// The upper two bits of the result tell whether a value is within [-8192, 8192).
 inline Vector large(Vector values) { return _mm256_add_epi16(values, _mm256_set1_epi16(8192)); }
 inline bool any_large(Vector values) {
   return !_mm256_testz_si256(values, _mm256_set1_epi16(static_cast<int16_t>(0xC000)));
@@ -192,7 +192,7 @@ struct Output {
   }
 };
 
-// All coefficients but the first of each block are zero.
+// For blocks whose coefficients are zero but for the first.
 inline void transform_dc(Vector first, const Output& output) {
   const Vector rounded = _mm256_adds_epi16(_mm256_slli_epi16(first, 2), _mm256_set1_epi16(16));
   const Vector sample = _mm256_add_epi16(_mm256_srai_epi16(rounded, 5), _mm256_set1_epi16(128));
@@ -202,7 +202,7 @@ inline void transform_dc(Vector first, const Output& output) {
   for (int y = 0; y < 8; ++y) output.store(y, row);
 }
 
-// Rows 4 to 7 and columns 4 to 7 are zero. False, and no output, where a value is large.
+// For blocks whose rows 4 to 7 and columns 4 to 7 are zero. False, and no output: a value is large.
 inline bool transform_quarters(const Vector (&zigzag)[8], const Output& output) {
   const Vector p02 = pair_of_rows<0, 2, kQuarter>(zigzag);
   const Vector p13 = pair_of_rows<1, 3, kQuarter>(zigzag);
@@ -225,7 +225,7 @@ inline Pairs pairs_of_rows(const Vector (&zigzag)[8]) {
           pair_of_rows<7, 1, kColumns>(zigzag), pair_of_rows<3, 5, kColumns>(zigzag)};
 }
 
-// False, and no useful output, where a value is large.
+// False: a value is large, and the output is useless.
 inline bool transform_whole(const Vector (&zigzag)[8], const Output& output) {
   Vector sums[8], half[8], rows[8];
   const Pairs first = pairs_of_rows<kLeftHalf>(zigzag);
@@ -257,7 +257,7 @@ inline bool transform_whole(const Vector (&zigzag)[8], const Output& output) {
 
 inline bool is_zero(Vector values) { return _mm256_testz_si256(values, values); }
 
-// False where the portable code must do it.
+// False: the portable code must do it.
 inline bool transform_two(int16_t* const (&blocks)[2], const IdctTable& table,
                           const Output& output) {
   Vector zigzag[8];
@@ -281,7 +281,7 @@ inline bool transform_two(int16_t* const (&blocks)[2], const IdctTable& table,
     const auto* eight = reinterpret_cast<const __m128i*>(quant + 8 * i);
     zigzag[i] = _mm256_mullo_epi16(zigzag[i], _mm256_broadcastsi128_si256(_mm_load_si128(eight)));
   }
-  int num_used = 128;  // bytes of a block that may be other than zero
+  int num_used = 128;  // bytes of a block that may be nonzero
   if (!is_zero(outside)) {
     if (!transform_whole(zigzag, output)) return false;
   } else {

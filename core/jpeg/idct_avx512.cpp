@@ -1,8 +1,8 @@
 // The inverse DCT of idct.h with AVX-512: four blocks at a time.
 //
 // Values that are multiplied together lie in pairs of 16-bit words ("04": of rows 0 and 4), ready
-// for vpdpwssd, from the de-zigzag on: the permutation that undoes the zigzag order pairs rows, and
-// it orders the columns so that the first pass leaves pairs of columns side by side for the second.
+// for vpdpwssd. The permutation that undoes the zigzag order pairs the rows, and orders the columns
+// so that the first pass leaves pairs of columns side by side for the second.
 #include <immintrin.h>
 
 #include "jpeg/idct.h"
@@ -22,7 +22,7 @@ struct Bytes {
 
 constexpr int kPairs[4][2] = {{0, 4}, {2, 6}, {7, 1}, {3, 5}};  // of rows, and of columns
 
-// Where word i of a register of pairs of rows comes from in a block: columns 0 4 2 6 7 1 3 5.
+// Index in a block of word i of a register of pairs of rows: columns 0 4 2 6 7 1 3 5.
 constexpr int zigzag_of_pair(int pair, int i) {
   const int row = kPairs[pair][i % 2], column = kPairs[i / 4 % 4][i / 2 % 2];
   return kZigzagOfNatural[8 * row + column];
@@ -78,9 +78,9 @@ constexpr __mmask32 outside_quarter() {
 }
 constexpr __mmask32 kOutsideQuarter = outside_quarter();
 
-// Samples of rows `row` and `row` + 1 of four blocks, from two registers of four columns each. In
-// every 128-bit lane they hold 4 x (columns 0 and 1), then 4 x (columns 2 and 3), which belong to
-// four blocks and four rows as `quarter` or not has it.
+// Indices of the samples of rows `row` and `row` + 1 of four blocks in two registers of four
+// columns each. Every 128-bit lane holds 4 x (columns 0 and 1), then 4 x (columns 2 and 3);
+// `quarter` decides to which blocks and rows they belong.
 constexpr Bytes two_rows(int row, bool quarter) {
   Bytes bytes{};
   for (int i = 0; i < 64; ++i) {
@@ -121,8 +121,8 @@ inline void butterfly(const Vector (&even)[4], const Vector (&odd)[4], Vector (&
   }
 }
 
-// transform() of idct.cpp, with `rounding` added, as long as the sum and the difference of 04 stay
-// within 16 bits.
+// transform() of idct.cpp with `rounding` added. Requires the sum and the difference of 04 to fit
+// 16 bits.
 inline void transform(const Pairs& in, Vector rounding, Vector (&out)[8]) {
   const Vector sum = _mm512_dpwssd_epi32(rounding, in.p04, factors(8192, 8192));
   const Vector difference = _mm512_dpwssd_epi32(rounding, in.p04, factors(8192, -8192));
@@ -140,7 +140,7 @@ inline void transform(const Pairs& in, Vector rounding, Vector (&out)[8]) {
   butterfly(even, odd, out);
 }
 
-// The same where values 4 to 7 are zero.
+// The same for values 4 to 7 zero.
 inline void transform_quarter(Vector p02, Vector p13, Vector rounding, Vector (&out)[8]) {
   const Vector even[4] = {_mm512_dpwssd_epi32(rounding, p02, factors(8192, 10703)),
                           _mm512_dpwssd_epi32(rounding, p02, factors(8192, 4433)),
@@ -163,14 +163,14 @@ inline Vector pack_first(Vector a, Vector b) {
   return _mm512_packs_epi32(_mm512_srai_epi32(a, kFirstShift), _mm512_srai_epi32(b, kFirstShift));
 }
 
-// Two columns of samples as pairs: of the shift by 18, taking the upper halves does 16.
+// Two columns of samples as pairs; taking the upper halves does 16 of the shift by 18.
 inline Vector pack_second(Vector a, Vector b) {
   const Vector upper_to_lower = _mm512_set4_epi32(0x0F0E, 0x0B0A, 0x0706, 0x0302);
   const Vector both = _mm512_mask_shuffle_epi8(b, 0x3333333333333333, a, upper_to_lower);
   return _mm512_srai_epi16(both, kSecondShift - 16);
 }
 
-// Negative or large where a value is not within [-8192, 8192).
+// The result is negative or large if a value is not within [-8192, 8192).
 inline Vector large(Vector values) { return _mm512_add_epi16(values, _mm512_set1_epi16(8192)); }
 inline bool any_large(Vector values) {
   return _mm512_test_epi16_mask(values, _mm512_set1_epi16(static_cast<int16_t>(0xC000))) != 0;
@@ -178,7 +178,7 @@ inline bool any_large(Vector values) {
 
 // ---- four blocks --------------------------------------------------------------------------------
 
-// Samples of four blocks: columns of four rows each in, as pack_second pairs them, rows out.
+// Stores four blocks. In: columns of four rows each, as pack_second pairs them; out: rows.
 struct Output {
   uint8_t* out;
   ptrdiff_t stride;
@@ -200,9 +200,9 @@ struct Output {
   }
 };
 
-// All coefficients but the first of each block are zero.
+// For blocks whose coefficients are zero but for the first.
 inline void transform_dc(const Vector (&low)[4], const Output& output) {
-  // The four DCs into the lowest word of the lanes, then as idct.cpp has it.
+  // Moves the four DCs into the lowest word of each lane, then computes as idct.cpp does.
   const Vector dc01 = _mm512_shuffle_i64x2(low[0], low[1], 0x00);
   const Vector dc23 = _mm512_shuffle_i64x2(low[2], low[3], 0x00);
   const Vector dc = _mm512_shuffle_i64x2(dc01, dc23, 0x88);
@@ -215,7 +215,7 @@ inline void transform_dc(const Vector (&low)[4], const Output& output) {
   for (int y = 0; y < 8; ++y) output.store(y, row);
 }
 
-// Rows 4 to 7 and columns 4 to 7 are zero. False, and no output, where a value is large.
+// For blocks whose rows 4 to 7 and columns 4 to 7 are zero. False, and no output: a value is large.
 inline bool transform_quarters(const Vector (&low)[4], const Output& output) {
   const Vector order = load(kQuarters.index);
   const Vector first = _mm512_permutex2var_epi16(low[0], order, low[1]);
@@ -236,8 +236,8 @@ inline bool transform_quarters(const Vector (&low)[4], const Output& output) {
   return true;
 }
 
-// in: pairs of rows of blocks 0 and 1, and of blocks 2 and 3. False, and no useful output, where a
-// value is large.
+// in: pairs of rows of blocks 0 and 1, and of blocks 2 and 3. False: a value is large, and the
+// output is useless.
 inline bool transform_whole(const Pairs (&in)[2], const Output& output) {
   Vector sums[2][8], rows[8];
   transform(in[0], first_rounding(), sums[0]);
@@ -276,7 +276,7 @@ inline Vector any_of(const Vector (&v)[4]) {
   return _mm512_or_si512(_mm512_or_si512(v[0], v[1]), _mm512_or_si512(v[2], v[3]));
 }
 
-// False where the portable code must do it.
+// False: the portable code must do it.
 inline bool transform_four(int16_t* const (&blocks)[4], const IdctTable& table,
                            const Output& output) {
   Vector low[4], high[4];
@@ -328,7 +328,7 @@ void idct_avx512(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int n
   for (int i = 0; i < num_blocks; i += 4) {
     const int n = num_blocks - i < 4 ? num_blocks - i : 4;
     int16_t* const first = walk.next();
-    int16_t* blocks[4] = {first, first, first, first};  // it again for those that are not there
+    int16_t* blocks[4] = {first, first, first, first};  // repeated in place of missing ones
     for (int k = 1; k < n; ++k) blocks[k] = walk.next();
     const Output output = {out + 8 * i, stride,
                            static_cast<__mmask32>((uint64_t{1} << (8 * n)) - 1)};

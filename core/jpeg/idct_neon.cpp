@@ -1,4 +1,4 @@
-// The inverse DCT of idct.h with NEON, which has instructions for all that it rounds and saturates.
+// The inverse DCT of idct.h with NEON.
 #include <arm_neon.h>
 
 #include "jpeg/idct.h"
@@ -13,8 +13,8 @@ struct ByteOrder {
   uint8_t index[16];
 };
 
-// Row y from the first half of a block in zigzag order; indices outside of it give zeros. The
-// second half's are 64 smaller.
+// Look-up indices that take row y from the first half of a block in zigzag order; for the second
+// half they are 64 smaller. Indices out of range give zeros.
 struct RowOrders {
   ByteOrder row[8];
 };
@@ -42,7 +42,7 @@ constexpr RowPairOrders kRowsInColumns = rows_in_columns();
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 
-// Half of an 8 x 8 transform's sums, before the last addition or subtraction.
+// The even and odd sums of a transform, before the last additions and subtractions.
 struct Sums {
   int32x4_t even[4], odd[4];
 };
@@ -124,7 +124,7 @@ inline void transpose(int16x8_t (&block)[8]) {
 
 inline bool is_zero(int16x8_t v) { return vmaxvq_u32(vreinterpretq_u32_s16(v)) == 0; }
 
-// All coefficients but the first are zero.
+// A block whose coefficients are zero but for the first.
 inline void transform_dc(int16_t dequantised, uint8_t* out, ptrdiff_t stride) {
   const int16x8_t scaled = vshlq_n_s16(vdupq_n_s16(dequantised), 2);
   const int8x8_t samples = vqmovn_s16(vrshrq_n_s16(scaled, 5));
@@ -132,7 +132,7 @@ inline void transform_dc(int16_t dequantised, uint8_t* out, ptrdiff_t stride) {
   for (int y = 0; y < 8; ++y) vst1_u8(out + y * stride, row);
 }
 
-// From zigzag order to rows.
+// Converts from zigzag order to rows.
 inline void dezigzag(const int16x8_t (&zigzag)[8], int16x8_t (&rows)[8]) {
   uint8x16x4_t first, second;
   for (int k = 0; k < 4; ++k) {
@@ -161,7 +161,7 @@ inline void transform_block(const int16_t* coefficients, const int16_t* quant, u
   for (int y = 2; y < 8; ++y) below = vorrq_s16(below, rows[y]);
   for (int y = 0; y < 8; ++y) rows[y] = vmulq_s16(rows[y], vld1q_s16(quant + 8 * y));
   if (is_zero(below)) {
-    // libjpeg-turbo has this short cut too, and it wraps where the full transform saturates.
+    // libjpeg-turbo has this shortcut too, which wraps where the full transform saturates.
     for (int y = 7; y >= 0; --y) rows[y] = vshlq_n_s16(rows[0], 2);
   } else {
     first_pass(rows);

@@ -10,7 +10,7 @@ namespace imseq {
 
 namespace {
 
-// A waiting lane goes on by one a step, and is looked at after so many.
+// An idle lane advances by one per step until the loop checks it, after this many steps at most.
 constexpr int kWaits = 8;
 
 uint16_t wait_place(const FlatEntry* flat) {
@@ -82,25 +82,24 @@ void Lane::begin_segment() {
   at = 0;
   set_end(static_cast<uint32_t>(num_mcus) * static_cast<uint32_t>(tables->mcu_blocks) * 64);
   const auto used = static_cast<size_t>(next - bytes);
-  // While there are more bytes the last segment has left 64 at least: `bits` holds none that were
-  // loaded from behind them.
+  // While the interval has more bytes, the last segment left at least 64: all of `bits` is valid.
   if (!has_all_bytes() && num_bytes - std::min(num_bytes, used) < kMaxSegmentBytes) take_bytes();
 }
 
-// Makes room in front of what has not been used, and fills up behind it.
+// Moves the unused bytes to the front and appends more.
 void Lane::take_bytes() {
   const size_t used = std::min(static_cast<size_t>(next - bytes), num_bytes);
   num_bytes -= used;
   std::memmove(bytes, bytes + used, num_bytes);
   next -= used;
   size_t size = std::min(static_cast<size_t>(source_end - source), kLaneBytes - num_bytes);
-  // A byte of 0xFF and what follows it must not be parted; another 0xFF before it is unsound.
+  // Do not separate a 0xFF from the byte that follows it.
   if (size > 0 && source + size != source_end && source[size - 1] == 0xFF) --size;
   num_bytes += marker_kernels(cpu_level()).unstuff(source, size, bytes + num_bytes, &sound);
   source += size;
 }
 
-// The lane is to wait when it comes to `position`, which is where an MCU would begin.
+// Makes the lane idle from `position` on, where an MCU would begin.
 void Lane::set_end(uint32_t position) {
   std::copy_n(tables->places.data() + end, kWaits, places + end);
   end = position;

@@ -1,4 +1,4 @@
-// The loop of lanes.h, compiled once for each kind of processor; for lanes*.cpp alone.
+// The loop of lanes.h. Included only by lanes*.cpp, each compiled for one kind of processor.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +21,14 @@ inline uint64_t load_big_endian(const uint8_t* bytes) {
   return word;
 }
 
-// The bit that marks the end goes where the last data bit would be. At least 56 bits are there.
+// The lowest bit becomes the one that marks the end. At least 56 bits are valid afterwards.
 inline void refill(uint64_t* bits, const uint8_t** next) {
   const int taken = __builtin_ctzll(*bits);
   *next += taken >> 3;
   *bits = (load_big_endian(*next) | 1) << (taken & 7);
 }
 
-// Where one lane is. Its members live in registers.
+// The state of a lane that the loop keeps in registers.
 struct Cursor {
   uint64_t bits;
   const uint8_t* next;
@@ -49,8 +49,8 @@ __attribute__((noinline)) Cursor step_slowly(Lane* lane, Cursor cursor) {
   return load(*lane);
 }
 
-// A code that is known, but not its extra bits, or not where it leads: `length` bits, a run, `size`
-// extra bits.
+// Decodes a code of `length` bits whose run and number of extra bits are known, but not the extra
+// bits, or not whether the run stays within the block.
 __attribute__((always_inline)) inline void step_by_code(uint32_t length, uint32_t run,
                                                         uint32_t size, Lane* lane, Cursor* cursor) {
   if (__builtin_expect(cursor->at % 64 + run > 63, 0)) {
@@ -59,7 +59,7 @@ __attribute__((always_inline)) inline void step_by_code(uint32_t length, uint32_
   }
   refill(&cursor->bits, &cursor->next);
   const uint64_t extra = cursor->bits << length;
-  // T.81 F.2.2.1: a first bit of 0 stands for a negative value, the bits being its complement's.
+  // EXTEND (T.81 F.2.2.1) without a branch: a first bit of 0 means a negative value.
   const int64_t sign = ~(static_cast<int64_t>(extra) >> 63);
   const auto magnitude = static_cast<int64_t>((extra ^ static_cast<uint64_t>(sign)) >> (64 - size));
   lane->coefficients[cursor->at + run] = static_cast<int16_t>((magnitude ^ sign) - sign);
@@ -71,7 +71,7 @@ __attribute__((always_inline)) inline void step_by_code(uint32_t length, uint32_
 // ---- one symbol, by the image's own tables ----
 
 struct ByImageTables {
-  static constexpr int kSteps = 5;  // look-ups of 11 bits to a refill
+  static constexpr int kSteps = 5;  // look-ups of 11 bits per refill
   static_assert(kSteps * HuffmanTable::kLookupBits <= 56);
 
   static void step(Lane* lane, const FlatEntry* /*flat*/, Cursor* cursor) {
@@ -98,7 +98,7 @@ struct ByImageTables {
 
 // ---- up to four symbols, by flat tables ----
 
-// Four values of a byte each, as 16 bits.
+// Stores four values of one byte each as 16 bits.
 inline void store_values(const FlatEntry* entry, int16_t* out) {
 #if defined(__SSE4_1__)
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(entry));
@@ -135,8 +135,7 @@ struct ByFlatTables {
       }
       return;
     }
-    // Two loads with the same index take one instruction less than an address and two loads by it,
-    // which is what compilers make of them if they see it.
+    // Keeps compilers from computing the address first: two indexed loads are one instruction less.
     __asm__("" : "+r"(index));
     store_values(flat + index, lane->coefficients + cursor->at + third_byte(head));
     cursor->bits <<= head & 63;
@@ -144,7 +143,7 @@ struct ByFlatTables {
   }
 };
 
-// So many hide the latency; more would need more registers than there are.
+// Enough lanes to hide the latency; more would need more registers than there are.
 constexpr int kImageLanes = 4, kFlatLanes = 6;
 
 template <typename Tables, int kLanes>

@@ -2,19 +2,13 @@
 
 #include <algorithm>
 
+#include "jpeg/codes.h"
+
 namespace imseq {
 
 namespace {
 
-// T.81 F.2.2.1 (EXTEND): `size` extra bits stand for a value whose top bit tells the sign.
-int extend(uint32_t extra, int size) {
-  if (size == 0) return 0;
-  const int value = static_cast<int>(extra);
-  return value < 1 << (size - 1) ? value - (1 << size) + 1 : value;
-}
-
-// What a symbol means: how far the zigzag index moves, and the number of extra bits. T.81 F.1.2.1,
-// F.1.2.2.
+// How far a symbol moves the zigzag index, and its number of extra bits (T.81 F.1.2.1, F.1.2.2).
 struct Meaning {
   int advance;
   int size;
@@ -30,7 +24,7 @@ Meaning meaning_of(uint8_t symbol, HuffmanTable::Kind kind) {
   return {run == 0 ? kEndOfBlock : kInvalid, 0};
 }
 
-// Which of the tables for an AC table's zigzag index k: 0, or a tail's number from 1 on.
+// The part of an AC table for zigzag index k: 0, or 1 + the number of its tail.
 size_t part_of(int k) {
   const auto after = std::upper_bound(kTails.begin(), kTails.end(), k);
   return static_cast<size_t>(after - kTails.begin());
@@ -41,7 +35,7 @@ HuffmanEntry entry_of(const HuffmanSymbol& symbol) {
   return {symbol.length, symbol.advance, 0, symbol.value};
 }
 
-// Fills the entries that begin with a code of `length` bits, and the same of the tails behind them.
+// Fills the entries that begin with a code of `length` bits, in the table and in its tails.
 void fill_entries(int length, const Meaning& meaning, size_t num_tables, HuffmanEntry* entries) {
   constexpr int kBits = HuffmanTable::kLookupBits;
   const auto [advance, size] = meaning;
@@ -79,7 +73,7 @@ void HuffmanTable::build(const JpegHuffmanSpec& spec, Kind kind, HuffmanEntry* l
   spec_ = spec;
   kind_ = kind;
   const size_t num_tables = kind == Kind::kDc ? 1 : 1 + kNumTails;
-  size_t at = 0;  // in lookup: codes of n bits take their places in ascending order
+  size_t at = 0;  // in lookup, where codes ascend
   uint32_t code = 0;
   size_t next = 0;
   for (int length = 1; length <= 16; ++length) {
@@ -150,10 +144,10 @@ uint16_t HuffmanTables::place(int component, int k) const {
 
 namespace {
 
-// Images in a row with the same tables before theirs are worth making.
+// Flat tables are built after this many images in a row with the same tables.
 constexpr int kWorthwhile = 8;
 
-// No entry may lead out of a block: by symbols, or by an end of block behind a block's last value.
+// No entry may leave a block, by its values or by an end of block behind the last value.
 constexpr int kMaxAdvance = 16;
 static_assert([] {
   int max_advance = kMaxAdvance;
@@ -162,10 +156,10 @@ static_assert([] {
   }
   return max_advance == 1;
 }());
-// Further symbols are added to an entry up to here: rarely one more would fit.
+// No symbol is added to an entry beyond this advance: rarely one would fit.
 constexpr int kFullAdvance = 8;
 
-// What the next 12 bits, as far as they go, begin with; length 0 where they don't tell.
+// The symbol at the start of num_bits bits; length 0: they are too few to tell.
 HuffmanSymbol first_symbol(const HuffmanTable& table, uint32_t bits, int num_bits) {
   const HuffmanSymbol symbol = table.decode_slowly(static_cast<uint64_t>(bits) << (64 - num_bits));
   if (symbol.advance == kInvalid || symbol.length > num_bits) return {0, kInvalid, 0};
@@ -179,7 +173,7 @@ class EntryBuilder {
  public:
   explicit EntryBuilder(uint32_t bits) : bits_(bits) {}
 
-  // Adds the next symbol; false where it does not go into the entry, which then is complete.
+  // Adds the next symbol. False: the entry is complete.
   bool add(const HuffmanTable& table, int max_advance) {
     const int left = FlatTables::kLookupBits - used_;
     if (left == 0) return false;
@@ -215,7 +209,7 @@ class EntryBuilder {
   FlatEntry entry_{};
 };
 
-// Where no value can be told from the bits: the code alone, if that is known.
+// For bits that are too few for a value: the code alone, if they hold it.
 FlatEntry code_entry(const HuffmanTable& table, uint32_t bits) {
   const HuffmanWord word =
       table.find_word(static_cast<uint64_t>(bits) << (64 - FlatTables::kLookupBits));
@@ -267,7 +261,7 @@ bool FlatTables::serve(const JpegHeader& header, bool may_build) {
     if (number == static_cast<size_t>(num_pairs)) pairs[static_cast<size_t>(num_pairs++)] = pair;
     pair_of_component_[c] = static_cast<uint8_t>(number);
   }
-  // A grey image has only the first pair of a pack's.
+  // A grey image has only the first of a pack's two pairs.
   const auto begins_with = [&](const PairSet& set) {
     return num_pairs <= set.num_pairs &&
            std::equal(pairs.begin(), pairs.begin() + num_pairs, set.pairs.begin());
@@ -295,7 +289,7 @@ uint16_t FlatTables::place(int component, int k) const {
 }
 
 void FlatTables::build() {
-  // First what may fail: entries are never other ones than built_ says.
+  // Allocate first, so that entries_ always matches built_.
   std::vector<HuffmanEntry> unused((1 + kNumTails) * HuffmanTable::kLookupSize);
   entries_.resize(size_t{wait_place()} + kLookupSize);
   built_ = candidate_;

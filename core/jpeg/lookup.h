@@ -13,25 +13,25 @@ namespace imseq {
 // A decoded symbol and its extra bits.
 struct HuffmanSymbol {
   int length;   // bits of the code and its extra bits
-  int advance;  // from the zigzag index behind the last coefficient to the one behind this; or below
-  int value;    // of the coefficient, the last of those advanced over
+  int advance;  // how far the zigzag index moves; or one of the two below
+  int value;    // of the last coefficient advanced over; the others are zero
 };
 
-constexpr int kEndOfBlock = 64;  // an advance: the rest of the block is zero
-constexpr int kInvalid = 128;    // an advance, of what is no symbol
+constexpr int kEndOfBlock = 64;  // as an advance: the rest of the block is zero
+constexpr int kInvalid = 128;    // as an advance: the bits are no symbol
 
-// One look-up of the next kLookupBits bits. Where the code and its extra bits fit it gives
-// everything, packed so that the decoding loop has no branch at the end of a block: with `at` a
-// position in consecutive blocks, at' = (at + advance) & ~mask.
+// What the next kLookupBits bits decode to. If they hold the code and its extra bits, the entry is
+// whole. Its packing lets the decoding loop do without a branch at the end of a block: the position
+// in consecutive blocks becomes (position + advance) & ~mask.
 class HuffmanEntry {
  public:
-  constexpr HuffmanEntry() = default;  // nothing: see HuffmanTable::decode_slowly
+  constexpr HuffmanEntry() = default;  // unknown: HuffmanTable::decode_slowly must decode it
   constexpr HuffmanEntry(int length, int advance, int mask, int value)
       : bits_(static_cast<uint32_t>(length) | static_cast<uint32_t>(advance) << 8 |
               static_cast<uint32_t>(mask) << 14 | static_cast<uint32_t>(value) << 20) {}
 
-  // A code whose extra bits do not fit: its length, the run before the coefficient, and how many
-  // extra bits there are.
+  // A code whose extra bits do not fit: its length, the run of zeros before the coefficient, and
+  // the number of extra bits.
   [[nodiscard]] static constexpr HuffmanEntry of_code(int length, int run, int size) {
     return {0, length, run, size};
   }
@@ -41,7 +41,7 @@ class HuffmanEntry {
   [[nodiscard]] constexpr uint32_t advance() const { return bits_ >> 8 & 63; }
   [[nodiscard]] constexpr uint32_t mask() const { return bits_ >> 14 & 63; }
   [[nodiscard]] constexpr int value() const { return static_cast<int32_t>(bits_) >> 20; }
-  // What it stands for, where it is whole.
+  // The symbol of a whole entry.
   [[nodiscard]] constexpr HuffmanSymbol symbol() const {
     return {length(), mask() != 0 ? kEndOfBlock : static_cast<int>(advance()), value()};
   }
@@ -50,56 +50,56 @@ class HuffmanEntry {
   uint32_t bits_ = 0;
 };
 
-// A place where a lane waits: an entry that takes no bits and goes on by one.
+// The entry of an idle lane. Length 64 is masked to 0 bits, yet is not 0, which would mean an entry
+// that is not whole.
 constexpr HuffmanEntry kWaitEntry{64, 1, 0, 0};
 
-// From zigzag index kTails[0] on, a run could leave the block. There other tables are used: they
-// advance by kTailAdvances at most, and of symbols that go farther give the code alone.
+// From zigzag index kTails[0] on, a run could leave the block. There other tables are used, whose
+// whole entries advance by kTailAdvances at most.
 constexpr int kNumTails = 4;
 constexpr std::array<int, kNumTails> kTails = {48, 56, 60, 62};
 constexpr std::array<int, kNumTails> kTailAdvances = {8, 4, 2, 1};
 
-// A code and what it stands for.
+// A code and its meaning.
 struct HuffmanWord {
-  int length;   // 0: the bits begin with no code, or with one that stands for nothing
+  int length;   // 0: the bits begin with no code, or with one without meaning
   int advance;  // as in HuffmanSymbol
   int size;     // extra bits that follow the code
 };
 
 class HuffmanTable {
  public:
-  static constexpr int kLookupBits = 11;  // 8 KB a table: two of them, busy, fit the L1 cache
+  static constexpr int kLookupBits = 11;  // 8 KB per table: two fit the L1 cache
   static constexpr size_t kLookupSize = size_t{1} << kLookupBits;
   static constexpr int kMaxSymbolBits = 16 + 15;  // a code and its extra bits
 
   enum class Kind { kDc, kAc };
 
-  // The spec must have passed parse_jpeg. Does nothing when the table was built from the same spec.
-  // Fills kLookupSize entries, and for an AC table the same again for each of kTails.
+  // The spec must have passed parse_jpeg. Does nothing if the table was built from the same spec.
+  // Fills kLookupSize entries, and for an AC table as many again for each of kTails.
   void build(const JpegHuffmanSpec& spec, Kind kind, HuffmanEntry* lookup);
 
-  // The symbol that `bits` (the next 64, or at least 31, left-aligned) begin with, whatever it is;
-  // kInvalid where it is none.
+  // Decodes the symbol at the start of `bits` (at least 31, left-aligned); kInvalid: it is none.
   [[nodiscard]] HuffmanSymbol decode_slowly(uint64_t bits) const;
 
-  // The code that `bits` (at least 16, left-aligned) begin with.
+  // Decodes the code at the start of `bits` (at least 16, left-aligned).
   [[nodiscard]] HuffmanWord find_word(uint64_t bits) const;
 
  private:
   JpegHuffmanSpec spec_;
   Kind kind_ = Kind::kDc;
   std::array<uint32_t, 17> limit_{};  // codes of n bits are below limit_[n], left-aligned in 16
-  std::array<int32_t, 17>
-      first_value_{};  // index in spec_.values of code 0 of n bits, were there one
+  // first_value_[n] + c: index in spec_.values of the code c of n bits.
+  std::array<int32_t, 17> first_value_{};
 };
 
-// The tables of one image, kept from image to image as long as they are the same.
+// The tables of one image. Tables equal to the previous image's are not built again.
 class HuffmanTables {
  public:
   HuffmanTables();
   void build(const JpegHeader& header);
 
-  // The symbol that `bits` (at least 31, left-aligned) begin with, by the component's DC or AC table.
+  // Decodes the symbol at the start of `bits` (at least 31, left-aligned).
   [[nodiscard]] HuffmanSymbol decode(int component, bool ac, uint64_t bits) const;
 
   [[nodiscard]] const HuffmanTable& dc(int component) const { return dc_[dc_index(component)]; }
@@ -111,7 +111,7 @@ class HuffmanTables {
     return entries() + place(component, 1);
   }
 
-  // All entries, and where in them those for zigzag index k begin.
+  // All entries, and the index of the first one for zigzag index k.
   [[nodiscard]] const HuffmanEntry* entries() const { return entries_.data(); }
   [[nodiscard]] uint16_t place(int component, int k) const;
   [[nodiscard]] static uint16_t wait_place() { return place(4 + 4 * kAcParts); }
@@ -133,15 +133,15 @@ class HuffmanTables {
   std::vector<HuffmanEntry> entries_;
 };
 
-// ---- tables that many images share ----------------------------------------------------------------
+// ---- tables that many images share --------------------------------------------------------------
 
-// One look-up of 12 bits yields several symbols: the first three or four small coefficients, and the
-// end of the block. Tables are large and take about a millisecond to make, so they serve images
-// that share their Huffman tables: packs.
+// What the next 12 bits decode to: up to four small coefficients, and the end of the block. These
+// tables are large and take about a millisecond to build, so they are for images that share Huffman
+// tables: packs.
 struct FlatEntry {
-  uint8_t length;   // bits taken; 0: advance, first and mask are HuffmanEntry::of_code's arguments
+  uint8_t length;   // bits used; 0: advance, first and mask are as in HuffmanEntry::of_code
   uint8_t advance;  // as in HuffmanEntry
-  uint8_t first;    // where the values go, from the present position on
+  uint8_t first;    // offset of the values from the current position
   uint8_t mask;     // as in HuffmanEntry
   std::array<int8_t, 4> values;
 };
@@ -153,13 +153,12 @@ class FlatTables {
   static constexpr size_t kLookupSize = size_t{1} << kLookupBits;
   static constexpr int kMaxPairs = 2;
 
-  // Looks at the tables of an image. True: entries() serve it. They are made when tables have come up
-  // in enough images in a row to be worth it, and, since that changes them for all, only where
-  // may_build is true.
+  // True: entries() decode this image. They are built when enough images in a row had the same
+  // tables; since that replaces the entries of all images, only if may_build is true.
   [[nodiscard]] bool serve(const JpegHeader& header, bool may_build);
 
   [[nodiscard]] const FlatEntry* entries() const { return entries_.data(); }
-  // Where the entries for zigzag index k of a component begin.
+  // Index of the first entry for zigzag index k of a component.
   [[nodiscard]] uint16_t place(int component, int k) const;
   [[nodiscard]] static uint16_t wait_place() {
     return static_cast<uint16_t>(kMaxPairs * kNumParts * kLookupSize);
@@ -181,7 +180,7 @@ class FlatTables {
   void build();  // from the candidate
 
   PairSet built_, candidate_;
-  int num_seen_ = 0;  // images in a row that the candidate, but not built_, would have served
+  int num_seen_ = 0;  // images in a row that fit candidate_ but not built_
   std::array<uint8_t, 3> pair_of_component_{};
   std::vector<FlatEntry> entries_;
 };

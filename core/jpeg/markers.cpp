@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "jpeg/codes.h"
+
 namespace imseq {
 
 namespace {
@@ -42,7 +44,6 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
 const MarkerKernels kMarkerKernelsPortable = {find, unstuff};
 
 bool ends_interval(const uint8_t* marker, int64_t interval, bool is_last) {
-  constexpr int kRst0 = 0xD0, kEoi = 0xD9;
   const int expected = is_last ? kEoi : kRst0 + static_cast<int>(interval & 7);
   return marker[0] == 0xFF && marker[1] == expected;
 }
@@ -59,21 +60,18 @@ bool find_markers(const JpegHeader& header, const uint8_t* data, size_t size, in
 
 bool read_markers(const JpegHeader& header, const uint8_t* bytes, size_t size,
                   int64_t num_intervals, uint32_t* markers) {
-  constexpr uint8_t kApp9 = 0xE9;
-  constexpr size_t kHead = 4 + sizeof(kIntervalSizes);
-  // It stands right before the scan header.
+  // The segment lies right before the scan header.
   if (header.segments.size() < 2) return false;
   const JpegSegment& segment = header.segments[header.segments.size() - 2];
   const auto num_sizes = static_cast<size_t>(header.num_intervals());
-  const uint8_t* const from = bytes + segment.offset;
-  if (segment.marker != kApp9 || segment.size != kHead + 2 * num_sizes ||
-      std::memcmp(from + 4, kIntervalSizes, sizeof(kIntervalSizes)) != 0) {
+  const JpegPayload payload = segment.payload(bytes);
+  if (segment.marker != kApp9 || payload.size != sizeof(kIntervalSizes) + 2 * num_sizes ||
+      !payload.starts_with(kIntervalSizes, sizeof(kIntervalSizes))) {
     return false;
   }
   uint32_t end = 0;  // at most 32763 sizes of 16 bits
   for (size_t i = 0; i < num_sizes; ++i) {
-    const uint8_t* const two = from + kHead + 2 * i;
-    const uint32_t interval_bytes = static_cast<uint32_t>(two[0] << 8 | two[1]);
+    const auto interval_bytes = static_cast<uint32_t>(payload.u16(sizeof(kIntervalSizes) + 2 * i));
     if (interval_bytes < 2) return false;
     end += interval_bytes;
     if (static_cast<int64_t>(i) < num_intervals) markers[i] = end - 2;

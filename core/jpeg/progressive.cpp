@@ -6,40 +6,27 @@
 #include <cstdlib>
 #include <vector>
 
+#include "jpeg/codes.h"
+
 namespace imseq {
 
 namespace {
 
-constexpr int kRst0 = 0xD0, kEoi = 0xD9;
-
-// libjpeg writes 10 scans, optimisers that search for the best script not many more. The limit
-// bounds the work on a hostile file, where 15 bits can send a scan through 32767 blocks.
+// libjpeg writes 10 scans, optimisers not many more. The limit bounds the work on a hostile file,
+// in which 15 bits can make a scan pass over 32767 blocks.
 constexpr int kMaxScans = 100;
 
-// T.81 G.1.1.1.2 and libjpeg-turbo (start_pass_phuff_decoder): the lowest bit of a scan.
+// Limit of a scan's lowest bit: T.81 G.1.1.1.2 and libjpeg-turbo (start_pass_phuff_decoder).
 constexpr int kMaxLowBit = 13;
 
-// T.81 table F.2: what a baseline AC code can hold, category 10.
-constexpr int kMaxAcMagnitude = 1023;
-
-constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-// Blocks that hold samples of the image: a scan of this component alone codes only these (T.81
-// A.2.2).
+// Blocks with samples of the image; a scan of one component has only these (T.81 A.2.2).
 int real_blocks_wide(const JpegComponent& component) { return divide_up(component.width, 8); }
 int real_blocks_high(const JpegComponent& component) { return divide_up(component.height, 8); }
 
-// T.81 F.2.2.1 (EXTEND): `size` extra bits stand for a value whose top bit tells the sign.
-int extend(uint32_t extra, int size) {
-  if (size == 0) return 0;
-  const int value = static_cast<int>(extra);
-  return value < 1 << (size - 1) ? value - (1 << size) + 1 : value;
-}
-
 // ---- bits and codes -----------------------------------------------------------------------------
 
-// Bits of the entropy-coded data, most significant first, up to the next marker. Behind it come
-// zeros, and overrun() tells.
+// Reads bits of the entropy-coded data, most significant first, up to the next marker. Behind it
+// gives zeros, and overrun() is true.
 class ScanBits {
  public:
   ScanBits(const uint8_t* bytes, size_t size, size_t at) : bytes_(bytes), size_(size), at_(at) {}
@@ -60,12 +47,12 @@ class ScanBits {
   }
   [[nodiscard]] bool overrun() const { return count_ < 0; }
 
-  // Whether all is used up but the bits that fill the last byte.
+  // Whether only the bits that pad the last byte are left.
   [[nodiscard]] bool at_end() {
     fill();
     return count_ >= 0 && count_ < 8;
   }
-  // Goes on behind the marker, which has to be the next thing.
+  // Skips the marker. False: something else comes next.
   [[nodiscard]] bool pass_marker(int marker) {
     if (!at_end() || at_ >= size_) return false;
     while (at_ < size_ && bytes_[at_] == 0xFF) ++at_;  // the first, then fill bytes
@@ -74,7 +61,7 @@ class ScanBits {
     count_ = 0;
     return true;
   }
-  // Of the marker, once at_end() is true.
+  // Offset of the marker, if at_end() is true.
   [[nodiscard]] size_t offset() const { return at_; }
 
  private:
@@ -116,7 +103,7 @@ class SymbolDecoder {
     }
   }
 
-  // The next symbol; -1 where the bits are no code.
+  // The next symbol; -1: the bits are no code.
   [[nodiscard]] int next(ScanBits& bits) const {
     const uint32_t ahead = bits.peek16();
     const uint32_t entry = lookup_[ahead >> (16 - kLookupBits)];
@@ -138,7 +125,7 @@ class SymbolDecoder {
 
   std::array<uint16_t, 1u << kLookupBits> lookup_;  // length << 8 | symbol; 0: a longer code
   std::array<uint32_t, 17> limit_;  // codes of n bits are below limit_[n], left-aligned in 16 bits
-  std::array<int32_t, 17> first_index_;  // index in values_ of code 0 of n bits, were there one
+  std::array<int32_t, 17> first_index_;  // [n] + c: index in values_ of the code c of n bits
   std::array<uint8_t, 256> values_;
 };
 
@@ -149,22 +136,20 @@ struct Scan {
   std::array<int, 3> components{};  // as numbered in the frame
   std::array<size_t, 3> dc_tables{}, ac_tables{};
   int first = 0, last = 0;        // zigzag indices: Ss and Se of T.81
-  int high_bit = 0, low_bit = 0;  // Ah and Al: the scan makes the value's bits above low_bit known
+  int high_bit = 0, low_bit = 0;  // Ah and Al: the scan gives the bits from low_bit on
 
   [[nodiscard]] bool has_dc() const { return first == 0; }
   [[nodiscard]] bool has_ac() const { return last > 0; }
   [[nodiscard]] bool refines() const { return high_bit > 0; }
 };
 
-// The scan header just read, the last of the segments. False: it does not fit the frame. T.81
-// B.2.3.
+// Parses the scan header that is the last segment (T.81 B.2.3). False: it does not fit the frame.
 bool read_scan_header(const JpegHeader& header, const uint8_t* bytes, Scan* scan) {
-  constexpr size_t kMarkerAndLength = 4;
-  const uint8_t* in = bytes + header.segments.back().offset + kMarkerAndLength;
+  const uint8_t* in = header.segments.back().payload(bytes).bytes;
   scan->num_components = *in++;
   int component = -1;
   for (size_t i = 0; i < static_cast<size_t>(scan->num_components); ++i, in += 2) {
-    // In the order of the frame, so no component twice, and no more than it has.
+    // Components must be in the order of the frame, so none comes twice.
     do {
       if (++component == header.num_components) return false;
     } while (header.components[static_cast<size_t>(component)].id != in[0]);
@@ -179,19 +164,20 @@ bool read_scan_header(const JpegHeader& header, const uint8_t* bytes, Scan* scan
   return true;
 }
 
-// How far the scans so far have come: for each coefficient the lowest bit that is known.
+// The lowest bit of each coefficient that the scans so far have given.
 class Progress {
  public:
   explicit Progress(const JpegHeader& header)
       : num_components_(static_cast<size_t>(header.num_components)),
-        sequential_(header.frame_marker != 0xC2) {
+        sequential_(header.frame_marker != kSof2) {
     for (auto& bits : low_bits_) bits.fill(kUnknown);
   }
 
   [[nodiscard]] bool sequential() const { return sequential_; }
 
-  // False: the scan may not come now. T.81 G.1.1.1, and whatever libjpeg-turbo objects to or only
-  // warns of (start_pass_phuff_decoder in jdphuff.c, start_pass_huff_decoder in jdhuff.c).
+  // False: the scan may not follow the ones before: by T.81 G.1.1.1, or because libjpeg-turbo
+  // refuses it or warns (start_pass_phuff_decoder in jdphuff.c, start_pass_huff_decoder in
+  // jdhuff.c).
   [[nodiscard]] bool take(const Scan& scan) {
     if (!(sequential_ ? is_sequential(scan) : is_progressive(scan))) return false;
     for (size_t i = 0; i < static_cast<size_t>(scan.num_components); ++i) {
@@ -235,8 +221,8 @@ class Progress {
 
 // ---- scans --------------------------------------------------------------------------------------
 
-// A block's coefficients, and which of them were not zero when last seen: what a refinement has to
-// know of each, and so learns without looking at the zeros.
+// A block's coefficients, and a bit for each that is not zero, so that a refinement need not look
+// at the zeros.
 struct Block {
   int16_t* values;  // in zigzag order
   uint64_t* nonzero;
@@ -269,8 +255,8 @@ class ScansDecoder {
  private:
   const JpegComponent& component(int c) const { return header_.components[static_cast<size_t>(c)]; }
 
-  // Sizes and zeroes the output. False where the bytes can't hold so many blocks (each takes a bit
-  // in its first scan), before any memory is asked for.
+  // Makes room for the output. False: the bytes can't hold so many blocks, each of which takes at
+  // least a bit in its first scan.
   bool prepare() {
     size_t num_blocks = 0;
     for (int c = 0; c < header_.num_components; ++c) {
@@ -278,18 +264,14 @@ class ScansDecoder {
                     static_cast<size_t>(real_blocks_high(component(c)));
     }
     if (num_blocks > (size_ - header_.entropy_offset) * 8) return false;
-    for (size_t c = 0; c < out_.components.size(); ++c) {
-      const JpegComponent& it = header_.components[c];
-      const size_t blocks = static_cast<size_t>(it.blocks_wide) * it.blocks_high;
-      out_.blocks_wide[c] = it.blocks_wide;
-      out_.components[c].assign(blocks * 64, 0);
-      nonzero_[c].assign(blocks, 0);
-    }
+    out_.reset(header_);
+    for (size_t c = 0; c < nonzero_.size(); ++c)
+      nonzero_[c].assign(out_.components[c].size() / 64, 0);
     return true;
   }
 
-  // Those that the scan uses; a refinement of DC uses none. False: one is no code. (One that is
-  // missing has no symbols, so that the first block fails.)
+  // Builds the tables that the scan uses; a refinement of DC uses none. False: one is no prefix
+  // code. (A missing one has no symbols, so the first block fails.)
   bool build_tables() {
     for (size_t i = 0; i < static_cast<size_t>(scan_.num_components); ++i) {
       if (scan_.has_dc() && !scan_.refines()) {
@@ -310,7 +292,7 @@ class ScansDecoder {
     return true;
   }
 
-  // *at: its entropy-coded data; afterwards the marker behind it.
+  // *at: where its entropy-coded data begin; afterwards the marker behind them.
   bool decode_scan(size_t* at) {
     const bool alone = scan_.num_components == 1;
     const JpegComponent& lone = component(scan_.components[0]);
@@ -354,7 +336,7 @@ class ScansDecoder {
     return true;
   }
 
-  // Of the i-th component of the scan.
+  // Decodes a block of the scan's i-th component.
   bool decode_block(ScanBits& bits, size_t i, int y, int x) {
     const int c = scan_.components[i];
     const auto plane = static_cast<size_t>(c);
@@ -376,11 +358,11 @@ class ScansDecoder {
     *prediction += extend(bits.take(size), size);
     const int value = *prediction * low_bit();
     values[0] = static_cast<int16_t>(value);
-    // No image's DC is that large, and the next difference can't overflow either.
+    // No sound image has a larger DC, and the next sum can't overflow.
     return value == values[0];
   }
 
-  // T.81 F.2.2.2 and, with runs of ends of block, G.1.2.2.
+  // T.81 F.2.2.2; in progressive scans G.1.2.2, with runs of blocks that end.
   bool decode_ac(ScanBits& bits, const SymbolDecoder& table, Block block) {
     if (eob_run_ > 0) {
       --eob_run_;
@@ -395,20 +377,19 @@ class ScansDecoder {
         eob_run_ = (1 << run) - 1 + static_cast<int>(bits.take(run));
         return true;
       }
-      k += run;  // for 0xF0 the sixteenth zero is the loop's own step
+      k += run;  // of 0xF0's sixteen zeros the loop skips the last
       if (k > scan_.last) return false;
       if (size == 0) continue;
       const int value = extend(bits.take(size), size) * low_bit();
-      if (std::abs(value) > kMaxAcMagnitude) return false;
+      if (std::abs(value) > kMaxAc) return false;
       block.values[k] = static_cast<int16_t>(value);
       *block.nonzero |= uint64_t{1} << k;
     }
     return true;
   }
 
-  // T.81 G.1.2.3. Every coefficient passed that is not zero has a bit of its own, which makes it
-  // more precise; runs count only those that still are zero. A magnitude of at most kMaxAcMagnitude
-  // stays so: the bits added are below those it has.
+  // T.81 G.1.2.3. Every nonzero coefficient passed over has a bit that refines it; runs count only
+  // zeros. Magnitudes stay within kMaxAc: the bits added are below those already there.
   bool refine_ac(ScanBits& bits, const SymbolDecoder& table, Block block) {
     int k = scan_.first;
     for (; eob_run_ == 0 && k <= scan_.last; ++k) {
@@ -450,9 +431,9 @@ class ScansDecoder {
 
   [[nodiscard]] int low_bit() const { return 1 << scan_.low_bit; }
 
-  // As libjpeg's encoder (compress_first_pass in jccoefct.c): no AC, and the DC of the block before;
-  // in a row below the image that of the last block above in the same MCU. These cost the fewest
-  // bits.
+  // Fills padding blocks as libjpeg's encoder does (compress_first_pass in jccoefct.c): no AC, and
+  // the DC of the block before, or in a row below the image that of the last block above in the
+  // same MCU.
   void fill_padding() {
     const auto fill = [](int16_t* values, int16_t dc) {
       std::fill_n(values, 64, int16_t{0});
@@ -484,7 +465,7 @@ class ScansDecoder {
   Scan scan_;                             // the current one
   std::array<SymbolDecoder, 3> dc_, ac_;  // [component of the scan]
   std::array<int, 3> predictions_{};      // DC, [component of the scan]
-  int eob_run_ = 0;                       // blocks still to come without a symbol of their own
+  int eob_run_ = 0;                       // blocks to come that have no symbols of their own
 };
 
 }  // namespace

@@ -3,27 +3,19 @@
 #include <algorithm>
 #include <cstring>
 
-#include "jpeg/colour.h"
 #include "cpu/cpu.h"
+#include "cpu/memory.h"
+#include "jpeg/colour.h"
 #include "jpeg/markers.h"
 
 namespace imseq {
-
-namespace {
-
-template <typename T>
-void grow(std::vector<T>* memory, size_t size) {
-  if (memory->size() < size) memory->resize(size);
-}
-
-}  // namespace
 
 bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t size,
                          const Region& region, Soundness soundness, FlatTables* flat_tables,
                          bool may_build_flat, uint64_t id) {
   data_ = bytes + header.entropy_offset;
   data_size_ = size - header.entropy_offset;
-  // A block takes two bits at least; what is shorter need not be given memory.
+  // A block takes at least two bits: refuse impossible sizes before allocating.
   if (data_size_ > UINT32_MAX || header.num_mcus() > static_cast<int64_t>(data_size_) * 4) {
     return false;
   }
@@ -36,7 +28,7 @@ bool RegionDecoder::open(const JpegHeader& header, const uint8_t* bytes, size_t 
   return true;
 }
 
-// all: the markers of intervals that nobody needs must be right, too.
+// all: also checks the markers of intervals that are not needed.
 bool RegionDecoder::find_intervals(const JpegHeader& header, const uint8_t* bytes, size_t size,
                                    bool all) {
   interval_mcus_ = header.interval_mcus();
@@ -47,7 +39,7 @@ bool RegionDecoder::find_intervals(const JpegHeader& header, const uint8_t* byte
   // Every interval takes a marker of two bytes.
   if (static_cast<int64_t>(data_size_ / 2) < num_markers) return false;
   grow(&markers_, static_cast<size_t>(num_markers));
-  // The sizes that an image states of its intervals are checked where they are used.
+  // begin_interval() checks the sizes that an image states.
   sizes_are_stated_ = !all && read_markers(header, bytes, size, num_markers, markers_.data());
   if (!sizes_are_stated_ &&
       !find_markers(header, data_, data_size_, num_markers, markers_.data())) {
@@ -57,7 +49,7 @@ bool RegionDecoder::find_intervals(const JpegHeader& header, const uint8_t* byte
   return true;
 }
 
-// Lists what is to be decoded of the first num_intervals intervals.
+// Lists those of the first num_intervals intervals that are to be decoded.
 void RegionDecoder::list_intervals(int64_t num_intervals) {
   intervals_.clear();
   next_interval_ = 0;
@@ -91,7 +83,7 @@ bool RegionDecoder::begin_interval(Lane* lane) {
   return true;
 }
 
-// Whether the interval has its markers before and behind it.
+// Whether the right markers lie before and behind the interval.
 bool RegionDecoder::has_markers(const Interval& interval) const {
   const bool is_last = interval.number + 1 == total_intervals_;
   return ends_interval(data_ + interval.end, interval.number, is_last) &&
@@ -99,7 +91,7 @@ bool RegionDecoder::has_markers(const Interval& interval) const {
           ends_interval(data_ + interval.begin - 2, interval.number - 1, false));
 }
 
-// Asks for an interval's bytes, which will be decoded soon.
+// Prefetches the bytes of an interval that is decoded soon.
 void RegionDecoder::prefetch(const Interval& interval) const {
   constexpr uint32_t kLine = 64, kMost = 16 * kLine;
   const uint32_t end = std::min(interval.end + 2, interval.begin + kMost);
@@ -111,7 +103,7 @@ bool RegionDecoder::take_segment(Lane* lane) {
   const int64_t end_mcu = lane->mcu + lane->num_mcus;
   const bool interval_ends = end_mcu == lane->end_mcu && lane->is_whole;
   if (lane->failed || !lane->sound || bits_left < 0 || !sum_dc(lane)) failed_ = true;
-  // Nothing but the padding of the last byte may be left.
+  // Only the padding of the last byte may be left.
   if (interval_ends && (!lane->has_all_bytes() || bits_left >= 8)) failed_ = true;
   if (failed_) {
     std::memset(lane->coefficients, 0, lane->end * sizeof(int16_t));
@@ -127,8 +119,8 @@ bool RegionDecoder::take_segment(Lane* lane) {
   return false;
 }
 
-// Calls handle(run, first, end) for the segment's MCUs in each row: of the run those from `first` up
-// to, not including, `end` are needed.
+// Calls handle(run, first, end) for the segment's MCUs in each row of MCUs; [first, end) are those
+// of the run that the region needs.
 template <typename Handle>
 void RegionDecoder::for_rows(const Lane& lane, const Handle& handle) const {
   const auto num_mcus = static_cast<int>(lane.num_mcus);
@@ -143,8 +135,8 @@ void RegionDecoder::for_rows(const Lane& lane, const Handle& handle) const {
   }
 }
 
-// From differences to DC coefficients. False: one that libjpeg-turbo would not store as it is; a
-// difference of 2^15 steps is no image's.
+// Adds up DC differences. False: a sum exceeds 16 bits, which no sound image has and libjpeg-turbo
+// would cut off.
 bool RegionDecoder::sum_dc(Lane* lane) {
   int16_t* block = lane->coefficients;
   int overflow = 0;
@@ -162,7 +154,7 @@ bool RegionDecoder::sum_dc(Lane* lane) {
   return overflow == 0;
 }
 
-// The segment's blocks become samples, those that the region needs.
+// Transforms those of the segment's blocks that the region needs to samples.
 void RegionDecoder::transform(Lane* lane) {
   for_rows(*lane, [&](const McuRun& run, int first, int end) {
     const size_t mcu_values = static_cast<size_t>(tables_.mcu_blocks) * 64;
@@ -180,7 +172,7 @@ void RegionDecoder::transform(Lane* lane) {
   });
 }
 
-// MCUs of one row, whose place is counted from the region's first.
+// Transforms MCUs of one row; mcu_y and mcu_x count from the region's first.
 void RegionDecoder::transform_run(int16_t* blocks, int mcu_y, int mcu_x, int num_mcus) {
   const ptrdiff_t mcu_values = ptrdiff_t{tables_.mcu_blocks} * 64;
   const IdctKernel idct = idct_kernel(cpu_level());
@@ -220,7 +212,7 @@ void RegionDecoder::lay_out(const JpegHeader& header, const Region& region) {
     const JpegComponent& component = header.components[c];
     const int h = num_components_ == 1 ? 1 : header.max_h_sampling / component.h_sampling;
     const int v = num_components_ == 1 ? 1 : header.max_v_sampling / component.v_sampling;
-    // Smooth upsampling looks at one sample on either side, as far as there is one.
+    // Smooth upsampling also reads the neighbouring samples.
     const int x_margin = h > 1 ? 1 : 0, y_margin = v > 1 ? 1 : 0;
     const int mcu_columns = 8 * component.mcu_width, mcu_rows = 8 * component.mcu_height;
     const int x0 = std::max(region.left / h - x_margin, 0);
@@ -315,7 +307,7 @@ void RegionDecoder::row(int y, uint8_t* const* planes) {
   for (size_t c = 0; c < num_components_; ++c) std::memcpy(planes[c], in[c], width);
 }
 
-// Pixels of one component from the region's left edge on, in row y of the image.
+// Returns row y of the image, of one component, from the region's left edge on.
 const uint8_t* RegionDecoder::upsampled_row(Plane& plane, int y) {
   const int own_y = y / plane.v_factor;
   const uint8_t* own = plane.row(own_y);
@@ -324,7 +316,7 @@ const uint8_t* RegionDecoder::upsampled_row(Plane& plane, int y) {
   const int begin = region_.left / plane.h_factor;
   const int end = (region_.left + region_.width - 1) / plane.h_factor + 1;
   uint8_t* out = plane.pixels.data();
-  // The other row that smooth upsampling mixes in; at the image's edge it is the same one.
+  // The other row that smooth upsampling needs; at the image's edge the same row.
   const bool below = y % plane.v_factor != 0;
   const int far_y = std::clamp(below ? own_y + 1 : own_y - 1, 0, plane.height - 1);
   switch (plane.upsampling) {

@@ -1,4 +1,4 @@
-// The project's own baseline JPEG decoder, part 2: the pixels of a region of an image.
+// Decodes the pixels of a region of a baseline JPEG.
 #pragma once
 
 #include <array>
@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "jpeg/idct.h"
 #include "jpeg/header.h"
+#include "jpeg/idct.h"
 #include "jpeg/lanes.h"
 
 namespace imseq {
@@ -16,18 +16,18 @@ struct Region {
   int top = 0, left = 0, height = 0, width = 0;
 };
 
-// How much of a stream must be without anomaly for its pixels to count.
+// How much of an image must be free of anomalies for its pixels to be accepted.
 enum class Soundness {
-  kRegion,   // what the region needs: for streams known to be clean
+  kRegion,   // what the region needs: for images known to be clean
   kMarkers,  // also the restart markers and the end marker, all of them
   kAll       // everything up to the end marker
 };
 
-// Decodes only what a region needs: without restart markers the scan from its start to the region's
-// last row, with them the intervals that touch the region; and the inverse DCT of the region's
-// blocks alone. Keeps its memory from image to image. Lanes do the entropy decoding:
+// Decodes only what a region needs: the scan from its start to the region's last row, or, if there
+// are restart markers, the intervals that touch the region; and the inverse DCT of the region's
+// blocks only. Reuses its memory. Lanes do the entropy decoding:
 //
-//   if (!region.open(...)) ...;                       // foreign
+//   if (!region.open(...)) ...;                           // left to Pillow
 //   while (lanes are free) region.begin_interval(lane);   // false: there are no more
 //   for each segment that a lane has decoded: region.take_segment(lane);
 //   when done(): unless failed(), row() of every row
@@ -39,44 +39,43 @@ class RegionDecoder {
                           bool may_build_flat, uint64_t id);
   [[nodiscard]] const ScanTables& tables() const { return tables_; }
 
-  // Gives the lane the first segment of the next interval. False: there is none left.
+  // Gives the lane the first segment of the next interval. False: there is none.
   [[nodiscard]] bool begin_interval(Lane* lane);
-  // Takes the segment that the lane has decoded. True: it has begun the next one of its interval.
+  // Takes the segment that the lane has decoded. True: the lane has begun the next one.
   [[nodiscard]] bool take_segment(Lane* lane);
-  // All intervals have been decoded, or given up.
+  // All intervals have been decoded or given up.
   [[nodiscard]] bool done() const {
     return num_open_ == 0 && (failed_ || next_interval_ == intervals_.size());
   }
   [[nodiscard]] bool failed() const { return failed_; }
-  // Intervals were taken from where the image says they are, which may have been the failure.
+  // The intervals' sizes are those that the image states; wrong ones may be why it failed.
   [[nodiscard]] bool has_stated_sizes() const { return sizes_are_stated_; }
 
-  // When done: pixels [left, left + width) of row y of the image, which lies in the region, to
-  // planes[0 ...] (one of grey, or red, green, blue); kRowSlack bytes behind them may be written,
-  // too.
+  // When done: writes the region's pixels of row y of the image to planes[0 ...] (grey; or red,
+  // green, blue), and up to kRowSlack bytes behind them.
   void row(int y, uint8_t* const* planes);
 
-  // Bytes that the region's samples take.
+  // Memory of the region's samples.
   [[nodiscard]] size_t num_bytes() const { return num_bytes_; }
-  // Gives back memory beyond max_bytes: what large images have needed.
+  // Frees the memory if it is more than max_bytes.
   void trim(size_t max_bytes);
 
  private:
   enum class Upsampling { kNone, kH2V1, kH2V2, kH1V2, kReplicate };
 
-  // A component's decoded samples, those of the region's MCUs, and how they become pixels.
+  // A component's samples in the region's MCUs.
   struct Plane {
     int h_factor, v_factor;  // pixels per sample
     Upsampling upsampling;
     int width, height;          // of the component
     int mcu_width, mcu_height;  // blocks
-    int left, top;              // sample of the component that samples[0] is
+    int left, top;              // position of samples[0] in the component
     ptrdiff_t stride;
     std::vector<uint8_t> samples;
     std::vector<uint8_t> pixels;  // a row of them, upsampled
     IdctTable idct;
 
-    // Where the y-th row of blocks begins, of those that are decoded.
+    // The y-th row of decoded blocks.
     [[nodiscard]] uint8_t* block_row(int y) { return samples.data() + y * 8 * stride; }
     // Row y of the component, indexed by sample of the component.
     [[nodiscard]] const uint8_t* row(int y) const {
@@ -88,10 +87,10 @@ class RegionDecoder {
     int64_t number;
     uint32_t begin, end;  // bytes of the entropy-coded data, up to the marker
     int64_t first_mcu;
-    int64_t end_mcu;  // behind the last that is needed
-    bool is_whole;    // up to its last
+    int64_t end_mcu;  // behind the last that is decoded
+    bool is_whole;    // end_mcu is the interval's end
   };
-  static constexpr size_t kPrefetched = 8;  // intervals whose bytes are asked for ahead
+  static constexpr size_t kPrefetched = 8;  // number of intervals prefetched
 
   // MCUs of a segment that lie in one row of the image.
   struct McuRun {
@@ -128,11 +127,11 @@ class RegionDecoder {
 
   const uint8_t* data_ = nullptr;  // entropy-coded
   size_t data_size_ = 0;
-  std::vector<uint32_t> markers_;  // where intervals end in it
-  bool decode_all_ = false;        // not only what is needed
+  std::vector<uint32_t> markers_;  // where the intervals end in data_
+  bool decode_all_ = false;        // also intervals outside the region
   int64_t interval_mcus_ = 0;
   int64_t total_intervals_ = 0;
-  bool sizes_are_stated_ = false;    // markers_ is what the image says, not what was found
+  bool sizes_are_stated_ = false;    // markers_ was computed from the sizes that the image states
   std::vector<Interval> intervals_;  // to decode
   size_t next_interval_ = 0;
   int num_open_ = 0;  // intervals that lanes are decoding

@@ -19,8 +19,8 @@ struct Leaf {
 // The leaf that takes the code of ones alone, which a JPEG may not use (T.81, annex C).
 constexpr int32_t kFreeCode = -1;
 
-// Depth of each leaf of the tree whose sum of weight times depth is the least possible. Leaves
-// ascend by weight, and 2 ^ -limit adds up to 1 at most.
+// The depth of each leaf in the tree with the least sum of weight times depth. Leaves must ascend
+// by weight, and 2 ^ -limit must add up to 1 at most.
 //
 // Package-merge (Larmore and Hirschberg, "A fast algorithm for optimal length-limited Huffman
 // codes", J. ACM 37, 1990): a leaf at depth n stands for n coins, one of each depth 1 to n. A coin
@@ -45,7 +45,7 @@ std::vector<int32_t> package_merge(const std::vector<Leaf>& leaves) {
       packages.push_back({coins[d + 1][i].cost + coins[d + 1][i + 1].cost, kPackage});
     }
     coins[d].resize(single.size() + packages.size());
-    // On a tie the leaf goes first: then no leaf has a coin of some depth without that above it.
+    // On a tie the leaf goes first, so that no leaf has a coin without the one above it.
     std::merge(single.begin(), single.end(), packages.begin(), packages.end(), coins[d].begin(),
                [](const Coin& a, const Coin& b) { return a.cost < b.cost; });
   }
@@ -66,7 +66,7 @@ std::vector<int32_t> package_merge(const std::vector<Leaf>& leaves) {
   return depths;
 }
 
-// Gives out codes in the order of the symbols, whose lengths must ascend.
+// Assigns codes in the order of the symbols, whose lengths must ascend.
 HuffmanCode assign_codes(const std::vector<std::pair<int32_t, uint8_t>>& lengths_and_symbols) {
   HuffmanCode result;
   uint32_t next = 0;
@@ -85,8 +85,8 @@ HuffmanCode assign_codes(const std::vector<std::pair<int32_t, uint8_t>>& lengths
 }  // namespace
 
 HuffmanCode fit_huffman_code(const uint64_t* counts, const LengthLimits& limits) {
-  // Rarest first; among equals the larger symbol counts as the rarer. The free code weighs nothing
-  // and has no limit of its own, so none is longer: it is the last one, of ones alone.
+  // Rarest first; of equals the larger symbol counts as the rarer. The free code weighs nothing and
+  // has the greatest limit, so it gets the last code, which is all ones.
   std::vector<Leaf> leaves{{0, kFreeCode, 0}};
   for (size_t symbol = 256; symbol-- > 0;) {
     if (counts[symbol] == 0) continue;
@@ -115,14 +115,14 @@ HuffmanCode fit_huffman_code(const uint64_t* counts) {
 
 namespace {
 
-// Whether a baseline image of 8-bit samples can need it (T.81 tables F.1 and F.2).
+// Whether a baseline image of 8-bit samples can have this symbol (T.81 tables F.1 and F.2).
 bool is_baseline_symbol(size_t symbol, HuffmanKind kind) {
   const size_t run = symbol >> 4, size = symbol & 15;
   if (kind == HuffmanKind::kDc) return symbol <= 11;
   return (size >= 1 && size <= 10) || (size == 0 && (run == 0 || run == 15));
 }
 
-// Whether codes within the limits exist for all symbols in use and the free one.
+// Whether there are codes within the limits for all symbols in use and the free one.
 bool is_possible(const HuffmanCode& in_use, const LengthLimits& limits) {
   uint32_t taken = 1;  // of 2 ^ kMaxPackLength codes of the greatest length
   for (int32_t i = 0; i < in_use.num_symbols; ++i) {
@@ -164,7 +164,7 @@ uint8_t* write_dht(const HuffmanCode& code, size_t table, uint8_t* out) {
 
 namespace {
 
-// Reads one table; *bytes is left behind it. False: no code that fit_pack_code can have made.
+// Reads one table and leaves *bytes behind it. False: fit_pack_code can't have made this code.
 bool read_pack_code(const uint8_t** bytes, size_t table, HuffmanCode* out) {
   const HuffmanKind kind = kind_of_table(table);
   const size_t num_symbols = kind == HuffmanKind::kDc ? 12 : 162;

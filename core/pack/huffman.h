@@ -1,4 +1,4 @@
-// Huffman codes as an encoder needs them: fitted to an image or to a whole pack, and as bytes.
+// Huffman codes of an encoder, fitted to an image or to a whole pack, and their bytes.
 // docs/format.md, "Canonical form", says which codes a pack has.
 #pragma once
 
@@ -22,9 +22,9 @@ using LengthLimits = std::array<uint8_t, 256>;  // [symbol], 1 to 16
 // Counts must be below this, so that no sum of them overflows.
 constexpr uint64_t kMaxSymbolCount = uint64_t{1} << 48;
 
-// The code with the fewest bits for counts[0 ... 255] of the symbols among those that keep to the limits and
-// leave the code of ones alone unused, as a JPEG must. A pure function of its arguments. There must
-// be such a code: the sum of 2 ^ -limit over the symbols that occur is below 1.
+// The code with the fewest bits for counts[0 ... 255] of the symbols among those that keep to the
+// limits and leave the code of ones alone unused, as a JPEG must. A pure function of its arguments.
+// There must be such a code: the sum of 2 ^ -limit over the symbols that occur is below 1.
 [[nodiscard]] HuffmanCode fit_huffman_code(const uint64_t* counts, const LengthLimits& limits);
 
 // The limits that a JPEG sets.

@@ -9,30 +9,26 @@
 #include <chrono>
 #include <thread>
 
+#include "cpu/memory.h"
+
 namespace imseq {
 
 namespace {
 
-// flock can't wait for a limited time, so it is asked again and again: more often by the first in
-// the queue, for whom the disk stands still, than by those behind.
+// flock can't wait for a limited time, so it is polled: more often by the first in the queue, as
+// the disk is idle until that one notices, than by those behind.
 constexpr std::chrono::microseconds kPollFirst{500};
 constexpr std::chrono::microseconds kPoll{1000};
-// More time than this between two polls was not spent waiting: this process was stopped itself.
+// If more time passes between two polls, this process was stopped; only so much counts as waiting.
 constexpr int64_t kMaxPollNs = 100'000'000;
-// Without patience for this many times as long as it lasted: a stopped process costs less than a
-// tenth, and after that much time the queue is in order again.
+// After patience ended, calls don't wait for this many times patience_ns. So a stopped process
+// costs less than a tenth of the time.
 constexpr int64_t kImpatience = 12;
 
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-// The file may be another user's: then it can't be written, or not be opened with O_CREAT in a
-// folder that is everybody's (sysctl fs.protected_regular), but flock needs neither.
+// Another user's file may not be writable, or not be opened with O_CREAT in a world-writable folder
+// (sysctl fs.protected_regular). flock needs neither.
 int open_lock_file(const std::string& path) {
-  constexpr int kFlags = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;  // a FIFO there must not hold us up
+  constexpr int kFlags = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;  // opening a FIFO must not block
   const int file = ::open(path.c_str(), O_RDWR | O_CREAT | kFlags, 0666);
   return file >= 0 ? file : ::open(path.c_str(), O_RDONLY | kFlags);
 }
@@ -52,7 +48,7 @@ DiskLock::DiskLock(const std::string& path, int64_t patience_ns)
   }
 }
 
-// Closing is enough where this is the parent, and must be all where it is a forked child.
+// Doesn't unlock: in a forked child that would release the parent's lock.
 DiskLock::~DiskLock() {
   for (const int file : files_) {
     if (file >= 0) ::close(file);
@@ -114,50 +110,5 @@ bool DiskLock::try_lock(int place) {
 }
 
 void DiskLock::unlock(int place) { ::flock(files_[place], LOCK_UN); }
-
-bool DiskTurns::begin(const std::atomic<bool>* cancelled, bool is_whole) {
-  if (!exists_) return false;
-  std::unique_lock lock(mutex_);
-  const int64_t ticket = next_ticket_++;
-  while (ticket != first_waiting_ || is_acquiring_ ||
-         (num_requests_ > 0 && !(is_whole && may_join()))) {
-    changed_.wait_for(lock, std::chrono::nanoseconds(kHeadStartNs));
-  }
-  ++first_waiting_;
-  ++num_requests_;
-  all_whole_ = is_whole;
-  request_ns_ = now_ns();
-  if (disk_.held()) {
-    if (request_ns_ - turn_ns_ < kTurnNs) return true;
-    if (num_requests_ > 1 || !disk_.is_wanted()) {
-      turn_ns_ = request_ns_;
-      return true;
-    }
-    disk_.release();
-  }
-  is_acquiring_ = true;
-  lock.unlock();
-  const bool held = disk_.acquire(cancelled);
-  lock.lock();
-  is_acquiring_ = false;
-  turn_ns_ = request_ns_ = now_ns();
-  changed_.notify_all();
-  return held;
-}
-
-bool DiskTurns::may_join() {
-  return all_whole_ && disk_.held() && now_ns() - request_ns_ >= kHeadStartNs && !disk_.is_wanted();
-}
-
-void DiskTurns::end() {
-  std::lock_guard lock(mutex_);
-  if (exists_) --num_requests_;
-  changed_.notify_all();
-}
-
-void DiskTurns::rest() {
-  std::lock_guard lock(mutex_);
-  if (num_requests_ == 0) disk_.release();
-}
 
 }  // namespace imseq

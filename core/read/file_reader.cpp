@@ -1,75 +1,35 @@
 #include "read/file_reader.h"
 
 #include <fcntl.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
-#if defined(__linux__)
-#include <linux/fiemap.h>
-#include <linux/fs.h>
-#endif
 
 #include <algorithm>
+#include <cassert>
 #include <cerrno>
 #include <cstring>
-#include <new>
-#include <utility>
 
 #include "abi/status.h"
+#include "cpu/memory.h"
+#include "read/buffers.h"
 
 namespace imseq {
 
 namespace {
 
-constexpr int64_t kGrain = 16 * 1024;  // capacities are rounded up to this, so that files fit again
-constexpr size_t kHugePageBytes = size_t{2} << 20;
 constexpr int64_t kDirectRequest = int64_t{1} << 30;  // Linux cuts one read() just below 2 GB
-// Larger ones gain nothing in the page cache: the kernel cuts them at about this size.
+// Larger requests gain nothing in the page cache: the kernel splits them at about this size.
 constexpr int64_t kBufferedRequest = int64_t{1} << 20;
 constexpr int64_t kSalvagePiece = int64_t{128} << 10;
-// A range with more bad pages is no bad sector but a bad disk, and each of its pages may take the
-// drive several seconds.
+// More bad pages in one range mean a bad disk instead of a bad sector, and the drive may take
+// several seconds for each.
 constexpr size_t kMaxBadPages = 32;
 
-int64_t round_down(int64_t bytes, int64_t unit) { return bytes / unit * unit; }
-int64_t round_up(int64_t bytes, int64_t unit) { return round_down(bytes + unit - 1, unit); }
-
-// What a drive or a layer over it says about a place that it can't read: EIO; ENODATA is Linux's
-// "critical medium error" where O_DIRECT passes it on; EILSEQ and EBADMSG are checksums that failed
-// (T10 and dm-integrity; ext4 and XFS).
+// The errors for a place that can't be read: EIO; ENODATA, which is Linux's "critical medium error"
+// with O_DIRECT; EILSEQ and EBADMSG for wrong checksums (T10 and dm-integrity; ext4 and XFS).
 bool is_bad_sector(int os_errno) {
   return os_errno == EIO || os_errno == ENODATA || os_errno == EILSEQ || os_errno == EBADMSG;
-}
-
-int open_file(const std::string& path, bool direct) {
-  int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;  // a FIFO there must not hold us up
-#if defined(O_DIRECT)
-  if (direct) flags |= O_DIRECT;
-#endif
-  int fd;
-  do {
-    fd = ::open(path.c_str(), flags);
-  } while (fd < 0 && errno == EINTR);
-#if defined(F_NOCACHE)
-  if (fd >= 0 && direct) ::fcntl(fd, F_NOCACHE, 1);
-#endif
-  return fd;
-}
-
-int32_t cannot_open(const std::string& path, imseq_error* error) {
-  return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot open %s", path.c_str());
-}
-
-int32_t stat_regular_file(int fd, const std::string& path, struct stat* out, imseq_error* error) {
-  if (::fstat(fd, out) != 0) {
-    return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot stat %s", path.c_str());
-  }
-  if (!S_ISREG(out->st_mode)) {
-    return fail(error, IMSEQ_ERROR_DATA, -1, -1, 0, "%s is not a regular file", path.c_str());
-  }
-  return IMSEQ_OK;
 }
 
 uint64_t version_of(const struct stat& info) {
@@ -89,64 +49,35 @@ uint64_t version_of(const struct stat& info) {
   return version;
 }
 
-#if defined(__linux__)
-int64_t first_address(int fd) {
-  alignas(fiemap) uint8_t memory[sizeof(fiemap) + sizeof(fiemap_extent)] = {};
-  auto* map = reinterpret_cast<fiemap*>(memory);
-  map->fm_length = FIEMAP_MAX_OFFSET;
-  map->fm_extent_count = 1;
-  if (::ioctl(fd, FS_IOC_FIEMAP, map) != 0 || map->fm_mapped_extents == 0) return -1;
-  const fiemap_extent& first = map->fm_extents[0];
-  // What is still to be written has no place yet.
-  if ((first.fe_flags & (FIEMAP_EXTENT_UNKNOWN | FIEMAP_EXTENT_DELALLOC)) != 0) return -1;
-  return static_cast<int64_t>(first.fe_physical);
-}
-#else
-int64_t first_address(int) { return -1; }
-#endif
-
 }  // namespace
 
-int64_t Buffer::capacity_for(int64_t size_bytes) {
-  return round_up(std::max<int64_t>(size_bytes, 1), kGrain);
-}
-
-Buffer::Buffer(int64_t size_bytes) : capacity_bytes(capacity_for(size_bytes)) {
-  const auto capacity = static_cast<size_t>(capacity_bytes);
-  const bool is_large = capacity >= kHugePageBytes;
-  void* bytes = nullptr;
-  if (::posix_memalign(&bytes, is_large ? kHugePageBytes : static_cast<size_t>(kPageBytes),
-                       capacity) != 0) {
-    throw std::bad_alloc();
-  }
-  bytes_.reset(static_cast<uint8_t*>(bytes));
-#if defined(MADV_HUGEPAGE)
-  // For O_DIRECT the kernel pins every page: 8 of them for a block of 16 MB, and not 4096.
-  if (is_large) ::madvise(bytes, capacity / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);
+int32_t open_file(const std::string& path, bool* direct, int* fd, imseq_error* error) {
+  int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;  // opening a FIFO must not block
+#if defined(O_DIRECT)
+  if (*direct) flags |= O_DIRECT;
 #endif
+  do {
+    *fd = ::open(path.c_str(), flags);
+  } while (*fd < 0 && errno == EINTR);
+  if (*fd < 0 && errno == EINVAL && *direct) {
+    *direct = false;
+    return open_file(path, direct, fd, error);
+  }
+  if (*fd < 0) return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot open %s", path.c_str());
+#if defined(F_NOCACHE)
+  if (*direct) ::fcntl(*fd, F_NOCACHE, 1);
+#endif
+  return IMSEQ_OK;
 }
 
-Buffer BufferPool::get(int64_t size_bytes) {
-  size_t best = free_.size();
-  for (size_t i = 0; i < free_.size(); ++i) {
-    if (free_[i].capacity_bytes < size_bytes) continue;
-    if (best == free_.size() || free_[i].capacity_bytes < free_[best].capacity_bytes) best = i;
+int32_t stat_file(int fd, const std::string& path, struct stat* out, imseq_error* error) {
+  if (::fstat(fd, out) != 0) {
+    return fail(error, IMSEQ_ERROR_READ, -1, -1, errno, "cannot stat %s", path.c_str());
   }
-  // A buffer much larger than needed is left for a block that needs it.
-  if (best < free_.size() && free_[best].capacity_bytes <= 2 * (size_bytes + kGrain)) {
-    Buffer buffer = std::move(free_[best]);
-    free_[best] = std::move(free_.back());
-    free_.pop_back();
-    free_bytes_ -= buffer.capacity_bytes;
-    return buffer;
+  if (!S_ISREG(out->st_mode)) {
+    return fail(error, IMSEQ_ERROR_DATA, -1, -1, 0, "%s is not a regular file", path.c_str());
   }
-  return Buffer(size_bytes);
-}
-
-void BufferPool::give(Buffer buffer, int64_t keep_bytes) {
-  if (buffer.get() == nullptr || free_bytes_ + buffer.capacity_bytes > keep_bytes) return;
-  free_bytes_ += buffer.capacity_bytes;
-  free_.push_back(std::move(buffer));
+  return IMSEQ_OK;
 }
 
 FileReader::~FileReader() { close(); }
@@ -158,27 +89,23 @@ void FileReader::close() {
 }
 
 int32_t FileReader::open(const std::string& path, imseq_error* error) {
+  int32_t status = IMSEQ_OK;
   if (fd_ < 0 || path != path_) {
     close();
-    fd_ = open_file(path, direct_);
-    if (fd_ < 0 && errno == EINVAL && direct_) {
-      direct_ = false;
-      fd_ = open_file(path, direct_);
-    }
-    if (fd_ < 0) return cannot_open(path, error);
+    status = open_file(path, &direct_, &fd_, error);
+    if (status != IMSEQ_OK) return status;
     path_ = path;
     advised_ = false;
   }
   struct stat info;
-  if (const int32_t status = stat_regular_file(fd_, path_, &info, error); status != IMSEQ_OK) {
-    return status;
-  }
+  status = stat_file(fd_, path_, &info, error);
+  if (status != IMSEQ_OK) return status;
   file_bytes_ = info.st_size;
   file_version_ = version_of(info);
   return IMSEQ_OK;
 }
 
-// Not by opening the file again: by now its name may be another's.
+// Changes the open file, because by now its name may belong to another one.
 void FileReader::use_page_cache() {
   direct_ = false;
 #if defined(O_DIRECT)
@@ -186,9 +113,9 @@ void FileReader::use_page_cache() {
 #endif
 }
 
-// Read ahead by the kernel's guess reads too little or too much of a block, depending on a setting
-// of the system; with FADV_RANDOM it reads exactly what is asked for. Small files that are read
-// whole are left to the kernel.
+// The kernel's read-ahead reads too little or too much of a block, depending on a system setting.
+// With FADV_RANDOM the kernel reads exactly what is asked for. Small files that are read as a whole
+// keep the kernel's read-ahead.
 void FileReader::advise(int64_t begin, int64_t end) {
   if (advised_ || (begin == 0 && end >= file_bytes_ && end <= kBufferedRequest)) return;
   advised_ = true;
@@ -197,12 +124,22 @@ void FileReader::advise(int64_t begin, int64_t end) {
 #endif
 }
 
+int32_t FileReader::check_range(int64_t offset, int64_t length, imseq_error* error) const {
+  if (is_range(offset, length) && offset + length <= file_bytes_) return IMSEQ_OK;
+  return truncated(file_bytes_, offset, length, error);
+}
+
 int64_t FileReader::room(int64_t offset, int64_t length) {
+  assert(is_range(offset, length));
   return round_up(offset + length, kPageBytes) - round_down(offset, kPageBytes);
 }
 
 int32_t FileReader::read(int64_t offset, int64_t length, uint8_t* memory, const uint8_t** bytes,
                          std::vector<BadRange>* bad, imseq_error* error) {
+  if (!is_range(offset, length)) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, offset, 0, "%s: no file has such a range",
+                path_.c_str());
+  }
   const int64_t begin = round_down(offset, kPageBytes);
   const int64_t end = offset + length;
   *bytes = memory + (offset - begin);
@@ -221,12 +158,7 @@ int32_t FileReader::read(int64_t offset, int64_t length, uint8_t* memory, const 
   if (os_errno != 0) return refused(os_errno, offset, end, reached, bad_pages, error);
   if (reached < end) {
     const int64_t file_end = std::min(reached, file_bytes_);  // it may end before offset
-    return fail(
-        error, IMSEQ_ERROR_DATA, -1, file_end, 0,
-        "%s ends at byte %lld, expected %lld bytes from offset %lld: it is truncated or was "
-        "replaced; for a pack run 'imagenet-seq verify'",
-        path_.c_str(), static_cast<long long>(file_end), static_cast<long long>(length),
-        static_cast<long long>(offset));
+    return truncated(file_end, offset, length, error);
   }
   for (const BadRange& page : bad_pages) {
     bad->push_back({std::max(page.begin, offset), std::min(page.end, end), page.os_errno});
@@ -238,8 +170,8 @@ bool FileReader::read_cached([[maybe_unused]] int64_t offset, [[maybe_unused]] i
                              [[maybe_unused]] uint8_t* memory,
                              [[maybe_unused]] const uint8_t** bytes) {
 #if defined(RWF_NOWAIT)
+  if (direct_ || !can_ask_cache_ || !is_range(offset, length)) return false;
   const int64_t begin = round_down(offset, kPageBytes), end = offset + length;
-  if (direct_ || !can_ask_cache_) return false;
   *bytes = memory + (offset - begin);
   for (int64_t from = begin; from < end;) {
     iovec range = {memory + (from - begin), static_cast<size_t>(end - from)};
@@ -256,12 +188,12 @@ bool FileReader::read_cached([[maybe_unused]] int64_t offset, [[maybe_unused]] i
 #endif
 }
 
-// Reads from begin, which is a page's, to end and to the end of its page. Returns what the system
-// refused with, or 0: everything is there, or the file ends. *reached: before it everything is.
+// Reads from begin, the start of a page, to the end of the page that holds end. Returns the errno,
+// or 0: everything was read, or the file ended. *reached: everything before it was read.
 int FileReader::fill(int64_t begin, int64_t end, uint8_t* memory, int64_t* reached) {
   *reached = begin;
   while (*reached < end) {
-    // After a short read O_DIRECT goes on from a whole page, too.
+    // O_DIRECT needs the start of a page after a short read, too.
     const int64_t from = round_down(*reached, kPageBytes);
     if (!direct_) advise(begin, end);
     const int64_t limit =
@@ -284,7 +216,7 @@ int FileReader::fill(int64_t begin, int64_t end, uint8_t* memory, int64_t* reach
   return 0;
 }
 
-// Like fill, in pieces of which bad ones are read in pages; bad pages become zero.
+// Like fill, but in pieces; a bad piece is read page by page, and bad pages become zero.
 int FileReader::salvage(int64_t begin, int64_t end, uint8_t* memory, int64_t piece_bytes,
                         int64_t* reached, std::vector<BadRange>* bad_pages) {
   for (int64_t from = begin; from < end; from = *reached) {
@@ -304,6 +236,15 @@ int FileReader::salvage(int64_t begin, int64_t end, uint8_t* memory, int64_t pie
   return 0;
 }
 
+int32_t FileReader::truncated(int64_t file_end, int64_t offset, int64_t length,
+                              imseq_error* error) const {
+  return fail(error, IMSEQ_ERROR_DATA, -1, file_end, 0,
+              "%s ends at byte %lld, expected %lld bytes from offset %lld: it is truncated or was "
+              "replaced; for a pack run 'imagenet-seq verify'",
+              path_.c_str(), static_cast<long long>(file_end), static_cast<long long>(length),
+              static_cast<long long>(offset));
+}
+
 int32_t FileReader::refused(int os_errno, int64_t begin, int64_t end, int64_t reached,
                             const std::vector<BadRange>& bad_pages, imseq_error* error) const {
   if (!is_bad_sector(os_errno)) {
@@ -318,16 +259,6 @@ int32_t FileReader::refused(int os_errno, int64_t begin, int64_t end, int64_t re
               "%lld bytes): see 'dmesg' and 'smartctl -a', and restore the file to a sound disk",
               bad_pages.size(), static_cast<long long>(first), path_.c_str(),
               static_cast<long long>(begin), static_cast<long long>(end - begin));
-}
-
-int32_t look_up(const std::string& path, FilePlace* out, imseq_error* error) {
-  const int fd = open_file(path, false);
-  if (fd < 0) return cannot_open(path, error);
-  struct stat info;
-  const int32_t status = stat_regular_file(fd, path, &info, error);
-  if (status == IMSEQ_OK) *out = {info.st_size, first_address(fd), info.st_ino};
-  ::close(fd);
-  return status;
 }
 
 }  // namespace imseq

@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <chrono>
 #include <cstdio>
 #include <limits>
 
-#include "read/file_reader.h"
+#include "cpu/memory.h"
+#include "read/buffers.h"
 
 namespace imseq {
 
@@ -22,15 +22,9 @@ constexpr int32_t kBad = -2;  // every other state is the process that fills the
 constexpr int64_t kMaxKeys = int64_t{1} << 40;
 constexpr int64_t kMemoryCheckNs = 20'000'000;
 
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
 bool is_dead(int32_t process) { return ::kill(process, 0) != 0 && errno == ESRCH; }
 
-// MemAvailable of /proc/meminfo; without limit where the system does not say.
+// MemAvailable of /proc/meminfo; the maximum where there is no such file.
 int64_t available_bytes() {
   int64_t kilobytes = -1;
   if (std::FILE* file = std::fopen("/proc/meminfo", "re")) {
@@ -46,11 +40,11 @@ int64_t available_bytes() {
 
 }  // namespace
 
-// Shared between processes, so only lock-free atomics, for which zero bytes are the number zero.
+// Shared between processes: only lock-free atomics, whose zero bytes are the number zero.
 struct KeptBlocks::Header {
   std::atomic<int64_t> used_bytes;  // of the arena
   std::atomic<int64_t> num_blocks;
-  std::atomic<int64_t> checked_ns;  // when the machine's memory was last looked at
+  std::atomic<int64_t> checked_ns;  // when the machine's available memory was last checked
   std::atomic<int64_t> is_short;
   int64_t unused[4];
 };
@@ -80,8 +74,8 @@ KeptBlocks::KeptBlocks(uint8_t* memory, int64_t memory_bytes, int64_t num_keys,
 
 int64_t KeptBlocks::table_bytes(int64_t num_keys) {
   const int64_t num_entries = std::clamp<int64_t>(num_keys, 0, kMaxKeys);
-  return FileReader::room(
-      0, static_cast<int64_t>(sizeof(Header)) + num_entries * static_cast<int64_t>(sizeof(Entry)));
+  const auto header = static_cast<int64_t>(sizeof(Header));
+  return round_up(header + num_entries * static_cast<int64_t>(sizeof(Entry)), kPageBytes);
 }
 
 KeptBlocks::Header& KeptBlocks::header() const { return *reinterpret_cast<Header*>(memory_); }
@@ -118,7 +112,7 @@ uint8_t* KeptBlocks::claim(int64_t key, int64_t room_bytes) {
     give_up(key);
     return nullptr;
   }
-  // The size last: should this process die in between, there is no room yet.
+  // The size last: if this process dies in between, the entry has no room.
   claimed->room_offset.store(room.offset, std::memory_order_relaxed);
   claimed->room_bytes.store(room.size_bytes, std::memory_order_release);
   return arena_ + room.offset;
@@ -165,7 +159,7 @@ int64_t KeptBlocks::num_blocks() const {
   return std::clamp<int64_t>(header().num_blocks.load(std::memory_order_relaxed), 0, num_keys_);
 }
 
-// The entry's room, if it has one and that lies in the arena.
+// The entry's room, if it has one that lies in the arena.
 bool KeptBlocks::room_of(const Entry& entry, Room* room) const {
   const int64_t size = entry.room_bytes.load(std::memory_order_acquire);
   const int64_t offset = entry.room_offset.load(std::memory_order_relaxed);
@@ -177,7 +171,7 @@ bool KeptBlocks::room_of(const Entry& entry, Room* room) const {
 
 bool KeptBlocks::take_room(int64_t size_bytes, Room* room) {
   if (size_bytes > arena_bytes_) return false;
-  const int64_t whole_pages = FileReader::room(0, size_bytes);
+  const int64_t whole_pages = round_up(size_bytes, kPageBytes);
   int64_t used = header().used_bytes.load(std::memory_order_relaxed);
   do {
     if (used < 0 || used % kPageBytes != 0 || whole_pages > arena_bytes_ - used) return false;
@@ -187,14 +181,14 @@ bool KeptBlocks::take_room(int64_t size_bytes, Room* room) {
   return true;
 }
 
-// Looks every 20 ms at most, all processes together: looking costs as much as reading a small file
-// from memory does.
+// All processes together check at most every 20 ms, because a check costs as much as reading a
+// small file from memory.
 bool KeptBlocks::is_memory_short() const {
   if (floor_bytes_ <= 0) return false;
   Header& shared = header();
   const int64_t now = now_ns();
   int64_t checked = shared.checked_ns.load(std::memory_order_acquire);
-  // A time in the future is none that a process wrote.
+  // No process wrote a time that lies in the future: the table is damaged.
   const bool is_old = checked > now || now - kMemoryCheckNs >= checked;
   if (checked == 0 || is_old) {
     shared.is_short.store(available_bytes() < floor_bytes_, std::memory_order_relaxed);

@@ -5,37 +5,38 @@
 
 namespace imseq {
 
-// A view of shared memory: a table with an entry for each key, and behind it an arena that the
-// blocks lie in. Fresh memory, all zero, is an empty table. First come, first kept, never evicted.
-// Any thread of any process that has the memory may call everything at any time. Since other
-// processes write to the table, what it says is believed only as far as it lies inside the arena.
+// A view of shared memory: a table with an entry for each key, then an arena with the blocks.
+// Memory that is all zero is an empty table. The first blocks that come are kept, and never
+// evicted. Every function may be called by any thread of any process that maps the memory. As other
+// processes write to the table, everything read from it is checked to lie inside the arena.
 class KeptBlocks {
  public:
   KeptBlocks() = default;  // keeps nothing
-  // The memory is lent, page-aligned, and the same for all processes, as is num_keys. Nothing more
-  // is kept while the machine has less than floor_bytes available; 0: however little.
+  // The memory is page-aligned, owned by the caller, and the same for all processes, as is
+  // num_keys. Nothing more is kept while the machine has less than floor_bytes available; 0: no
+  // such limit.
   KeptBlocks(uint8_t* memory, int64_t memory_bytes, int64_t num_keys, int64_t floor_bytes);
 
-  // What the table takes of the memory: whole pages, of which only used ones are ever touched.
+  // The size of the table: whole pages, of which only used ones are touched.
   static int64_t table_bytes(int64_t num_keys);
 
-  // A block that is there.
+  // Finds a block that was published.
   bool find(int64_t key, const uint8_t** bytes, int64_t* size_bytes) const;
-  // Takes room for a block that the caller is about to read, and then must publish or give up.
-  // Page-aligned memory, or nullptr: don't keep it (it is there already, a living process is reading
-  // it, the arena is full, or the machine short of memory).
+  // Takes room for a block that the caller will read and then must publish or give up. Returns
+  // page-aligned memory, or nullptr: don't keep the block, because it is there already, a living
+  // process is reading it, the arena is full, or the machine is short of memory.
   uint8_t* claim(int64_t key, int64_t room_bytes);
-  // The claimed room now has the block, at bytes.
+  // The block lies in the claimed room, at bytes.
   void publish(int64_t key, const uint8_t* bytes, int64_t size_bytes);
-  // Reading failed. Who claims the key next gets the same room.
+  // Reading failed. The next to claim the key gets the same room.
   void give_up(int64_t key);
-  // What is there is damaged: it will not be found again, and not kept again either, as others may
-  // still read it.
+  // The block is damaged: it will not be found again. Nor is it replaced, as others may still read
+  // it.
   void discard(int64_t key);
 
   int64_t used_bytes() const;
   int64_t capacity_bytes() const { return arena_bytes_; }
-  // How many are there.
+  // How many blocks are published.
   int64_t num_blocks() const;
 
  private:

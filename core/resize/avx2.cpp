@@ -1,15 +1,16 @@
-// The resize with AVX2: every weight as two 16-bit numbers, multiplied in pairs of taps.
+// The resize with AVX2. Each weight is two 16-bit numbers; pairs of taps are multiplied together.
 #include <immintrin.h>
 
 #include <cstring>
 
-#include "resize/resizer.h"
+#include "cpu/memory.h"
+#include "resize/kernels.h"
 
 namespace imseq {
 
 namespace {
 
-// A weight is high * 2^8 + low. Rounding's half is kRounding * 2^8.
+// A weight is high * 2^8 + low. One half, which rounds, is kRounding * 2^8.
 constexpr int kRounding = 1 << (kWeightBits - 1 - 8);
 constexpr int kPairsPerGroup = AxisWeights::kTapGroup / 2;
 
@@ -22,10 +23,10 @@ inline void store(void* to, __m256i values) {
 }
 
 inline int num_groups(const AxisWeights& weights) {
-  return (weights.max_taps + AxisWeights::kTapGroup - 1) / AxisWeights::kTapGroup;
+  return divide_up(weights.max_taps, AxisWeights::kTapGroup);
 }
 
-// Two taps of 8 outputs, side by side in 16 bits each.
+// The halves of two taps of 8 outputs, the two side by side as 16-bit words.
 struct Pair {
   __m256i high, low;
 };
@@ -52,15 +53,7 @@ struct alignas(32) Step {
   int32_t windows[2];
 };
 
-constexpr size_t kStepOutputs = 8, kWindowOutputs = 4;
-
-bool windows_suffice(const AxisWeights& weights) {
-  for (size_t i = 0; i < weights.stride; i += kWindowOutputs) {
-    const int32_t* first = weights.first_taps + i;
-    if (first[kWindowOutputs - 1] - first[0] + AxisWeights::kTapGroup > 16) return false;
-  }
-  return true;
-}
+constexpr size_t kStepOutputs = 8;
 
 size_t horizontal_plan_bytes(const AxisWeights& weights) {
   return weights.stride / kStepOutputs * static_cast<size_t>(num_groups(weights)) * sizeof(Step);
@@ -71,7 +64,7 @@ void plan_horizontally(const AxisWeights& weights, void* plan) {
   for (size_t i = 0; i < weights.stride; i += kStepOutputs) {
     const __m256i first = load(weights.first_taps + i);
     const __m256i place = _mm256_sub_epi32(first, _mm256_shuffle_epi32(first, 0));
-    // Bytes of a tap's 16 bits: the pixel, then zero.
+    // A tap's 16 bits: the pixel, then a zero byte.
     __m256i places = _mm256_or_si256(place, _mm256_slli_epi32(place, 16));
     places = _mm256_add_epi8(places, _mm256_set1_epi32(static_cast<int>(0x80018000)));
     for (int tap = 0; tap < weights.max_taps; tap += AxisWeights::kTapGroup, ++step) {
@@ -95,11 +88,11 @@ inline __m256i load_windows(const uint8_t* row, const Step& step) {
                                  _mm_loadu_si128(high), 1);
 }
 
-// Loads limit this pass. GCC would load again for every use, unless told not to.
+// Loads limit the speed of this pass. volatile keeps GCC from loading again for every use.
 inline __m256i load_once(const void* from) { return *static_cast<const volatile __m256i*>(from); }
 
-// sums[p]: 8 outputs of plane p, rounded, not yet clamped. kPairs: of taps; 0: all of num_steps
-// steps.
+// sums[p]: 8 outputs of plane p, not clamped. kPairs: number of pairs of taps; 0: as many as
+// num_steps steps have.
 template <int kPlanes, int kPairs>
 inline void sum_outputs(const Step* step, int num_steps, const uint8_t* in, size_t in_stride,
                         __m256i (&sums)[kPlanes]) {
@@ -169,7 +162,7 @@ void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t
       uint8_t* const plane = out + p * out_stride;
       if (left >= 32) {
         store(plane + (flip ? left - 32 : x), bytes);
-      } else {  // the next plane's first outputs are behind
+      } else {  // behind them are the next plane's first outputs
         alignas(32) uint8_t some[32];
         store(some, bytes);
         std::memcpy(plane + (flip ? 0 : x), some + (flip ? 32 - left : 0), left);
@@ -202,8 +195,8 @@ void horizontal(const AxisWeights& weights, const void* plan, const uint8_t* in,
 
 // ---- vertical -----------------------------------------------------------------------------------
 
-// The high halves of output i's pair p are element 2 * p * stride + i of the plan, the low ones lie
-// stride behind.
+// Element 2 * p * stride + i of the plan has the high halves of output i's pair p, the element
+// `stride` behind it the low halves.
 size_t vertical_plan_bytes(const AxisWeights& weights) {
   const auto num_pairs = static_cast<size_t>(num_groups(weights) * kPairsPerGroup);
   return num_pairs * 2 * weights.stride * sizeof(int32_t);
@@ -230,13 +223,13 @@ inline void interleave_rows(const uint8_t* const* rows, size_t x, __m256i (&colu
   columns[3] = _mm256_unpackhi_epi8(high, zero);
 }
 
-// kPairs: of taps, few enough for their weights to stay in registers; 0: num_pairs.
+// kPairs: number of pairs of taps, so small that their weights stay in registers; 0: num_pairs.
 template <int kPairs>
 void vertical_pass_of_plane(const int32_t* plan, size_t stride, int num_pairs,
                             const uint8_t* const* rows, size_t first, size_t width, uint8_t* out) {
   const int n = kPairs == 0 ? num_pairs : kPairs;
   for (size_t begin = 0; begin < width; begin += 32) {
-    // The last vector may do again some of what the one before it did.
+    // The last vector may overlap the one before.
     const size_t x = begin + 32 > width ? width - 32 : begin;
     __m256i high[4], low[4];
     for (int q = 0; q < 4; ++q) {

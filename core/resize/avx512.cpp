@@ -1,7 +1,8 @@
-// The resize with AVX-512: every weight as three signed bytes, for VNNI's dot products of four.
+// The resize with AVX-512. Each weight is three signed bytes, for the dot products of VNNI.
 #include <immintrin.h>
 
-#include "resize/resizer.h"
+#include "cpu/memory.h"
+#include "resize/kernels.h"
 
 namespace imseq {
 
@@ -9,11 +10,11 @@ namespace {
 
 // A weight w is d2 * 2^16 + d1 * 2^8 + d0 with digits in [-128, 127], as |w| < 2^23. Sums are taken
 // digit by digit, the highest first (Horner): ((s2 << 8) + s1 << 8) + s0, exact modulo 2^32.
-// Rounding's half is 32 * 2^16, so the highest sum starts with 32.
+// One half, which rounds, is 32 * 2^16, so the highest sum starts with 32.
 constexpr int kDigits = 3;
 constexpr size_t kStepOutputs = 16;  // side by side in a vector
 constexpr int kRounding = 32;
-// Added to a weight, carries what makes lower digits signed; those digits come out 128 too large.
+// Added to a weight, carries into the higher digits; the lower digits are then 128 too large.
 constexpr int kCarries = 0x8080;
 constexpr int kFlipSigns = static_cast<int>(0x80808080);
 
@@ -49,7 +50,7 @@ inline __m512i gather_bytes(const __m512i (&taps)[AxisWeights::kTapGroup]) {
   return bytes;
 }
 
-// Of outputs [i, i + 16) and their taps [tap, tap + 4).
+// The digits of outputs [i, i + 16) and their taps [tap, tap + 4).
 inline Digits digits_of(const AxisWeights& weights, size_t i, int tap) {
   __m512i taps[AxisWeights::kTapGroup];
   for (int j = 0; j < AxisWeights::kTapGroup; ++j) {
@@ -62,8 +63,7 @@ inline Digits digits_of(const AxisWeights& weights, size_t i, int tap) {
 }
 
 inline size_t num_quads(const AxisWeights& weights) {
-  return (static_cast<size_t>(weights.max_taps) + AxisWeights::kTapGroup - 1) /
-         AxisWeights::kTapGroup;
+  return divide_up(static_cast<size_t>(weights.max_taps), AxisWeights::kTapGroup);
 }
 
 // ---- horizontal ---------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ struct alignas(64) Step {
 };
 
 struct alignas(64) Plan {
-  int32_t steps_each;  // how many each 16 outputs take: 1 or 2; 0: Step::is_last says
+  int32_t steps_each;  // of 16 outputs: 1 or 2; 0: Step::is_last tells the end
 };
 
 Step* steps_of(void* plan) { return reinterpret_cast<Step*>(static_cast<Plan*>(plan) + 1); }
@@ -99,12 +99,12 @@ size_t horizontal_plan_bytes(const AxisWeights& weights) {
   return sizeof(Plan) + num_steps * sizeof(Step);
 }
 
-// Loads limit this pass. GCC would load again for every use, unless told not to.
+// Loads limit the speed of this pass. volatile keeps GCC from loading again for every use.
 inline __m512i load_once(const int8_t* digits) {
   return *reinterpret_cast<const volatile __m512i*>(digits);
 }
 
-// Which of the four bytes that begin `place` bytes behind the window lie in it.
+// Which of the four bytes from `place` on lie in the window.
 inline __mmask64 inside_window(__m512i place) {
   __m512i inside = _mm512_setzero_si512();
   for (int j = 0; j < AxisWeights::kTapGroup; ++j) {
@@ -115,7 +115,7 @@ inline __mmask64 inside_window(__m512i place) {
   return _mm512_movepi8_mask(inside);
 }
 
-// The steps of 16 outputs from the i-th on; returns their end. all: also those without any weight.
+// Plans 16 outputs from the i-th on; returns the end of the steps. all: also those without weights.
 Step* plan_outputs(const AxisWeights& weights, size_t i, bool all, Step* step) {
   const __m512i first = load(weights.first_taps + i);
   const int lowest = weights.first_taps[i];
@@ -128,8 +128,8 @@ Step* plan_outputs(const AxisWeights& weights, size_t i, bool all, Step* step) {
     for (int window = lowest + tap; window < end; window += 64) {
       const __m512i place = _mm512_add_epi32(first, _mm512_set1_epi32(tap - window));
       const __mmask64 inside = inside_window(place);
-      // A window in which no weight lies may lie far behind the row. Sixteen outputs without any
-      // weight still need a step.
+      // A window without weights may lie far behind the row. Sixteen outputs without any weight
+      // still need a step.
       const bool needed = all || step == begin || _mm512_mask_test_epi8_mask(inside, any, any) != 0;
       if (!needed) continue;
       const __m512i low = _mm512_and_si512(place, _mm512_set1_epi32(63));
@@ -164,7 +164,7 @@ void plan_horizontally(const AxisWeights& weights, void* plan) {
   }
 }
 
-// sums[p]: 16 outputs of plane p, rounded, not yet clamped. Returns the step behind them.
+// sums[p]: 16 outputs of plane p, not clamped. Returns the step behind theirs.
 template <int kPlanes, int kSteps>
 inline const Step* sum_outputs(const Step* step, const uint8_t* const (&planes)[3],
                                __m512i (&sums)[kPlanes]) {
@@ -223,8 +223,8 @@ inline __m512i packed_places(int count, bool flip) {
   return _mm512_permutexvar_epi8(_mm512_sub_epi8(last, bytes), places);
 }
 
-// kGroups times 16 outputs, which `places` puts in order; where kPartly, only those of `stored` are
-// written.
+// Resizes kGroups times 16 outputs, which `places` puts in order; kPartly: writes only those of
+// `stored`.
 template <int kPlanes, int kSteps, int kGroups, bool kPartly>
 inline const Step* resize_outputs(const Step* step, const uint8_t* const (&planes)[3],
                                   __m512i places, __mmask64 stored, uint8_t* out,
@@ -319,9 +319,8 @@ inline __m512i to_bytes(const __m512i (&sums)[4]) {
                              _mm512_packs_epi32(shifted[2], shifted[3]));
 }
 
-// Stores the 64 bytes that resize(x) makes of columns x and following. Planes follow one another
-// without a gap and are no narrower than a vector, so that one may end in its middle and the next
-// begin.
+// Stores the 64 bytes that resize(x) returns for columns x and following. Planes follow each other
+// without a gap and are no narrower than a vector, so at most one plane ends within a vector.
 template <typename Resize>
 inline void resize_columns(const Columns& columns, uint8_t* out, size_t out_stride,
                            const Resize& resize) {
@@ -344,8 +343,8 @@ inline void resize_columns(const Columns& columns, uint8_t* out, size_t out_stri
 
 // ---- vertical, up to two taps: an image that grows ----------------------------------------------
 
-// Two weights as 16-bit numbers, high * 2^8 + low, are fewer multiplications than six digits.
-// Element i of the plan is output i's high halves, element stride + i the low ones.
+// Two weights as 16-bit halves, high * 2^8 + low, need fewer multiplications than six digits.
+// Element i of the plan has the high halves of output i, element stride + i the low ones.
 constexpr int kHighRounding = 1 << (kWeightBits - 1 - 8);
 
 void plan_two_taps(const AxisWeights& weights, int32_t* plan) {
@@ -401,7 +400,7 @@ void plan_vertically(const AxisWeights& weights, void* plan) {
   }
 }
 
-// Up to 4 * kQuads rows, few enough for all their digits to stay in registers.
+// For up to 4 * kQuads rows, so few that all their digits stay in registers.
 template <int kQuads>
 void vertical_pass(const int32_t* plan, size_t stride, const uint8_t* const* rows,
                    const Columns& columns, uint8_t* out, size_t out_stride) {

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "resize/resizer.h"
+#include "resize/kernels.h"
 
 namespace imseq {
 
@@ -11,27 +11,13 @@ namespace {
 
 constexpr int kHalf = 1 << (kWeightBits - 1);
 
-// Each four outputs take four taps' pixels from a window of 16 bytes.
-constexpr size_t kWindowOutputs = 4;
-
-bool windows_suffice(const AxisWeights& weights) {
-  for (size_t i = 0; i < weights.stride; i += kWindowOutputs) {
-    const int32_t* first = weights.first_taps + i;
-    if (first[kWindowOutputs - 1] - first[0] + AxisWeights::kTapGroup > 16) return false;
-  }
-  return true;
-}
-
-size_t no_plan_bytes(const AxisWeights&) { return 0; }
-void no_plan(const AxisWeights&, void*) {}
-
-// sums[p]: four outputs of plane p from the i-th on, rounded, not yet clamped.
+// sums[p]: four outputs of plane p from the i-th on, not clamped.
 template <int kPlanes>
 inline void sum_outputs(const AxisWeights& weights, size_t i, const uint8_t* in, size_t in_stride,
                         int32x4_t (&sums)[kPlanes]) {
   const int32x4_t first = vld1q_s32(weights.first_taps + i);
   const int32x4_t place = vsubq_s32(first, vdupq_laneq_s32(first, 0));
-  // A look-up gives 0 for places beyond the window: the upper bytes of a pixel's 32 bits.
+  // A look-up gives 0 for indices beyond the window, as for the upper bytes of a pixel's 32 bits.
   const uint32x4_t places = vorrq_u32(vreinterpretq_u32_s32(place), vdupq_n_u32(0xffffff00));
   for (int p = 0; p < kPlanes; ++p) sums[p] = vdupq_n_s32(kHalf);
   const int32_t* weight = weights.weights + i;
@@ -72,7 +58,7 @@ void horizontal_pass(const AxisWeights& weights, const uint8_t* in, size_t in_st
       if (flip) bytes = vrev64_u8(bytes);
       if (left >= 8) {
         vst1_u8(plane + (flip ? left - 8 : x), bytes);
-      } else {  // the next plane's first outputs are behind
+      } else {  // behind them are the next plane's first outputs
         uint8_t some[8];
         vst1_u8(some, bytes);
         std::memcpy(plane + (flip ? 0 : x), some + (flip ? 8 - left : 0), left);
@@ -94,7 +80,7 @@ void horizontal(const AxisWeights& weights, const void*, const uint8_t* in, size
 void vertical_plane(const AxisWeights& weights, int i, const uint8_t* const* rows, size_t first,
                     size_t width, uint8_t* out) {
   for (size_t begin = 0; begin < width; begin += 16) {
-    // The last vector may do again some of what the one before it did.
+    // The last vector may overlap the one before.
     const size_t x = begin + 16 > width ? width - 16 : begin;
     int32x4_t high[4], low[4];
     for (int q = 0; q < 4; ++q) {

@@ -7,23 +7,23 @@
 #include <utility>
 #include <vector>
 
-#include "sample/augment.h"
-#include "sample/store.h"
+#include "abi/status.h"
 #include "cpu/cpu.h"
 #include "jpeg/header.h"
 #include "jpeg/lanes.h"
 #include "jpeg/region.h"
 #include "resize/resizer.h"
-#include "abi/status.h"
+#include "sample/draw.h"
+#include "sample/store.h"
 
 namespace imseq {
 
 namespace {
 
-// A thread of ours should not need gigabytes because images are large. While open ones hold more
-// than this, no further one is opened;
+// These two bound the memory of a thread when images are large. While the open images hold more
+// than this, no further one is opened.
 constexpr size_t kManyBytes = 16 << 20;
-// and an image that is done keeps no more for the next one. Those of 1.4 megapixels keep theirs.
+// A finished image keeps at most this much for the next one: enough for 1.4 megapixels.
 constexpr size_t kKeptBytes = 2 << 20;
 
 Soundness soundness_of(const imseq_recipe& recipe, uint32_t flags) {
@@ -50,7 +50,7 @@ inline int64_t ticks() {
 #endif
 }
 
-// Adds the ticks of its life to a stage; null: measures nothing.
+// Adds the ticks between its construction and destruction to a stage. times null: measures nothing.
 class StageTimer {
  public:
   StageTimer(imseq_times* times, int64_t imseq_times::* stage)
@@ -84,8 +84,8 @@ struct Image {
 
 }  // namespace
 
-// Feeds the lanes: with the intervals of one image after the other, so that none waits at the end of
-// an image, or of a file without restart markers, while there are others.
+// Gives the lanes the intervals of one image after the other, so that no lane is idle at the end of
+// an image, or for a file without restart markers, while there are other images.
 struct SampleDecoder::State final : LaneWork {
   State() : lanes(std::make_unique<std::array<Lane, kMaxLanes>>()) {}
 
@@ -112,19 +112,19 @@ struct SampleDecoder::State final : LaneWork {
   std::array<Image*, kMaxLanes> image_of_lane{};
   std::array<Image, kMaxLanes + 2> images;  // one for each lane, one being opened, one waiting
   std::vector<Image*> unused;
-  Image* current = nullptr;  // gives its intervals to lanes
-  Image* waiting = nullptr;  // opened, but of another kind than the lanes are decoding
+  Image* current = nullptr;  // the image whose intervals go to the lanes
+  Image* waiting = nullptr;  // opened, but decoded with other tables than the lanes use now
   const FlatEntry* flat = nullptr;
   FlatTables flat_tables;
   PixelStore store;
   uint64_t next_id = 1;
 
-  // ---- the call ----
+  // ---- arguments and progress of the call ----
   const imseq_recipe* recipe = nullptr;
   imseq_sample* samples = nullptr;
   int num_samples = 0;
   int next_sample = 0;
-  // Samples whose intervals were not where the image says: to be decoded without believing it.
+  // Samples whose stated interval sizes were wrong: decoded again by searching for the markers.
   std::array<imseq_sample*, IMSEQ_MAX_GROUP> doubtful{};
   size_t num_doubtful = 0, next_doubtful = 0;
   imseq_times* times = nullptr;
@@ -143,8 +143,8 @@ int32_t SampleDecoder::State::decode(const imseq_recipe& new_recipe, imseq_sampl
   times = new_times;
   error = new_error;
   first_error = IMSEQ_OK;
-  // From here on nothing but open(), which catches it, asks for memory: no lane and no image is
-  // ever left halfway.
+  // From here on only open() allocates, and it catches exceptions: no lane or image is left
+  // halfway.
   store.begin(*recipe);
   unused.clear();
   for (Image& image : images) unused.push_back(&image);
@@ -152,7 +152,7 @@ int32_t SampleDecoder::State::decode(const imseq_recipe& new_recipe, imseq_sampl
   return first_error;
 }
 
-// Decodes images of one kind, until the next is of another or there are no more.
+// Decodes images that use the same kind of tables, until the next one uses others or there is none.
 void SampleDecoder::State::run_lanes() {
   current = waiting;
   waiting = nullptr;
@@ -165,7 +165,7 @@ void SampleDecoder::State::run_lanes() {
     if (!begin_interval(lane)) lane->park(flat, tables.tables.entries());
   }
   (flat != nullptr ? kernels.flat : kernels.image)(lanes->data(), flat, this);
-  // What no other stage took.
+  // Entropy decoding took the time that no other stage did.
   if (times != nullptr) times->entropy += ticks() - sum(*times) - begin;
 }
 
@@ -192,7 +192,7 @@ bool SampleDecoder::State::begin_interval(Lane* lane) {
         }
       }
       Image* const image = std::exchange(current, nullptr);
-      // Other lanes are still at it; or else the interval was not where the image says.
+      // If no lane is decoding it any more, its stated interval sizes were wrong.
       if (image->region.done()) finish(image);
     }
     if (waiting == nullptr) waiting = open_next();
@@ -202,7 +202,8 @@ bool SampleDecoder::State::begin_interval(Lane* lane) {
   }
 }
 
-// Opens the next image that the core can decode; null where there is none, or none for now.
+// Opens the next image that the core can decode. Null: there is none, or open ones hold too much
+// memory.
 Image* SampleDecoder::State::open_next() {
   size_t open_bytes = 0;
   for (const Image& image : images) {
@@ -243,8 +244,9 @@ int32_t SampleDecoder::State::open(Image* image, Soundness soundness) try {
                          recipe->filter, recipe->passes);
   }
   const StageTimer timer(times, &imseq_times::markers);
-  const bool any_open = unused.size() < images.size();  // this one is still among the unused
-  // Even where padding is all that is seen the image must be one that Pillow would open.
+  const bool any_open = unused.size() < images.size();  // this one still counts as unused
+  // If the output shows only padding, a pixel is decoded all the same: Pillow would refuse a
+  // damaged image.
   const Region& source = image->resizer.source();
   const bool opened = image->region.open(image->header, sample.bytes, size,
                                          is_empty(source) ? Region{0, 0, 1, 1} : source, soundness,

@@ -8,8 +8,7 @@ namespace {
 
 // ---- portable kernels ---------------------------------------------------------------------------
 
-// Value: a type of the dtype's size. Entries of the table are copied as they are, whatever they
-// mean.
+// Value: an integer of the dtype's size; values are copied bit by bit.
 template <typename Value>
 void prepare_table(const void* table, uint8_t* prepared) {
   std::memcpy(prepared, table, 256 * sizeof(Value));

@@ -1,5 +1,5 @@
-// Storing with AVX2. Where the last vector would not be whole, it begins earlier and stores some
-// values again.
+// Stores with AVX2. The last vector of a row begins earlier if it would not be whole, and stores
+// some values a second time.
 #include <immintrin.h>
 
 #include <cstring>
@@ -22,7 +22,7 @@ inline __m128i load_128(const void* from) {
   return _mm_loadu_si128(static_cast<const __m128i*>(from));
 }
 
-// The first 16 pixels from x on, of n that may be flipped.
+// Pixels [x, x + 16) of n that may be flipped.
 inline __m128i load_pixels(const uint8_t* pixels, size_t x, size_t n, bool flip) {
   if (!flip) return load_128(pixels + x);
   const __m128i reversed = _mm_setr_epi8(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -31,7 +31,7 @@ inline __m128i load_pixels(const uint8_t* pixels, size_t x, size_t n, bool flip)
 
 constexpr size_t kPixels = 16;
 
-// The entries of eight pixels, kStep bytes apart. Loads of one entry each are faster than gathers.
+// The table entries of eight pixels, kStep bytes apart. Single loads are faster than gathers.
 template <int kStep>
 inline __m128i look_up_words(const uint8_t* table, const uint8_t* pixels) {
   const auto entry = [&](int i) {
@@ -53,7 +53,7 @@ inline __m128i look_up_dwords(const uint8_t* table, const uint8_t* pixels) {
   return _mm_setr_epi32(entry(0), entry(1), entry(2), entry(3));
 }
 
-// What is stored of 16 pixels, kStep bytes apart.
+// Stores the values of 16 pixels, kStep bytes apart.
 template <int kBytes, int kStep>
 inline void look_up_16(const uint8_t* pixels, const uint8_t* table, uint8_t* out) {
   constexpr int kValues = 16 / kBytes;
@@ -91,10 +91,10 @@ void convert(const uint8_t* pixels, size_t n, bool flip, const uint8_t* prepared
   });
 }
 
-// Where the bytes of vector v of three come from in vectors of each channel's values; 0x80: from
-// another channel.
+// Three output vectors hold a vector of each channel. bytes[v][c]: which byte of channel c goes to
+// each byte of output vector v; 0x80: none.
 struct InterleavePlaces {
-  alignas(16) uint8_t bytes[3][3][16];  // [v][channel]
+  alignas(16) uint8_t bytes[3][3][16];
 };
 
 constexpr InterleavePlaces interleave_places(int value_bytes) {

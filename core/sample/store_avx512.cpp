@@ -1,4 +1,4 @@
-// Storing with AVX-512: tables stay in registers, one for every byte of a value.
+// Stores with AVX-512. Look-up tables stay in registers, one table for each byte of a value.
 #include <immintrin.h>
 
 #include "sample/store.h"
@@ -17,8 +17,8 @@ struct alignas(64) Places {
   uint8_t bytes[64];
 };
 
-// Where the pixels of 64 have to lie so that unpacking kBytes bytes of each, which works within
-// 128-bit lanes, leaves their values in order.
+// The order of 64 pixels after which unpacking, which works within 128-bit lanes, leaves values of
+// kBytes bytes in order.
 template <int kBytes>
 constexpr Places places_before_unpacking() {
   Places places{};
@@ -30,7 +30,7 @@ constexpr Places places_before_unpacking() {
   return places;
 }
 
-// The places of m pixels from the other end.
+// The same for m pixels whose last comes first.
 inline __m512i flipped(__m512i places, size_t m) {
   return _mm512_sub_epi8(_mm512_set1_epi8(static_cast<char>(m - 1)), places);
 }
@@ -65,7 +65,7 @@ void split_doublewords(const void* table, uint8_t* prepared) {
   }
 }
 
-// One byte of every value: four registers, the upper two for the upper half of the pixel values.
+// One byte of each of 256 values, in four registers.
 struct ByteTable {
   __m512i quarters[4];
 };
@@ -76,7 +76,7 @@ inline __m512i look_up(const ByteTable& table, __m512i pixels, __mmask64 upper_h
   return _mm512_mask_mov_epi8(low, upper_half, high);
 }
 
-// 64 pixels' values of kBytes bytes, in kBytes vectors.
+// Looks up 64 pixels: kBytes vectors of values.
 template <int kBytes>
 inline void look_up_values(const ByteTable (&tables)[kBytes], __m512i pixels,
                            __m512i (&values)[kBytes]) {
@@ -98,7 +98,8 @@ inline void look_up_values(const ByteTable (&tables)[kBytes], __m512i pixels,
   }
 }
 
-// Only whole lines go past the caches: parts of one would each be a trip to memory.
+// Only whole cache lines bypass the caches: each part of a line would be a memory access of its
+// own.
 inline void store_past_caches(uint8_t* out, __m512i values, size_t num_bytes) {
   if (num_bytes >= 64 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(out), values);
@@ -156,7 +157,7 @@ void copy(const uint8_t* pixels, size_t n, bool flip, const uint8_t*, void* out)
 template <typename Value>
 struct InterleavePlaces {
   static constexpr int kLanes = 64 / sizeof(Value);
-  // Of the values of vector v: first those of red and green, then what stays and those of blue.
+  // For output vector v: red_green takes values of red and green, blue then adds those of blue.
   alignas(64) Value red_green[3][kLanes];
   alignas(64) Value blue[3][kLanes];
 };

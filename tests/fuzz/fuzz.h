@@ -1,8 +1,8 @@
 // What the fuzz targets share: how an input is taken apart, and checks that fail loudly.
 //
-// An input is one JPEG or several with a separator between them, then kOptionBytes bytes that choose
-// what is done with them. The choices stand at the end, each counted from there, so that a mutation
-// that inserts or removes bytes of a JPEG does not turn one choice into another.
+// An input is one JPEG or several with a separator between them, then kOptionBytes bytes that
+// choose what is done with them. The choices stand at the end, each counted from there, so that a
+// mutation that inserts or removes bytes of a JPEG does not turn one choice into another.
 #pragma once
 
 #include <algorithm>

@@ -10,8 +10,8 @@ using namespace imseq::fuzz;
 
 // ---- what to do ---------------------------------------------------------------------------------
 
-// Tables for all dtypes. The first is what ToTensor and Normalize make of a byte, which a kernel may
-// compute; the second is bits that only a look-up can give.
+// Tables for all dtypes. The first is what ToTensor and Normalize make of a byte, which a kernel
+// may compute; the second is bits that only a look-up can give.
 struct Tables {
   std::array<float, 768> normalised;
   std::array<uint32_t, 768> any;

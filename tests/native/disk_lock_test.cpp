@@ -1,7 +1,5 @@
 // DiskLock between real processes: one at a time, in turns, and what happens when one is killed or
 // stopped while it has the disk.
-#include "read/disk_lock.h"
-
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/file.h>
@@ -19,14 +17,19 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
+#include "cpu/memory.h"
 #include "processes.h"
+#include "read/disk_turns.h"
 
 namespace {
 
 using imseq::DiskLock;
+using imseq::DiskTurns;
+using imseq::now_ns;
 using std::chrono::milliseconds;
 
 const std::atomic<bool> kNotCancelled{false};
@@ -36,12 +39,6 @@ constexpr int64_t kLong = 60'000 * kMillisecond;  // longer than any test may ta
 std::string folder;
 
 std::string lock_path() { return folder + "/disk"; }
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 // What the processes of a test share.
 struct Shared {
@@ -167,7 +164,7 @@ void a_stopped_process_costs_one_wait() {
 }
 
 void a_turn_goes_on_while_nobody_wants_the_disk() {
-  imseq::DiskTurns turns(lock_path());
+  DiskTurns turns(lock_path());
   CHECK(turns.begin(&kNotCancelled, true));
   CHECK(turns.begin(&kNotCancelled, true));  // requests overlap
   std::atomic<bool> has_it{false};
@@ -195,7 +192,7 @@ void a_turn_goes_on_while_nobody_wants_the_disk() {
 }
 
 void requests_in_parts_do_not_overlap() {
-  imseq::DiskTurns turns(lock_path());
+  DiskTurns turns(lock_path());
   for (const bool first_is_whole : {false, true}) {
     CHECK(turns.begin(&kNotCancelled, first_is_whole));
     std::atomic<bool> has_begun{false};
@@ -214,7 +211,7 @@ void requests_in_parts_do_not_overlap() {
 void readers_of_an_engine_share_its_turns() {
   std::vector<std::thread> threads;
   std::vector<int> num_inside(2, 0);  // of each engine
-  imseq::DiskTurns turns[2] = {imseq::DiskTurns(lock_path()), imseq::DiskTurns(lock_path())};
+  DiskTurns turns[2] = {DiskTurns(lock_path()), DiskTurns(lock_path())};
   std::mutex mutex;
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, engine = i % 2] {
@@ -239,7 +236,7 @@ void readers_of_an_engine_share_its_turns() {
 }
 
 void readers_of_an_engine_go_in_the_order_in_which_they_came() {
-  imseq::DiskTurns turns(lock_path());
+  DiskTurns turns(lock_path());
   const int next = ::open((lock_path() + ".next").c_str(), O_RDWR | O_CLOEXEC);
   CHECK(turns.begin(&kNotCancelled, true));
   CHECK(::flock(next, LOCK_EX) == 0);  // the disk is wanted, so that requests don't overlap
@@ -267,6 +264,31 @@ void readers_of_an_engine_go_in_the_order_in_which_they_came() {
   CHECK(order == (std::vector<int>{0, 1, 2, 3, 4}));
 }
 
+// A request that waits behind another one of its engine, which waits for another process.
+void a_queued_request_can_be_cancelled() {
+  DiskTurns turns(lock_path());
+  DiskLock other(lock_path(), kLong);
+  CHECK(other.acquire(&kNotCancelled));
+  std::atomic<bool> cancelled{false}, has_left{false};
+  const auto request = [&](const std::atomic<bool>* is_cancelled) {
+    const bool held = turns.begin(is_cancelled, true);
+    CHECK(held == (is_cancelled == &kNotCancelled));
+    has_left = has_left || is_cancelled == &cancelled;
+    turns.end();
+  };
+  std::vector<std::thread> threads;
+  for (const auto* is_cancelled : {&kNotCancelled, &std::as_const(cancelled), &kNotCancelled}) {
+    threads.emplace_back(request, is_cancelled);
+    std::this_thread::sleep_for(milliseconds(50));  // each comes behind the one before
+  }
+  cancelled = true;
+  // Patience would last longer.
+  for (int i = 0; i < 1000 && !has_left; ++i) std::this_thread::sleep_for(milliseconds(1));
+  CHECK(has_left);
+  other.release();
+  for (std::thread& thread : threads) thread.join();
+}
+
 void waiting_can_be_cancelled() {
   DiskLock holder(lock_path(), kLong), waiting(lock_path(), kLong), other(lock_path(), kLong);
   CHECK(holder.acquire(&kNotCancelled));
@@ -281,7 +303,7 @@ void waiting_can_be_cancelled() {
   CHECK(cancelled_ns > 0 && now_ns() - cancelled_ns < 1000 * kMillisecond);
   canceller.join();
   holder.release();
-  // It left the queue, and was not taken for impatient.
+  // The cancelled one left the queue, and its patience has not ended.
   CHECK(other.acquire(&kNotCancelled));
   std::thread releaser([&] {
     std::this_thread::sleep_for(milliseconds(20));
@@ -337,6 +359,7 @@ int main() {
   requests_in_parts_do_not_overlap();
   readers_of_an_engine_share_its_turns();
   readers_of_an_engine_go_in_the_order_in_which_they_came();
+  a_queued_request_can_be_cancelled();
   waiting_can_be_cancelled();
   without_a_path_there_is_no_lock();
   where_the_files_cannot_be_opened_nothing_is_locked();

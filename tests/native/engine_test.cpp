@@ -1,6 +1,6 @@
 // The engine without Python: order, back-pressure, failures, cancellation, fork. Samples are tiny
-// JPEGs of one colour. Rows are handed out as bytes, so that what arrives in a batch can be compared
-// with what lies in the files, or decoded, several samples at once.
+// JPEGs of one colour. Either every row is handed out as bytes, to be compared with the files, or
+// the engine decodes, several samples at a time.
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -17,23 +17,54 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "read/crc32c.h"
-#include "imagenet_seq.h"
 #include "check.h"
+#include "imagenet_seq.h"
+#include "read/crc32c.h"
+#include "read/disk_lock.h"
+
+namespace {
+
+// Allocations that the engine's threads have left; the next one fails. Below zero: none fails.
+std::atomic<int64_t> num_allocations_left{-1};
+thread_local bool is_thread_of_test = false;
+
+}  // namespace
+
+void* operator new(size_t size, const std::nothrow_t&) noexcept {
+  const bool fails = !is_thread_of_test && num_allocations_left >= 0 && num_allocations_left-- == 0;
+  return fails ? nullptr : std::malloc(std::max<size_t>(size, 1));
+}
+
+void* operator new(size_t size) {
+  void* const memory = operator new(size, std::nothrow);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
 #if defined(__linux__)
 
-// Bytes of a file that the disk cannot read; the engine's own calls find this disk below them.
+// Bytes of a file that the disk cannot read; pread() and preadv2() below look here.
 struct {
   std::atomic<uint64_t> inode{0};  // 0: the disk is sound
   std::atomic<int64_t> begin{0}, end{0};
 } bad_sector;
+
+// A disk that answers only while `answers` is true; nothing of it lies in the page cache.
+struct {
+  std::atomic<bool> is_used{false}, answers{true};
+  std::atomic<int> num_requests{0};
+} slow_disk;
 
 bool is_on_bad_sector(int file, size_t size, off_t offset) {
   struct stat info;
@@ -46,6 +77,8 @@ bool is_on_bad_sector(int file, size_t size, off_t offset) {
 }  // namespace
 
 extern "C" ssize_t pread(int file, void* bytes, size_t size, off_t offset) {
+  ++slow_disk.num_requests;
+  while (!slow_disk.answers) usleep(100);
   if (is_on_bad_sector(file, size, offset)) {
     errno = EIO;
     return -1;
@@ -53,9 +86,9 @@ extern "C" ssize_t pread(int file, void* bytes, size_t size, off_t offset) {
   return ::syscall(SYS_pread64, file, bytes, size, offset);
 }
 
-// With RWF_NOWAIT: what the page cache has. While the disk is bad it has nothing.
+// The engine calls it with RWF_NOWAIT. While the disk is bad or slow the page cache is empty.
 extern "C" ssize_t preadv2(int file, const iovec* ranges, int count, off_t offset, int flags) {
-  if (bad_sector.inode != 0) {
+  if (bad_sector.inode != 0 || slow_disk.is_used) {
     errno = EAGAIN;
     return -1;
   }
@@ -72,7 +105,7 @@ constexpr int64_t kRowBytes = 3 * kSidePx * kSidePx;  // of both kinds: a sample
 constexpr int64_t kSecond = 1'000'000'000;
 
 // A grey JPEG of 8 x 8 pixels whose comment is the sample's number, and whose colour follows from
-// it. Every eleventh is none that the core decodes.
+// it. Every eleventh is not a JPEG, so the core can't decode it.
 std::vector<uint8_t> sample_bytes(int64_t number) {
   std::vector<uint8_t> bytes = {0xFF, 0xD8, 0xFF, 0xFE, 0, 10};
   for (int i = 0; i < 8; ++i) bytes.push_back(static_cast<uint8_t>(number >> (8 * i)));
@@ -90,10 +123,10 @@ std::vector<uint8_t> sample_bytes(int64_t number) {
   return bytes;
 }
 
-bool is_foreign(int64_t number) { return number % 11 == 5; }
+bool is_python_row(int64_t number) { return number % 11 == 5; }
 
 uint8_t colour_of(int64_t number) {
-  if (is_foreign(number)) return 7;  // as the threads that play Python paint it
+  if (is_python_row(number)) return 7;  // as the threads that play Python paint it
   const int bits = static_cast<int>(number * 37 & 127);
   return static_cast<uint8_t>(128 + (bits >= 64 ? bits : bits - 127));
 }
@@ -114,10 +147,7 @@ class Dataset {
       std::fclose(out);
     }
   }
-  ~Dataset() {
-    for (int64_t file = 0; file < num_files_; ++file) std::remove(path(file).c_str());
-    rmdir(root_.c_str());
-  }
+  ~Dataset() { std::filesystem::remove_all(root_); }
 
   std::string path(int64_t file) const { return root_ + "/f" + std::to_string(file); }
   const std::string& root() const { return root_; }
@@ -141,22 +171,22 @@ struct Plan {
   std::string paths;
   imseq_plan native = {};
 
-  Plan(const Dataset& data, int64_t batch_size, bool foreign = false) {
+  Plan(const Dataset& data, int64_t batch_size, bool python_blocks = false) {
     path_begin.push_back(0);
     for (int64_t file = 0; file < data.num_files(); ++file) {
       paths += "f" + std::to_string(file);
       path_begin.push_back(static_cast<int64_t>(paths.size()));
-      block_file.push_back(foreign ? -1 : static_cast<int32_t>(file));
-      block_offset.push_back(foreign ? file : 0);
-      block_length.push_back(foreign ? -1 : data.per_file() * kSampleBytes);
-      block_key.push_back(foreign ? -1 : file);
+      block_file.push_back(python_blocks ? -1 : static_cast<int32_t>(file));
+      block_offset.push_back(python_blocks ? file : 0);
+      block_length.push_back(python_blocks ? -1 : data.per_file() * kSampleBytes);
+      block_key.push_back(python_blocks ? -1 : file);
     }
     for (int64_t pair = 0; pair < data.num_files(); pair += 2) {
       for (int64_t i = 0; i < data.per_file(); ++i) {
         for (int64_t file = pair; file < std::min(pair + 2, data.num_files()); ++file) {
           sample.push_back(file * data.per_file() + i);
           block.push_back(static_cast<int32_t>(file));
-          offset.push_back(foreign ? i : i * kSampleBytes);
+          offset.push_back(python_blocks ? i : i * kSampleBytes);
           length.push_back(kSampleBytes);
           const std::vector<uint8_t> bytes = sample_bytes(sample.back());
           checksum.push_back(imseq::crc32c(0, bytes.data(), bytes.size()));
@@ -232,7 +262,7 @@ class Harness {
     CHECK(step(plan, -1) == IMSEQ_END);
   }
 
-  // The blocks that were read since the last call; of a Dataset each is a file.
+  // The blocks that were read since the last call; each block of a Dataset is a file.
   std::vector<int64_t> files_read() {
     std::vector<imseq_request> requests(10000);
     int64_t count = 0;
@@ -299,6 +329,7 @@ class Harness {
   }
 
   void serve() {
+    is_thread_of_test = true;
     imseq_task task = {};
     while (imseq_engine_take(engine, 60 * kSecond, &task, nullptr) == IMSEQ_OK) {
       if (task.kind == IMSEQ_TASK_BLOCK) {
@@ -321,7 +352,7 @@ class Harness {
       if (slow) usleep(500);
       const bool broken = task.sample == fail_sample;
       if (rows_ == IMSEQ_ROWS_DECODED) {
-        CHECK(is_foreign(task.sample));
+        CHECK(is_python_row(task.sample));
         std::memset(task.row, colour_of(task.sample), kRowBytes);
       } else if (!broken) {
         std::memcpy(task.row, task.bytes, static_cast<size_t>(std::min(task.size, kRowBytes)));
@@ -340,11 +371,11 @@ class Harness {
 
 void whole_epochs_arrive_in_order() {
   const Dataset data(7, 53);
-  for (const bool foreign : {false, true}) {
+  for (const bool python_blocks : {false, true}) {
     for (const int decoders : {1, 8}) {
       for (const int slots : {1, 3}) {
         for (const int64_t budget : {int64_t{0}, int64_t{1} << 20}) {
-          const Plan plan(data, 16, foreign);
+          const Plan plan(data, 16, python_blocks);
           Harness harness(data, decoders, slots, 16, budget);
           for (int epoch = 0; epoch < 2; ++epoch) {
             CHECK(harness.start(plan) == IMSEQ_OK);
@@ -356,12 +387,12 @@ void whole_epochs_arrive_in_order() {
           const imseq_stats stats = harness.stats();
           CHECK(stats.batch_count == 2 * plan.native.num_batches);
           CHECK(stats.foreign_rows == 2 * data.size());
-          CHECK(stats.foreign_blocks == (foreign ? 2 * data.num_files() : 0));
-          CHECK(stats.read_bytes == (foreign ? 0 : 2 * data.size() * kSampleBytes));
+          CHECK(stats.foreign_blocks == (python_blocks ? 2 * data.num_files() : 0));
+          CHECK(stats.read_bytes == (python_blocks ? 0 : 2 * data.size() * kSampleBytes));
           CHECK(stats.block_bytes == 0);
-          if (budget == 0 && !foreign) {
+          if (budget == 0 && !python_blocks) {
             // The plan needs two blocks at once; each reader may be one ahead of that.
-            // What counts is their memory: 16 KB for these, and a little for the engine itself.
+            // A block counts with its memory: 16 KB, and a little for the engine itself.
             CHECK(data.per_file() * kSampleBytes < (16 << 10) - 4096);
             CHECK(stats.block_bytes_peak <= 4 * ((16 << 10) + 512));
           }
@@ -401,6 +432,15 @@ void failures_come_when_their_batch_does() {
     Harness harness(data, 4, 2, 8, 1 << 20);
     expect(harness, plan, 33, IMSEQ_ERROR_DATA);
   }
+  for (const int64_t length : {int64_t{1} << 40, int64_t{1} << 61}) {
+    Plan plan(data, 8);
+    plan.block_length[1] = length;  // no memory is taken for what the file does not have
+    Harness harness(data, 4, 2, 8, 1 << 20);
+    expect(harness, plan, 1, IMSEQ_ERROR_DATA);
+    CHECK(std::strstr(harness.error.message, data.path(1).c_str()) != nullptr);
+    CHECK(std::strstr(harness.error.message, "truncated") != nullptr);
+    CHECK(harness.stats().block_bytes_peak < int64_t{1} << 50);
+  }
   {
     Plan plan(data, 8);
     plan.paths[5] = 'x';  // the third file does not exist
@@ -416,18 +456,18 @@ void failures_come_when_their_batch_does() {
   }
 }
 
-int64_t num_foreign(const Plan& plan) {
-  return std::count_if(plan.sample.begin(), plan.sample.end(), is_foreign);
+int64_t num_python_rows(const Plan& plan) {
+  return std::count_if(plan.sample.begin(), plan.sample.end(), is_python_row);
 }
 
-// Groups of clean and other samples, with foreign rows among them, across batches of any size.
+// Groups of clean and other samples, with python rows among them, across batches of any size.
 void groups_arrive_in_order() {
   const Dataset data(5, 61);
-  for (const bool foreign_blocks : {false, true}) {
+  for (const bool python_blocks : {false, true}) {
     for (const int decoders : {1, 3, 16}) {
       for (const int64_t batch_size : {1, 3, 32}) {
         for (const int slots : {1, 4}) {
-          const Plan plan(data, batch_size, foreign_blocks);
+          const Plan plan(data, batch_size, python_blocks);
           Harness harness(data, decoders, slots, batch_size, 1 << 14, IMSEQ_ROWS_DECODED);
           CHECK(harness.start(plan) == IMSEQ_OK);
           for (int64_t b = 0; b < plan.native.num_batches; ++b) {
@@ -435,8 +475,8 @@ void groups_arrive_in_order() {
           }
           CHECK(harness.step(plan, -1) == IMSEQ_END);
           const imseq_stats stats = harness.stats();
-          CHECK(stats.foreign_rows == num_foreign(plan));
-          CHECK(stats.decode_samples == data.size() - num_foreign(plan));
+          CHECK(stats.foreign_rows == num_python_rows(plan));
+          CHECK(stats.decode_samples == data.size() - num_python_rows(plan));
           CHECK(stats.decode_ns > 0);
           CHECK(stats.block_bytes == 0);
         }
@@ -509,7 +549,7 @@ void cancel_in_the_middle_of_groups() {
     CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
     const auto each_row_of_the_core = [&](auto action) {
       for (int64_t p = 0; p < num_slots * 30; ++p) {
-        if (!is_foreign(plan.sample[p])) action(harness.row(p / 30, p % 30));
+        if (!is_python_row(plan.sample[p])) action(harness.row(p / 30, p % 30));
       }
     };
     each_row_of_the_core([](uint8_t* row) { std::memset(row, 0xEE, kRowBytes); });
@@ -548,6 +588,66 @@ void checksums_are_compared_until_they_were_right() {
   CHECK(harness.stats().decode_samples > 0);
 }
 
+// Memory that a thread of the engine can't have ends the plan, and not the process.
+void a_failed_allocation_is_an_error() {
+  const Dataset data(6, 50);
+  Plan files(data, 10), windows(data, 10), blocks(data, 10, true);
+  windows.use_windows();
+  imseq_engine_config config = {};
+  config.record_requests = 1;
+  for (const Plan* plan : {&files, &windows, &blocks}) {
+    int64_t num_failed = 0, allowed = 0;
+    for (bool has_failed = true; has_failed || allowed < 50; ++allowed) {
+      Harness harness(data, 2, 2, 10, 1 << 20, IMSEQ_ROWS_DECODED, config);
+      num_allocations_left = allowed;
+      CHECK(harness.start(*plan) == IMSEQ_OK);
+      int32_t status = IMSEQ_OK;
+      for (int64_t b = 0; b < plan->native.num_batches && status == IMSEQ_OK; ++b) {
+        status = harness.step(*plan, b);
+      }
+      has_failed = num_allocations_left.exchange(-1) < 0;
+      num_failed += status == IMSEQ_ERROR_MEMORY;
+      CHECK(status == IMSEQ_OK || (has_failed && status == IMSEQ_ERROR_MEMORY));
+      CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
+      usleep(1000);  // threads that play Python may still write to rows they hold
+      CHECK(harness.start(*plan) == IMSEQ_OK);
+      harness.deliver(*plan);
+      CHECK(harness.stats().block_bytes == 0);
+    }
+    CHECK(num_failed > 20);
+  }
+}
+
+// A file changes while blocks of its old content wait to be decoded. That their checksums are right
+// says nothing about the new content.
+void a_changed_file_is_verified_again() {
+  const Dataset data(2, 50);
+  const Plan plan(data, 50);
+  imseq_engine_config config = {};
+  config.record_requests = 1;
+  Harness harness(data, 1, 1, 50, 1 << 20, IMSEQ_ROWS_DECODED, config);
+  const auto wait_for_requests = [&](size_t num_requests) {
+    for (size_t count = 0; count < num_requests; usleep(100)) count += harness.files_read().size();
+  };
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  wait_for_requests(2);
+  const int64_t changed = plan.sample[70];  // of the second batch, which has no slot yet
+  const std::string path = data.path(changed / data.per_file());
+  const int file = ::open(path.c_str(), O_WRONLY);
+  const uint8_t byte = 0xAA;
+  CHECK(::pwrite(file, &byte, 1, changed % data.per_file() * kSampleBytes + 8) == 1);
+  const timespec times[2] = {{1, 0}, {1, 0}};
+  CHECK(::futimens(file, times) == 0);
+  ::close(file);
+  CHECK(harness.prepare(plan) == IMSEQ_OK);
+  wait_for_requests(2);
+  harness.deliver(plan);
+  CHECK(harness.start_prepared() == IMSEQ_OK);
+  CHECK(harness.step(plan, 0) == IMSEQ_OK);
+  CHECK(harness.step(plan, 1) == IMSEQ_ERROR_DATA);
+  CHECK(harness.error.sample == changed);
+}
+
 // A file that is cut short while an epoch reads it is an error, whatever lies in the page cache.
 void a_file_cut_short_while_it_is_read() {
   const Dataset data(2, 9000);
@@ -565,7 +665,7 @@ void a_file_cut_short_while_it_is_read() {
 }
 
 // The next plan is read while the present one is delivered; then it begins, or another one does, or
-// nothing. What others ask meanwhile is answered.
+// nothing. Meanwhile another thread asks for counters and pending requests.
 void prepared_plans_start_or_are_dropped() {
   const Dataset data(8, 40);
   Plan first(data, 16), second(data, 10), third(data, 16);
@@ -641,7 +741,7 @@ void nothing_is_read_twice() {
   }
 }
 
-// Only what reading takes: rows are left as they are.
+// Blocks are read and verified; rows are left as they are.
 void rows_may_be_only_read() {
   const Dataset data(5, 40);
   Plan plan(data, 16);
@@ -707,7 +807,7 @@ void engines_share_kept_blocks() {
     std::thread first(run), second(run);
     first.join();
     second.join();
-    // Who wants a block that another one is reading reads it, too, and so once more at most.
+    // An engine that wants a block while the other one reads it reads it, too: once more at most.
     const int64_t block_bytes = data.per_file() * kSampleBytes;
     const int64_t num_read = read_bytes / block_bytes - 8 * (12 - num_kept);
     CHECK(num_read >= num_kept && num_read <= 2 * num_kept);
@@ -748,6 +848,54 @@ void a_bad_sector_fails_the_samples_on_it() {
 }
 #endif
 
+#if defined(__linux__)
+bool is_free(const std::string& disk) {
+  const std::atomic<bool> cancelled{false};
+  return imseq::DiskLock(disk, 0).acquire(&cancelled);
+}
+
+// However an epoch ends, another process can lock the disk at once.
+void an_epoch_that_ended_holds_no_disk() {
+  const Dataset data(6, 50);
+  const Plan plan(data, 10);
+  const std::string disk = data.root() + "/disk";
+  imseq_engine_config config = {};
+  config.disk_lock = disk.c_str();
+  slow_disk.is_used = true;
+  const auto end_while_reading = [&](auto end) {
+    Harness harness(data, 2, 2, 10, 1 << 20, IMSEQ_ROWS_DECODED, config);
+    slow_disk.answers = false;
+    slow_disk.num_requests = 0;
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    while (slow_disk.num_requests == 0) usleep(100);
+    CHECK(!is_free(disk));
+    std::thread ending([&] { CHECK(end(harness.engine, nullptr) == IMSEQ_OK); });
+    usleep(20000);
+    slow_disk.answers = true;
+    ending.join();
+    CHECK(is_free(disk));
+  };
+  end_while_reading(imseq_engine_close);
+  end_while_reading(imseq_engine_cancel);
+  for (int round = 0; round < 40; ++round) {
+    Plan other(data, 10);
+    other.length[round * 7] = 51 * kSampleBytes;  // beyond the block
+    Harness harness(data, 2, 2, 10, 1 << 20, IMSEQ_ROWS_DECODED, config);
+    CHECK(harness.start(plan) == IMSEQ_OK);
+    harness.deliver(plan);
+    CHECK(is_free(disk));
+    CHECK(harness.start(other) == IMSEQ_OK);
+    if (round % 2 == 0) CHECK(harness.prepare(plan) == IMSEQ_OK);
+    int32_t status = IMSEQ_OK;
+    for (int64_t b = 0; status == IMSEQ_OK; ++b) status = harness.step(other, b);
+    CHECK(status == IMSEQ_ERROR_DATA);
+    CHECK(imseq_engine_close(harness.engine, nullptr) == IMSEQ_OK);
+    CHECK(is_free(disk));
+  }
+  slow_disk.is_used = false;
+}
+#endif
+
 void cancelled_engines_start_again() {
   const Dataset data(6, 50);
   const Plan plan(data, 10);
@@ -757,8 +905,8 @@ void cancelled_engines_start_again() {
     CHECK(harness.start(plan) == IMSEQ_OK);
     for (int64_t b = 0; b < stop_after; ++b) CHECK(harness.step(plan, b) == IMSEQ_OK);
     CHECK(harness.start(plan) == IMSEQ_ERROR_ARGUMENT);  // one plan at a time
-    // Rows held by the threads are written to until they are finished; give them time, as Python
-    // does by keeping the memory.
+    // The threads write to the rows they hold until these are finished. Python keeps the memory for
+    // as long; here they are given time.
     CHECK(imseq_engine_cancel(harness.engine, nullptr) == IMSEQ_OK);
     imseq_batch batch = {};
     CHECK(imseq_engine_next(harness.engine, kSecond, &batch, nullptr) == IMSEQ_CANCELLED);
@@ -797,6 +945,53 @@ void closed_engines_refuse_and_do_not_hang() {
   }
 }
 
+// A batch without samples needs only its slot.
+void an_empty_batch_comes_when_its_slot_opens() {
+  const Dataset data(2, 20);
+  Plan plan(data, 40);
+  plan.batch_begin = {0, 40, 40};
+  plan.native.batch_begin = plan.batch_begin.data();
+  plan.native.num_batches = 2;
+  Harness harness(data, 2, 1, 40, 1 << 20);
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  CHECK(harness.receive(plan, 0) == IMSEQ_OK);
+  std::atomic<bool> has_come{false};
+  std::thread consumer([&] {
+    CHECK(harness.receive(plan, 1) == IMSEQ_OK);
+    has_come = true;
+  });
+  usleep(50000);  // it waits
+  CHECK(!has_come);
+  harness.lend(0);
+  for (int i = 0; i < 2000 && !has_come; ++i) usleep(1000);
+  CHECK(has_come);
+  consumer.join();
+}
+
+void the_longest_time_out_does_not_pass() {
+  const Dataset data(2, 20);
+  const Plan plan(data, 10, true);
+  Harness harness(data, 1, 1, 10, 0);
+  harness.hold_block_0 = true;
+  CHECK(harness.start(plan) == IMSEQ_OK);
+  std::thread releasing([&] {
+    usleep(20000);
+    harness.hold_block_0 = false;
+  });
+  imseq_batch batch = {};
+  CHECK(imseq_engine_next(harness.engine, INT64_MIN, &batch, nullptr) == IMSEQ_TIMEOUT);
+  CHECK(imseq_engine_next(harness.engine, INT64_MAX, &batch, nullptr) == IMSEQ_OK);
+  releasing.join();
+  Harness idle(data, 1, 1, 10, 0);
+  std::thread closing([&] {
+    usleep(20000);
+    CHECK(imseq_engine_close(idle.engine, nullptr) == IMSEQ_OK);
+  });
+  imseq_task task = {};
+  CHECK(imseq_engine_take(idle.engine, INT64_MAX, &task, nullptr) == IMSEQ_CANCELLED);
+  closing.join();
+}
+
 void time_out_and_slow_consumer() {
   const Dataset data(2, 20);
   const Plan plan(data, 10);
@@ -833,6 +1028,16 @@ void wrong_plans_and_configurations_are_refused() {
   refused([](Plan& plan) { plan.block[3] = -1; });
   refused([](Plan& plan) { plan.offset[3] = -5; });
   refused([](Plan& plan) { plan.length[3] = -2; });
+  for (const int64_t large : {(int64_t{1} << 62) - 99, INT64_MAX}) {
+    refused([&](Plan& plan) { plan.offset[3] = large; });
+    refused([&](Plan& plan) { plan.length[3] = large; });
+    refused([&](Plan& plan) { plan.block_offset[1] = large; });
+    refused([&](Plan& plan) {
+      plan.block_offset[1] = 100;
+      plan.block_length[1] = large;
+    });
+  }
+  refused([](Plan& plan) { plan.native.paths = nullptr; });
   refused([](Plan& plan) { plan.sample[3] = -1; });
   refused([](Plan& plan) { plan.batch_begin[1] = 35; });
   refused([](Plan& plan) { plan.batch_begin.back() = 41; });
@@ -844,9 +1049,20 @@ void wrong_plans_and_configurations_are_refused() {
   imseq_engine* engine = nullptr;
   imseq_engine_config config = {};
   CHECK(imseq_engine_create(&config, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_create(nullptr, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_prepare(harness.engine, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_start(harness.engine, nullptr, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_next(harness.engine, 0, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_take(harness.engine, 0, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_stats(harness.engine, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_pending(harness.engine, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(imseq_engine_requests(harness.engine, nullptr, 0, nullptr, nullptr) ==
+        IMSEQ_ERROR_ARGUMENT);
   config.num_decoders = config.num_readers = config.num_slots = 1;
   config.rows = 4;
   CHECK(imseq_engine_create(&config, &engine, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  config.rows = IMSEQ_ROWS_READ;
+  CHECK(imseq_engine_create(&config, nullptr, nullptr) == IMSEQ_ERROR_ARGUMENT);
 }
 
 void forked_children_are_refused() {
@@ -872,6 +1088,7 @@ void forked_children_are_refused() {
 }  // namespace
 
 int main() {
+  is_thread_of_test = true;
   whole_epochs_arrive_in_order();
   failures_come_when_their_batch_does();
   groups_arrive_in_order();
@@ -880,6 +1097,8 @@ int main() {
   failures_inside_groups();
   cancel_in_the_middle_of_groups();
   checksums_are_compared_until_they_were_right();
+  a_failed_allocation_is_an_error();
+  a_changed_file_is_verified_again();
   a_file_cut_short_while_it_is_read();
   prepared_plans_start_or_are_dropped();
   nothing_is_read_twice();
@@ -887,9 +1106,12 @@ int main() {
   engines_share_kept_blocks();
 #if defined(__linux__)
   a_bad_sector_fails_the_samples_on_it();
+  an_epoch_that_ended_holds_no_disk();
 #endif
   cancelled_engines_start_again();
   closed_engines_refuse_and_do_not_hang();
+  an_empty_batch_comes_when_its_slot_opens();
+  the_longest_time_out_does_not_pass();
   time_out_and_slow_consumer();
   wrong_plans_and_configurations_are_refused();
   forked_children_are_refused();

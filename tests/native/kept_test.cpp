@@ -19,8 +19,8 @@
 #include <utility>
 #include <vector>
 
-#include "imagenet_seq.h"
 #include "check.h"
+#include "imagenet_seq.h"
 #include "processes.h"
 
 namespace {
@@ -250,8 +250,8 @@ void little_memory_left_ends_keeping() {
 #endif
 }
 
-// Numbers that no process of ours wrote: whatever they are, every byte that is handed out lies in
-// the arena. Pages without access lie behind it.
+// Whatever numbers a damaged table has, every byte that is handed out lies in the arena. The pages
+// behind it are inaccessible.
 void wrong_tables_do_no_harm() {
   constexpr int64_t kNumKeys = 20;
   constexpr int64_t kArenaBytes = 8 * kPage;
@@ -302,8 +302,6 @@ void wrong_tables_do_no_harm() {
   CHECK(num_found > 10 && num_claimed > 10);
 }
 
-}  // namespace
-
 void what_is_damaged_is_not_found_and_not_kept_again() {
   const Memory memory(KeptBlocks::table_bytes(10) + 100 * kPage);
   KeptBlocks kept = memory.view(10);
@@ -322,6 +320,8 @@ void what_is_damaged_is_not_found_and_not_kept_again() {
   CHECK(kept.num_blocks() == 0);
   CHECK(kept.claim(5, kPage) != nullptr);
 }
+
+}  // namespace
 
 int main() {
   processes_share_blocks();

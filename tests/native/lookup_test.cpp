@@ -99,7 +99,8 @@ JpegHeader random_header(int num_components = 3) {
 
 // ---- what entries mean --------------------------------------------------------------------------
 
-// What a look-up does: bits taken, values written, and where in the block, or behind it, one is then.
+// What a look-up does: bits taken, values written, and where in the block, or behind it, one is
+// then.
 struct Step {
   int length = 0;
   int position = 0;

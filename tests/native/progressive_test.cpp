@@ -1,5 +1,5 @@
-// Images in several scans against hostile bytes; what is decoded from scans of every kind is checked in
-// tests/test_progressive.py.
+// Images in several scans against hostile bytes; what is decoded from scans of every kind is
+// checked in tests/test_progressive.py.
 #include "jpeg/progressive.h"
 
 #include <algorithm>
@@ -18,7 +18,8 @@ using imseq::JpegCoefficients;
 using imseq::JpegHeader;
 using imseq::JpegKind;
 
-// 18 x 11 pixels, 4:2:0, quality 60, a restart interval of 2, 10 scans; written by libjpeg-turbo 3.1.
+// 18 x 11 pixels, 4:2:0, quality 60, a restart interval of 2, 10 scans; written by libjpeg-turbo
+// 3.1.
 const Bytes kProgressive = {
     0xFF, 0xD8, 0xFF, 0xE0, 0x00, 0x10, 0x4A, 0x46, 0x49, 0x46, 0x00, 0x01, 0x01, 0x00, 0x00, 0x01,
     0x00, 0x01, 0x00, 0x00, 0xFF, 0xDB, 0x00, 0x43, 0x00, 0x0D, 0x09, 0x0A, 0x0B, 0x0A, 0x08, 0x0D,

@@ -1,10 +1,11 @@
-// FileReader against a disk that refuses: pread is replaced by one with bad sectors, short reads
-// and interrupts, and every request is written down. Bytes always come from a real file.
-#include "read/file_reader.h"
-
+// FileReader on a bad disk: pread is replaced by one with bad sectors, short reads and interrupts,
+// and every request is recorded. Bytes always come from a real file.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include "read/buffers.h"
+#include "read/file_reader.h"
 #if defined(__linux__)
 #include <linux/magic.h>
 #include <sys/vfs.h>
@@ -18,8 +19,8 @@
 #include <string>
 #include <vector>
 
-#include "imagenet_seq.h"
 #include "check.h"
+#include "imagenet_seq.h"
 
 namespace {
 
@@ -99,7 +100,7 @@ bool folder_has_direct() {
 #endif
 }
 
-// One read into memory of exactly the room it needs, so that sanitizers see a byte too many.
+// One read into memory of exactly the size it needs, so that sanitizers see an overrun.
 struct Result {
   int32_t status = IMSEQ_OK;
   imseq_error error = {};
@@ -318,6 +319,30 @@ void test_a_file_that_became_shorter_is_an_error() {
   }
 }
 
+// Offsets and lengths whose sum overflows, or comes near to it.
+void test_a_range_beyond_any_file_is_refused() {
+  FileReader reader(false, disk_pread);
+  CHECK(reader.open(folder + "/file", nullptr) == IMSEQ_OK);
+  const Buffer memory(kPageBytes);
+  const uint8_t* bytes = nullptr;
+  std::vector<BadRange> bad;
+  disk = {};
+  for (const int64_t large : {(int64_t{1} << 62) - 10, int64_t{1} << 62, INT64_MAX - 10}) {
+    imseq_error error = {};
+    CHECK(reader.check_range(large, 100, &error) == IMSEQ_ERROR_DATA);
+    CHECK(error.offset == kFileBytes && std::strstr(error.message, "truncated") != nullptr);
+    CHECK(reader.check_range(100, large, nullptr) == IMSEQ_ERROR_DATA);
+    CHECK(reader.check_range(large, large, nullptr) == IMSEQ_ERROR_DATA);
+    CHECK(reader.read(large, 100, memory.get(), &bytes, &bad, nullptr) == IMSEQ_ERROR_ARGUMENT);
+    CHECK(!reader.read_cached(large, 100, memory.get(), &bytes));
+  }
+  CHECK(reader.read(-1, 100, memory.get(), &bytes, &bad, nullptr) == IMSEQ_ERROR_ARGUMENT);
+  CHECK(disk.requests.empty());
+  CHECK(reader.check_range(kFileBytes - 10, 10, nullptr) == IMSEQ_OK);
+  CHECK(reader.check_range(kFileBytes - 10, 11, nullptr) == IMSEQ_ERROR_DATA);
+  CHECK(reader.check_range(kFileBytes + 1, 0, nullptr) == IMSEQ_ERROR_DATA);
+}
+
 void test_a_replaced_file_is_read_as_it_was_opened() {
   const std::string path = make_file("replaced", 500000);
   const std::string newer = folder + "/newer";
@@ -354,7 +379,7 @@ void test_look_up() {
   CHECK(size_bytes == kFileBytes && first_address >= -1);
   CHECK(imseq_look_up(second.c_str(), &size_bytes, &second_address, nullptr) == IMSEQ_OK);
   CHECK(size_bytes == 12345);
-  // Either the file system says where files lie, and then not at the same place, or it does not.
+  // If the file system tells addresses, they differ.
   CHECK((first_address == second_address) == (first_address == -1));
 #if defined(__linux__)
   struct statfs system;
@@ -415,6 +440,7 @@ int main() {
   test_a_dead_disk_is_given_up_soon();
   test_other_refusals_are_errors_at_once();
   test_a_file_that_became_shorter_is_an_error();
+  test_a_range_beyond_any_file_is_refused();
   test_a_replaced_file_is_read_as_it_was_opened();
   test_what_is_no_file();
   test_look_up();

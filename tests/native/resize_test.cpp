@@ -1,14 +1,14 @@
 // Resizer at every level this processor has, against the algorithm written down plainly: all
 // weights, both passes over the whole image, then the window cut out. Equality with Pillow itself
 // is what tests/test_decode.py checks.
-#include "resize/resizer.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
+
+#include "resize/resizer.h"
 
 namespace {
 

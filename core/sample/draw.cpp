@@ -1,25 +1,21 @@
-#include "sample/augment.h"
+#include "sample/draw.h"
 
 #include <bit>
 #include <cfloat>
 #include <cmath>
-
-#include "abi/status.h"
 
 namespace imseq {
 namespace {
 
 static_assert(FLT_EVAL_METHOD == 0, "draws need double arithmetic without excess precision");
 
-constexpr int32_t kMaxSide = 1 << 16;  // of an output, a resize or a crop given by a recipe
-constexpr int32_t kMaxResized =
-    1 << 24;                       // of an image between resize and crop; Pillow decides beyond
-constexpr double kMaxRatio = 1e9;  // keeps exp and log far from subnormals
+// Largest side after the resize; larger goes to Pillow.
+constexpr int32_t kMaxResized = 1 << 24;
 
 // ---- randomness ---------------------------------------------------------------------------------
 
-// What a stream of draws is for. A new augmentation takes a new number, so that it can't shift the
-// draws of another; numbers are never reused, or the same seed would mean other pixels.
+// Each augmentation draws from a stream of its own, so that a new one does not shift the draws of
+// the others. Numbers are never reused: the same seed would then give other pixels.
 enum class Purpose : uint64_t { kCrop = 0, kFlip = 1 };
 
 uint64_t multiply_high(uint64_t a, uint64_t b) {
@@ -31,10 +27,10 @@ uint64_t multiply_high(uint64_t a, uint64_t b) {
 }
 
 // Philox4x64-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011).
-// The stream of a purpose is, number by number, NumPy's
+// A stream equals NumPy's
 //   numpy.random.Philox(key=[seed, kStreamTag], counter=[0, sample, epoch, purpose])
-// (negative numbers as two's complement), so that anyone can recompute a crop; augment_test.py
-// does.
+// (negative numbers as two's complement), so that anyone can recompute a crop, as
+// test_augment.py does.
 class Draws {
  public:
   Draws(const imseq_key& key, Purpose purpose)
@@ -48,7 +44,7 @@ class Draws {
 
   double uniform(double low, double high) { return low + (high - low) * uniform(); }
 
-  // In [0, n); the bias, at most n / 2^64, is far below what any epoch could show.
+  // In [0, n). The bias, at most n / 2^64, is too small to be noticed.
   int32_t below(int32_t n) {
     return static_cast<int32_t>(multiply_high(bits(), static_cast<uint64_t>(n)));
   }
@@ -140,7 +136,7 @@ struct Box {
 };
 
 // torchvision 0.16 to 0.28, RandomResizedCrop.get_params, when ten tries have found no crop: the
-// central crop with the nearest ratio. May be empty for ratios that no crop of this image has.
+// central crop with the nearest ratio. Empty if no crop of this image has such a ratio.
 Box central_crop(const imseq_recipe& recipe, int32_t width, int32_t height) {
   const double ratio = static_cast<double>(width) / height;
   int32_t crop_width = width, crop_height = height;
@@ -152,8 +148,7 @@ Box central_crop(const imseq_recipe& recipe, int32_t width, int32_t height) {
   return {(height - crop_height) / 2, (width - crop_width) / 2, crop_height, crop_width};
 }
 
-// torchvision RandomResizedCrop.get_params: the same tries with the same distributions, our own
-// draws.
+// torchvision RandomResizedCrop.get_params: the same algorithm with our own random numbers.
 Box random_resized_crop(const imseq_recipe& recipe, const imseq_key& key, int32_t width,
                         int32_t height) {
   Draws draws(key, Purpose::kCrop);
@@ -228,87 +223,6 @@ void resize_box_to_output(const imseq_recipe& recipe, const Box& box, imseq_view
   view->resized_width = recipe.out_width;
 }
 
-// ---- checks -------------------------------------------------------------------------------------
-
-int32_t refuse(imseq_error* error, const char* field, const char* domain, double value) {
-  return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "recipe.%s must be %s, got %g", field, domain,
-              value);
-}
-
-struct Field {
-  const char* name;
-  int64_t value, lowest, highest;
-};
-
-int32_t check_ranges(const Field* fields, size_t num_fields, imseq_error* error) {
-  for (size_t i = 0; i < num_fields; ++i) {
-    const Field& field = fields[i];
-    if (field.value >= field.lowest && field.value <= field.highest) continue;
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                "recipe.%s must be between %lld and %lld, got %lld", field.name,
-                static_cast<long long>(field.lowest), static_cast<long long>(field.highest),
-                static_cast<long long>(field.value));
-  }
-  return IMSEQ_OK;
-}
-
-template <size_t N>
-int32_t check_ranges(const Field (&fields)[N], imseq_error* error) {
-  return check_ranges(fields, N, error);
-}
-
-// Comparisons are written so that NaN fails them.
-int32_t check_random_resized_crop(const imseq_recipe& recipe, imseq_error* error) {
-  if (!(recipe.scale_min >= 0.0)) {
-    return refuse(error, "scale_min", "at least 0", recipe.scale_min);
-  }
-  if (!(recipe.scale_max >= recipe.scale_min && recipe.scale_max <= DBL_MAX)) {
-    return refuse(error, "scale_max", "finite and at least scale_min", recipe.scale_max);
-  }
-  if (!(recipe.ratio_min >= 1.0 / kMaxRatio)) {
-    return refuse(error, "ratio_min", "at least 1e-9", recipe.ratio_min);
-  }
-  if (!(recipe.ratio_max >= recipe.ratio_min && recipe.ratio_max <= kMaxRatio)) {
-    return refuse(error, "ratio_max", "at least ratio_min and at most 1e9", recipe.ratio_max);
-  }
-  return IMSEQ_OK;
-}
-
-int32_t check_resize_crop(const imseq_recipe& recipe, imseq_error* error) {
-  const int32_t status = check_ranges(
-      {{"resize_height", recipe.resize_height, 0, kMaxSide},
-       {"resize_width", recipe.resize_width, 0, recipe.resize_height == 0 ? 0 : kMaxSide},
-       {"resize_max", recipe.resize_max, 0,
-        recipe.resize_height == 0 || recipe.resize_width != 0 ? 0 : kMaxSide},
-       {"crop_height", recipe.crop_height, 0, kMaxSide},
-       {"crop_width", recipe.crop_width, 0, kMaxSide},
-       {"center_rule", recipe.center_rule, IMSEQ_CENTER_ROUND, IMSEQ_CENTER_FLOOR}},
-      error);
-  if (status != IMSEQ_OK) return status;
-  if (recipe.resize_max != 0 && recipe.resize_max <= recipe.resize_height) {
-    return refuse(error, "resize_max", "0 or more than resize_height", recipe.resize_max);
-  }
-  if ((recipe.crop_height == 0) != (recipe.crop_width == 0)) {
-    return refuse(error, "crop_width", "zero exactly when crop_height is", recipe.crop_width);
-  }
-  if (recipe.crop_height != 0 && recipe.crop_height != recipe.out_height) {
-    return refuse(error, "crop_height", "0 or equal to out_height", recipe.crop_height);
-  }
-  if (recipe.crop_width != 0 && recipe.crop_width != recipe.out_width) {
-    return refuse(error, "crop_width", "0 or equal to out_width", recipe.crop_width);
-  }
-  return IMSEQ_OK;
-}
-
-int32_t check_fixed_crop(const imseq_recipe& recipe, imseq_error* error) {
-  return check_ranges({{"fixed_top", recipe.fixed_top, 0, INT32_MAX},
-                       {"fixed_left", recipe.fixed_left, 0, INT32_MAX},
-                       {"fixed_height", recipe.fixed_height, 1, INT32_MAX},
-                       {"fixed_width", recipe.fixed_width, 1, INT32_MAX},
-                       {"fixed_flip", recipe.fixed_flip, 0, 1}},
-                      error);
-}
-
 }  // namespace
 
 int32_t draw_view(const imseq_recipe& recipe, const imseq_key& key, int32_t width, int32_t height,
@@ -334,32 +248,6 @@ int32_t draw_view(const imseq_recipe& recipe, const imseq_key& key, int32_t widt
   }
   view->flip = Draws(key, Purpose::kFlip).uniform() < recipe.flip_probability ? 1 : 0;
   return IMSEQ_OK;
-}
-
-int32_t check_recipe(const imseq_recipe& recipe, imseq_error* error) {
-  const int32_t status = check_ranges(
-      {{"geometry", recipe.geometry, IMSEQ_GEOMETRY_RANDOM_RESIZED_CROP, IMSEQ_GEOMETRY_FIXED_CROP},
-       {"out_height", recipe.out_height, 1, kMaxSide},
-       {"out_width", recipe.out_width, 1, kMaxSide},
-       {"filter", recipe.filter, IMSEQ_FILTER_BOX, IMSEQ_FILTER_BICUBIC},
-       {"passes", recipe.passes, IMSEQ_PASSES_HORIZONTAL_FIRST, IMSEQ_PASSES_PILLOW_13},
-       {"dtype", recipe.dtype, IMSEQ_UINT8, IMSEQ_BFLOAT16},
-       {"layout", recipe.layout, IMSEQ_CHW, IMSEQ_HWC},
-       {"strict", recipe.strict, 0, 1},
-       {"max_pixels", recipe.max_pixels, 0, INT64_MAX}},
-      error);
-  if (status != IMSEQ_OK) return status;
-  if (!(recipe.flip_probability >= 0.0 && recipe.flip_probability <= 1.0)) {
-    return refuse(error, "flip_probability", "between 0 and 1", recipe.flip_probability);
-  }
-  if ((recipe.table == nullptr) != (recipe.dtype == IMSEQ_UINT8)) {
-    return refuse(error, "table", "NULL exactly for dtype 0 (uint8); this dtype is", recipe.dtype);
-  }
-  if (recipe.geometry == IMSEQ_GEOMETRY_RANDOM_RESIZED_CROP) {
-    return check_random_resized_crop(recipe, error);
-  }
-  if (recipe.geometry == IMSEQ_GEOMETRY_RESIZE_CROP) return check_resize_crop(recipe, error);
-  return check_fixed_crop(recipe, error);
 }
 
 }  // namespace imseq

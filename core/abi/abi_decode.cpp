@@ -1,21 +1,18 @@
-// The C functions that need no engine and no transcoder.
-#include <fcntl.h>
-
-#include <cerrno>
+// The C functions that describe the build, decode single images, or look at files.
 #include <cstring>
+#include <exception>
 #include <memory>
-#include <new>
 #include <string>
 
-#include "sample/augment.h"
+#include "abi/status.h"
 #include "cpu/cpu.h"
-#include "read/crc32c.h"
-#include "sample/decode.h"
 #include "imagenet_seq.h"
 #include "jpeg/header.h"
 #include "read/kept.h"
-#include "read/file_reader.h"
-#include "abi/status.h"
+#include "read/place.h"
+#include "sample/decode.h"
+#include "sample/draw.h"
+#include "sample/recipe.h"
 
 namespace imseq {
 
@@ -35,45 +32,10 @@ namespace {
 #define IMSEQ_ARCHITECTURE "another architecture"
 #endif
 
-void describe(const JpegHeader& header, JpegKind kind, imseq_header* out) {
-  *out = imseq_header{};
-  out->width = header.width;
-  out->height = header.height;
-  out->num_components = header.num_components;
-  for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
-    out->h_sampling[c] = header.components[c].h_sampling;
-    out->v_sampling[c] = header.components[c].v_sampling;
-  }
-  out->restart_interval = header.restart_interval;
-  out->progressive = header.frame_marker == 0xC2 ? 1 : 0;
-  out->supported = kind == JpegKind::kBaseline ? 1 : 0;
-  out->entropy_offset = static_cast<int64_t>(header.entropy_offset);
-}
-
-int32_t is_null(imseq_error* error, const char* function) {
-  return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "%s: expected pointers, got NULL", function);
-}
-
-int32_t out_of_memory(imseq_error* error, const char* function) {
-  return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "%s: no memory", function);
-}
-
-// A decoder keeps scratch memory from sample to sample; one a thread makes single calls cheap too.
+// One per thread: a decoder keeps its scratch memory, so single calls are cheap too.
 SampleDecoder& decoder_of_thread() {
   static thread_local const auto decoder = std::make_unique<SampleDecoder>();
   return *decoder;
-}
-
-// 0, or what the system refuses with. Systems and file systems that can't do it are not asked for
-// more: it makes reading faster, nothing depends on it.
-int set_aside([[maybe_unused]] int fd, [[maybe_unused]] int64_t size_bytes) {
-#if defined(__linux__)
-  while (::fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size_bytes) != 0) {
-    if (errno == EOPNOTSUPP || errno == ENOSYS) return 0;
-    if (errno != EINTR) return errno;
-  }
-#endif
-  return 0;
 }
 
 }  // namespace
@@ -88,7 +50,7 @@ const char* imseq_build_info(void) {
 
 const char* imseq_cpu(void) { return imseq::cpu_level_name(imseq::cpu_level()); }
 
-int32_t imseq_use_cpu(const char* level, imseq_error* error) {
+int32_t imseq_use_cpu(const char* level, imseq_error* error) try {
   using imseq::CpuLevel;
   if (level == nullptr) return imseq::is_null(error, "imseq_use_cpu");
   std::string supported;
@@ -105,6 +67,8 @@ int32_t imseq_use_cpu(const char* level, imseq_error* error) {
   return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
                      "kernels '%s': expected one that this processor has (%s)", level,
                      supported.c_str());
+} catch (const std::exception&) {
+  return imseq::out_of_memory(error, "imseq_use_cpu");
 }
 
 int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
@@ -113,9 +77,9 @@ int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
   imseq::JpegHeader header;
   const imseq::JpegKind kind = imseq::parse_jpeg(bytes, size, &header);
   if (kind == imseq::JpegKind::kDamaged) return IMSEQ_FOREIGN;
-  imseq::describe(header, kind, out);
+  imseq::describe(header, kind == imseq::JpegKind::kBaseline, out);
   return IMSEQ_OK;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_read_header");
 }
 
@@ -139,7 +103,7 @@ int32_t imseq_decode(const imseq_recipe* recipe, const imseq_key* key, const uin
   const int32_t error_status =
       imseq::decoder_of_thread().decode(*recipe, &sample, 1, nullptr, error);
   return error_status < 0 ? error_status : sample.status;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_decode");
 }
 
@@ -159,7 +123,7 @@ int32_t imseq_decode_group(const imseq_recipe* recipe, imseq_sample* samples, in
   const int32_t status = imseq::check_recipe(*recipe, error);
   if (status != IMSEQ_OK) return status;
   return imseq::decoder_of_thread().decode(*recipe, samples, num_samples, times, error);
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_decode_group");
 }
 
@@ -171,12 +135,8 @@ int32_t imseq_apply(const imseq_recipe* recipe, const imseq_key* key, const uint
   const int32_t status = imseq::check_recipe(*recipe, error);
   if (status != IMSEQ_OK) return status;
   return imseq::decoder_of_thread().apply(*recipe, *key, pixels, width, height, row, error);
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_apply");
-}
-
-uint32_t imseq_crc32c(uint32_t crc, const uint8_t* bytes, size_t size) {
-  return imseq::crc32c(crc, bytes, size);
 }
 
 int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
@@ -189,20 +149,8 @@ int32_t imseq_look_up(const char* path, int64_t* size_bytes, int64_t* address,
   *size_bytes = place.size_bytes;
   *address = place.address;
   return status;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return imseq::out_of_memory(error, "imseq_look_up");
-}
-
-int32_t imseq_preallocate(int32_t fd, int64_t size_bytes, imseq_error* error) {
-  if (size_bytes < 0) {
-    return imseq::fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                       "size_bytes: expected 0 or more, got %lld",
-                       static_cast<long long>(size_bytes));
-  }
-  const int os_errno = size_bytes == 0 ? 0 : imseq::set_aside(fd, size_bytes);
-  if (os_errno == 0) return IMSEQ_OK;
-  return imseq::fail(error, IMSEQ_ERROR_READ, -1, -1, os_errno, "cannot set aside %lld bytes",
-                     static_cast<long long>(size_bytes));
 }
 
 int64_t imseq_kept_table_bytes(int64_t num_keys) {

@@ -1,0 +1,7 @@
+#include "jpeg/colour_loop.h"
+
+namespace imseq {
+
+const ColourKernels kColourNeon = kVectorKernels;
+
+}  // namespace imseq

@@ -1,0 +1,49 @@
+// Writes the marker segments of a re-coded image. docs/format.md, "Canonical form", defines them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "jpeg/header.h"
+#include "pack/huffman.h"
+
+namespace imseq {
+
+// Collects marker segments.
+class HeaderWriter {
+ public:
+  void marker(uint8_t code) { bytes_.insert(bytes_.end(), {0xFF, code}); }
+  void segment(uint8_t code, const std::vector<uint8_t>& payload) {
+    marker(code);
+    const size_t size = payload.size() + 2;
+    bytes_.insert(bytes_.end(), {static_cast<uint8_t>(size >> 8), static_cast<uint8_t>(size)});
+    bytes_.insert(bytes_.end(), payload.begin(), payload.end());
+  }
+  void append(const HeaderWriter& other) {
+    bytes_.insert(bytes_.end(), other.bytes_.begin(), other.bytes_.end());
+  }
+  [[nodiscard]] const std::vector<uint8_t>& bytes() const { return bytes_; }
+
+ private:
+  std::vector<uint8_t> bytes_;
+};
+
+// Copies the metadata segments in their order; strip: only those that affect how the image looks.
+// False: there is one that would be wrong for the re-coded image.
+[[nodiscard]] bool write_metadata(const JpegHeader& header, const uint8_t* bytes, bool strip,
+                                  HeaderWriter* writer);
+
+// Writes everything before the scan header, except the intervals' sizes. False: as of
+// write_metadata.
+[[nodiscard]] bool write_head(const JpegHeader& header, const uint8_t* bytes, bool strip,
+                              int32_t restart_interval, const HuffmanCodes& codes,
+                              HeaderWriter* writer);
+void write_scan_header(const JpegHeader& header, HeaderWriter* writer);
+
+// The APP9 segment with the bytes that each restart interval takes, its marker included; and its
+// own size, 0 where there are too many intervals for a segment.
+[[nodiscard]] size_t interval_sizes_bytes(size_t num_intervals);
+void write_interval_sizes(const std::vector<size_t>& sizes, HeaderWriter* writer);
+
+}  // namespace imseq
