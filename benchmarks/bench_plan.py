@@ -1,11 +1,11 @@
-"""Open and plan a made-up index of 1.28 and 14 million samples: time and memory.
+"""Measure time and memory to open and plan a synthetic index of 1.28 and 14 million samples.
 
     python benchmarks/bench_plan.py [--samples 1281167] [--samples 14197122] [--keep FOLDER]
 
 Each row is measured in a fresh process on an index file in the page cache, imports not counted; the
-plan is that of rank 0. `CPU s` is what open and plan take where nothing else runs. `peak` is the
+plan is that of rank 0. `CPU s` is the time of open and plan if nothing else runs. `peak` is the
 growth of the resident set, mapped pages of the index included, which processes share; `plan` the
-arrays of the plan. Exits with status 1 where open and plan together take longer than promised.
+arrays of the plan. Exits with status 1 if open and plan together take longer than promised.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def made_up_index(kind: str, num_samples: int) -> Index:
 
 
 def peak_resident_bytes() -> int:
-    """Most memory this process has had; unlike ru_maxrss not inherited from its parent."""
+    """Return this process's peak memory; ru_maxrss would be inherited from its parent."""
     with open("/proc/self/status") as status:
         (line,) = (line for line in status if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
