@@ -3,10 +3,11 @@
     python benchmarks/bench_decode.py [DIR] [--images 500] [--rounds 7] [--crop 128 160 192]
                                       [--group N] [--json OUT]
 
-DIR is an ImageFolder (default: the sample photos). Its photos are decoded from memory as they are,
-from packs of them with the default and the other `--tables`, and from a pack of smaller copies
-(`--max-side 500 --quality 90`); by every set of kernels that this processor has; as the standard
-training (RandomResizedCrop(224), flip) and validation (Resize(256), CenterCrop(224)) transforms.
+DIR is an ImageFolder (default: train/ of $IMAGENET_SEQ_SAMPLE). Its photos are decoded from memory
+as they are, from packs of them with the default and the other `--tables`, and from a pack of
+smaller copies (`--max-side 500 --quality 90`); by every set of kernels that this processor has; as
+the standard training (RandomResizedCrop(224), flip) and validation (Resize(256), CenterCrop(224))
+transforms.
 
 The baseline, for uint8: `Image.open(BytesIO(b)).convert("RGB")`, crop, `resize(BILINEAR)`, flip,
 `np.asarray`, which is the cheapest way to the bytes (PILToTensor adds to it), and neither draws the
@@ -77,7 +78,7 @@ class Work(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How the core does it."""
+    """One way of decoding in the core."""
 
     source: str
     level: str
@@ -107,7 +108,7 @@ def pillow_image(data: bytes, view: native.View, size: int) -> Image.Image:
 
 
 def make_converter(dtype: str) -> Any:
-    """Return what turns a PIL image into an array or tensor."""
+    """Return a function from a PIL image to an array or tensor."""
     if dtype == "uint8":
         return np.asarray
     members = import_torchvision().transforms
@@ -161,7 +162,7 @@ def pack_options() -> dict[str, tuple[str, ...]]:
     return packs
 
 
-def prepare_sources(folder: Path, num_images: int) -> dict[str, list[Encoded]]:
+def prepare_sources(folder: Path | None, num_images: int) -> dict[str, list[Encoded]]:
     """Read the photos and packs of them into memory; equal packs are measured once."""
     with tempfile.TemporaryDirectory(prefix="bench-decode-") as temporary:
         linked = photos.link_photos(folder, num_images, Path(temporary, "train"))
@@ -192,7 +193,7 @@ def sampling_class(data: bytes) -> str:
 
 
 def keep_decodable(sources: dict[str, list[Encoded]]) -> dict[str, list[Encoded]]:
-    """Leave out the photos that the core leaves to Pillow from any source."""
+    """Leave out photos that Pillow decodes in any of the sources."""
     python_blocks = set()
     for samples in sources.values():
         outputs = Kernel(Work("train").recipe(), samples).outputs()
@@ -228,7 +229,7 @@ class Measurement:
         return [baseline / seconds for baseline, seconds in pairs]
 
     def describe(self) -> dict[str, Any]:
-        """Return what the results keep."""
+        """Return the part that the results file has."""
         return {
             "images": self.num_images,
             "ns_per_image": round(self.ns_per_image),
@@ -286,7 +287,7 @@ def measure(
 def measure_stages(
     work: Work, samples: Sequence[Encoded], way: Way, ns_per_image: float
 ) -> dict[str, int]:
-    """Divide the time of an image among the stages, as the core's counters share it.
+    """Divide the time of an image among the stages, in proportion to the core's counters.
 
     They count time on the clock, so each stage's is the median of several passes.
     """

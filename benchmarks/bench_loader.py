@@ -3,11 +3,11 @@
     python benchmarks/bench_loader.py [DIR] [--images 4000] [--rounds 7] [--cores 2] [--json OUT]
     python benchmarks/bench_loader.py [DIR] --source KIND[,KIND...]|all [--made CACHE] ...
 
-DIR is an ImageFolder (default: the sample photos); its photos are packed under several names, up to
---images. The Loader reads that pack, which is in the page cache, in batches of 256; the kernel
-alone decodes the same samples with the same crops from memory, in the groups that the engine forms,
-into the rows of one batch in turn. They take turns, an epoch each, after one that warms up and
-shows that both give the same sum of pixels.
+DIR is an ImageFolder (default: train/ of $IMAGENET_SEQ_SAMPLE); its photos are packed under several
+names, up to --images. The Loader reads that pack, which is in the page cache, in batches of 256;
+the kernel alone decodes the same samples with the same crops from memory, in the groups that the
+engine forms, into the rows of one batch in turn. They take turns, an epoch each, after one that
+warms up and shows that both give the same sum of pixels.
 
 One core: both in a process pinned to it. Several cores: the Loader with as many threads, in turns
 with as many processes of the kernel at once, each pinned to a core of its own.
@@ -74,7 +74,7 @@ class SourceCase(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What an epoch took."""
+    """The cost of an epoch."""
 
     images_per_second: float
     cpu_seconds_per_1000: float
@@ -118,7 +118,7 @@ def run_kernel(dtype: str, samples: Sequence[Encoded], epoch: int) -> Cost:
 
 
 def verify(case: Case, loader: Loader, samples: Sequence[Encoded]) -> None:
-    """Compare the sums of all pixels of epoch 0 in an arithmetic that knows no order."""
+    """Compare the sums of all pixels of epoch 0, as integers, so that order does not matter."""
     loader.set_epoch(0)
     unit = np.uint8 if case.dtype == "uint8" else np.uint32  # the bits of a float
     ours = sum(int(images.numpy().view(unit).sum(dtype=np.uint64)) for images, _ in loader)
@@ -172,7 +172,7 @@ class Workers:
 
 
 def work(case: Case, core: int) -> None:
-    """Be one of the processes: decode an epoch for every line of standard input."""
+    """Decode an epoch for every line of standard input, as one of the processes."""
     results.pin_to([core])
     samples = read_pack(case.pack)
     print(json.dumps("ready"), flush=True)
@@ -184,7 +184,7 @@ def work(case: Case, core: int) -> None:
 
 
 class Ratios(NamedTuple):
-    """How ours went beside the other, over rounds of both: median, least, greatest; of CPU."""
+    """Ratio of the two over rounds: median, least, greatest; and the median for CPU time."""
 
     ratio: float
     ratio_least: float
@@ -211,7 +211,7 @@ class Comparison:
     kernel: list[Cost] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the results keep."""
+        """Return the part that the results file has."""
         return {
             "loader": median_rate(self.loader),
             "kernel": median_rate(self.kernel),
@@ -293,7 +293,7 @@ def measure_source(case: SourceCase) -> dict[str, Any]:
         "forecast": False,
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a sorted source is block-shuffled is what we ask for
+        warnings.simplefilter("ignore")  # of a block shuffle of a sorted source: it is meant here
         shuffle = "block" if case.split == "train" else False
         ours = Loader(source, case.split, shuffle=shuffle, **options)
         other = Loader(folder, case.split, **options)

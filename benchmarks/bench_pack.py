@@ -2,10 +2,10 @@
 
     python benchmarks/bench_pack.py [DIR] [--images 4000] [--repeats 3] [--tables image]
 
-DIR is an ImageFolder (default: the sample photos); photos are repeated through links up to
---images. Each repeat packs into a fresh temporary folder with one worker; images/s is per second of
-CPU time of the whole process: reading, checksums and writing included, and choosing tables, for
-which 512 images are decoded once more. The files are in the page cache.
+DIR is an ImageFolder (default: train/ of $IMAGENET_SEQ_SAMPLE); links repeat photos up to --images.
+Each repeat packs into a fresh temporary folder with one worker; images/s is per second of CPU time
+of the whole process: reading, checksums and writing included, and choosing tables, for which 512
+images are decoded once more. The files are in the page cache.
 """
 
 from __future__ import annotations

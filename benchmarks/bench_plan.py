@@ -1,11 +1,11 @@
-"""Open and plan a made-up index of 1.28 and 14 million samples: time and memory.
+"""Measure time and memory to open and plan a synthetic index of 1.28 and 14 million samples.
 
     python benchmarks/bench_plan.py [--samples 1281167] [--samples 14197122] [--keep FOLDER]
 
 Each row is measured in a fresh process on an index file in the page cache, imports not counted; the
-plan is that of rank 0. `CPU s` is what open and plan take where nothing else runs. `peak` is the
+plan is that of rank 0. `CPU s` is the time of open and plan if nothing else runs. `peak` is the
 growth of the resident set, mapped pages of the index included, which processes share; `plan` the
-arrays of the plan. Exits with status 1 where open and plan together take longer than promised.
+arrays of the plan. Exits with status 1 if open and plan together take longer than promised.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from imagenet_seq.index.columns import Index, Names
-from imagenet_seq.plan import epoch as plan
+from imagenet_seq.plan.epoch import peak_block_bytes, rank_plan
+from imagenet_seq.plan.order import Order
 
 IMAGENET_1K, IMAGENET_21K = 1_281_167, 14_197_122
 LIMIT_S = {IMAGENET_1K: 1.0, IMAGENET_21K: 8.0}
@@ -72,7 +73,7 @@ def made_up_index(kind: str, num_samples: int) -> Index:
 
 
 def peak_resident_bytes() -> int:
-    """Most memory this process has had; unlike ru_maxrss not inherited from its parent."""
+    """Return this process's peak memory; ru_maxrss would be inherited from its parent."""
     with open("/proc/self/status") as status:
         (line,) = (line for line in status if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
@@ -84,8 +85,8 @@ def measure(path: str, shuffle: str, world_size: int) -> dict[str, Any]:
     start, start_cpu = time.perf_counter(), time.process_time()
     index = Index.open(path)
     opened = time.perf_counter()
-    order = plan.Order(shuffle, num_streams=world_size)
-    planned = plan.rank_plan(index, order, 0, batch_size=256, world_size=world_size)
+    order = Order(shuffle, num_streams=world_size)
+    planned = rank_plan(index, order, 0, batch_size=256, world_size=world_size)
     end = time.perf_counter()
     end_cpu = time.process_time()
     peak = peak_resident_bytes() - before
@@ -98,7 +99,7 @@ def measure(path: str, shuffle: str, world_size: int) -> dict[str, Any]:
         "cpu_s": end_cpu - start_cpu,
         "peak_bytes": peak,
         "plan_bytes": sum(array.nbytes for array in arrays.values() if array.flags.owndata),
-        "live_block_bytes": plan.peak_block_bytes(planned, unknown_bytes=MEAN_BYTES),
+        "live_block_bytes": peak_block_bytes(planned, unknown_bytes=MEAN_BYTES),
     }
 
 

@@ -1,14 +1,14 @@
-"""Measure reading from a hard disk: ours beside the disk's sequential rate, and beside two peers.
+"""Measure reading from a hard disk, against its sequential rate and two other loaders.
 
     python benchmarks/bench_read.py DIR [--ranks 1 4 8] [--limit 4GB] [--ram 48GB] [--json OUT]
     python benchmarks/bench_read.py DIR --spindle PROGRAM [--spindle-options="--ncq=32"]
     python benchmarks/bench_read.py --spindle PROGRAM [--cases bytes decoded ...] [--json OUT]
 
-The first reads a pack or an ImageFolder on the disk it lies on: as bytes and decoded, with nothing
-kept in memory and, if asked for, with --ram, each from cold caches, by as many ranks as asked for.
-The sequential rate is measured just before, on the same disk, with O_DIRECT, on the largest file of
-DIR or on --sequential FILE. Cold: the pages of DIR's files are dropped; with --drop-caches, as
-root, all that the system keeps in memory, also names and inodes.
+The first reads a pack or an ImageFolder on its own disk: as bytes and decoded, with nothing kept in
+memory and, with --ram, with that much kept, each from cold caches and by each number of ranks. The
+sequential rate is measured just before, on the same disk, with O_DIRECT, on the largest file of DIR
+or on --sequential FILE. Cold means that the pages of DIR's files are dropped; with --drop-caches,
+as root, all of the system's caches, names and inodes included.
 
 The second does the same with DIR (in memory: in tmpfs) as the backing of spindle, a FUSE model of
 one disk. The third makes its data in tmpfs and measures every case of docs/hard-disk.md:
@@ -23,9 +23,9 @@ one disk. The third makes its data in tmpfs and measures every case of docs/hard
     sources     --images photos as WebDataset shards, as LMDB and as the official tar, each read by
                 our Loader: the pass that indexes it, then three epochs decoded
 
-Every run begins with cold caches, in fresh processes that begin together; times begin when the disk
-is first asked. A run in which late answers of the model may have taken a hundredth of the time is
-void, and repeated once.
+Every run begins with cold caches, in fresh processes that start together; times begin with the
+first request. A run is void, and repeated once, if late answers of the model may have taken a
+hundredth of its time.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What was measured of one or several data sets."""
+    """Results for one or several data sets."""
 
     rows: list[dict[str, Any]]
     sequential_mb_per_s: list[float]
@@ -130,7 +130,7 @@ class Rank:
 
 
 def run_ranks(disk: Disk, tasks: Sequence[Task]) -> tuple[list[Reading], list[Counters]]:
-    """Run the tasks at once; return what they saw and what the disk did meanwhile."""
+    """Run the tasks at once; return their results and the disk's counters meanwhile."""
     with contextlib.ExitStack() as stack:
         ranks = [Rank(task) for task in tasks]
         for rank in ranks:
@@ -166,7 +166,7 @@ def is_ours(case: Case) -> bool:
 
 
 def measure(disk: Disk, case: Case) -> dict[str, Any]:
-    """Make a run from cold caches; one that the model spoiled is made once more."""
+    """Make a run from cold caches, and once more if the model was too slow."""
     for _ in range(2):
         with disk.cold(case.readahead_kb) as folder:
             readings, seen = run_ranks(disk, tasks_of(case, folder))
@@ -181,7 +181,7 @@ def measure(disk: Disk, case: Case) -> dict[str, Any]:
 
 
 def describe(case: Case, readings: Sequence[Reading], seen: Sequence[Counters]) -> dict[str, Any]:
-    """Return what the results keep of a run."""
+    """Return the part of a run that the results file has."""
     begin = first_request(seen) or min(reading.begin for reading in readings)
     end = min(reading.batches[-1].seconds for reading in readings)
     paces = [pace(case, reading, begin) for reading in readings]
@@ -233,7 +233,7 @@ def disk_rates(seen: Sequence[Counters], begin: float, end: float) -> dict[str, 
 
 
 class Pace(NamedTuple):
-    """How fast a rank was given images in the steady state."""
+    """Images a second that a rank got in the steady state."""
 
     images_per_s: float
     mb_per_s: float  # of their encoded bytes
@@ -313,7 +313,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def batches_of(size: int) -> int:
-    """Return how many batches of all ranks together have so many bytes."""
+    """Return how many batches, over all ranks, have this many bytes."""
     return size // MEAN_BYTES // GLOBAL_BATCH
 
 
@@ -516,7 +516,7 @@ def stretch_of(size: int) -> str:
     return f"--stretch={max(1.0, IMAGENET_BYTES / size):.3f}"
 
 
-def copy_photos(source: Path, folder: Path) -> list[Path]:
+def copy_photos(source: Path | None, folder: Path) -> list[Path]:
     """Copy photos, so that names in the same file system can be linked to them."""
     folder.mkdir()
     return [

@@ -1,4 +1,4 @@
-"""Measure shuffles, ours and others, of a made-up ImageNet: the tables of docs/shuffle.md.
+"""Measure our shuffles and others on a synthetic ImageNet: the tables of docs/shuffle.md.
 
     python benchmarks/bench_shuffle.py [--samples 1281167] [--seeds 40]
 
@@ -20,7 +20,7 @@ import torch
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.mixing import IntArray, label_runs
 from imagenet_seq.pack.plan import place_hashes
-from imagenet_seq.plan import epoch as plan
+from imagenet_seq.plan import order as plan
 from imagenet_seq.plan import quality as shuffle
 
 IMAGENET_SAMPLES = 1_281_167
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     index: Index
     epoch_order: Callable[[int], IntArray]
     order: plan.Order | None = None  # of this project's loader
-    moves: IntArray | None = None  # of every sample: what it moves with as a whole
+    moves: IntArray | None = None  # of every sample; its samples move together
 
 
 def class_sizes(num_samples: int) -> IntArray:
@@ -78,10 +78,10 @@ def made_up_index(num_samples: int, *, permuted: bool) -> Index:
 
 
 def buffered(samples: IntArray, buffer_size: int, rng: np.random.Generator) -> IntArray:
-    """Shuffle as a shuffle buffer does: a random sample of it goes out, the next one comes in.
+    """Shuffle with a buffer: a random sample of it is delivered, and the next one takes its place.
 
-    As tf.data.Dataset.shuffle defines it, and close to webdataset's `shuffle`, which also gives out
-    samples while its buffer is filled.
+    As tf.data.Dataset.shuffle defines it, and close to webdataset's `shuffle`, which also delivers
+    samples while its buffer fills.
     """
     buffer, rest = samples[:buffer_size].tolist(), samples[buffer_size:].tolist()
     slots = rng.integers(len(buffer), size=len(rest)).tolist()
@@ -93,7 +93,7 @@ def buffered(samples: IntArray, buffer_size: int, rng: np.random.Generator) -> I
 
 
 def rows(packed: Index, by_class: Index) -> list[Row]:
-    """All ways that are compared."""
+    """Return all shuffles to compare."""
     num_samples, num_shards = len(by_class), len(by_class.files)
 
     def torch_order(epoch: int) -> IntArray:
@@ -153,7 +153,7 @@ COLUMNS = (
 
 
 def measured(row: Row) -> list[str]:
-    """Measure one way; the cells of its row."""
+    """Measure one shuffle; return the cells of its row."""
     first, second = map(row.epoch_order, EPOCHS)
     begins = plan.batch_begins(len(first), BATCH_SIZE, 1)
     assert row.index.label is not None
@@ -185,7 +185,7 @@ def measured(row: Row) -> list[str]:
 
 
 def p_cell(p: float) -> str:
-    """Show a p, or that it says "different"."""
+    """Format a p; mark one that means "different"."""
     return f"{p:.2f}" if p >= 0.01 else f"{p:.3f}" if p >= shuffle.ALPHA else "**< 0.001**"
 
 
@@ -202,7 +202,7 @@ POOLS = ((16, 1, 256), (64, 1, 256), (256, 1, 256), (1024, 1, 256), (64, 8, 32),
 
 
 def measured_pool(index: Index, num_blocks: int, num_ranks: int, batch_size: int) -> list[str]:
-    """Measure how block mates meet with pools of this size; the cells of its row."""
+    """Measure how often block mates meet with pools of this size; return the cells of the row."""
     order = plan.Order("block", shuffle_blocks=num_blocks, num_streams=num_ranks)
     mates = shuffle.measure(index, order, batch_size).block_mates
     assert mates is not None

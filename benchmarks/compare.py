@@ -4,18 +4,18 @@
                                  [--python dali=/path/to/python] [--json OUT]
 
 The work: RandomResizedCrop(224) and a random flip of every photo of DIR (an ImageFolder; default:
-the sample photos, repeated through links up to --images), shuffled, to uint8 or to normalised
-float32, in batches of 256, from the page cache. Every loader is a script in benchmarks/peers/,
-which says how it does it; one that is not installed is skipped.
+train/ of $IMAGENET_SEQ_SAMPLE; links repeat photos up to --images), shuffled, to uint8 or to
+normalised float32, in batches of 256, from the page cache. Every loader is a script in
+benchmarks/peers/, which says how it does it; one that is not installed is skipped.
 
-Loaders take turns, each measurement in a fresh process that is bound to the first core, or uses all
+Loaders take turns. Each measurement runs in a fresh process, bound to the first core, or on all
 cores with a thread (torchvision: a worker) for each. A first epoch warms up: `first batch` is the
-time to its first batch, without imports. CPU seconds and memory (the sum of each process's most)
+time to its first batch, without imports. CPU seconds and memory (the sum of each process's peak)
 are those of the process and its workers.
 
 Pixels: Resize(256) and CenterCrop(224) of up to 64 of the photos, compared with Pillow's: `exact`,
-or the mean and the greatest difference. Photos whose center lies between two pixels, where
-every loader rounds in its own way, come last.
+or the mean and the greatest difference. Photos whose center lies between two pixels are chosen
+last, because every loader rounds in its own way there.
 
 Other loaders may need a Python of their own: --python NAME=PATH or the environment variable
 IMAGENET_SEQ_PEER_PYTHON_NAME (such as ..._DALI).
@@ -65,7 +65,7 @@ def python_of(peer: str, args: argparse.Namespace) -> str:
 
 
 def run_peer(peer: str, mode: str, task: Task, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one mode of a peer's script in a fresh process; its output is shown where it fails."""
+    """Run one mode of a peer's script in a fresh process; show its output if it fails."""
     command = [python_of(peer, args), "-m", f"peers.{peer}", mode, json.dumps(task)]
     run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     if run.returncode != 0:
@@ -78,7 +78,7 @@ def run_peer(peer: str, mode: str, task: Task, args: argparse.Namespace) -> dict
 
 
 def pillow_validation(path: str) -> np.ndarray:
-    """Return what torchvision's Resize and CenterCrop make of a file with Pillow."""
+    """Return the pixels that torchvision's Resize and CenterCrop give with Pillow."""
     image = Image.open(path).convert("RGB")
     short, long = sorted(image.size)
     scaled = (RESIZE, int(RESIZE * long / short))
@@ -88,8 +88,8 @@ def pillow_validation(path: str) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + CROP, top + CROP)))
 
 
-def link_centred(folder: Path, destination: Path) -> Path:
-    """Make an ImageFolder of photos whose center is a whole pixel, as far as there are such."""
+def link_centred(folder: Path | None, destination: Path) -> Path:
+    """Make an ImageFolder of photos, those first whose center is a whole pixel."""
     found = photos.find_photos(folder)
     chosen = sorted(found[:: max(1, len(found) // (4 * NUM_VAL_IMAGES))], key=is_off_center)
     for photo in chosen[:NUM_VAL_IMAGES]:
@@ -119,7 +119,7 @@ def compare_pixels(peer: str, task: Task, args: argparse.Namespace) -> dict[str,
 
 
 def prepare(peers: Sequence[str], task: Task, args: argparse.Namespace) -> dict[str, Any]:
-    """Find out who is there, let each make its files and compare its pixels."""
+    """Let each installed peer make its files, and compare its pixels."""
     found = {}
     for peer in peers:
         about = run_peer(peer, "prepare", task, args)

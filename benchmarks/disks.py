@@ -1,7 +1,7 @@
 """The disk that a benchmark reads from: a real one, or spindle's model of one (a FUSE file system).
 
-Both give a folder with nothing of it in memory (`cold`), count what the disk reads, and measure the
-rate at which it reads one file from one end to the other.
+Both give a folder with cold caches (`cold`), count what the disk reads, and measure the sequential
+rate of one file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_LATE, MOST_LATE_SHARE = 5, 0.01  # replies of the model; of a run's time, w
 
 
 class Counters(NamedTuple):
-    """What the disk has done, and when this was looked up."""
+    """The disk's counters, and when they were read."""
 
     seconds: float  # of time.monotonic(), which all processes share
     read_bytes: int
@@ -39,16 +39,16 @@ class Disk(Protocol):
     """A disk with a folder on it."""
 
     def describe(self) -> dict[str, Any]:
-        """Say which disk this is, for the results."""
+        """Describe the disk, for the results."""
 
     def cold(self, readahead_kb: int | None = None) -> contextlib.AbstractContextManager[Path]:
-        """Give the folder, with nothing of it in memory."""
+        """Return the folder, with nothing of it in memory."""
 
     def reset(self) -> None:
-        """Forget what was counted, where the disk can."""
+        """Reset the counters, if the disk can."""
 
     def counters(self) -> Counters | None:
-        """Return what the disk has done; None where nobody counts."""
+        """Return the counters; None if there are none."""
 
 
 # ---- spindle -------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ class RealDisk:
     def __init__(self, folder: Path, drop_all: bool) -> None:
         """Args:
         folder: what is read.
-        drop_all: empty all of the system's caches, which only root can and which slows everybody
-            down, but also forgets names and inodes; otherwise the pages of the folder's files.
+        drop_all: empty all of the system's caches, names and inodes included; needs root, and slows
+            everybody down. Otherwise only the pages of the folder's files.
         """
         self._folder, self._drop_all = folder, drop_all
         device = os.stat(folder).st_dev
@@ -143,7 +143,7 @@ class RealDisk:
         yield self._folder
 
     def reset(self) -> None:
-        """Nothing: the system counts since it began."""
+        """Do nothing: the system's counters can't be reset."""
 
     def counters(self) -> Counters | None:
         """Read the kernel's counts (Documentation/admin-guide/iostats)."""
@@ -168,7 +168,7 @@ def drop_pages(path: Path) -> None:
 
 
 def is_void(seen: Sequence[Counters]) -> bool:
-    """Tell whether the machine was too slow for the model: such a run says nothing of the disk.
+    """Return whether the machine was too slow for the model, which makes the run void.
 
     A few late replies always happen; more than that may not add up to a hundredth of the run.
     """
@@ -179,7 +179,7 @@ def is_void(seen: Sequence[Counters]) -> bool:
 
 
 class Watch:
-    """Look a disk's counters up while something runs, 20 times a second."""
+    """Read a disk's counters 20 times a second while something runs."""
 
     PAUSE_S = 0.05
 
@@ -230,7 +230,7 @@ def sequential_rate(path: Path) -> float:
 
 
 def open_direct(path: Path) -> int:
-    """Open a file with O_DIRECT, or without where its file system has no such thing."""
+    """Open a file with O_DIRECT, or without it if the file system does not have it."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:

@@ -1,4 +1,4 @@
-"""The core's decoder alone: one thread, samples in memory, no loader."""
+"""The core's decoder alone: one thread, samples in memory, no Loader."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Kernel:
     ) -> None:
         self.recipe = recipe
         row_bytes = recipe.out_height * recipe.out_width * 3 * BYTES[recipe.dtype]
-        # Filled, so that no page is touched for the first time while the time runs.
+        # Filled, so that no page fault comes into the measurement.
         self._rows = np.full((BATCH_ROWS, row_bytes), 255, np.uint8)
         self._native_recipe = core.c_recipe(recipe)
         self._error = abi.CError()
@@ -81,7 +81,7 @@ class Kernel:
         return _Group(prepared, first)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the crops of another epoch."""
+        """Use the crops of another epoch."""
         for samples, _ in self._groups:
             for sample in samples:
                 sample.key.epoch = epoch

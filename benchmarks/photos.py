@@ -12,38 +12,45 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = Path(os.environ.get("IMAGENET_SEQ_SAMPLE") or ROOT.parent / "shared/data/imagenet-sample")
-TRAIN = SAMPLE / "train"
+SAMPLE = os.environ.get("IMAGENET_SEQ_SAMPLE")
+TRAIN = Path(SAMPLE, "train") if SAMPLE else None
 WHERE = "an ImageFolder of photos (default: train/ of $IMAGENET_SEQ_SAMPLE)"
 
 
 class Encoded(NamedTuple):
     """The bytes of one image, as a Loader gives them to the core."""
 
-    sample: int  # its number, which decides its crop
+    sample: int  # its number, on which its crop depends
     data: bytes
     flags: int
 
 
-def find_photos(folder: Path) -> list[Path]:
+def find_photos(folder: Path | None) -> list[Path]:
     """Return the files of an ImageFolder in sorted order."""
+    if folder is None:
+        raise SystemExit(
+            "no photos: name an ImageFolder, such as imagenet/train, or set IMAGENET_SEQ_SAMPLE to "
+            "a folder with train/<class>/*.JPEG"
+        )
     photos = sorted(path for path in folder.glob("*/*") if path.is_file())
     if not photos:
         raise SystemExit(f"no photos in {folder}/*/: give an ImageFolder, such as imagenet/train")
     return photos
 
 
-def link_photos(folder: Path, num_images: int, destination: Path, copies: bool = False) -> Path:
+def link_photos(
+    folder: Path | None, num_images: int, destination: Path, copies: bool = False
+) -> Path:
     """Make an ImageFolder of num_images links to the photos of folder, repeating them if needed.
 
-    Copies in place of links: for what is compared with formats that hold every image's bytes, so
-    that the processor's caches hold no more of the one than of the other.
+    Copies instead of links are for a comparison with formats that hold every image's bytes: both
+    then use the processor's caches alike.
     """
     photos = find_photos(folder)
     if len(photos) > num_images:  # of all classes alike
         photos = [photos[i * len(photos) // num_images] for i in range(num_images)]
     for number, photo in zip(range(num_images), itertools.cycle(photos), strict=False):
-        # Each time to another class: copies that are decoded one after the other would be cheaper.
+        # Repeats go to other classes: decoding one photo several times in a row would be cheaper.
         of_class = photos[(number + number // len(photos)) % len(photos)].parent.name
         link = destination / of_class / f"{number:07d}_{photo.name}"
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -70,8 +77,8 @@ def read_all(path: Path) -> int:
 def read_samples(path: Path, by_name: bool = True) -> list[Encoded]:
     """Read all samples of an ImageFolder or a pack into memory.
 
-    By name: in the order of names, and numbered so; a photo then has the same crop in a folder and
-    in any pack of it. Otherwise as a Loader numbers them.
+    by_name: in the order of names, so that a photo has the same number, and crop, in a folder and
+    in any pack of it. Otherwise in the order of a Loader's numbers.
     """
     from imagenet_seq.sources.recognise import open_source
 

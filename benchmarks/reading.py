@@ -2,9 +2,9 @@
 
     python benchmarks/reading.py TASK
 
-TASK is JSON of the fields of `Task`. When all is made that comes before the first batch, the
-process writes a line and waits for one, so that all ranks begin together; then it iterates and
-writes what it saw as JSON.
+TASK is JSON of the fields of `Task`. When it is ready for the first batch, the process writes a
+line and waits for one, so that all ranks begin together; then it iterates and writes its results as
+JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from imagenet_seq import native
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.loader import Loader
-from imagenet_seq.plan import epoch as plan
 from imagenet_seq.read.options import DiskKind, ReadOptions
 from imagenet_seq.sources.formats.pack import shard_file
 from imagenet_seq.sources.recognise import open_source
@@ -68,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one process saw."""
+    """The results of one process."""
 
     begin: float  # when it was told to begin
     batches: list[Batch]
@@ -125,7 +124,7 @@ def write_made_up(folder: Path, total_bytes: int) -> None:
 
 
 class BytesOnly(native.Engine):
-    """Reads samples and makes nothing of them."""
+    """Reads samples and does nothing with them."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **{**settings, "rows": native.ROWS_READ})
@@ -154,17 +153,10 @@ def make_loader(task: Task) -> Loader:
     return loader
 
 
-def batch_bytes(task: Task, loader: Loader, epoch: int) -> list[int]:
+def batch_bytes(loader: Loader, epoch: int) -> list[int]:
     """Return the bytes of the images of each batch of an epoch; 0 where they are unknown."""
     index = loader.dataset._source.index
-    made = plan.rank_plan(
-        index,
-        loader._order(),
-        epoch,
-        batch_size=task.batch_size,
-        rank=task.rank,
-        world_size=task.world_size,
-    )
+    made = loader._schedule.plan(epoch)
     if index.length is None:
         return [0] * (len(made.batch_begin) - 1)
     return [int(n) for n in np.add.reduceat(index.length[made.sample], made.batch_begin[:-1])]
@@ -172,7 +164,7 @@ def batch_bytes(task: Task, loader: Loader, epoch: int) -> list[int]:
 
 def ours(task: Task) -> tuple[Callable[[], Iterator[Batch]], Callable[[], Reading]]:
     loader = make_loader(task)
-    planned = [batch_bytes(task, loader, epoch) for epoch in range(task.num_epochs)]
+    planned = [batch_bytes(loader, epoch) for epoch in range(task.num_epochs)]
     digests: list[int] = []
 
     def read() -> Iterator[Batch]:

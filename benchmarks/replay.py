@@ -1,12 +1,12 @@
-"""Replay a log of packing's requests on the model of a hard disk: what would it have taken?
+"""Replay a log of packing's requests on a model of a hard disk, to estimate its time there.
 
     imagenet-seq pack imagenet /disk/pack --log-io pack.log
     python benchmarks/replay.py pack.log [--stretch 127] [--two-disks]
 
-The disk is that of the measurements in docs: 7200 rpm, 180 MB/s, 4 TB; a seek over the share x of
-its addresses takes 1 + 12.5 sqrt(x) + 2.5 x ms (so that track to track, average and full stroke are
-1, 8.5 and 16 ms), then half a turn on average, and 0.1 ms for the command. A request that begins
-where the last one ended, or up to 1 MiB behind it, moves over what lies between instead.
+The disk is the one of the measurements in docs: 7200 rpm, 180 MB/s, 4 TB; a seek over the share x
+of its addresses takes 1 + 12.5 sqrt(x) + 2.5 x ms (so that track to track, average and full stroke
+are 1, 8.5 and 16 ms), then half a turn on average, and 0.1 ms for the command. A request that
+begins where the last one ended, or up to 1 MiB behind it, moves over what lies between instead.
 Assumptions:
 
 * The order of the log is the order at the disk, for writes too: where source and pack share a head,
@@ -47,7 +47,7 @@ CONSTANT_PASSES = ("forecast", "choose tables")
 
 @dataclass
 class Head:
-    """One disk's head: where it stands, and what it has done."""
+    """One disk's head: its position, and its counters."""
 
     stretch: float
     at: int = 0
@@ -72,7 +72,7 @@ class Head:
 
 
 class Extent(NamedTuple):
-    """A piece of a file that lies in one piece on the disk."""
+    """A part of a file that is contiguous on the disk."""
 
     begin: int
     end: int
@@ -80,7 +80,7 @@ class Extent(NamedTuple):
 
 
 class Space:
-    """Where files lie on a disk, given out from `free` on."""
+    """The places of files on a disk, assigned from `free` on."""
 
     def __init__(self, free: int) -> None:
         self._free = free
@@ -113,7 +113,7 @@ class Space:
 
 @dataclass
 class Pass:
-    """What one pass over the data takes."""
+    """The cost of one pass over the data."""
 
     source: Head
     destination: Head  # the same head, where there is one disk

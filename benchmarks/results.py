@@ -1,4 +1,4 @@
-"""What a result says of its origin: machine, versions, commit, date; and how it is written."""
+"""The origin of results (machine, versions, commit, date), and how results are written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "torchvision", "Pillow", "numpy")
 
 
 def describe_origin() -> dict[str, Any]:
-    """Describe what runs here."""
+    """Describe this machine and the versions of libraries."""
     from imagenet_seq import native
 
     return {
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def begin(args: argparse.Namespace) -> dict[str, Any]:
-    """Print and return the origin; refuse, before anything is measured, what has no commit."""
+    """Print and return the origin; refuse to measure for the results file without a commit."""
     origin = describe_origin()
     if args.json and not args.allow_dirty and not _is_commit(origin["commit"]):
         raise SystemExit(
@@ -72,7 +72,7 @@ def available_cores() -> list[int]:
 
 
 def pin_to(cores: list[int]) -> None:
-    """Keep this thread and those it starts on these cores, where the system can."""
+    """Bind this thread and those it starts to these cores, if the system can."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
 
@@ -82,7 +82,7 @@ def _is_commit(commit: str) -> bool:
 
 
 def _commit() -> str:
-    """Name the commit; "-dirty" where files differ that are not made from results."""
+    """Return the commit, with "-dirty" if files differ that are not made from results."""
     made = (":!benchmarks/results", ":!README.md", ":!docs")
     changed = _git("status", "--porcelain", "--", ".", *made)
     commit = _git("rev-parse", "--short=10", "HEAD") or "unknown"

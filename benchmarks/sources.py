@@ -26,7 +26,7 @@ KINDS = {
     "mds": "mds",
     "mds_zstd": "mds_zstd",
 }
-"""What is opened of each kind of source, in the folder where all are made."""
+"""The path to open for each kind of source, relative to the folder where all are made."""
 
 
 class MissingWriterError(Exception):

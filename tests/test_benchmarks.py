@@ -330,7 +330,7 @@ def test_a_kept_half_has_to_save_half_and_change_nothing(bench_read: Any) -> Non
 def test_a_made_up_pack_lies_in_its_files(bench_read: Any, tmp_path: Path) -> None:
     import reading
 
-    from imagenet_seq.plan import epoch as plan
+    from imagenet_seq.plan.blocks import blocks_of
 
     folder = tmp_path / "made-up"
     reading.write_made_up(folder, 2 * 10**9)
@@ -340,7 +340,7 @@ def test_a_made_up_pack_lies_in_its_files(bench_read: Any, tmp_path: Path) -> No
     assert sum(sizes) == pytest.approx(2 * 10**9, rel=0.02)
     assert index.length.mean() == pytest.approx(reading.MEAN_BYTES, rel=0.02)
     assert index.name[7] == "00007"
-    blocks = plan.blocks_of(index, 16 << 20)
+    blocks = blocks_of(index, 16 << 20)
     ends = blocks.offset + blocks.length
     assert all(ends[blocks.file == shard].max() <= size for shard, size in enumerate(sizes))
     gaps = index.offset[1:] - index.offset[:-1] - index.length[:-1]

@@ -492,7 +492,7 @@ def _add_shuffle(command: Any) -> None:
 
 def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     from imagenet_seq.plan import quality
-    from imagenet_seq.plan.epoch import Order
+    from imagenet_seq.plan.order import Order
     from imagenet_seq.read.arrange import blocks_of_pool
 
     order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from imagenet_seq.decode.pipeline import Pipeline, one_sample
+from imagenet_seq.decode.pipeline import Pipeline
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.imagefolder import from_samples
@@ -52,7 +52,7 @@ class Dataset(Sequence[Any]):
         if not -len(self) <= number < len(self):
             raise IndexError(f"expected a sample from 0 to {len(self) - 1}, got {number}")
         number %= len(self)
-        image = one_sample(self._pipeline, self.encoded(number), (0, 0, number))
+        image = self._pipeline.decode_one(self.encoded(number), (0, 0, number))
         label = self.targets[number]
         return image, label if self.target_transform is None else self.target_transform(label)
 

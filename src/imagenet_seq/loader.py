@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from imagenet_seq import native
-from imagenet_seq.batch.crew import Crew, Work
 from imagenet_seq.batch.iterator import EpochIterator
 from imagenet_seq.batch.memory import Memory, PagedMemory, PinnedMemory
 from imagenet_seq.batch.progress import PlanAhead, Progress
+from imagenet_seq.batch.work import Work
+from imagenet_seq.batch.workers import Workers
 from imagenet_seq.dataset import Dataset, resolve_dataset
 from imagenet_seq.decode.pipeline import memory_shape
 from imagenet_seq.decode.transforms import interpret
@@ -37,7 +38,8 @@ from imagenet_seq.options import (
     notes_on_order,
     shuffle_kind,
 )
-from imagenet_seq.plan.epoch import EnginePlan, Order, in_windows
+from imagenet_seq.plan.epoch import EnginePlan, in_windows
+from imagenet_seq.plan.order import Order
 from imagenet_seq.plan.schedule import Schedule
 from imagenet_seq.plan.state import State, check_state
 from imagenet_seq.read.arrange import Reading, Wishes, arrange, blocks_of_pool
@@ -283,7 +285,7 @@ class Loader:
         self._progress = Progress(epoch=0, ended=False)
         self._resumed = True  # the next iter() begins where _progress stands
         self._lock = threading.Lock()
-        self._idle_crew: Crew | None = None
+        self._idle_workers: Workers | None = None
         self._memory: Memory | None = None
         self._memory_rows = 0
         self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
@@ -334,33 +336,33 @@ class Loader:
         loader = weakref.ref(self)
         plan_ahead_at = self._plan_ahead_at(work.plan)
 
-        def taken(crew: Crew, number: int) -> None:
+        def taken(workers: Workers, number: int) -> None:
             owner = loader() if number == plan_ahead_at else None
             if owner is not None:
                 rows = owner._memory_rows if owner._arranged().reads_on else None
-                owner._ahead = PlanAhead(Progress(progress.epoch + 1), crew, owner._plan, rows)
+                owner._ahead = PlanAhead(Progress(progress.epoch + 1), workers, owner._plan, rows)
 
-        def ended(crew: Crew | None, stats: dict[str, int]) -> None:
-            progress.ended = crew is not None
+        def ended(workers: Workers | None, stats: dict[str, int]) -> None:
+            progress.ended = workers is not None
             owner = loader()
             if owner is not None:
                 owner._stats = stats or owner._stats
-                crew = owner._keep(crew)
-            if crew is not None:
-                crew.close()
+                workers = owner._keep(workers)
+            if workers is not None:
+                workers.close()
 
         with self._lock:
-            crew, self._idle_crew = self._idle_crew, None
-        crew = crew or self._new_crew()
+            workers, self._idle_workers = self._idle_workers, None
+        workers = workers or self._new_workers()
         iterator = EpochIterator(
-            crew,
+            workers,
             work,
             timeout_s=self._timeout_s,
             on_delivered=delivered,
             on_end=ended,
             on_taken=taken,
             on_stall=note_once,
-            prepared=ahead is not None and fits and ahead.is_prepared(crew),
+            prepared=ahead is not None and fits and ahead.is_prepared(workers),
         )
         # Only now: an epoch that could not begin is not an epoch that was begun.
         self._progress, self._resumed = progress, False
@@ -412,7 +414,7 @@ class Loader:
             # The run that began decides how its order is cut; other worlds deal the same order
             # again.
             self._num_streams = saved.num_streams
-            self._close_idle_crew()  # made for another number of streams
+            self._close_idle_workers()  # made for another number of streams
         self._progress = Progress(saved.epoch, saved.samples_done)
         self._resumed = True
 
@@ -484,15 +486,15 @@ class Loader:
             iterator.close()
         if self._ahead is not None:
             self._ahead.wait()  # its thread would open the memory for kept blocks again
-        self._close_idle_crew()
+        self._close_idle_workers()
         self._reading = None  # the memory goes with the last engine that uses it
 
-    def _close_idle_crew(self) -> None:
-        self._ahead = None  # it is in that crew's engine, or made for another order
+    def _close_idle_workers(self) -> None:
+        self._ahead = None  # it is in their engine, or made for another order
         with self._lock:
-            crew, self._idle_crew = self._idle_crew, None
-        if crew is not None:
-            crew.close()
+            workers, self._idle_workers = self._idle_workers, None
+        if workers is not None:
+            workers.close()
 
     # ---- one epoch ----
 
@@ -504,12 +506,12 @@ class Loader:
                 self.set_epoch(sampler.epoch)
             self._followed_epoch = sampler.epoch
 
-    def _keep(self, crew: Crew | None) -> Crew | None:
-        """Keep one idle crew for the next epoch, with its scratch memory; return another one."""
+    def _keep(self, workers: Workers | None) -> Workers | None:
+        """Keep idle workers for the next epoch, with their scratch memory; else return them."""
         with self._lock:
-            if self._idle_crew is None:
-                self._idle_crew, crew = crew, None
-        return crew
+            if self._idle_workers is None:
+                self._idle_workers, workers = workers, None
+        return workers
 
     @property
     def _schedule(self) -> Schedule:
@@ -615,7 +617,7 @@ class Loader:
             )
         return self._on_device
 
-    def _new_crew(self) -> Crew:
+    def _new_workers(self) -> Workers:
         shape, dtype = memory_shape(self._pipeline, self._recipe)
         engine = native.Engine(
             self._recipe,
@@ -627,7 +629,7 @@ class Loader:
             verify_checksums=self._read_options.verify_checksums,
             reading=self._arranged().native,
         )
-        return Crew(engine, self._num_threads)
+        return Workers(engine, self._num_threads)
 
     def _block_budget(self) -> int:
         return block_memory_bytes(self._source, self._schedule, self._arranged())

@@ -64,7 +64,6 @@ def test_random_crops_of_every_photo(
     loaders = [loader_of(sources[kind], [*TRAIN, v2.PILToTensor()], num_workers=n) for n in (1, 8)]
     names = [key_of(name) for name in loaders[0]._source.index.name]
     assert sorted(names) == sorted(decoded)
-    assert len(names) == 500
     for epoch in range(NUM_CROPS):
         begin = 0
         for (images, _), (again, _) in zip(*loaders, strict=True):
@@ -73,9 +72,9 @@ def test_random_crops_of_every_photo(
                 expected = drawn_crop(loaders[0], decoded[names[begin]], epoch, begin)
                 assert np.array_equal(pixels, expected), (names[begin], epoch)
                 begin += 1
-        assert begin == 500
+        assert begin == len(names) > 0
     # Only what the core does not decode went to Pillow, and from a pack the same.
-    assert loaders[0].stats()["foreign_rows"] < 5 * NUM_CROPS
+    assert loaders[0].stats()["foreign_rows"] < len(names) / 100 * NUM_CROPS
 
 
 @pytest.mark.parametrize("kind", ["folder", "pack"])
@@ -91,7 +90,7 @@ def test_validation_of_every_photo(
         for pixels in images:
             assert torch.equal(pixels, reference(decoded[names[begin]])), names[begin]
             begin += 1
-    assert begin == 500
+    assert begin == len(names) > 0
 
 
 CONVERSIONS = {
@@ -133,4 +132,4 @@ def test_every_format_is_the_users_conversion_of_the_same_pixels(
             assert torch.equal(images, again)
             assert torch.equal(images, converted(members, pixels).to(dtype))
             num += len(images)
-        assert num == 500
+        assert num == len(bytes_loader.dataset) > 0

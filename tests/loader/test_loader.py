@@ -24,7 +24,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 import imagenet_seq
-import imagenet_seq.batch.crew as batch_module
+import imagenet_seq.batch.workers as workers_module
 from imagenet_seq.data import ImagenetLoader
 from imagenet_seq.device import CudaFeeder
 from imagenet_seq.errors import CollateError, DataError, LoaderClosedError, SampleError, StateError
@@ -734,7 +734,7 @@ def pngs(root: Path, num: int) -> Path:
 def test_idle_python_threads_stay_for_later_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_module, "_IDLE_S", 0.02)
+    monkeypatch.setattr(workers_module, "_IDLE_S", 0.02)
     loader = Loader(
         pngs(tmp_path, 12), "train", EVAL, batch_size=1, num_workers=2, prefetch_factor=1
     )
@@ -893,7 +893,7 @@ def test_an_epoch_that_could_not_begin_is_not_lost(
     resumed = Loader(root, "train", EVAL, batch_size=10)
     resumed.load_state_dict(state)
     with monkeypatch.context() as patch:
-        patch.setattr(Loader, "_new_crew", lambda self: 1 / 0)
+        patch.setattr(Loader, "_new_workers", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             iter(resumed)
     assert resumed.state_dict() == state

@@ -14,18 +14,15 @@ from hypothesis import strategies as st
 
 from imagenet_seq.errors import StateError
 from imagenet_seq.index.columns import Index, Names
+from imagenet_seq.plan.blocks import blocks_of
 from imagenet_seq.plan.epoch import (
     MAX_GAP_BYTES,
     EnginePlan,
-    Order,
-    batch_begins,
-    blocks_of,
-    epoch_order,
-    epoch_size,
     explicit_plan,
     peak_block_bytes,
     rank_plan,
 )
+from imagenet_seq.plan.order import Order, batch_begins, epoch_order, epoch_size
 from imagenet_seq.plan.state import State, check_state
 
 HEADER_BYTES = 512  # between samples, as in a tar

@@ -20,7 +20,7 @@ from imagenet_seq import cli
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.mixing import IntArray, label_runs
 from imagenet_seq.pack.plan import place_hashes
-from imagenet_seq.plan import epoch as plan
+from imagenet_seq.plan import order as plan
 from imagenet_seq.plan import quality as shuffle
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -39,7 +39,8 @@ from imagenet_seq.loader import Loader
 from imagenet_seq.machine import LoaderNote
 from imagenet_seq.native.recipe import Geometry, Recipe, Rows
 from imagenet_seq.pack.packing import pack as make_pack
-from imagenet_seq.plan.epoch import EnginePlan, Order, explicit_plan, in_windows, rank_plan
+from imagenet_seq.plan.epoch import EnginePlan, explicit_plan, in_windows, rank_plan
+from imagenet_seq.plan.order import Order
 from imagenet_seq.read import arrange, disk
 from imagenet_seq.read import kept as ram
 from imagenet_seq.read.options import ReadOptions
@@ -136,7 +137,7 @@ class Rig:
             row_bytes=1,
             block_budget_bytes=budget_bytes,
             verify_checksums=True,
-            reading=native.Reading(record_requests=True, **reading),
+            reading=native.ReadConfig(record_requests=True, **reading),
         )
         self.right: set[int] = set()  # positions of the plan whose bytes were right
         self.requested: list[native.Request] = []

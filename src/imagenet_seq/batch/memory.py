@@ -1,4 +1,4 @@
-"""Memory of batches: ordinary or page-locked."""
+"""Memory of batches, pageable or page-locked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Memory(Protocol):
-    """Where batches come from: see `imagenet_seq.device`."""
+    """Allocates the memory of batches."""
 
     def allocate(self) -> Tensor:
         """Return a batch with arbitrary content."""
@@ -22,28 +22,30 @@ _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector a kernel stores
 
 
 class PagedMemory:
-    """Batches in ordinary memory, used again once nothing refers to them.
+    """Batches in pageable memory, used again once nothing refers to them.
 
     Reuse saves a page fault for every 4 KB of every batch. A tensor's memory comes back only when
     its *storage* is freed, so a slice of a batch that a script keeps never changes. Thread-safe.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, keep: int) -> None:
-        """shape: of a batch as it lies in memory; keep: batches, used and unused, beyond which a
-        batch that nothing refers to is given back to the system.
+        """Args:
+        shape: of a batch as it lies in memory.
+        dtype: of its elements.
+        keep: unused batches are freed while there are more than this many, used ones included.
         """
         self._shape, self._dtype = shape, dtype
         self._num_bytes = int(np.prod(shape)) * dtype.itemsize
         self._keep = keep
         self._num_batches = 0
         self._unused: list[np.ndarray] = []
-        self._lock = threading.RLock()  # garbage collection may end a storage anywhere
+        self._lock = threading.RLock()  # reentrant: garbage collection may free a storage anywhere
 
     def allocate(self) -> Tensor:
         """Return a batch with arbitrary content."""
         with self._lock:
             memory = self._unused.pop() if self._unused else self._new()
-        # The storage refers to `owner` and to nothing else of ours: its end is the storage's end.
+        # Only the storage refers to `owner`, so `owner` is freed when the storage is.
         owner = memory[:]
         weakref.finalize(owner, self._take_back, memory).atexit = False
         return torch.from_numpy(owner).view(self._dtype).view(self._shape)
@@ -63,9 +65,9 @@ class PagedMemory:
 
 
 class PinnedMemory:
-    """Batches in page-locked memory, each fresh from torch's caching allocator.
+    """Batches in page-locked memory, each allocated by torch's caching allocator.
 
-    Never recycled here: only that allocator knows of a copy that still runs on a stream.
+    Never reused here: only that allocator knows which copies still run on a stream.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:

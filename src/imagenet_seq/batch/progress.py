@@ -1,13 +1,14 @@
-"""How far an epoch has come, and the next epoch's plan, made before this one ends."""
+"""The progress of an epoch, and the next epoch's plan, made before this one ends."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from imagenet_seq.batch.crew import Crew
+from imagenet_seq.batch.workers import Workers
 from imagenet_seq.plan.epoch import EnginePlan
 
 
@@ -34,18 +35,22 @@ class PlanAhead:
     def __init__(
         self,
         progress: Progress,
-        crew: Crew,
+        workers: Workers,
         make_plan: Callable[[Progress], EnginePlan],
         prepare_rows: int | None,
     ) -> None:
-        """Args:
-        progress: where the epoch begins that is planned.
-        crew: whose engine gets the plan.
-        make_plan: makes it.
-        prepare_rows: rows of a slot, for an engine that reads on into that epoch; None: it doesn't.
+        """Start the thread.
+
+        Args:
+            progress: position where the planned epoch begins.
+            workers: their engine gets the plan.
+            make_plan: makes the plan.
+            prepare_rows: rows of a slot, if the engine reads ahead into that epoch; None: it
+                doesn't.
         """
         self.plan: EnginePlan | None = None
-        self._progress, self._crew = progress, crew
+        self._progress = progress
+        self._workers = weakref.ref(workers)  # they close themselves when nothing refers to them
         self._in_engine = False
         self._thread = threading.Thread(
             target=self._make, args=(make_plan, prepare_rows), name="imagenet-seq-plan"
@@ -53,10 +58,10 @@ class PlanAhead:
         self._thread.start()
 
     def _make(self, make_plan: Callable[[Progress], EnginePlan], prepare_rows: int | None) -> None:
-        with contextlib.suppress(Exception):  # what is wrong is said when the epoch begins
+        with contextlib.suppress(Exception):  # the error is raised when the epoch begins
             plan = make_plan(self._progress)
-            if prepare_rows is not None:
-                self._crew.prepare(plan, prepare_rows)
+            if prepare_rows is not None and (workers := self._workers()) is not None:
+                workers.prepare(plan, prepare_rows)
                 self._in_engine = True
             self.plan = plan
 
@@ -65,10 +70,10 @@ class PlanAhead:
         self._thread.join()
 
     def fits(self, progress: Progress) -> bool:
-        """Wait for the plan; return whether it is the one of an epoch that begins now."""
+        """Wait for the plan; return whether it is for an epoch that begins at `progress`."""
         self.wait()
         return self.plan is not None and self._progress == progress
 
-    def is_prepared(self, crew: Crew) -> bool:
-        """Tell whether the engine of `crew` reads by the plan already."""
-        return self._in_engine and self._crew is crew
+    def is_prepared(self, workers: Workers) -> bool:
+        """Return whether the engine of `workers` has the plan."""
+        return self._in_engine and self._workers() is workers

@@ -1,1 +1,1 @@
-"""The decode stage: what is made of each sample, in the core and in Python."""
+"""The decode stage: encoded images become pixels, in the core and in Python."""

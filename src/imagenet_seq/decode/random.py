@@ -1,8 +1,9 @@
-"""Random draws of Python transforms, keyed by the sample."""
+"""Random numbers of Python transforms, as a function of the sample's key."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import struct
 import threading
@@ -18,17 +19,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from imagenet_seq.native.recipe import Key
 
-# ---- reproducible random numbers for the Python part ---------------------------------------------
+_global_state_lock = threading.RLock()  # reentrant: a transform may use loader.dataset[i]
+
+
+def _renew_lock() -> None:
+    """Replace the lock in a forked child: a thread of the parent may have held it."""
+    global _global_state_lock
+    _global_state_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager
 def reproducible(key: Key, one_at_a_time: bool) -> Iterator[None]:
     """Make all random numbers drawn inside, on this thread, a function of the key.
 
-    torch's operators are given a generator of the sample's own, so that threads neither wait for
-    each other nor touch torch's global state. `random` and NumPy offer nothing of the kind: with
-    `one_at_a_time` their global state is set and restored, under a lock. Out of reach: another
-    thread of the user that draws from them at that moment, and generators that a transform owns.
+    torch's operators get a generator of the sample's own, so threads neither wait for each other
+    nor touch torch's global state. `random` and NumPy have only global state: with `one_at_a_time`
+    it is set and restored under a lock. Not covered: another thread of the user that draws from
+    them meanwhile, and generators that a transform owns.
     """
     seed = _tail_seed(key)
     if not one_at_a_time:
@@ -47,17 +57,8 @@ def reproducible(key: Key, one_at_a_time: bool) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-_global_state_lock = threading.RLock()  # a transform may itself run one, through loader.dataset[i]
-
-
-def renew_lock() -> None:
-    # A thread of the parent may have held it when the process forked.
-    global _global_state_lock
-    _global_state_lock = threading.RLock()
-
-
 def _tail_seed(key: Key) -> int:
-    """64 bits that, like those of the core's streams, differ by seed, epoch and sample."""
+    """Hash a key into a seed of 64 bits."""
     packed = struct.pack("<Qqq", *key)
     return int.from_bytes(
         hashlib.blake2b(packed, digest_size=8, person=b"imseq tail").digest(), "little"
@@ -65,9 +66,9 @@ def _tail_seed(key: Key) -> int:
 
 
 class _InjectGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives a generator to every operator that torch tags as drawing random numbers.
+    """Passes a generator to every operator that torch tags as drawing random numbers.
 
-    The values are those that ``torch.manual_seed(seed)`` leads to.
+    The numbers drawn are those after ``torch.manual_seed(seed)``.
     """
 
     def __init__(self, seed: int) -> None:
@@ -86,11 +87,11 @@ class _InjectGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _FilteredInjection(TorchFunctionMode):
-    """The same for torchvision's own code: runs under `_InjectGenerator` only what may draw.
+    """The same for torchvision's own code: only calls that may draw run under `_InjectGenerator`.
 
-    `_InjectGenerator` costs 12 us for every operator and this filter 3 us: for RandAugment 0.1
-    instead of 0.4 ms an image. It does not see into compiled functions (torch.jit), which
-    torchvision's transforms don't call.
+    `_InjectGenerator` costs 12 us an operator, this filter 3 us: for RandAugment 0.1 instead of
+    0.4 ms an image. It can't see into compiled functions (torch.jit); torchvision's transforms call
+    none.
     """
 
     def __init__(self, seed: int) -> None:
@@ -121,7 +122,7 @@ def _randint_like(
     return torch.empty_like(like, **options).random_(low, high, generator=generator)
 
 
-# In older torch these take no generator. torch itself computes them in this way.
+# In older torch these take no generator; torch itself computes them in this way.
 _FILLS: dict[Any, Callable[..., torch.Tensor]] = {
     torch.ops.aten.rand_like: _rand_like,
     torch.ops.aten.randn_like: _randn_like,
@@ -135,7 +136,7 @@ def _is_random(operator: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def _may_draw(func: Any) -> bool:
-    """Whether a function of torch's Python API may call a random operator."""
+    """Return whether a function of torch's Python API may call a random operator."""
     if hasattr(func, "__code__"):  # written in Python: it may call anything
         return True
     packet: Any = getattr(torch.ops.aten, getattr(func, "__name__", ""), None)
@@ -145,7 +146,7 @@ def _may_draw(func: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def _overload_with_generator(operator: Any) -> Any:
-    """The same operator where it has an argument `generator`, or its overload that has one more."""
+    """Return the operator if it takes `generator`, else its overload that also does."""
 
     def arguments(overload: Any) -> list[str]:
         return [argument.name for argument in overload._schema.arguments]

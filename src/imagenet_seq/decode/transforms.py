@@ -1,17 +1,16 @@
-"""What is done to each sample: a torchvision transform becomes a core recipe and a Python tail.
+"""Interprets a torchvision transform: it becomes a recipe for the core and a Python part.
 
-`interpret` reads a transform from the left. The longest prefix whose members are exactly known
-becomes a `Recipe`, which the core runs without the GIL; from the first other member on everything
-runs in Python, on what that member would have received. Both give what torchvision gives, bit for
-bit; only the random numbers are others, because here they are a function of (seed, epoch, sample).
+`interpret` reads a transform from the left. The longest prefix of members that the core implements
+exactly becomes a `Recipe`, which the core runs without the GIL; from the next member on everything
+runs in Python, on what that member would have received. Both give torchvision's result bit for bit;
+only the random numbers differ, because here they are a function of (seed, epoch, sample).
 
-torchvision is not imported here: a transform made of its classes proves that it is loaded.
+torchvision is not imported here: if a transform has its classes, it is loaded already.
 Supported: torchvision 0.16 (the release for torch 2.1) to 0.28, Pillow from 10.1.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,6 @@ import torch
 from PIL import Image
 
 from imagenet_seq.decode.pipeline import Pipeline, refuse_floats_as_bytes
-from imagenet_seq.decode.random import renew_lock
 from imagenet_seq.native.recipe import Center, Dtype, Filter, Geometry, Layout, Passes, Recipe, Rows
 
 _DTYPES = {
@@ -33,8 +31,6 @@ _DTYPES = {
     torch.float16: Dtype.FLOAT16,
     torch.bfloat16: Dtype.BFLOAT16,
 }
-
-
 _MAX_SIDE = 1 << 16  # of an output, a resize or a crop: the core's limit, above JPEG's own
 
 
@@ -42,12 +38,12 @@ _MAX_SIDE = 1 << 16  # of an output, a resize or a crop: the core's limit, above
 
 
 class _NotInCoreError(Exception):
-    """The core does not implement this member here; the message is the reason, told to the user."""
+    """The core does not implement this member here; the message tells the user why."""
 
 
 @dataclass(frozen=True)
 class _Prefix:
-    """What the members read so far amount to."""
+    """The combined effect of the members read so far."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the recipe
     size: tuple[int, int] | None = None  # output (height, width); None while images differ in it
@@ -55,8 +51,8 @@ class _Prefix:
     has_crop: bool = False
     num_flips: int = 0
     flip_probability: float = 0.0
-    # The 256 byte values in three channels, as an image of one row, after the members so far. The
-    # conversions are elementwise, so that this is all there is to know about them.
+    # The members so far, applied to an image of one row with the 256 byte values in three channels.
+    # Conversions are elementwise, so this describes them completely.
     value: Any = field(default_factory=lambda: Image.fromarray(_all_bytes()))
 
     @property
@@ -65,14 +61,14 @@ class _Prefix:
 
     @property
     def table(self) -> torch.Tensor | None:
-        """The (3, 256) values of the bytes; None where they are the bytes themselves."""
+        """The (3, 256) values of the bytes; None if they are the bytes themselves."""
         if self.is_image or self.value.dtype == torch.uint8:
             return None
         plain: torch.Tensor = self.value.as_subclass(torch.Tensor)
         return plain.reshape(3, 256).clone(memory_format=torch.contiguous_format)
 
     def fits_core(self) -> bool:
-        """Whether the core can produce exactly this."""
+        """Return whether the core can produce exactly this."""
         if self.size is None or self.is_image:
             return self.size is not None
         if self.value.dtype == torch.uint8:
@@ -192,8 +188,8 @@ def _center_crop(prefix: _Prefix, member: Any) -> _Prefix:
 def _center_rule(center_crop: Callable[[int], Callable[[Any], Any]]) -> Center:
     """Find out how the installed CenterCrop rounds offsets of 0.5 and 1.5 pixels.
 
-    Measured instead of looked up by version: torchvision 0.16 to 0.28 all have int(round(n / 2.0)),
-    0.8 and 0.9 rounded up, and proposals to round down come back from time to time.
+    Measured, not looked up by version: torchvision 0.16 to 0.28 all have int(round(n / 2.0)), 0.8
+    and 0.9 rounded up, and rounding down is proposed from time to time.
     """
     probe = Image.fromarray(np.arange(8, dtype=np.uint8).reshape(2, 4))
     top, left = divmod(int(np.asarray(center_crop(1)(probe))[0, 0]), 4)
@@ -243,35 +239,29 @@ def _normalize(prefix: _Prefix, member: Any) -> _Prefix:
 _Reader: TypeAlias = Callable[[_Prefix, Any], _Prefix]
 
 
-# Class name, in torchvision.transforms and torchvision.transforms.v2 -> how to read a member, and
-# the attributes that it has when nobody has added any.
-_KNOWN: dict[str, tuple[_Reader, frozenset[str]]] = {
-    name: (reader, frozenset(attributes.split()))
-    for name, reader, attributes in (
-        (
-            "RandomResizedCrop",
-            _random_resized_crop,
-            "size scale ratio interpolation antialias _log_ratio",
-        ),
-        ("Resize", _resize, "size interpolation max_size antialias"),
-        ("CenterCrop", _center_crop, "size"),
-        ("RandomHorizontalFlip", _horizontal_flip, "p"),
-        ("Normalize", _normalize, "mean std inplace"),
-        ("ToDtype", _elementwise, "dtype scale"),
-        ("ConvertImageDtype", _elementwise, "dtype"),
-        ("ToTensor", _elementwise, ""),
-        ("PILToTensor", _elementwise, ""),
-        ("ToImage", _elementwise, ""),
-        ("ToPureTensor", _elementwise, ""),
-    )
+# Class name in torchvision.transforms and torchvision.transforms.v2 -> the function that reads a
+# member, and the attributes of a member that nobody has modified.
+_KNOWN: dict[str, tuple[_Reader, str]] = {
+    "RandomResizedCrop": (
+        _random_resized_crop,
+        "size scale ratio interpolation antialias _log_ratio",
+    ),
+    "Resize": (_resize, "size interpolation max_size antialias"),
+    "CenterCrop": (_center_crop, "size"),
+    "RandomHorizontalFlip": (_horizontal_flip, "p"),
+    "Normalize": (_normalize, "mean std inplace"),
+    "ToDtype": (_elementwise, "dtype scale"),
+    "ConvertImageDtype": (_elementwise, "dtype"),
+    "ToTensor": (_elementwise, ""),
+    "PILToTensor": (_elementwise, ""),
+    "ToImage": (_elementwise, ""),
+    "ToPureTensor": (_elementwise, ""),
 }
-
-
 _MODULE_ATTRIBUTES = vars(torch.nn.Module())
 
 
 def _torchvision_name(member: Any) -> str | None:
-    """The name under which torchvision itself exports this very class, no subclass of it."""
+    """Return the name by which torchvision exports this very class; None for any other class."""
     name = type(member).__name__
     for module in ("torchvision.transforms", "torchvision.transforms.v2"):
         if getattr(sys.modules.get(module), name, None) is type(member):
@@ -279,8 +269,8 @@ def _torchvision_name(member: Any) -> str | None:
     return None
 
 
-def _is_unmodified(member: Any, attributes: frozenset[str]) -> bool:
-    # No hook registered, no method replaced on the object.
+def _is_unmodified(member: Any, attributes: Sequence[str]) -> bool:
+    """Return whether no hook was registered and no method replaced on the object."""
     return all(
         name in attributes
         or name == "training"
@@ -290,7 +280,7 @@ def _is_unmodified(member: Any, attributes: frozenset[str]) -> bool:
 
 
 def _read(prefix: _Prefix, member: Any) -> _Prefix:
-    if type(member) is torch.nn.Identity and _is_unmodified(member, frozenset()):
+    if type(member) is torch.nn.Identity and _is_unmodified(member, []):
         return prefix
     name = _torchvision_name(member)
     if name is None:
@@ -301,7 +291,10 @@ def _read(prefix: _Prefix, member: Any) -> _Prefix:
     if name not in _KNOWN:
         raise _NotInCoreError(f"{name} is not implemented in the core")
     reader, attributes = _KNOWN[name]
-    _require(_is_unmodified(member, attributes), "it has been modified (attributes or hooks added)")
+    _require(
+        _is_unmodified(member, attributes.split()),
+        "it has been modified (attributes or hooks added)",
+    )
     return reader(prefix, member)
 
 
@@ -310,14 +303,10 @@ def _label(member: Any) -> str:
 
 
 def _flatten(transform: Any) -> list[Any]:
-    """The members of nested Compose and nn.Sequential objects, in order."""
-    if type(transform) is torch.nn.Sequential and _is_unmodified(
-        transform, frozenset({"_modules"})
-    ):
+    """Return the members of nested Compose and nn.Sequential objects, in order."""
+    if type(transform) is torch.nn.Sequential and _is_unmodified(transform, ["_modules"]):
         members: Any = list(transform)
-    elif _torchvision_name(transform) == "Compose" and _is_unmodified(
-        transform, frozenset({"transforms"})
-    ):
+    elif _torchvision_name(transform) == "Compose" and _is_unmodified(transform, ["transforms"]):
         members = transform.transforms
     else:
         return [transform]
@@ -338,10 +327,10 @@ def interpret(
     pillow: str | None = None,
     strict: bool = False,
 ) -> Pipeline:
-    """Divide a transform into what the core runs and what Python runs.
+    """Divide a transform into the core's part and the Python part.
 
     Conversion and normalisation become a table of 3 x 256 values, made here by running the user's
-    own objects on all bytes. ToTensor reads torch's default dtype now, not for every image.
+    own objects on all bytes. ToTensor reads torch's default dtype here, not for every image.
 
     Args:
         transform: any callable from a PIL image, as torchvision's ImageFolder takes. None: the
@@ -349,16 +338,16 @@ def interpret(
             Resize(256) and CenterCrop(224) otherwise; then ToTensor and Normalize, which
             dtype=torch.uint8 leaves out.
         train: which of the standard transforms.
-        dtype: uint8, float32, float16 or bfloat16: the result is what ``.to(dtype)`` gives of the
-            transform's (bytes 0..255 stay 0..255). None: the transform's own.
+        dtype: uint8, float32, float16 or bfloat16: the transform's result is converted as by
+            ``.to(dtype)`` (bytes 0..255 stay 0..255). None: the transform's own dtype.
         channels_last: rows lie in memory as height x width x channel.
         pillow: Pillow version whose resize is to be matched, such as "12"; None: the installed one.
-        strict: decode the whole of every image of unpacked files: finds damage outside the crop.
+        strict: decode unpacked images in full, which finds damage outside the crop.
 
     Raises:
-        TypeError: transform is no callable.
-        ValueError: a dtype that is not implemented, or that would cut off the transform's values; a
-            pillow version that is unknown, or that can't be honoured.
+        TypeError: transform is not callable.
+        ValueError: dtype is not implemented, or would cut off the transform's values; the pillow
+            version is unknown, or can't be honoured.
     """
     if transform is not None and not callable(transform):
         raise TypeError(f"transform must be callable or None, got {type(transform).__name__}")
@@ -417,17 +406,17 @@ def interpret(
 
 
 def pass_order(pillow: str | None = None) -> Passes:
-    """Which of the two passes of a resize comes first in a version of Pillow.
+    """Return which of the two passes of a resize comes first in a version of Pillow.
 
     Pillow 10.4 to 12.2 always run the horizontal pass first; 13.0 runs the vertical one first
-    exactly when the height shrinks by more than twice what the width shrinks by. Checked against
-    these versions on 6000 random shapes; later versions are taken to be like 13.
+    exactly when the height shrinks by more than twice what the width shrinks by. Checked with
+    these versions on 6000 random shapes; later versions are assumed to be like 13.
 
     Args:
         pillow: a version such as "12" or "12.2.0"; None: the installed one.
 
     Raises:
-        ValueError: no version, or one before 10.
+        ValueError: not a version, or one before 10.
     """
     version = PIL.__version__ if pillow is None else pillow
     major = version.split(".")[0]
@@ -439,7 +428,7 @@ def pass_order(pillow: str | None = None) -> Passes:
 
 
 def _standard(train: bool, dtype: torch.dtype | None) -> _Prefix:
-    """What the standard transforms amount to, so that torchvision need not be installed."""
+    """Return the effect of the standard transforms; torchvision need not be installed."""
     if train:
         fields: dict[str, Any] = {
             "geometry": Geometry.RANDOM_RESIZED_CROP,
@@ -474,7 +463,7 @@ def _standard(train: bool, dtype: torch.dtype | None) -> _Prefix:
 def _longest_prefix(
     members: Sequence[Any], dtype: torch.dtype | None
 ) -> tuple[int, _Prefix | None, str | None]:
-    """How many members the core runs, what they amount to (None: nothing), and why no more."""
+    """Return how many members the core runs, their effect (None: none), and why no more."""
     prefix, num_core, best, reason = _Prefix(), 0, None, None
     for num_read, member in enumerate(members, 1):
         try:
@@ -498,13 +487,13 @@ def _layout(rows: Rows, prefix: _Prefix, channels_last: bool) -> Layout:
     if rows is Rows.DECODED:
         is_hwc = channels_last
     else:
-        # The tail gets the strides that it would have got: PILToTensor permutes, ToTensor copies.
+        # The Python part gets the strides it would have got: PILToTensor permutes, ToTensor copies.
         is_hwc = prefix.is_image or prefix.value.stride(-1) == 3
     return Layout.HWC if is_hwc else Layout.CHW
 
 
 def _recipe(prefix: _Prefix, passes: Passes, layout: Layout, strict: bool) -> Recipe:
-    assert prefix.size is not None  # as fits_core has found
+    assert prefix.size is not None  # see fits_core
     table = prefix.table
     return Recipe(
         **prefix.fields,
@@ -536,9 +525,6 @@ def _notes(members: Sequence[Any], num_core: int, reason: str | None) -> tuple[s
     return tuple(notes)
 
 
-os.register_at_fork(after_in_child=renew_lock)
-
-
 # torchvision's classes that call the user's functions, or draw from `random`.
 _NOT_TORCH_ONLY = {
     "torchvision.transforms.transforms.Lambda",
@@ -549,7 +535,7 @@ _NOT_TORCH_ONLY = {
 
 
 def _draws_from_torch_only(member: Any) -> bool:
-    """Whether a member surely draws from torch alone: one of torchvision's, with such members."""
+    """Return whether a member draws from torch only: it and its members are torchvision's."""
     cls = type(member)
     if _torchvision_name(member) is None or f"{cls.__module__}.{cls.__name__}" in _NOT_TORCH_ONLY:
         return False

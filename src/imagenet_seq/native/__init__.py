@@ -1,7 +1,7 @@
 """The native core: the only folder that imports ctypes.
 
-`abi` mirrors ``core/imagenet_seq.h`` line by line (``tests/native/test_abi.py`` compares the two),
-`recipe` says what the core does to a sample, `core` has the functions and the engine.
+`abi` mirrors ``core/imagenet_seq.h``, `recipe` says what the core does to a sample, `core` has the
+functions, and `engine` the threads that read, decode and batch.
 """
 
 from imagenet_seq.native.abi import (
@@ -23,8 +23,6 @@ from imagenet_seq.native.abi import (
     View,
 )
 from imagenet_seq.native.core import (
-    Engine,
-    Reading,
     apply,
     build_info,
     count_symbols,
@@ -43,6 +41,7 @@ from imagenet_seq.native.core import (
     transcode,
     use_cpu,
 )
+from imagenet_seq.native.engine import Engine, ReadConfig
 
 __all__ = [
     "ABI",
@@ -57,7 +56,7 @@ __all__ = [
     "Engine",
     "Header",
     "Pending",
-    "Reading",
+    "ReadConfig",
     "Request",
     "Sample",
     "Task",

@@ -1,4 +1,7 @@
-"""The mirror of ``core/imagenet_seq.h``: its numbers, structs, functions, and errors."""
+"""The ABI of ``core/imagenet_seq.h`` in ctypes: constants, structs, prototypes, errors.
+
+``tests/native/test_abi.py`` compares the two line by line.
+"""
 
 from __future__ import annotations
 
@@ -24,36 +27,20 @@ from typing import Any
 from imagenet_seq.errors import DataError, ForkError, ImagenetSeqError, SampleError
 
 ABI = 7
-
-
 OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
-
-
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
-
-
 ERROR_SAMPLE, ERROR_FORK, ERROR_CAPACITY = -5, -6, -7
-
-
 SAMPLE_CLEAN = 1
-
-
 MAX_GROUP = 8
-
-
 STRIP_METADATA = 1
-
-
 TABLES_BYTES = 416
-
-
 TASK_ROW, TASK_BLOCK = 1, 2
-
-
 ROWS_READ = 3
 
 
 class CError(Structure):
+    """What went wrong in a call; fields as ``imseq_error``."""
+
     _fields_ = [
         ("code", c_int32),
         ("os_errno", c_int32),
@@ -64,6 +51,8 @@ class CError(Structure):
 
 
 class CRecipe(Structure):
+    """What is done to every sample; fields as ``imseq_recipe``."""
+
     _fields_ = [
         ("geometry", c_int32),
         ("out_height", c_int32),
@@ -95,6 +84,8 @@ class CRecipe(Structure):
 
 
 class CKey(Structure):
+    """The key of a sample's random draws; fields as ``imseq_key``."""
+
     _fields_ = [("seed", c_uint64), ("epoch", c_int64), ("sample", c_int64)]
 
 
@@ -112,7 +103,7 @@ class Sample(Structure):
 
 
 class Times(Structure):
-    """Where the time of decoding goes, in ticks of the processor's counter."""
+    """Time of each step of decoding, in ticks of the processor's counter; as ``imseq_times``."""
 
     _fields_ = [
         ("header", c_int64),
@@ -158,6 +149,8 @@ class Header(Structure):
 
 
 class CEngineConfig(Structure):
+    """The settings of an engine; fields as ``imseq_engine_config``."""
+
     _fields_ = [
         ("num_decoders", c_int32),
         ("num_readers", c_int32),
@@ -179,6 +172,8 @@ class CEngineConfig(Structure):
 
 
 class CPlan(Structure):
+    """One rank's plan of an epoch; fields as ``imseq_plan``."""
+
     _fields_ = [
         ("seed", c_uint64),
         ("epoch", c_int64),
@@ -239,11 +234,13 @@ class Task(Structure):
     ]
 
     def encoded(self) -> bytes:
-        """Return a copy of the encoded image of a row that the core did not decode."""
+        """Return a copy of the encoded image, for a row that the core did not decode."""
         return ctypes.string_at(self.bytes, self.size)
 
 
 class CStats(Structure):
+    """An engine's counters; fields as ``imseq_stats``."""
+
     _fields_ = [
         (name, c_int64)
         for name in (
@@ -275,7 +272,7 @@ class CStats(Structure):
 
 
 class Pending(Structure):
-    """A request that the operating system has not answered; fields as ``imseq_pending``."""
+    """A read that the operating system has not answered; fields as ``imseq_pending``."""
 
     _fields_ = [("age_ns", c_int64), ("offset", c_int64), ("path", c_char * 512)]
 
@@ -295,7 +292,7 @@ class Request(Structure):
     ]
 
 
-# name -> (result, arguments); the test compares this table with the header.
+# name -> (result, arguments)
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_abi": (c_int32, []),
     "imseq_build_info": (c_char_p, []),
@@ -384,7 +381,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
 
 
 def _load() -> ctypes.CDLL:
-    # IMAGENET_SEQ_LIBRARY is for developers: a build folder, a sanitizer build.
+    # Developers set IMAGENET_SEQ_LIBRARY: to a build folder, or a build with sanitizers.
     suffix = "dylib" if sys.platform == "darwin" else "so"
     path = os.environ.get("IMAGENET_SEQ_LIBRARY") or str(
         Path(__file__).parents[1] / f"libimagenet_seq.{suffix}"
@@ -403,13 +400,12 @@ def _load() -> ctypes.CDLL:
         if name == "imseq_abi" and function() != ABI:
             raise ImportError(
                 f"imagenet_seq: {path} has ABI {function()}, this Python code needs ABI {ABI}: "
-                "two versions are mixed; reinstall the package."
+                "files of two versions are mixed; reinstall the package."
             )
     return library
 
 
 lib = _load()
-
 
 _EXCEPTIONS: dict[int, type[Exception]] = {
     ERROR_ARGUMENT: ValueError,
@@ -421,16 +417,16 @@ _EXCEPTIONS: dict[int, type[Exception]] = {
 
 
 def check(status: int, error: CError, name_of_sample: Any = None) -> int:
-    """Return a status of zero or above; raise what a status below zero means.
+    """Return a status of zero or above; raise an exception for a negative one.
 
     Args:
-        status: what a native function returned.
-        error: the error struct that was passed to it.
-        name_of_sample: optional function from a sample's index to its name, for the message.
+        status: result of a native function.
+        error: the error struct that was passed to the function.
+        name_of_sample: function from a sample's number to its name, for the message; may be None.
 
     Raises:
-        OSError: the operating system refused a read.
-        SampleError, DataError, ForkError, ValueError, MemoryError: as the status says.
+        OSError: the operating system reported an error.
+        SampleError, DataError, ForkError, ValueError, MemoryError: depending on the status.
     """
     if status >= 0:
         return status

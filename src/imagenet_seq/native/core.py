@@ -1,7 +1,6 @@
-"""The native core through ctypes: prototypes, structs and one function that raises.
+"""The core's functions in Python: they take bytes and arrays, and raise exceptions.
 
-The only file that imports ctypes. It mirrors ``core/imagenet_seq.h`` line by line;
-``tests/test_abi.py`` compares the two. ctypes releases the GIL during every call.
+ctypes releases the GIL during every call.
 """
 
 from __future__ import annotations
@@ -9,43 +8,27 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_int32, c_int64, c_size_t, c_uint32, c_void_p
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from imagenet_seq.errors import LoaderClosedError
 from imagenet_seq.native.abi import (
-    CANCELLED,
     ERROR_CAPACITY,
     OK,
     STRIP_METADATA,
     TABLES_BYTES,
-    TIMEOUT,
-    Batch,
-    CEngineConfig,
     CError,
     CKey,
-    CPlan,
     CRecipe,
-    CStats,
     Header,
-    Pending,
-    Request,
     Sample,
-    Task,
     Times,
     View,
     check,
     lib,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from imagenet_seq.native.recipe import Recipe
-    from imagenet_seq.plan.epoch import EnginePlan
+from imagenet_seq.native.recipe import Key, Recipe
 
 
 def build_info() -> str:
@@ -59,7 +42,7 @@ def cpu() -> str:
 
 
 def use_cpu(level: str) -> None:
-    """Choose the kernels that decode from now on; all give the same bits.
+    """Choose the kernels used from now on; all give the same bits.
 
     Raises:
         ValueError: this processor has no such kernels; the message names those it has.
@@ -81,8 +64,8 @@ def _use_cpu_of_environment() -> None:
 _use_cpu_of_environment()
 
 
-def _address(data: bytes | bytearray | memoryview | np.ndarray) -> tuple[int, int, object]:
-    """Return address and size in bytes of contiguous memory, and what keeps it alive."""
+def address_of(data: bytes | bytearray | memoryview | np.ndarray) -> tuple[int, int, object]:
+    """Return address and size in bytes of contiguous memory, and the object that keeps it alive."""
     if isinstance(data, np.ndarray):
         if not data.flags.c_contiguous:
             raise ValueError("expected a C-contiguous array")
@@ -102,9 +85,9 @@ def c_recipe(recipe: Recipe) -> CRecipe:
 
 
 def read_header(data: bytes | memoryview | np.ndarray) -> Header | None:
-    """Read a JPEG's header; None where the bytes are no JPEG or its header is damaged."""
+    """Read a JPEG's header; None if the bytes are no JPEG or the header is damaged."""
     header, error = Header(), CError()
-    address, size, _keep = _address(data)
+    address, size, _keep = address_of(data)
     status = check(lib.imseq_read_header(address, size, byref(header), byref(error)), error)
     return header if status == OK else None
 
@@ -112,7 +95,7 @@ def read_header(data: bytes | memoryview | np.ndarray) -> Header | None:
 def draw(
     recipe: Recipe, seed: int, epoch: int, sample: int, width: int, height: int
 ) -> View | None:
-    """Draw a sample's geometry; None where the recipe can't be met in the core.
+    """Draw a sample's geometry; None if the core can't apply the recipe to this image size.
 
     Pure: a function of its arguments alone, the same on every platform.
     """
@@ -124,12 +107,12 @@ def draw(
 
 def decode(
     recipe: Recipe,
-    key: tuple[int, int, int],
+    key: Key,
     data: bytes | memoryview | np.ndarray,
     row: int,
     flags: int = 0,
 ) -> bool:
-    """Decode one JPEG into the memory at address `row`; False: Pillow must decode it.
+    """Decode one JPEG into the memory at address `row`; return False if Pillow must decode it.
 
     Args:
         recipe: what to do; `row` must hold out_height * out_width * 3 values of its dtype.
@@ -139,7 +122,7 @@ def decode(
         flags: SAMPLE_CLEAN or 0.
     """
     error = CError()
-    address, size, _keep = _address(data)
+    address, size, _keep = address_of(data)
     native, native_key = c_recipe(recipe), CKey(*key)
     status = lib.imseq_decode(
         byref(native), byref(native_key), address, size, flags, row, byref(error)
@@ -149,7 +132,7 @@ def decode(
 
 def decode_group(
     recipe: Recipe,
-    keys: Sequence[tuple[int, int, int]],
+    keys: Sequence[Key],
     data: Sequence[bytes | memoryview | np.ndarray],
     rows: Sequence[int],
     flags: int = 0,
@@ -162,11 +145,11 @@ def decode_group(
         keys: (seed, epoch, sample) of each.
         data: the whole files.
         rows: addresses of the memory to fill.
-        flags: SAMPLE_CLEAN where all were decoded once in full without any anomaly.
-        times: where the time goes is added to it.
+        flags: SAMPLE_CLEAN if all were decoded once in full without any anomaly.
+        times: the time of each step is added to it.
 
     Returns:
-        For each sample whether its row is filled; False: Pillow must decode it.
+        For each sample whether its row was filled; if not, Pillow must decode it.
 
     Raises:
         ValueError: a wrong recipe or too many samples.
@@ -175,7 +158,7 @@ def decode_group(
     samples = (Sample * len(data))()
     keep = []
     for sample, key, encoded, row in zip(samples, keys, data, rows, strict=True):
-        address, size, kept = _address(encoded)
+        address, size, kept = address_of(encoded)
         keep.append(kept)
         sample.key, sample.bytes, sample.size = CKey(*key), address, size
         sample.row, sample.flags = row, flags
@@ -187,7 +170,7 @@ def decode_group(
     return [sample.status == OK for sample in samples]
 
 
-def apply(recipe: Recipe, key: tuple[int, int, int], pixels: np.ndarray, row: int) -> bool:
+def apply(recipe: Recipe, key: Key, pixels: np.ndarray, row: int) -> bool:
     """Crop, resize, flip and convert decoded pixels into the memory at address `row`.
 
     Args:
@@ -201,7 +184,7 @@ def apply(recipe: Recipe, key: tuple[int, int, int], pixels: np.ndarray, row: in
             f"expected uint8 pixels of shape (height, width, 3), got {pixels.dtype} {pixels.shape}"
         )
     error = CError()
-    address, _, _keep = _address(pixels)
+    address, _, _keep = address_of(pixels)
     height, width, _ = pixels.shape
     native, native_key = c_recipe(recipe), CKey(*key)
     status = lib.imseq_apply(
@@ -222,16 +205,15 @@ def transcode(
         data: the whole file.
         restart_interval: MCUs between restart markers, 1 to 65535.
         strip: drop ICC profiles, Exif thumbnails and comments.
-        tables: the pack's Huffman tables, of `fit_tables`; None: tables fitted to this image.
+        tables: the pack's Huffman tables from `fit_tables`; None: tables fitted to this image.
 
     Returns:
-        The new file as a uint8 array, and its header; None where the input is damaged or out of
-        scope.
+        The new file as a uint8 array, and its header; None if the input is damaged or unsupported.
     """
     if tables is not None and len(tables) != TABLES_BYTES:
         raise ValueError(f"tables: expected {TABLES_BYTES} bytes, got {len(tables)}")
     header, error, size_out = Header(), CError(), c_size_t(0)
-    address, size, _keep = _address(data)
+    address, size, _keep = address_of(data)
     out = np.empty(size + size // 4 + 4096, np.uint8)
     while True:
         status = lib.imseq_transcode(
@@ -259,10 +241,10 @@ def count_symbols(
 
     Returns:
         A uint64 array of shape (4, 256): DC and AC table of the first component, DC and AC table of
-        the others; None where the input is damaged or out of scope.
+        the others; None if the input is damaged or unsupported.
     """
     counts, error = np.zeros((4, 256), np.uint64), CError()
-    address, size, _keep = _address(data)
+    address, size, _keep = address_of(data)
     status = lib.imseq_count_symbols(
         address, size, restart_interval, counts.ctypes.data, byref(error)
     )
@@ -275,7 +257,7 @@ def fit_tables(counts: np.ndarray) -> bytes:
     Pure: a function of the counts alone, the same on every platform.
 
     Args:
-        counts: a sum of what `count_symbols` gives; each below 2**48.
+        counts: sum of results of `count_symbols`; each below 2**48.
 
     Returns:
         The payloads of the four tables' DHT segments, one after the other.
@@ -292,16 +274,16 @@ def fit_tables(counts: np.ndarray) -> bytes:
 
 def crc32c(data: bytes | memoryview | np.ndarray, crc: int = 0) -> int:
     """Return the CRC-32C (Castagnoli, RFC 3720) of data, continuing from crc."""
-    if isinstance(data, bytes):  # ctypes takes their address: spares 1.5 us
+    if isinstance(data, bytes):  # ctypes takes their address by itself, which saves 1.5 us
         return int(lib.imseq_crc32c(crc, data, len(data)))
-    address, size, _keep = _address(data)
+    address, size, _keep = address_of(data)
     return int(lib.imseq_crc32c(crc, address, size))
 
 
 def look_up(path: str) -> tuple[int, int]:
     """Return a file's size and the physical address of its first byte on the disk.
 
-    The address is -1 where the file system does not say (FIEMAP; Linux only).
+    The address is -1 if the file system does not tell it (FIEMAP; Linux only).
 
     Raises:
         OSError: the file can't be opened.
@@ -313,9 +295,9 @@ def look_up(path: str) -> tuple[int, int]:
 
 
 def preallocate(fd: int, size_bytes: int) -> None:
-    """Reserve room on the disk for an open file, if possible in one piece; its size stays.
+    """Reserve space on the disk for an open file, contiguous if possible; its size stays.
 
-    Does nothing where the file system can't.
+    Does nothing if the file system can't.
 
     Raises:
         OSError: the disk is full.
@@ -325,280 +307,18 @@ def preallocate(fd: int, size_bytes: int) -> None:
 
 
 def kept_table_bytes(num_keys: int) -> int:
-    """Return what of the memory lent for kept blocks their table takes, in bytes."""
+    """Return the bytes that the table of kept blocks takes of the memory lent for them."""
     return int(lib.imseq_kept_table_bytes(num_keys))
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How an engine reads.
-
-    Attributes:
-        num_readers: threads that read.
-        direct: past the page cache, where that works.
-        disk_lock: path of the files that keep readers of one disk apart; "": no turns.
-        kept: memory for blocks that stay, page-aligned, and its bytes; lent as long as this object
-            lives.
-        kept_keys: keys of blocks are below this.
-        kept_floor_bytes: no more blocks are kept while the machine has less memory available.
-        record_requests: keep what is read for `Engine.requests`.
-    """
-
-    num_readers: int = 1
-    direct: bool = False
-    disk_lock: str = ""
-    kept: Lent | None = None
-    kept_keys: int = 0
-    kept_floor_bytes: int = 0
-    record_requests: bool = False
-
-
-class Lent(Protocol):
-    """Memory that somebody else owns."""
-
-    size_bytes: int
-
-    @property
-    def address(self) -> int:
-        """Address of the first byte."""
-
-
-class Engine:
-    """The core's threads: read, decode and batch one plan at a time, without the GIL.
-
-    Thread-safe except that one thread at a time may call `next`. It goes with the last reference to
-    it. In a forked child every method raises ForkError, and going only forgets.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        num_decoders: int,
-        num_slots: int,
-        rows: int,
-        row_bytes: int,
-        block_budget_bytes: int,
-        verify_checksums: bool,
-        reading: Reading | None = None,
-    ) -> None:
-        reading = reading or Reading()
-        kept = reading.kept
-        config = CEngineConfig(
-            num_decoders=num_decoders,
-            num_readers=reading.num_readers,
-            num_slots=num_slots,
-            rows=rows,
-            verify_checksums=int(verify_checksums),
-            row_bytes=row_bytes,
-            block_budget_bytes=block_budget_bytes,
-            direct=int(reading.direct),
-            disk_lock=os.fsencode(reading.disk_lock) or None,
-            kept=kept.address if kept else None,
-            kept_bytes=kept.size_bytes if kept else 0,
-            kept_keys=reading.kept_keys,
-            kept_floor_bytes=reading.kept_floor_bytes,
-            record_requests=int(reading.record_requests),
-            recipe=c_recipe(recipe),
-        )
-        self.num_slots = num_slots
-        self._reading = reading  # what it lends must outlive the core's threads
-        # The core writes to it: were it copied here, Ctrl-C could come in between.
-        self._handle, error = c_void_p(), CError()
-        check(lib.imseq_engine_create(byref(config), byref(self._handle), byref(error)), error)
-
-    def prepare(self, plan: EnginePlan, slot_rows: int) -> None:
-        """Name the plan that will probably come next: it is read when the present one has been.
-
-        Args:
-            plan: arrays, copied.
-            slot_rows: as for `start`.
-        """
-        native, _keep = _c_plan(plan, slot_rows)
-        error = CError()
-        check(lib.imseq_engine_prepare(self._handle, byref(native), byref(error)), error)
-
-    def start(self, plan: EnginePlan | None, rows: Sequence[int], slot_rows: int) -> None:
-        """Begin a plan.
-
-        Args:
-            plan: arrays, copied; None: the prepared plan.
-            rows: address of each slot's memory, lent until its batch is returned.
-            slot_rows: rows of a batch that each of them holds.
-        """
-        if len(rows) != self.num_slots:
-            raise ValueError(f"expected memory for {self.num_slots} slots, got {len(rows)}")
-        error = CError()
-        addresses = (c_void_p * len(rows))(*rows)
-        if plan is None:
-            check(lib.imseq_engine_start(self._handle, None, addresses, byref(error)), error)
-            return
-        native, _keep = _c_plan(plan, slot_rows)
-        check(lib.imseq_engine_start(self._handle, byref(native), addresses, byref(error)), error)
-
-    def next(self, timeout_s: float, name_of_sample: Any = None) -> Batch | Literal[False] | None:
-        """Return the next batch, None at the end of the plan, False when the time-out passed.
-
-        Raises:
-            LoaderClosedError: the plan was cancelled meanwhile.
-        """
-        batch, error = Batch(), CError()
-        status = lib.imseq_engine_next(
-            self._handle, int(timeout_s * 1e9), byref(batch), byref(error)
-        )
-        check(status, error, name_of_sample)
-        if status == CANCELLED:
-            raise LoaderClosedError("the loader was closed while it was iterated")
-        return batch if status == OK else False if status == TIMEOUT else None
-
-    def release(self, slot: int, row: int) -> None:
-        """Lend the memory at address `row` for the slot's next batch."""
-        error = CError()
-        check(lib.imseq_engine_release(self._handle, slot, row, byref(error)), error)
-
-    def stats(self) -> dict[str, int]:
-        """Return the counters; names begin with their stage, times are in ns."""
-        stats, error = CStats(), CError()
-        check(lib.imseq_engine_stats(self._handle, byref(stats), byref(error)), error)
-        return {field[0]: int(getattr(stats, field[0])) for field in CStats._fields_}
-
-    def pending(self) -> tuple[float, str, int] | None:
-        """Return what a stalled disk is asked for: seconds so far, path and offset in bytes."""
-        pending, error = Pending(), CError()
-        check(lib.imseq_engine_pending(self._handle, byref(pending), byref(error)), error)
-        if pending.age_ns < 0:
-            return None
-        return pending.age_ns / 1e9, os.fsdecode(pending.path), int(pending.offset)
-
-    def requests(self) -> list[Request]:
-        """Return what was read since the last call, where `Reading.record_requests` says so."""
-        found: list[Request] = []
-        part, error = (Request * 1024)(), CError()
-        count = c_int64(len(part))
-        while count.value == len(part):
-            status = lib.imseq_engine_requests(
-                self._handle, part, len(part), byref(count), byref(error)
-            )
-            check(status, error)
-            found += [Request.from_buffer_copy(request) for request in part[: count.value]]
-        return found
-
-    def take(self, timeout_s: float) -> Task | Literal[False] | None:
-        """Return work for Python, None when no more will come, False when the time-out passed."""
-        task, error = Task(), CError()
-        status = lib.imseq_engine_take(
-            self._handle, int(timeout_s * 1e9), byref(task), byref(error)
-        )
-        check(status, error)
-        return task if status == OK else False if status == TIMEOUT else None
-
-    def finish_row(self, ticket: int, failure: str | None = None) -> None:
-        """Say that a python row is filled, or why it can't be."""
-        error = CError()
-        check(
-            lib.imseq_engine_finish_row(self._handle, ticket, _text(failure), byref(error)),
-            error,
-        )
-
-    def finish_block(
-        self,
-        ticket: int,
-        data: bytes | memoryview | np.ndarray,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        failure: str | None = None,
-    ) -> None:
-        """Hand in the bytes of a python block; sample i is data[offsets[i]:][:lengths[i]]."""
-        error = CError()
-        address, size, _keep = _address(data)
-        begins = np.ascontiguousarray(offsets, np.int64)
-        sizes = np.ascontiguousarray(lengths, np.int64)
-        if begins.shape != sizes.shape:
-            raise ValueError(f"{len(begins)} offsets but {len(sizes)} lengths")
-        check(
-            lib.imseq_engine_finish_block(
-                self._handle,
-                ticket,
-                address,
-                size,
-                begins.ctypes.data,
-                sizes.ctypes.data,
-                len(begins),
-                _text(failure),
-                byref(error),
-            ),
-            error,
-        )
-
-    def close(self) -> None:
-        """End the plan and the core's threads; every waiting and later `take` returns None.
-
-        On return no thread of the core touches lent memory. Idempotent.
-        """
-        error = CError()
-        check(lib.imseq_engine_close(self._handle, byref(error)), error)
-
-    def __del__(self) -> None:
-        """Close and free: nobody refers to the engine, so no other call runs or follows."""
-        if getattr(self, "_handle", None):
-            lib.imseq_engine_destroy(self._handle)
-
-
-def _c_plan(plan: EnginePlan, slot_rows: int) -> tuple[CPlan, list[np.ndarray]]:
-    """Return a plan as the core wants it, and the arrays it points to."""
-    native = CPlan(
-        seed=plan.seed,
-        epoch=plan.epoch,
-        num_positions=len(plan.sample),
-        num_batches=len(plan.batch_begin) - 1,
-        num_blocks=len(plan.block_file),
-        num_files=len(plan.path_begin) - 1,
-        num_windows=0 if plan.window_begin is None else len(plan.window_begin) - 1,
-        slot_rows=slot_rows,
-        root=os.fsencode(plan.root),
-    )
-    keep = []
-    for name, dtype in _PLAN_DTYPES.items():
-        column = getattr(plan, name)
-        if column is None:
-            continue
-        array: np.ndarray = np.ascontiguousarray(column, dtype)
-        keep.append(array)
-        setattr(native, name, array.ctypes.data)
-    return native, keep
-
-
-def _text(failure: str | None) -> bytes | None:
-    return None if failure is None else failure.encode("utf-8", "replace").replace(b"\0", b"?")
-
-
-_PLAN_DTYPES: dict[str, type] = {
-    "batch_begin": np.int64,
-    "sample": np.int64,
-    "draw": np.int64,
-    "block": np.int32,
-    "offset": np.int64,
-    "length": np.int64,
-    "checksum": np.uint32,
-    "flags": np.uint8,
-    "block_file": np.int32,
-    "block_offset": np.int64,
-    "block_length": np.int64,
-    "block_key": np.int64,
-    "window_begin": np.int64,
-    "paths": np.uint8,
-    "path_begin": np.int64,
-}
-
-
-# ---- The C library: what Python's own modules lack; nothing of the native core ----
+# ---- functions of the C library that Python lacks ------------------------------------------------
 
 
 def lock_on_fault(address: int, size_bytes: int) -> int:
-    """Have pages stay in memory from the moment each is first touched (Linux's mlock2).
+    """Lock pages in memory from the moment each is first touched (Linux's mlock2).
 
     Returns:
-        0, or the errno that says why not: ENOMEM or EPERM where RLIMIT_MEMLOCK is too small.
+        0, or the errno of the failure: ENOMEM or EPERM if RLIMIT_MEMLOCK is too small.
     """
     mlock2 = getattr(ctypes.CDLL(None, use_errno=True), "mlock2", None)
     if mlock2 is None:  # not Linux, or glibc before 2.27
@@ -609,7 +329,7 @@ def lock_on_fault(address: int, size_bytes: int) -> int:
 
 
 def memory_file(name: str, flags: int) -> int:
-    """Return the descriptor of a new memfd; os.memfd_create is missing in Pythons built long ago.
+    """Return the descriptor of a new memfd; some builds of Python lack os.memfd_create.
 
     Raises:
         OSError: the system has no such call, or refuses it.

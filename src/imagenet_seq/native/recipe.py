@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 Key: TypeAlias = tuple[int, int, int]
-"""(seed, epoch, sample): all that a sample's random numbers depend on."""
+"""(seed, epoch, sample): a sample's random numbers depend on these alone."""
 
 
 class Geometry(IntEnum):
-    """Which geometry a recipe has (`IMSEQ_GEOMETRY_...`)."""
+    """How the output's area is chosen (`IMSEQ_GEOMETRY_...`)."""
 
     RANDOM_RESIZED_CROP = 1
     RESIZE_CROP = 2
@@ -21,7 +21,7 @@ class Geometry(IntEnum):
 
 
 class Filter(IntEnum):
-    """Pillow's resampling filters that the core has (`IMSEQ_FILTER_...`)."""
+    """Pillow's resampling filters that the core implements (`IMSEQ_FILTER_...`)."""
 
     BOX = 0
     BILINEAR = 1
@@ -68,9 +68,9 @@ class Rows(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """What the core does to every sample; the fields of `imseq_recipe`, explained there.
+    """What the core does to every sample: the fields of `imseq_recipe`, explained there.
 
-    `table` is memory of 3 x 256 values of `dtype` (channel, byte), None for uint8.
+    `table` holds the bytes of 3 x 256 values of `dtype` (channel, byte); None for uint8.
     """
 
     geometry: Geometry

@@ -1,6 +1,6 @@
 """How good a shuffle is, measured on the order of an epoch and the labels of its samples.
 
-Pure functions on arrays, for any loader's order. Each measure is compared with what it is in a
+Pure functions on arrays, for the order of any loader. Each measure is compared with its value in a
 uniform permutation of all samples, by a formula that is exact for permutations:
 
 * `class_counts`: are batches as mixed as random ones?
@@ -25,28 +25,25 @@ import numpy.typing as npt
 
 from imagenet_seq.index.columns import Index
 from imagenet_seq.index.mixing import IntArray, LabelRuns, label_runs, two_sided
-from imagenet_seq.plan.epoch import Order, batch_begins, blocks_of, epoch_order
+from imagenet_seq.plan.blocks import blocks_of
+from imagenet_seq.plan.order import Order, batch_begins, epoch_order
 
 FloatArray = npt.NDArray[np.float64]
 
-
 ALPHA = 0.001
-"""Below this p a shuffle is called different from a uniform one. A uniform shuffle is called so by
-one of the three tests once in 330 times."""
+"""Below this p a shuffle is called different from a uniform one. One of the three tests does so for
+a uniform shuffle once in 330 times."""
 
-
-_SLICE = 1 << 18
-"""Samples counted at once, so that temporary arrays stay small."""
-
+_SLICE = 1 << 18  # samples counted at once, so that temporary arrays stay small
 
 _NULL_SIZE, _NULL_DRAWS = 2000, 1999
-"""Permutations drawn to learn how far the distribution of displacements is from its expectation by
-chance: their number, so that p is 1/2000 or more, and their size, where the data is larger."""
+"""Largest size, and number, of the random permutations whose displacements give the distribution of
+the test. With this number p is at least 1/2000."""
 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """How the classes are spread over batches.
+    """How evenly classes are spread over batches.
 
     Attributes:
         num_batches: batches of the epoch.
@@ -56,7 +53,7 @@ class ClassCounts:
         dispersion: Pearson's chi-square of the table batches x classes, over its expectation: 1 for
             a uniform shuffle, more where a class comes in clusters, less where it is rationed.
         z: a standard normal number where the shuffle is uniform.
-        p: of the two-sided test of `z`.
+        p: p-value of the two-sided test of `z`.
     """
 
     num_batches: int
@@ -76,9 +73,9 @@ class Displacement:
         mean: displacement as a share of the epoch, mean over the samples; 1/3 if uniform.
         distance: Kolmogorov-Smirnov distance between the distribution of the samples'
             displacements and that of a uniform shuffle, from 0 to 1.
-        num_moves: what moves independently, in a block shuffle the blocks.
+        num_moves: samples, or in a block shuffle blocks, that move independently.
         move_distance: the same distance among one sample of each block.
-        p: of the one-sided test of `move_distance`.
+        p: p-value of the one-sided test of `move_distance`.
     """
 
     mean: float
@@ -95,7 +92,7 @@ class BlockMates:
     Attributes:
         num_blocks: blocks of the data.
         meet: share of the pairs of samples of one block that are in one batch.
-        meet_formula: what `block_mates_formula` says; None where the shuffle is not by blocks.
+        meet_formula: result of `block_mates_formula`; None if the shuffle is not by blocks.
         meet_uniform: the same share expected of a uniform shuffle.
     """
 
@@ -107,15 +104,15 @@ class BlockMates:
 
 @dataclass(frozen=True)
 class Quality:
-    """All measures of one dataset, shuffled in one way.
+    """All measures of one shuffle of a dataset.
 
     Attributes:
-        order: what decides the order.
+        order: settings of the order.
         batch_size: samples of all ranks in a batch.
-        class_counts: None where labels are not known.
-        label_runs: None where labels are not known.
+        class_counts: None if labels are not known.
+        label_runs: None if labels are not known.
         displacement: from epoch 0 to epoch 1.
-        block_mates: None where every sample is a block of its own.
+        block_mates: None if the shuffle is not by blocks.
     """
 
     order: Order
@@ -180,7 +177,7 @@ def displacement(before: IntArray, after: IntArray, block: IntArray | None = Non
 
     Args:
         before: samples of an epoch in its order.
-        after: samples of the other epoch; samples that only one of them has don't count.
+        after: samples of the other epoch; samples that only one of them has are ignored.
         block: block of every sample (by sample number); None: samples move one by one.
     """
     size = len(before)
@@ -209,7 +206,7 @@ def block_mates(
         order: samples of the epoch in its order.
         block: block of every sample (by sample number).
         batch_begin: place where each batch begins, and the end of the last.
-        formula: what `block_mates_formula` says; None where the shuffle is not by blocks.
+        formula: result of `block_mates_formula`; None if the shuffle is not by blocks.
     """
     batch_begin = np.asarray(batch_begin, np.int64)
     blocks = block[order[: batch_begin[-1]]]
@@ -227,17 +224,17 @@ def block_mates(
 def block_mates_formula(num_samples: int, num_blocks: int, order: Order, batch_size: int) -> float:
     """Return the probability that two samples of one block are in one batch of a block shuffle.
 
-    Mates are in one stream, and spread evenly over the S samples that it gives out while their
-    block is in the pool. Cut into batches of b from anywhere, two of the S places are d < S apart
-    for S - d of S (S - 1) / 2 pairs, and then in one batch with probability 1 - d / b. The sum over
-    d is
+    Two samples of a block are in one stream, spread evenly over the S samples that it delivers
+    while the block is in the pool. With batches of b that begin anywhere, two of the S places are
+    d < S apart for S - d of S (S - 1) / 2 pairs, and then in one batch with probability 1 - d / b.
+    The sum over d is
 
         (b - 1) (S - (b + 1) / 3) / (S (S - 1))     for b <= S, about b / S,
         1 - (S + 1) / (3 b)                         for b >= S.
 
     By chance it would be about b * num_streams / N, so mates meet about N / (S * num_streams) times
-    as often: the samples of the epoch over those of a pool. At the begin and the end of an epoch,
-    where the pool grows and empties, S is smaller. Blocks are taken to be of one size.
+    as often: the samples of the epoch over those of a pool. At the start and the end of an epoch,
+    where the pool grows and empties, S is smaller. All blocks are assumed to have one size.
 
     Args:
         num_samples: samples of the epoch.
@@ -251,9 +248,9 @@ def block_mates_formula(num_samples: int, num_blocks: int, order: Order, batch_s
 
 
 def _given_out_beside(num_blocks: int, pool_blocks: int) -> FloatArray:
-    """Return how many blocks' samples a stream gives out while it holds each of its blocks.
+    """Return how many blocks' samples a stream delivers while each of its blocks is in the pool.
 
-    Block i is given out evenly from time i on, for min(i + 1, pool_blocks): `plan`'s block shuffle.
+    Block i is delivered evenly from time i on, for min(i + 1, pool_blocks): see `plan.order`.
     """
     begin = np.arange(num_blocks)
     width = np.minimum(begin + 1, pool_blocks)
@@ -272,17 +269,17 @@ def measure(index: Index, order: Order, batch_size: int, python_blocks: bool = F
 
     Args:
         index: the dataset.
-        order: what decides the order; its `num_streams` is the number of ranks.
+        order: settings of the order; its `num_streams` is the number of ranks.
         batch_size: samples of one rank in a batch.
         python_blocks: `Source.python_blocks`.
 
     Raises:
-        ValueError: where there are fewer samples than ranks.
+        ValueError: there are fewer samples than ranks.
     """
     first, second = (epoch_order(index, order, epoch, python_blocks) for epoch in (0, 1))
     if not len(first):
         raise ValueError(
-            f"expected a sample or more for each rank, got {len(index)} samples for "
+            f"expected at least one sample for each rank, got {len(index)} samples for "
             f"{order.num_streams} ranks"
         )
     begins = batch_begins(len(first), batch_size, order.num_streams)
@@ -305,7 +302,7 @@ def measure(index: Index, order: Order, batch_size: int, python_blocks: bool = F
 
 
 def block_of_samples(index: Index, order: Order, python_blocks: bool = False) -> IntArray | None:
-    """Return the block of every sample; None where the order is not one of blocks."""
+    """Return the block of every sample; None if the shuffle is not by blocks."""
     if order.shuffle != "block":
         return None
     blocks = blocks_of(index, order.block_bytes, python_blocks)
@@ -321,7 +318,7 @@ def block_of_samples(index: Index, order: Order, python_blocks: bool = False) ->
 
 
 def describe(quality: Quality) -> dict[str, str]:
-    """Say in words what was measured: a line for each measure, by its name."""
+    """Return a line of text for each measure, by its name."""
     order, moved = quality.order, quality.displacement
     how = "a uniform permutation"
     if order.shuffle == "block":
@@ -360,7 +357,7 @@ def describe(quality: Quality) -> dict[str, str]:
 
 
 def verdict(p: float) -> str:
-    """Say whether a shuffle with this p is distinguishable from a uniform one."""
+    """Return in words whether a shuffle with this p differs from a uniform one."""
     if p >= ALPHA:
         return f"indistinguishable from a uniform shuffle: p = {p:.2g}"
     return f"DIFFERENT from a uniform shuffle: p {f'= {p:.1g}' if p else '< 1e-300'}"
@@ -502,7 +499,7 @@ def _distances_drawn(size: int) -> FloatArray:
 
 
 def _meet_among(samples: FloatArray, batch_size: int) -> FloatArray:
-    """Return how likely two of so many samples are in one batch; see `block_mates_formula`."""
+    """Return how likely two of `samples` are in one batch; see `block_mates_formula`."""
     size, b = np.maximum(samples, 2.0), float(batch_size)
     wide = (b - 1) * (size - (b + 1) / 3) / (size * (size - 1))
     return np.where(size >= b, wide, 1 - (size + 1) / (3 * b))

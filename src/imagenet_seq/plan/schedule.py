@@ -1,4 +1,4 @@
-"""What decides which samples come in which batch of this rank, in every epoch."""
+"""The order of a Loader's epochs on one rank: their length, plans and states."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.index.columns import Index
-from imagenet_seq.plan.epoch import (
-    EnginePlan,
-    Order,
-    batch_begins,
-    epoch_size,
-    explicit_plan,
-    rank_plan,
-    reads_blocks,
-)
+from imagenet_seq.plan.epoch import EnginePlan, explicit_plan, rank_plan, reads_blocks
+from imagenet_seq.plan.order import Order, batch_begins, epoch_size
 from imagenet_seq.plan.state import State
 
 
@@ -29,7 +22,7 @@ class Schedule:
     Attributes:
         index: the dataset.
         python_blocks: `Source.python_blocks`.
-        order: what decides the order besides the index and the epoch's number.
+        order: settings that decide the order, with the index and the epoch's number.
         batch_size: samples of this rank in a batch.
         rank: number of this rank.
         world_size: number of ranks.
@@ -81,7 +74,7 @@ class Schedule:
         return len(begins) - 1
 
     def plan(self, epoch: int, samples_done: int = 0) -> EnginePlan:
-        """Plan what is left of an epoch; iterates the sampler, where there is one."""
+        """Plan the rest of an epoch; iterates the sampler, if there is one."""
         if not self.is_explicit:
             return rank_plan(
                 self.index,

@@ -1,4 +1,4 @@
-"""The state of a run: where it is, and what must be the same to go on from there."""
+"""The state of a run: its position, and the settings that must be the same to continue it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,19 @@ from typing import Any
 
 from imagenet_seq.errors import StateError
 from imagenet_seq.index.columns import Index
-from imagenet_seq.plan.epoch import Order
-
-# ---- state ---------------------------------------------------------------------------------------
+from imagenet_seq.plan.order import Order
 
 
 @dataclass(frozen=True)
 class State:
-    """A place in a run, from which any number of ranks continues with exactly the rest.
+    """A position in a run, from which any number of ranks delivers exactly the rest.
 
     Args:
         index_id: `Index.id` of the dataset.
-        pillow: rule whose pixels are matched.
+        pillow: Pillow's resize rule that is followed.
         epoch: number of the epoch.
-        samples_done: samples of the epoch that all ranks together have had.
-        shuffle: see `Order`, or another word for an order given from outside.
-        seed: see `Order`.
-        block_bytes: see `Order`.
-        shuffle_blocks: see `Order`.
-        num_streams: see `Order`.
-        exact: see `Order`.
+        samples_done: samples of the epoch that were delivered, over all ranks.
+        shuffle, seed, block_bytes, shuffle_blocks, num_streams, exact: see `Order`.
         format_version: of the state itself.
     """
 
@@ -45,12 +38,12 @@ class State:
 
     @classmethod
     def of(cls, index: Index, order: Order, pillow: str, epoch: int, samples_done: int) -> State:
-        """Make the state of a run at a place."""
+        """Make the state of a run at a position."""
         return cls(index.id, pillow, epoch, samples_done, **asdict(order))
 
     @property
     def order(self) -> Order:
-        """What decides the order of the run that was saved."""
+        """Settings of the order of the saved run."""
         return Order(**{field.name: getattr(self, field.name) for field in fields(Order)})
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,10 +52,10 @@ class State:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> State:
-        """Read what `to_dict` gave.
+        """Read the result of `to_dict`.
 
         Raises:
-            StateError: where it is something else, or of another format version.
+            StateError: not a state, or one of another format version.
         """
         version = values.get("format_version")
         if version != cls.format_version:
@@ -83,8 +76,7 @@ class State:
 
 
 _ADOPTED = ("epoch", "samples_done", "num_streams")
-"""What a loader takes over from a state, whatever it had itself."""
-
+"""Fields that a loader takes over from a saved state."""
 
 _REMEDIES = {
     "index_id": "open the dataset that the state was saved with",
@@ -93,11 +85,11 @@ _REMEDIES = {
 
 
 def check_state(expected: State, got: State) -> None:
-    """Refuse a saved state that does not fit.
+    """Refuse a saved state of another run.
 
     Args:
-        expected: the loader's own state; its place and num_streams don't matter, as those are
-            taken over from the saved one.
+        expected: the loader's own state; its position and num_streams don't matter, because they
+            are taken over from the saved one.
         got: the saved state.
 
     Raises:

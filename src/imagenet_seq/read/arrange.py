@@ -96,7 +96,7 @@ class Reading:
     speed: Speed | None
     budget: Budget
     data_bytes: int
-    native: native.Reading
+    native: native.ReadConfig
     window: int
     reads_on: bool
     num_ranks: int = 1
@@ -142,7 +142,7 @@ def arrange(
         window = max(256, WINDOW_SAMPLES // num_ranks)
     if wishes.window is not None and not in_blocks:
         window = wishes.window
-    told = native.Reading(
+    told = native.ReadConfig(
         num_readers=wishes.num_readers or num_readers(where, in_blocks),
         direct=direct,
         disk_lock=lock,
@@ -162,7 +162,7 @@ def _of_python_blocks(source: Source, wishes: Wishes) -> Reading:
     speed = speed_of(where, files if data_bytes >= MEASURED_BYTES else [])
     fits = ram_budget(wishes.ram, data_bytes).page_cache
     budget = Budget(page_cache=fits, kept_bytes=0, notes=())
-    return Reading(where, speed, budget, data_bytes, native.Reading(), window=0, reads_on=False)
+    return Reading(where, speed, budget, data_bytes, native.ReadConfig(), window=0, reads_on=False)
 
 
 def num_readers(where: Disk, in_blocks: bool) -> int:
