@@ -74,7 +74,7 @@ def test_random_crops_of_every_photo(
                 begin += 1
         assert begin == len(names) > 0
     # Only what the core does not decode went to Pillow, and from a pack the same.
-    assert loaders[0].stats()["foreign_rows"] < len(names) / 100 * NUM_CROPS
+    assert loaders[0].stats()["python_rows"] < len(names) / 100 * NUM_CROPS
 
 
 @pytest.mark.parametrize("kind", ["folder", "pack"])

@@ -517,7 +517,7 @@ def test_a_folder_of_pngs_is_decoded_by_pillow(tmp_path: Path) -> None:
         assert torch.equal(
             torch.cat([x for x, _ in loader]), torch.stack([x for x, _ in reference])
         )
-    assert loader.stats()["foreign_rows"] == 20
+    assert loader.stats()["python_rows"] == 20
     # Random crops of python rows follow the draws of the core, too.
     a = epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=1))
     assert same(epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=8)), a)
@@ -608,7 +608,7 @@ def test_a_source_that_hands_in_blocks(shuffle: bool | str, tmp_path: Path) -> N
         assert (order == list(range(size))) == (shuffle is False)
         labels = [t for _, target in loader for t in target.tolist()]
         assert Counter(labels) == {0: 20, 1: 20}
-    assert loader.stats()["foreign_blocks"] >= 20
+    assert loader.stats()["python_blocks"] >= 20
     assert loader.dataset[9][0].shape == (3, 32, 32)
 
 

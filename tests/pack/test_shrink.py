@@ -479,7 +479,7 @@ def test_the_loader_decodes_copies_as_pillow_does(
     decoded, stats = pixels(*validation)
     reference = v2.Compose([*validation, v2.PILToTensor()])
     assert torch.equal(decoded, torch.stack([reference(image) for image in images]))
-    assert stats["foreign_rows"] == 0
+    assert stats["python_rows"] == 0
 
     decoded, _ = pixels(v2.RandomResizedCrop(side_px))
     recipe = Recipe(

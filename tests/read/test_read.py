@@ -1220,7 +1220,7 @@ def test_counters_have_names_that_say_their_stage(photos_pack: Path) -> None:
     loader = loader_of(photos_pack, **IN_BLOCKS, ram=0)
     epoch_of(loader)
     stats = loader.stats()
-    stages = {"read", "decode", "foreign", "batch", "block", "kept"}
+    stages = {"read", "decode", "python", "batch", "block", "kept"}
     assert {name.split("_")[0] for name in stats} == stages
     assert not [name for name in stats if name.endswith("_ns")]
     assert stats["read_requests"] >= stats["read_seeks"] >= 1

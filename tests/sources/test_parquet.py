@@ -241,7 +241,7 @@ def test_row_groups_train(tmp_path: Path, compression: str, shuffle: Any) -> Non
     loader = Loader(path, "train", batch_size=4, shuffle=shuffle, num_workers=2, drop_last=False)
     labels = np.concatenate([targets.numpy() for _, targets in loader])
     assert sorted(labels) == sorted(i % 3 for i in range(len(images)))
-    assert loader.stats()["foreign_blocks"] >= 3
+    assert loader.stats()["python_blocks"] >= 3
 
 
 # ---- what is wrong -------------------------------------------------------------------------------
