@@ -32,13 +32,13 @@ from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index.columns import Names
 from imagenet_seq.pack.encode import Settings
 from imagenet_seq.pack.io_log import IoLog
-from imagenet_seq.pack.packing import pack
-from imagenet_seq.pack.plan import OnImageError
+from imagenet_seq.pack.packing import pack_dataset
 from imagenet_seq.pack.scratch import Buckets
 from imagenet_seq.pack.shards import Summary
+from imagenet_seq.pack.task import OnImageError
 from imagenet_seq.pack.verify import verify
 from imagenet_seq.read.disk import Disk
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.pack import Encoded
 from imagenet_seq.sources.recognise import open_source
 
@@ -51,7 +51,7 @@ FOUR_SHARDS = Settings(shard_bytes=1_300_000)
 
 def make_pack(source: Path, destination: Path, **options: Any) -> Summary:
     options = {"settings": SMALL_SHARDS, "num_workers": 2, "progress": False, **options}
-    return pack(source, destination, **options)[""]
+    return pack_dataset(source, destination, **options)[""]
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -207,12 +207,12 @@ def test_strange_names_stay_apart_and_readable(tmp_path: Path) -> None:
     assert problems(tmp_path / "pack", tmp_path / "source") == ""
     index = open_source(tmp_path / "pack").index
     assert sorted(index.name) == sorted(STRANGE_NAMES)
-    keys = {layout.MemberNames(index.name).key(name) for name in index.name}
+    keys = {pack_format.MemberNames(index.name).key(name) for name in index.name}
     assert len(keys) == len(STRANGE_NAMES)
     shards = sorted(map(str, (tmp_path / "pack").glob("*.tar")))
     found = {s["__key__"]: pixels(s["jpg"]) for s in read_webdataset(shards)}
     assert found.keys() == keys
-    by_key = {layout.MemberNames(index.name).key(name): name for name in index.name}
+    by_key = {pack_format.MemberNames(index.name).key(name): name for name in index.name}
     for key, stored in found.items():
         assert stored == pixels((tmp_path / "source" / by_key[key]).read_bytes())
     for shard in shards:
@@ -321,14 +321,14 @@ def test_root_with_both_splits(make_folder: Callable[..., Path], tmp_path: Path)
     root = make_folder(6, 2)
     for name in ("class_000", "class_001"):
         add_image(root / "val", f"{name}/v.jpg", jpeg_bytes(Image.new("RGB", (16, 16))))
-    only_val = pack(root, tmp_path / "pack", splits=["val"], progress=False)
+    only_val = pack_dataset(root, tmp_path / "pack", splits=["val"], progress=False)
     assert list(only_val) == ["val"]
-    both = pack(root, tmp_path / "pack", progress=False)
+    both = pack_dataset(root, tmp_path / "pack", progress=False)
     assert {split: summary.num_samples for split, summary in both.items()} == {"train": 6, "val": 2}
     for split in both:
         assert open_source(tmp_path / "pack", split).kind == "pack"
     with pytest.raises(FileNotFoundError, match="is by its name the other split, val"):
-        pack(root / "val", tmp_path / "other", splits=["train"], progress=False)
+        pack_dataset(root / "val", tmp_path / "other", splits=["train"], progress=False)
 
 
 def test_a_split_that_cannot_be_packed_is_refused_before_the_other_is_packed(
@@ -337,7 +337,7 @@ def test_a_split_that_cannot_be_packed_is_refused_before_the_other_is_packed(
     root = make_folder(6, 2)
     add_image(root / "val", "flat.jpg", jpeg_bytes(Image.new("RGB", (16, 16))))
     with pytest.raises(FileNotFoundError, match="val holds 1 files but no class folders"):
-        pack(root, tmp_path / "pack", progress=False)
+        pack_dataset(root, tmp_path / "pack", progress=False)
     assert not (tmp_path / "pack").exists()
 
 
@@ -771,7 +771,7 @@ KILLED = """
 import importlib, os, signal, sys
 from pathlib import Path
 from imagenet_seq.pack.encode import Settings
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 source, destination, module, name, count, memory, format = sys.argv[1:]
 module, left = importlib.import_module(module), int(count)
 original = getattr(module, name)
@@ -784,7 +784,7 @@ def dying(*arguments, **options):
 setattr(module, name, dying)
 settings = Settings(shard_bytes=1_300_000)
 options = {"num_workers": 2, "memory_bytes": int(memory), "progress": False}
-pack(source, destination, settings=settings, format=format, **options)
+pack_dataset(source, destination, settings=settings, format=format, **options)
 """
 
 
@@ -1278,7 +1278,7 @@ def test_damaged_images_are_left_out_or_kept(
             assert kept
             assert image_of(tmp_path / "pack", sample) == (damaged_source / name).read_bytes()
             assert index.flags is not None
-            assert not index.flags[sample] & layout.FLAG_CLEAN
+            assert not index.flags[sample] & pack_format.FLAG_CLEAN
     assert problems(tmp_path / "pack", damaged_source) == ""
 
 
