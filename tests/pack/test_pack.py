@@ -438,7 +438,7 @@ def test_a_deletion_cut_short_is_still_known_as_ours(
 
 def test_same_bytes_from_any_disk_order_and_number_of_threads(source: Path, tmp_path: Path) -> None:
     make_pack(source, tmp_path / "one", num_workers=1)
-    copy = tmp_path / "copy"
+    copy = tmp_path / "copy/train"
     for path in sorted(source.rglob("*.jpg"), reverse=True):
         add_image(copy, str(path.relative_to(source)), path.read_bytes())
     make_pack(copy, tmp_path / "two", num_workers=4)
@@ -642,7 +642,7 @@ def test_one_head_writes_before_it_reads_on(
         synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
         fsync(descriptor)
 
-    monkeypatch.setattr("imagenet_seq.read.disk.choose_disk", choose_disk)
+    monkeypatch.setattr("imagenet_seq.pack.shards.choose_disk", choose_disk)
     monkeypatch.setattr(os, "fsync", noting_fsync)
     log, options = tmp_path / "log", {"settings": FOUR_SHARDS, "memory_bytes": 4 << 20}
     make_pack(noisy_source, tmp_path / "pack", io_log=log, **options)
@@ -807,9 +807,9 @@ def uninterrupted(noisy_source: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("imagenet_seq.native.core", "count_symbols", 20),
-        ("imagenet_seq.native.core", "transcode", 0),
-        ("imagenet_seq.native.core", "transcode", 40),
+        ("imagenet_seq.native", "count_symbols", 20),
+        ("imagenet_seq.native", "transcode", 0),
+        ("imagenet_seq.native", "transcode", 40),
         ("os", "replace", 0),
         ("os", "replace", 1),
         ("os", "replace", 2),
@@ -937,10 +937,11 @@ def finish_shards_only(source: Path, destination: Path, **options: Any) -> None:
 @pytest.fixture
 def editable(source: Path, tmp_path: Path) -> Path:
     """A copy of the source, with one damaged image."""
+    copy = tmp_path / "editable/train"
     for path in source.rglob("*.jpg"):
-        add_image(tmp_path / "editable", str(path.relative_to(source)), path.read_bytes())
-    next((tmp_path / "editable/class_001").glob("*.jpg")).write_bytes(b"damaged")
-    return tmp_path / "editable"
+        add_image(copy, str(path.relative_to(source)), path.read_bytes())
+    next((copy / "class_001").glob("*.jpg")).write_bytes(b"damaged")
+    return copy
 
 
 @pytest.mark.parametrize("first", ["skip", "keep"])
@@ -1152,7 +1153,7 @@ def test_room_is_checked_first(
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(PackError, match=r"not enough room: .* MB of images takes .* MB free"):
+    with pytest.raises(PackError, match=r"not enough room: .* KB of images takes .* KB free"):
         make_pack(source, tmp_path / "pack")
 
 

@@ -291,9 +291,9 @@ def test_another_order_of_such_a_pack_is_the_pack_of_another_seed(
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("imagenet_seq.native.core", "count_symbols", 20),
-        ("imagenet_seq.native.core", "transcode", 0),
-        ("imagenet_seq.native.core", "transcode", 40),
+        ("imagenet_seq.native", "count_symbols", 20),
+        ("imagenet_seq.native", "transcode", 0),
+        ("imagenet_seq.native", "transcode", 40),
         ("os", "replace", 0),
         ("os", "replace", 1),
         ("os", "replace", 2),

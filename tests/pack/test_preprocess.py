@@ -248,8 +248,8 @@ def uninterrupted(noisy: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("imagenet_seq.native.core", "transcode", 0),
-        ("imagenet_seq.native.core", "transcode", 40),
+        ("imagenet_seq.native", "transcode", 0),
+        ("imagenet_seq.native", "transcode", 40),
         ("os", "replace", 0),
         ("os", "replace", 1),
         ("imagenet_seq.pack.lmdb", "tensorpack_value", 0),
