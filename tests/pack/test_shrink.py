@@ -399,7 +399,7 @@ def test_the_command_says_first_what_it_will_do(
     options = ["--max-side", "100", "--tables", "image"]
     assert cli.main(["pack", str(source), destination, *options]) == 0
     captured = capsys.readouterr()
-    notice, _, progress = captured.err.partition("read and re-code")
+    notice, _, progress = captured.err.partition("read and encode")
     assert progress
     assert "smaller copies, NOT lossless: longer side at most 100 px, quality 90, 4:2:0" in notice
     sides = [max(opened(path.read_bytes()).size) for path in source.rglob("*.jpg")]
@@ -412,7 +412,7 @@ def test_the_command_says_first_what_it_will_do(
     )
     assert f"-> {rows['length'].mean() / 1e3:.1f} KB" in notice
     shard_bytes = sum(path.stat().st_size for path in (tmp_path / "pack").glob("*.tar")) - 1024
-    assert f"MB of images become about {shard_bytes / 1e6:.1f} MB of shards" in notice
+    assert f"KB of images become about {shard_bytes / 1e3:.1f} KB of shards" in notice
     assert "x the images/s where the disk is the limit" in notice
     assert "x the CPU time to decode a 100 px training crop" in notice
     shrunk = np.count_nonzero(rows["flags"] & pack_format.FLAG_SHRUNK)

@@ -31,6 +31,7 @@ from imagenet_seq.pack.shrink import NUM_SAMPLED, Forecast, Pair, smaller_copy
 from imagenet_seq.pack.task import Failure, Form, RunOptions, Task, refuse_dying_disk
 from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.pack import Encoded
+from imagenet_seq.sources.place import SPLITS
 from imagenet_seq.text import format_bytes
 
 _MIN_BUFFER_BYTES = 1 << 20
@@ -110,18 +111,14 @@ class PackPlan:
             sharding = Sharding.of(record["file_bytes"], settings, options)
         else:
             sharding = Sharding.of(record["bytes"], settings, options, len(inputs.index))
-        split = None if task.names_split else task.split or inputs.split
+        is_named = os.path.basename(task.destination) in SPLITS
+        split = None if is_named else task.split or inputs.split
         return cls(inputs, task.form, sharding._replace(tables=inputs.tables), split)
 
     @property
     def num_shards(self) -> int:
         """Shards of the pack."""
         return self.sharding.num_shards
-
-    @property
-    def shards_per_bucket(self) -> int:
-        """Shards that share a scratch file."""
-        return self.sharding.shards_per_bucket
 
     @property
     def tables(self) -> bytes | None:
@@ -188,13 +185,13 @@ class PackPlan:
 
     def shards_of_bucket(self, bucket: int) -> range:
         """Return the shards whose samples are dealt to a bucket."""
-        first = bucket * self.shards_per_bucket
-        return range(first, min(first + self.shards_per_bucket, self.num_shards))
+        first = bucket * self.sharding.shards_per_bucket
+        return range(first, min(first + self.sharding.shards_per_bucket, self.num_shards))
 
     def expected_bytes(self, image_bytes: int) -> dict[int, int]:
         """Return the most that each bucket will hold where all images take `image_bytes`."""
         ratio = image_bytes * (1 + SPACE_MARGIN) / max(self.source_bytes, 1)
-        buckets = self.shard_of_sample // self.shards_per_bucket
+        buckets = self.shard_of_sample // self.sharding.shards_per_bucket
         sizes = np.maximum(self.inputs.lengths, 0)
         source_bytes = np.bincount(buckets, sizes, self.sharding.num_buckets)
         return dict(enumerate((source_bytes * ratio).astype(np.int64).tolist()))

@@ -212,7 +212,7 @@ class Packer:
         plan = self._plan
         good = (rows["sample"] >= 0) & (rows["sample"] < len(plan.index))
         sample = np.where(good, rows["sample"], 0)
-        expected = plan.shard_of_sample[sample] // plan.shards_per_bucket
+        expected = plan.shard_of_sample[sample] // plan.sharding.shards_per_bucket
         good &= rows["bucket"] == expected
         good &= rows["source_length"] == plan.inputs.stamps.sizes[sample]
         good &= rows["source_mtime_ns"] == plan.inputs.stamps.mtimes_ns[sample]
@@ -284,7 +284,9 @@ class Packer:
         if isinstance(encoded, Refused):
             encoded = self._fail(sample, encoded)
         if isinstance(encoded, Encoded):
-            bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
+            bucket = (
+                int(self._plan.shard_of_sample[sample]) // self._plan.sharding.shards_per_bucket
+            )
             stamps = self._plan.inputs.stamps
             stamp = (int(stamps.sizes[sample]), int(stamps.mtimes_ns[sample]))
             self._buckets.append(bucket, sample, encoded, *stamp)
@@ -345,7 +347,7 @@ class Packer:
                 if not shards:
                     continue
                 mine = rows[rows["bucket"] == bucket]
-                if plan.shards_per_bucket == 1:
+                if plan.sharding.shards_per_bucket == 1:
                     self._finish_shard(shards[0], self._buckets.load(bucket), mine, bar)
                 else:
                     self._finish_group(bucket, shards, mine, bar)

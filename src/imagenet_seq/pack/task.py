@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from imagenet_seq.errors import PackError
 from imagenet_seq.pack.io_log import NO_LOG, IoLog
 from imagenet_seq.sources.formats.pack import PARTIAL_SUFFIX
-from imagenet_seq.sources.place import SPLITS, Found
+from imagenet_seq.sources.place import Found
 from imagenet_seq.text import progress_bar
 
 OnImageError = Literal["fail", "skip", "keep"]
@@ -54,11 +53,6 @@ class Task(NamedTuple):
     def title(self) -> str:
         """What its progress bars begin with."""
         return f"pack {self.split}" if self.split else "pack"
-
-    @property
-    def names_split(self) -> bool:
-        """Whether the destination's name says which split it is."""
-        return os.path.basename(self.destination) in SPLITS
 
 
 class RunOptions(NamedTuple):
