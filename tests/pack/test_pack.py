@@ -219,7 +219,7 @@ def test_strange_names_stay_apart_and_readable(tmp_path: Path) -> None:
         assert subprocess.run(["tar", "tf", shard], capture_output=True, check=True).stderr == b""
 
 
-def test_what_cannot_be_recoded_is_stored_as_it_is(tmp_path: Path) -> None:
+def test_what_cannot_be_transcoded_is_stored_as_it_is(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     image = photo_like(rng, 40, 30)
     png = io.BytesIO()
@@ -278,8 +278,8 @@ def test_progressive_files_stay_where_pillow_sees_a_difference(
         "bytes": jpeg_bytes(image)[:-400],
     }[wrong]
     header = native.read_header(other)
-    recoded = np.frombuffer(other, np.uint8), header
-    monkeypatch.setattr(native, "transcode", lambda *_: recoded)
+    transcoded = np.frombuffer(other, np.uint8), header
+    monkeypatch.setattr(native, "transcode", lambda *_: transcoded)
     summary = make_pack(tmp_path / "source", tmp_path / "pack", settings=Settings())
     assert (summary.num_canonical, summary.num_as_is) == (0, 1)
     assert image_of(tmp_path / "pack", 0) == data
@@ -672,9 +672,9 @@ def test_all_images_have_the_tables_of_their_pack(source: Path, tmp_path: Path) 
     num_tables = set()
     for sample, name in enumerate(open_source(tmp_path / "pack").index.name):
         data = image_of(tmp_path / "pack", sample)
-        recoded = native.transcode((source / name).read_bytes(), tables=tables)
-        assert recoded is not None
-        assert recoded[0].tobytes() == data
+        transcoded = native.transcode((source / name).read_bytes(), tables=tables)
+        assert transcoded is not None
+        assert transcoded[0].tobytes() == data
         found = huffman_tables(data)
         assert tables.startswith(b"".join(found))
         num_tables.add(len(found))

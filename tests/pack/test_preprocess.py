@@ -84,7 +84,7 @@ def test_files_beside_the_folders_hold_their_images_and_labels(root: Path) -> No
 
 
 def test_images_are_re_coded_unless_their_bytes_are_kept(root: Path, tmp_path: Path) -> None:
-    preprocess(root, tmp_path / "recoded", progress=False)
+    preprocess(root, tmp_path / "transcoded", progress=False)
     kept = preprocess(root, tmp_path / "kept", keep_bytes=True, progress=False)
     assert kept["val"].num_canonical == 0
     originals = {path.read_bytes() for path in (root / "val").rglob("*") if path.is_file()}
@@ -92,7 +92,7 @@ def test_images_are_re_coded_unless_their_bytes_are_kept(root: Path, tmp_path: P
     assert images == originals
     assert images.isdisjoint(
         image
-        for image, _ in stored(tmp_path / "recoded/ILSVRC-val.lmdb")
+        for image, _ in stored(tmp_path / "transcoded/ILSVRC-val.lmdb")
         if image not in originals or b"imseq" in image
     )
 

@@ -267,7 +267,7 @@ def test_the_command(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
      ["--quality", "90"], ["--subsampling", "420"]],
     ids=lambda options: options[0],
 )  # fmt: skip
-def test_the_command_refuses_settings_of_recoding(
+def test_the_command_refuses_settings_of_transcoding(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     assert main(["pack", "--reshuffle", str(packed), str(tmp_path / "other"), *options]) == 1

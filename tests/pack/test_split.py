@@ -81,6 +81,12 @@ def test_names_of_files_tell(tmp_path: Path) -> None:
     assert noted(tmp_path / "X") == "val"
 
 
+def test_nothing_is_noted_of_files_of_both_splits(tmp_path: Path) -> None:
+    files = FIXTURES / "webdataset" / "imagenet1k-{train-0000,validation-00}.tar"
+    make_pack(files, tmp_path / "X")
+    assert noted(tmp_path / "X") is None
+
+
 def test_another_order_of_a_pack_notes_its_split(of_train: Path, tmp_path: Path) -> None:
     reshuffle(of_train, tmp_path / "Y", progress=False)
     assert noted(tmp_path / "Y") == "train"

@@ -61,6 +61,7 @@ from imagenet_seq.sources.place import (
     is_split,
     split_of,
     split_of_path,
+    splits_in,
 )
 from imagenet_seq.sources.recognise import find_source, open_source
 
@@ -272,17 +273,11 @@ def _tasks(
     source: str, destination: str, splits: Sequence[str] | None, format: Format
 ) -> list[Task]:
     found = _found(source, splits)
-    named = split_of_path(source)
     if format == "pack":
-        return [
-            Task(
-                key,
-                key or named,
-                found[key],
-                os.path.join(destination, key) if key else destination,
-            )
-            for key in found
-        ]
+        # A pattern such as {train,val}-*.tar names files of both splits.
+        named = split_of_path(source) if len(set(splits_in(source))) == 1 else None
+        folders = {key: os.path.join(destination, key) if key else destination for key in found}
+        return [Task(key, key or named, found[key], folders[key]) for key in found]
     is_file = destination.endswith(".lmdb") and not os.path.isdir(destination)
     if is_file and len(found) > 1:
         raise ValueError(

@@ -159,6 +159,7 @@ def split_of_path(path: str) -> str | None:
 
 
 def splits_in(name: str) -> list[str]:
+    """Return the split that each such word in a file's name stands for."""
     words = re.findall(r"[a-z]+", os.path.basename(name).lower())
     return [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
 
