@@ -15,7 +15,7 @@ from imagenet_seq.decode.pipeline import Pipeline
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.imagefolder import from_samples
-from imagenet_seq.sources.place import SPLITS, split_of
+from imagenet_seq.sources.place import SPLITS, split_of_path
 from imagenet_seq.sources.recognise import open_source
 
 
@@ -87,18 +87,10 @@ def resolve_dataset(
     if isinstance(dataset, (str, os.PathLike)):
         path = os.path.abspath(os.path.expanduser(os.fspath(dataset)))
         source = open_source(dataset, split, on_error=on_error)
-        return source, split or _split_of_path(path), None, None
+        return source, source.agreed_split(split or split_of_path(path)), None, None
     if isinstance(dataset, Source):
-        return dataset, split, None, None
+        return dataset, dataset.agreed_split(split), None, None
     return _from_torch_dataset(dataset, split, on_error)
-
-
-def _split_of_path(path: str) -> str | None:
-    """Return the split of a path that is called "train" or "val", or is of files that are."""
-    name = os.path.basename(path)
-    if os.path.isdir(path):
-        return name if name in SPLITS else None
-    return split_of(name)
 
 
 def _from_torch_dataset(

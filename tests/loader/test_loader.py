@@ -32,7 +32,7 @@ from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.loader import Loader
 from imagenet_seq.machine import LoaderNote
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 from imagenet_seq.read.options import ReadOptions
 
 UNCHECKED = ReadOptions(verify_checksums=False)
@@ -83,7 +83,7 @@ def test_call_forms_of_the_original_project(root: Path, monkeypatch: pytest.Monk
 
 
 def test_a_checksum_is_checked_on_the_first_read(root: Path, tmp_path: Path) -> None:
-    pack(root / "train", tmp_path / "pack", progress=False)
+    pack_dataset(root / "train", tmp_path / "pack", progress=False)
     loader = Loader(tmp_path / "pack", "train", EVAL, batch_size=8, num_workers=2, shuffle=False)
     before = epoch_of(loader)
     first = loader.dataset.encoded(0)
@@ -104,7 +104,7 @@ def test_a_checksum_is_checked_on_the_first_read(root: Path, tmp_path: Path) -> 
 
 
 def test_cache_is_the_pool_of_a_block_shuffle(root: Path, tmp_path: Path) -> None:
-    pack(root / "train", tmp_path / "pack", progress=False)
+    pack_dataset(root / "train", tmp_path / "pack", progress=False)
     mean_bytes = np.mean([p.stat().st_size for p in (root / "train").rglob("*.jpg")])
     reading = ReadOptions(block_bytes=int(4 * mean_bytes))
     settings = {"reading": reading, "batch_size": 8}

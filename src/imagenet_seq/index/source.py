@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +44,7 @@ class Source:
             ranges of files. Then the index's `file` is the number of a sample's block and `offset`
             its ordinal in that block.
         notes: what the user should know about it, such as samples left out.
+        split: "train" or "val", where the data itself says so; None: not known.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Source:
     permuted: bool = False
     python_blocks: bool = False
     notes: tuple[str, ...] = ()
+    split: str | None = field(default=None, kw_only=True)
 
     def read_block(self, number: int) -> Block:
         """Produce python block `number`; called from several threads at once.
@@ -60,6 +62,19 @@ class Source:
         raise TypeError(
             f"source '{self.kind}' has no python blocks: read its files (block {number})"
         )
+
+    def agreed_split(self, split: str | None) -> str | None:
+        """Return the split that is asked for, or else the one that the data names.
+
+        Raises:
+            ValueError: where the data names the other one.
+        """
+        if split and self.split and split != self.split:
+            raise ValueError(
+                f"{self.index.root}: holds the split {self.split!r}, not {split!r}: ask for "
+                f"{self.split!r} or for none, or give the path of {split!r}"
+            )
+        return split or self.split
 
     def take(self, indices: npt.ArrayLike) -> Source:
         """Return the source of the samples at `indices`, in that order (like torch's Subset)."""

@@ -164,6 +164,14 @@ def split_of(name: str) -> str | None:
     return next(iter(splits_in(name)), None)
 
 
+def split_of_path(path: str) -> str | None:
+    """Return the split of a folder called "train" or "val", or of files whose names say it."""
+    name = os.path.basename(path)
+    if os.path.isdir(path):
+        return name if name in SPLITS else None
+    return split_of(name)
+
+
 def splits_in(name: str) -> list[str]:
     """Return the splits that the words in a file's name mean, in their order."""
     words = re.findall(r"[a-z]+", os.path.basename(name).lower())
