@@ -42,11 +42,17 @@ from imagenet_seq.plan.epoch import (
     explicit_plan,
     in_windows,
     rank_plan,
-    reads_blocks,
 )
 from imagenet_seq.plan.state import State, check_state
-from imagenet_seq.read.arrange import Reading, Wishes, arrange, blocks_of_pool, mean_block_bytes
-from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_of
+from imagenet_seq.read.arrange import (
+    ReadStrategy,
+    Wishes,
+    blocks_of_pool,
+    choose_strategy,
+    mean_block_bytes,
+    open_reading,
+)
+from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_reading
 
 MB = 1 << 20
 
@@ -340,7 +346,8 @@ class Loader:
         self._memory_rows = 0
         self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
         self._on_device: tuple[torch.cuda.Stream, Tensor | None] | None = None
-        self._reading: Reading | None = None
+        self._strategy: ReadStrategy | None = None
+        self._reading: tuple[native.Reading, tuple[str, ...]] | None = None
         self._ahead: _Ahead | None = None
         self._forecast = forecast
         self._announced = False
@@ -544,22 +551,14 @@ class Loader:
     def progress_line(self) -> str:
         """Return one line on what happened since the last call: for a script's own log.
 
-        How fast the disk read, against what it can do; what came from memory; how full the memory
-        for blocks is; and which share of the time who waited for whom.
+        It begins with the bottleneck and for how much of the time training waited for data; then
+        come how fast the disk read, of what it can do, and what came from memory.
         """
-        reading = self._arranged()
-        return self._pace.line(self.stats(), reading, self._num_threads)
+        return self._pace.line(self.stats(), self._arranged().speed, self._num_threads)
 
     def forecast(self) -> Forecast:
         """Return what disk and memory allow: bytes, seeks and minutes an epoch."""
-        reading = self._arranged()
-        return forecast_of(
-            self._source,
-            reading,
-            num_samples=epoch_size(len(self.dataset), self._order()),
-            block_bytes=self._block_bytes,
-            order={"block": "blocks", "none": "sequence"}.get(self._shuffle, "files"),
-        )
+        return forecast_reading(self._source, self._arranged(), self._order())
 
     @property
     def memory_bytes(self) -> int:
@@ -588,6 +587,7 @@ class Loader:
         for iterator in list(self._iterators):
             iterator.close()
         self._close_idle_crew()
+        self._strategy = None
         self._reading = None  # the memory goes with the last engine that uses it
 
     def _close_idle_crew(self) -> None:
@@ -630,24 +630,25 @@ class Loader:
 
     def _announce(self) -> None:
         """Tell the user how the source is read and what the disk allows, once."""
-        reading, self._announced = self._arranged(), True
-        if reading.notes:
-            note_once("; ".join(reading.notes))
-        if self._forecast and reading.data_bytes >= FORECAST_BYTES:
+        strategy, (_, notes) = self._arranged(), self._opened()
+        self._announced = True
+        if strategy.notes or notes:
+            note_once("; ".join(strategy.notes + notes))
+        if self._forecast and strategy.data_bytes >= FORECAST_BYTES:
             say_once(self.forecast().line())
 
-    def _arranged(self) -> Reading:
+    def _arranged(self) -> ReadStrategy:
         """Decide how the source is read."""
+        if self._strategy is None:
+            order = None if self._explicit_order is not None else self._order()
+            num_ranks = node_ranks(self._world_size)
+            self._strategy = choose_strategy(self._source, self._wishes, order, num_ranks)
+        return self._strategy
+
+    def _opened(self) -> tuple[native.Reading, tuple[str, ...]]:
+        """Open what the strategy needs; return what the engine is told, and notes."""
         if self._reading is None:
-            index = self._source.index
-            by_sample = self._explicit_order is not None or not reads_blocks(index, self._order())
-            self._reading = arrange(
-                self._source,
-                self._wishes,
-                in_blocks=not by_sample and index.length is not None,
-                units="samples" if by_sample else f"blocks of {self._block_bytes}",
-                num_ranks=node_ranks(self._world_size),
-            )
+            self._reading = open_reading(self._source, self._arranged())
         return self._reading
 
     def _plan(self, progress: _Progress) -> EnginePlan:
@@ -752,7 +753,7 @@ class Loader:
             row_bytes=int(np.prod(shape)) * dtype.itemsize,
             block_budget_bytes=self._block_budget(),
             verify_checksums=self._verify_checksums,
-            reading=self._arranged().native,
+            reading=self._opened()[0],
         )
         return Crew(engine, self._num_threads)
 

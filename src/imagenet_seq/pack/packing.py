@@ -206,7 +206,7 @@ def _pack_all(
         prepared = [prepare(task.found, log) for task in tasks]
         _refuse_overlap([origin.path for origin in prepared], tasks)
         made = {
-            task.split: _pack_one(origin, task, options)
+            task.split: _pack_one(origin, task, options._replace(split=task.split))
             for task, origin in zip(tasks, prepared, strict=True)
         }
     return {**done, **made}

@@ -104,9 +104,11 @@ class RunOptions(NamedTuple):
     memory_bytes: int
     progress: bool
     log: IoLog = NO_LOG
+    split: str = ""  # for progress bars
 
     def bar(self, what: str, total: int, done: int = 0) -> Any:
-        return progress_bar(what, total, enabled=self.progress, done=done)
+        name = f"{self.split}: {what}" if self.split else what
+        return progress_bar(name, total, enabled=self.progress, done=done)
 
 
 class Sharding(NamedTuple):
