@@ -12,6 +12,7 @@ import pytest
 from imagenet_seq import cli
 from imagenet_seq.loader import Loader
 from imagenet_seq.pack.packing import pack
+from imagenet_seq.read import arrange
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -69,3 +70,13 @@ def test_info_and_the_loader_forecast_the_same(
         made = json.loads(json.dumps(loader.forecast().to_dict()))
         loader.close()
         assert made == said, f"{ranks} ranks"
+
+
+def test_a_forecast_opens_no_memory(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(arrange, "open_kept", lambda key, *_, **__: opened.append(key))
+    loader = Loader(paths["pack"], "train", ram="1MB", forecast=False)
+    assert loader.forecast().job.kept_bytes > 0
+    assert not opened

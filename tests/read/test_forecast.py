@@ -99,6 +99,17 @@ def test_packing_a_folder() -> None:
     assert "0.9 GB more RAM" not in [c.what for c in fits.choices]
 
 
+def test_a_whole_block_for_every_sample() -> None:
+    """Of 90 blocks of 10 MB that only Python unpacks, in a uniform order."""
+    job = replace(FOLDER, kind="parquet", order="block per sample", num_blocks=90)
+    made = forecast_job(job)
+    assert (made.later.bytes_from_disk, made.later.seeks) == (9_000 * 10 * MB, 9_000)
+    packed = choice(made, "a pack")
+    assert (packed.later.bytes_from_disk, packed.later.seeks) == (900 * MB, 54)
+    assert not [c.what for c in made.choices if "RAM" in c.what]  # none is kept by the loader
+    assert forecast_job(replace(job, order="blocks", num_ranks=8)).later.seeks == 97
+
+
 def test_a_block_across_the_cut_between_two_ranks_is_read_for_both() -> None:
     assert forecast_job(replace(PACK, num_ranks=8)).later.seeks == 1007
 
