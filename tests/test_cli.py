@@ -19,7 +19,8 @@ from PIL import Image
 from imagenet_seq import cli, info, native
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Block, Source
-from imagenet_seq.read import speed
+from imagenet_seq.read import arrange, speed
+from imagenet_seq.read.disk import Disk
 from imagenet_seq.read.speed import Speed
 from imagenet_seq.sources.place import Found
 
@@ -46,7 +47,10 @@ def test_pack_then_info_then_verify(
     captured = capsys.readouterr()
     assert f"{destination}/train: 12 samples" in captured.out
     assert "12 re-coded losslessly, 0 stored as they are" in captured.out
-    assert "12/12" in captured.err  # the progress bars
+    assert "train: read and re-code" in captured.err  # the progress bars
+    assert "12/12" in captured.err
+    used = captured.out.splitlines()[-1].strip()
+    assert used == f'train = Loader("{destination}", "train", batch_size=256, num_workers=8)'
 
     assert cli.main(["info", destination, "--split", "train", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -54,7 +58,7 @@ def test_pack_then_info_then_verify(
     assert facts["shards"] > 1
     assert facts["settings"]["strip"] is True
     assert facts["settings"]["shard_bytes"] == 50_000
-    assert cli.main(["info", destination, "--split", "train"]) == 0
+    assert cli.main(["info", destination, "--split", "train", "--verbose"]) == 0
     text = capsys.readouterr().out
     assert "shards:" in text
     assert "strip True" in text
@@ -73,7 +77,7 @@ def test_info_says_whose_huffman_tables_images_have(
         destination = str(tmp_path / tables)
         assert cli.main(["pack", str(root / "train"), destination, "--tables", tables]) == 0
         assert ("choose tables" in capsys.readouterr().err) == (tables == "pack")
-        assert cli.main(["info", destination]) == 0
+        assert cli.main(["info", destination, "-v"]) == 0
         text = capsys.readouterr().out
         assert f"huffman tables:      {expected}" in text
         assert f"tables {tables}" in text
@@ -91,7 +95,7 @@ def test_info_of_a_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> Non
     num_bytes = sum(file.stat().st_size for file in files)
     facts = info_of(capsys, str(root / "train"))
     assert facts.pop("forecast")["num_samples"] == 12
-    texts = {key: facts.pop(key) for key in ("reading", "training_shuffle", "packing")}
+    texts = {key: facts.pop(key) for key in ("reading", "training_shuffle", "packing", "disk")}
     assert facts == {
         "path": str(root / "train"),
         "kind": "imagefolder",
@@ -104,13 +108,15 @@ def test_info_of_a_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "mean_height_px": pytest.approx(np.mean(sizes, axis=0)[1], abs=0.06),
         "sampled_images": 12,
         "jpegs_among_them": 12,
+        "canonical_among_them": 0,
         "order": "class by class",
+        "validation": "in the order of the index",
         "notes": [],
     }
     assert texts["reading"].startswith("files one by one")
     assert texts["training_shuffle"].startswith("uniform: samples are not known to lie in random")
     assert len(texts["packing"]) == 3
-    assert cli.main(["info", str(root / "train")]) == 0
+    assert cli.main(["info", str(root / "train"), "-v"]) == 0
     out = capsys.readouterr().out
     assert f"mean width px:       {facts['mean_width_px']} (of 12 samples)\n" in out
     assert "notes:" not in out
@@ -124,8 +130,10 @@ def test_info_shows_both_splits_wherever_they_are(capsys: pytest.CaptureFixture[
     }
     assert cli.main(["info", str(FIXTURES / "kaggle")]) == 0
     out = capsys.readouterr().out
-    assert out.count("training, as far as the disk allows it:") == 2
-    assert "\n\npath: " in out
+    assert out.count("  training  ") == 2
+    assert f"\n\n{FIXTURES}" in out
+    assert cli.main(["info", str(FIXTURES / "kaggle"), "--verbose"]) == 0
+    assert capsys.readouterr().out.count("training, as far as the disk allows it:") == 2
     facts = info_of(capsys, str(FIXTURES / "kaggle"), "--split", "val")
     assert facts["kind"] == "flat"
     facts = info_of(capsys, str(FIXTURES / "images"))
@@ -154,12 +162,10 @@ def test_info_says_what_packing_brings(
     monkeypatch.setenv("IMAGENET_SEQ_DISK", "hdd")
     folder = str(root / "train")
     unknown = info_of(capsys, folder, "--ram", "0")
-    assert unknown["packing"][0].startswith(
-        "an epoch would take the disk 1 instead of 24 seeks; it"
-    )
+    assert unknown["packing"][0] == "an epoch takes 1 instead of 24 disk seeks"
     measured = Speed(100.0, 10.0, date.today().isoformat())
     monkeypatch.setattr(speed, "measure", lambda files, seed: measured)
-    monkeypatch.setattr(info, "MEASURED_BYTES", 0)
+    monkeypatch.setattr(arrange, "MEASURED_BYTES", 0)
     known = info_of(capsys, folder, "--ram", "0")
     now, then = (
         60 * of["minutes"]
@@ -169,16 +175,63 @@ def test_info_says_what_packing_brings(
         )
     )
     assert now > 5 * then
-    size = f"{known['bytes'] / 1e3:.1f} KB"
-    assert (
-        known["packing"][0] == f"an epoch would read {size} in {then:.1f} s instead of {now:.1f} s"
-    )
+    times = f"{then:.1f} s instead of {now:.1f} s"
+    assert known["packing"][0] == f"an epoch takes the disk about {times}"
     in_memory = info_of(capsys, folder)["packing"][0]
-    assert in_memory.startswith("the first epoch, the only one that reads the disk, would read")
+    assert in_memory == f"epoch 1 takes the disk about {times}"
     assert "about twice as fast" in known["packing"][1]
     pack = info_of(capsys, str(packed / "train"))
     assert "packing" not in pack
     assert (pack["sampled_images"], pack["training_shuffle"][:6]) == (12, "block:")
+
+
+def test_info_answers_in_a_few_lines(
+    root: Path, packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrange, "_disk_of", lambda *_: Disk("hdd", "sda", "8:0"))
+    monkeypatch.setattr(arrange, "speed_of", lambda *_: None)
+    for path in (root / "train", packed / "train"):
+        assert cli.main(["info", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert 3 <= len(out.splitlines()) <= 6
+        assert out.count("not measured") == 1
+        assert "sda (hard disk, speed not measured): that takes 2.0 GB of data or more" in out
+        assert 'if it is an SSD, set IMAGENET_SEQ_DISK=ssd, or disk="ssd"' in out
+        command = f"imagenet-seq pack {path} DESTINATION"
+        assert (out.splitlines()[-1].strip() == command) == (path == root / "train")
+    assert cli.main(["info", str(packed / "train"), "--no-measure"]) == 0
+    assert "not measured): leave out --no-measure" in capsys.readouterr().out
+    speed = Speed(180.0, 12.5, "2026-01-01")
+    monkeypatch.setattr(arrange, "speed_of", lambda *_: speed)
+    assert cli.main(["info", str(packed / "train"), "--ram", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "disk      sda (hard disk, 180 MB/s, 12.5 ms)\n" in out
+    assert "if it is an SSD" not in out
+    assert "  faster    with " in out
+
+
+def test_info_promises_no_faster_decoding_of_images_that_are_as_in_a_pack(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faster = "images decode about twice as fast, with the same pixels"
+    for name, arguments in (("canonical", []), ("own", ["--keep-bytes"])):
+        folder = str(tmp_path / name)
+        assert cli.main(["preprocess", str(root), folder, *arguments]) == 0
+        capsys.readouterr()
+        facts = info_of(capsys, folder)
+        assert facts["jpegs_among_them"] == 12
+        assert facts["canonical_among_them"] == (12 if name == "canonical" else 0)
+        assert (faster in facts["packing"]) == (name == "own")
+
+
+def test_a_closed_pipe_is_no_error(packed: Path) -> None:
+    command = [sys.executable, "-m", "imagenet_seq.cli", "info", str(packed), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        run.stdout.close()  # as `head` does when it has seen enough
+        assert run.stderr is not None
+        assert run.stderr.read() == b""
+    assert run.returncode == 141
 
 
 class Unpacked(Source):
@@ -202,7 +255,7 @@ def test_info_reads_headers_of_python_blocks(tmp_path: Path) -> None:
     )  # fmt: skip
     source = Unpacked("numbers", index, python_blocks=True)
     found = Found("numbers", "numbers", lambda how: source, [str(tmp_path / "file")])
-    facts = info.facts(source, found, info.forecast_of(source, "0", 1, measure=False))
+    facts = info.report(source, found, ram="0", measure=False).facts
     assert (facts["bytes"], facts["mean_image_bytes"]) == (1000, 5)
     assert (facts["mean_width_px"], facts["mean_height_px"]) == (30, 20)
     assert (facts["sampled_images"], facts["jpegs_among_them"]) == (2, 1)
@@ -230,7 +283,7 @@ def test_info_forecasts_training(
     made = forecast(pack, "--ram", "0", "--ranks", "2")
     assert (made["order"], made["num_ranks"], made["kept_bytes"]) == ("blocks", 2, 0)
     assert made["speed"] is None  # so little data says nothing about a disk
-    monkeypatch.setattr(info, "MEASURED_BYTES", 0)
+    monkeypatch.setattr(arrange, "MEASURED_BYTES", 0)
     assert forecast(pack, "--no-measure")["speed"] is None
     assert forecast(pack)["speed"] == asdict(measured)
     assert forecast(pack, "--no-measure")["speed"] == asdict(measured)  # it was kept
@@ -243,9 +296,7 @@ def test_info_forecasts_training(
     assert made["later_epochs"]["bytes_from_disk"] == sum(files) - 4096
 
     assert cli.main(["info", str(root), "--split", "train"]) == 0
-    text = capsys.readouterr().out
-    assert "training, as far as the disk allows it:" in text
-    assert "(hard disk, 100 MB/s, 10.0 ms)" in text
+    assert "(hard disk, 100 MB/s, 10.0 ms)" in capsys.readouterr().out
     (tmp_path / "linked" / "class").mkdir(parents=True)
     (tmp_path / "linked" / "class" / "0.jpg").symlink_to(tmp_path / "none")
     assert forecast(str(tmp_path / "linked"))["disk"]["kind"] == "hdd"

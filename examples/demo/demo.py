@@ -8,6 +8,7 @@ Everything it makes lies in demo-output/. Exit status 1 means that accuracy stay
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -32,6 +33,12 @@ NUM_GENERATED_TRAIN, NUM_GENERATED_VAL = 2000, 500
 REQUIRED_ACC1_GENERATED, REQUIRED_ACC1_IMAGENET = 60.0, 20.0
 
 TRAINING = "--arch tiny --epochs 8 --batch-size 32 --lr 0.05 --lr-step 6 --seed 0 --no-accel"
+
+LOADERS = {
+    "torchvision": "torchvision, the folder",
+    "imagenet_seq": "imagenet-seq, the folder",
+    "imagenet_seq_pack": "imagenet-seq, the pack",
+}
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
 TILE_PX, GAP_PX, CAPTION_PX, TITLE_PX = 224, 12, 26, 52
@@ -100,12 +107,27 @@ def pack(data: Path) -> Path:
     return destination
 
 
-def measure(data: Path) -> None:
+def measure(data: Path) -> dict[str, float]:
+    """Load train/ with each loader; return images/s by its name in benchmarks/compare.py."""
     announce("Loading alone: images/s of train/, without a network")
     num_images = len(Loader(data, "train").dataset)
-    peers = "torchvision imagenet_seq imagenet_seq_pack"
-    options = shlex.split(f"--images {num_images} --rounds 1 --cores all --peers {peers}")
-    run(ROOT / "benchmarks" / "compare.py", data / "train", *options)
+    options = f"--images {num_images} --rounds 1 --epochs 2 --cores all --dtype uint8 --allow-dirty"
+    measured = OUTPUT / "compare.json"
+    script = ROOT / "benchmarks" / "compare.py"
+    run(script, data / "train", *shlex.split(options), "--json", measured, "--peers", *LOADERS)
+    rows = json.loads(measured.read_text())["rows"]
+    return {row["peer"]: row["images_per_second"] for row in rows}
+
+
+def print_rates(rates: dict[str, float]) -> None:
+    """Print images/s beside torchvision's: the same random crops, uint8, all cores."""
+    baseline = rates.get("torchvision")
+    for loader, name in LOADERS.items():
+        if loader in rates:
+            times = f"   {rates[loader] / baseline:.1f} x" if baseline else ""
+            print(f"  {name:28} {rates[loader]:8,.0f} images/s{times}")
+        else:
+            print(f"  {name:28} not installed (pip install torchvision)")
 
 
 def train(packed: Path) -> float:
@@ -149,7 +171,7 @@ def main() -> int:
     OUTPUT.mkdir(exist_ok=True)
     data, required_acc1 = find_data()
     packed = pack(data)
-    measure(data)
+    rates = measure(data)
     picture = draw_batch(packed)
     acc1 = train(packed)
 
@@ -162,6 +184,8 @@ def main() -> int:
     print(f"time      {time.perf_counter() - begin:.0f} s")
     if not well:
         print("FAILED: the network has not learnt. Look at the picture: do images and names fit?")
+    print(f"\nloading train/ alone, random crops of 224 pixels, on {os.cpu_count()} cores:")
+    print_rates(rates)
     return 0 if well else 1
 
 

@@ -1,27 +1,24 @@
 """The command `imagenet-seq`: pack, preprocess, info, verify.
 
-Nothing here imports torch but `pack --max-side`, whose forecast decodes some images.
+Only `pack --max-side` imports torch, since its forecast decodes some images.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
 from imagenet_seq import __version__
 from imagenet_seq.errors import ImagenetSeqError
 from imagenet_seq.index.cache import OnError
-from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats import pack as layout
-from imagenet_seq.sources.place import SPLITS, Found, Opening, SplitNeededError
-from imagenet_seq.sources.recognise import find_source
+from imagenet_seq.sources.place import SPLITS, Opening, split_of
 from imagenet_seq.text import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -29,11 +26,9 @@ if TYPE_CHECKING:
     from imagenet_seq.pack.shrink import Shrink
 
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 _SHOWN = 5
-"""Samples named in a summary."""
+"""Failures that a summary names."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None: those of the process.
 
     Returns:
-        0: done; 1: failed, or `verify` found problems; 2: wrong usage; 130: interrupted.
+        0: done; 1: failed, or `verify` found problems; 2: wrong usage; 130: interrupted; 141: what
+        read the output (`head`, say) has closed it.
     """
     try:
         options = _parser().parse_args(argv)
@@ -51,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        return run(options)
+        status = run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The interpreter flushes stdout when it ends, which would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"imagenet-seq: interrupted{options.after_interrupt}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="imagenet-seq",
-        description="Pack ImageNet for sequential reading, look at data sets, check packs.",
+        description="Pack images for sequential reading, look at data sets, check packs.",
+        epilog="Each command has examples: imagenet-seq COMMAND --help.",
     )
     parser.add_argument("--version", action="version", version=f"imagenet-seq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -97,13 +100,13 @@ def _add_pack(commands: Any) -> None:
         commands,
         "pack",
         _pack,
-        "make a pack of a data set of any format; run again, it continues where it stopped",
-        "  imagenet-seq pack /data/imagenet /disk/imagenet-pack          # its train/ and val/\n"
+        "pack a data set of any format; after an interruption, run it again to continue",
+        "  imagenet-seq pack /data/imagenet /disk/imagenet-pack          # train/ and val/\n"
         "  imagenet-seq pack '/data/imagenet1k-train-{0000..1023}.tar' /disk/train-pack\n"
         "  imagenet-seq pack /data/imagenet /disk/pack --on-error skip   # leave bad images out\n"
         "  imagenet-seq pack /data/imagenet /disk/small --max-side 500   # half the bytes; lossy\n"
         "  imagenet-seq pack /data/imagenet /disk/in100 --classes imagenet100.txt   # a subset\n"
-        "  imagenet-seq pack --reshuffle /disk/pack /disk/pack2          # another order\n",
+        "  imagenet-seq pack --reshuffle /disk/pack /disk/pack2          # in another order\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
     command.add_argument(
@@ -121,19 +124,21 @@ def _add_pack(commands: Any) -> None:
     command.add_argument(
         "--reshuffle",
         action="store_true",
-        help="SOURCE is a pack: make one of another order of it, the images as they are",
+        help="SOURCE is a pack: copy it in another random order, image bytes unchanged",
     )
     command.add_argument(
         "--seed",
         type=int,
         default=argparse.SUPPRESS,
-        help="of the permutation (default 0; with --reshuffle, the next after the pack's)",
+        help="seed of the random order (default 0; with --reshuffle, one more than the pack's)",
     )
     _add_settings(command)
     _add_selection(command)
     _add_shrink(command)
     command.add_argument(
-        "--splits", type=_splits, help="of a folder with both: train, val or train,val (default)"
+        "--splits",
+        type=_splits,
+        help="of a folder with both, pack train, val or train,val (default)",
     )
     _add_workers(command)
     command.add_argument(
@@ -141,21 +146,21 @@ def _add_pack(commands: Any) -> None:
         type=_size,
         default=512 << 20,
         metavar="SIZE",
-        help="for dealing samples to shards (default 512MiB); one shard beside",
+        help="memory for sorting samples into shards (default 512MiB), beside that of one shard",
     )
     command.add_argument(
-        "--log-io", metavar="FILE", help="append every read and write to FILE, a line of JSON each"
+        "--log-io", metavar="FILE", help="append every read and write to FILE, as a line of JSON"
     )
 
 
 def _add_settings(command: Any) -> None:
-    """Add what decides the bytes of a pack; what is not given has the defaults of `Settings`."""
+    """Add the options that decide the bytes of a pack; their defaults are those of `Settings`."""
     absent = argparse.SUPPRESS
     command.add_argument(
         "--keep-bytes",
         action="store_true",
         default=absent,
-        help="store every file's own bytes, re-code nothing",
+        help="store every file unchanged; it decodes more slowly",
     )
     command.add_argument(
         "--strip",
@@ -175,28 +180,29 @@ def _add_settings(command: Any) -> None:
         type=_size,
         default=absent,
         metavar="SIZE",
-        help="of a shard (default 1GB)",
+        help="size of a shard (default 1GB)",
     )
     command.add_argument(
         "--restart-interval",
         type=int,
         default=absent,
         metavar="MCUS",
-        help="MCUs between restart markers (default 8)",
+        help="MCUs (8 or 16 pixels wide) between restart markers (default 8)",
     )
     command.add_argument(
         "--tables",
         choices=("pack", "image"),
         default=absent,
-        help="Huffman tables: the pack's, fastest to decode (default); each image its own, smaller",
+        help="Huffman tables: one set for the pack, fastest to decode (default), or each image its "
+        "own, 2 %% fewer bytes",
     )
 
 
 def _add_selection(command: Any) -> None:
     group = command.add_argument_group(
         "subsets",
-        "Labels of the chosen classes are 0, 1, ... in the order that these have in SOURCE.\n"
-        "Patterns are as in a shell; several in one argument are separated by commas.",
+        "The chosen classes get the labels 0, 1, ... in their order in SOURCE. Patterns are those\n"
+        "of a shell; commas separate several.",
     )
     group.add_argument(
         "--include", action="append", type=_names, metavar="GLOB", help="pack only these classes"
@@ -207,15 +213,14 @@ def _add_selection(command: Any) -> None:
     group.add_argument(
         "--classes",
         metavar="FILE",
-        help="pack only the classes that FILE names, one in a line; words behind a name are "
+        help="pack only the classes that FILE names, one a line; further words on a line are "
         "ignored, # begins a comment",
     )
     group.add_argument(
         "--limit",
         type=_positive,
         metavar="N",
-        help="pack at most N images of each class: always the same ones, chosen by a hash of their "
-        "names",
+        help="pack at most N images of each class, always the same ones",
     )
 
 
@@ -234,15 +239,15 @@ def _add_shrink(command: Any) -> None:
     group = command.add_argument_group(
         "smaller copies",
         "Not lossless: images with a side of more than PX pixels are resized (antialiased), and\n"
-        "all images that get smaller by it are encoded anew. What this does to size and speed is\n"
-        "measured on some of them and shown first. --strip saves more: ICC profiles go, too.",
+        "all images that get smaller by it are encoded anew. The effect on size and speed is\n"
+        "measured on some of them and shown first. --strip saves more: it drops ICC profiles, too.",
     )
-    group.add_argument("--max-side", type=_positive, metavar="PX", help="longer side, at most")
+    group.add_argument("--max-side", type=_positive, metavar="PX", help="greatest side")
     group.add_argument(
         "--quality", type=_positive, metavar="Q", help="JPEG quality, 1 to 100 (default 90)"
     )
     group.add_argument(
-        "--subsampling", choices=("420", "422", "444"), help="of the colours (default 420)"
+        "--subsampling", choices=("420", "422", "444"), help="chroma subsampling (default 420)"
     )
 
 
@@ -299,28 +304,30 @@ def _pack(options: argparse.Namespace) -> int:
             **_selection(options),
             **common,
         )
-    for summary in summaries.values():
-        _print_summary(summary)
     if given.get("format") != "lmdb":
         _warn_of_different_classes([summary.folder for summary in summaries.values()])
+    _print_summaries(summaries, options.source)
     return EXIT_OK
+
+
+def _print_summaries(summaries: dict[str, Summary], source: str) -> None:
+    """Say what was made, and end with the Python that uses it."""
+    for summary in summaries.values():
+        _print_summary(summary)
+    print("\nto use it:\n  from imagenet_seq import Loader")
+    for split, summary in summaries.items():
+        is_in_root = split and os.path.isdir(summary.folder)
+        path = os.path.dirname(summary.folder) if is_in_root else summary.folder
+        meant = split or split_of(source) or "train"
+        print(f'  {meant} = Loader("{path}", "{meant}", batch_size=256, num_workers=8)')
 
 
 def _print_summary(summary: Summary) -> None:
     is_lmdb = not os.path.isdir(summary.folder)
     already = ", complete already: nothing was done" if summary.was_complete else ""
-    print(f"{summary.folder}: {summary.num_samples} samples{already}")
+    print(f"{summary.folder}: {summary.num_samples:,} samples{already}")
     if not (is_lmdb and summary.was_complete):  # nothing in it says what it was made of
-        ratio = summary.pack_bytes / max(summary.source_bytes, 1)
-        print(
-            f"  {format_bytes(summary.source_bytes)} of images became {format_bytes(summary.pack_bytes)} of "
-            f"{'LMDB' if is_lmdb else 'shards'} ({ratio:.1%})"
-        )
-        shrunk = f"{summary.num_shrunk} encoded anew, " if summary.num_shrunk else ""
-        print(
-            f"  {shrunk}{summary.num_canonical - summary.num_shrunk} re-coded losslessly, "
-            f"{summary.num_as_is} stored as they are"
-        )
+        _print_sizes(summary, "LMDB" if is_lmdb else "shards")
     for note in summary.notes:
         print(f"  {note}")
     if summary.failures:
@@ -332,6 +339,19 @@ def _print_summary(summary: Summary) -> None:
         )
         for failure in summary.failures if is_lmdb else summary.failures[:_SHOWN]:
             print(f"    {failure.name}: {failure.reason}")
+
+
+def _print_sizes(summary: Summary, what: str) -> None:
+    before, after = summary.source_bytes, summary.pack_bytes
+    print(
+        f"  {format_bytes(before)} of images became {format_bytes(after)} of {what} "
+        f"({after / max(before, 1):.1%})"
+    )
+    shrunk = f"{summary.num_shrunk} encoded anew, " if summary.num_shrunk else ""
+    print(
+        f"  {shrunk}{summary.num_canonical - summary.num_shrunk} re-coded losslessly, "
+        f"{summary.num_as_is} stored as they are"
+    )
 
 
 def _warn_of_different_classes(folders: Sequence[str]) -> None:
@@ -352,28 +372,32 @@ def _add_preprocess(commands: Any) -> None:
         commands,
         "preprocess",
         _preprocess,
-        "make ILSVRC-train.lmdb and ILSVRC-val.lmdb, as the original project did; run again, it "
-        "continues",
-        "  imagenet-seq preprocess                                # of $IMAGENET, into it\n"
+        "make ILSVRC-train.lmdb and ILSVRC-val.lmdb, as the original project did; after an "
+        "interruption, run it again to continue",
+        "  imagenet-seq preprocess                                # reads $IMAGENET, writes to it\n"
         "  imagenet-seq preprocess /data/imagenet /disk/lmdb\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
     command.add_argument(
-        "source", nargs="?", help="folder with train/ and val/, or any data set (default $IMAGENET)"
+        "source",
+        nargs="?",
+        help="folder with train/ and val/, or any data set (default: $IMAGENET)",
     )
-    command.add_argument("destination", nargs="?", help="folder for the files (default SOURCE)")
+    command.add_argument("destination", nargs="?", help="folder for the files (default: SOURCE)")
     command.add_argument(
         "--keep-bytes",
         action="store_true",
-        help="store every file's own bytes; the Loader decodes them more slowly",
+        help="store every file unchanged; it decodes more slowly",
     )
     command.add_argument(
         "--on-error",
         choices=("fail", "skip", "keep"),
         default="fail",
-        help="images that cannot be decoded, as for pack",
+        help="what to do with images that cannot be decoded, as for pack",
     )
-    command.add_argument("--seed", type=int, default=0, help="of train's order (default 0)")
+    command.add_argument(
+        "--seed", type=int, default=0, help="seed of train's random order (default 0)"
+    )
     _add_workers(command)
 
 
@@ -388,8 +412,7 @@ def _preprocess(options: argparse.Namespace) -> int:
         on_error=options.on_error,
         num_workers=options.workers,
     )
-    for summary in summaries.values():
-        _print_summary(summary)
+    _print_summaries(summaries, options.source or "")
     return EXIT_OK
 
 
@@ -401,10 +424,10 @@ def _add_info(commands: Any) -> None:
         commands,
         "info",
         _info,
-        "say what a data set is, how it is read, what packing would bring, how fast its disk is",
-        "  imagenet-seq info /disk/imagenet-pack --split train\n"
+        "say what a data set is, how it will be read, and what packing would bring",
+        "  imagenet-seq info /data/imagenet                # a few lines for each split\n"
+        "  imagenet-seq info /data/imagenet -v             # everything\n"
         "  imagenet-seq info /disk/imagenet-pack --split train --ram 64GB --ranks 8\n"
-        "  imagenet-seq info /disk/train-pack --json\n"
         "  imagenet-seq info '/data/imagenet1k-train-{0000..1023}.tar'\n"
         "  imagenet-seq info /disk/train-pack --shuffle    # is it as good as a uniform one?\n",
     )
@@ -416,20 +439,21 @@ def _add_info(commands: Any) -> None:
         default="fail",
         help="samples that can't be indexed: stop and name the first (default), or leave them out",
     )
-    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("-v", "--verbose", action="store_true", help="print all that is known")
+    command.add_argument("--json", action="store_true", help="print all of it as a JSON object")
     command.add_argument(
-        "--ranks", type=_positive, default=1, metavar="N", help="that train (default 1)"
+        "--ranks", type=_positive, default=1, metavar="N", help="that train together (default 1)"
     )
     group = command.add_argument_group(
         "forecast",
-        "No image is decoded; of 200 the header is read. The speed of a disk is measured once in\n"
-        "30 days, where the data is 2 GB or more: parts of some files are read for a second.",
+        "No image is decoded; the headers of 200 are read. A disk's speed is measured once in\n"
+        "30 days, on data of 2 GB or more: parts of some files are read for a second.",
     )
     group.add_argument(
         "--ram",
         default="auto",
         metavar="SIZE",
-        help="memory for training, as the Loader's ram: 48GB, 30%%, 0 or auto (default)",
+        help="memory that may keep data, as the Loader's ram: 48GB, 30%%, 0 or auto (default)",
     )
     group.add_argument(
         "--no-measure", dest="measure", action="store_false", help="don't measure the disk"
@@ -439,39 +463,30 @@ def _add_info(commands: Any) -> None:
 
 def _info(options: argparse.Namespace) -> int:
     from imagenet_seq import info
+    from imagenet_seq.plan import quality
 
     how = Opening(options.on_error, progress=not options.json)
-    all_facts: dict[str, dict[str, Any]] = {}
-    for split, found in _found(options.path, options.split).items():
+    collected: dict[str, dict[str, Any]] = {}
+    for split, found in info.find_splits(options.path, options.split).items():
         source = found.open(how)
-        expected = info.forecast_of(source, options.ram, options.ranks, options.measure)
-        facts = info.facts(source, found, expected)
+        report = info.report(
+            source, found, ram=options.ram, num_ranks=options.ranks, measure=options.measure
+        )
+        texts = [report.summary(options.path)]
+        if options.verbose:
+            texts.append(report.text())
+        known = report.to_dict()
         if options.shuffle:
-            facts.update(_shuffle_facts(source, options))
-        if options.json:
-            facts["forecast"] = expected.to_dict()
-        else:
-            print("\n" * bool(all_facts) + info.text(facts))
-            print(f"\ntraining, as far as the disk allows it:\n{expected.text()}")
-        all_facts[split] = facts
+            found_out = info.shuffle_quality(source, options.ranks, options.batch_size)
+            known["shuffle"] = asdict(found_out)
+            texts.append(info.fact_lines(quality.describe(found_out)))
+        if not options.json:
+            print("\n" * bool(collected) + "\n\n".join(texts))
+        collected[split] = known
     if options.json:
-        only = next(iter(all_facts.values())) if len(all_facts) == 1 else None
-        print(json.dumps(only or all_facts, indent=1))
+        only = next(iter(collected.values())) if len(collected) == 1 else None
+        print(json.dumps(only or collected, indent=1))
     return EXIT_OK
-
-
-def _found(path: str, split: str | None) -> dict[str, Found]:
-    """Return what lies at a path: with both splits there and none asked for, both."""
-    try:
-        return {split or "": find_source(path, split)}
-    except SplitNeededError:
-        found = {}
-        for name in SPLITS:
-            with contextlib.suppress(FileNotFoundError):
-                found[name] = find_source(path, name)
-        if not found:
-            raise
-        return found
 
 
 def _add_shuffle(command: Any) -> None:
@@ -479,27 +494,15 @@ def _add_shuffle(command: Any) -> None:
     group.add_argument(
         "--shuffle",
         action="store_true",
-        help="measure the training shuffle, as the Loader has it by default, against a uniform one",
+        help="compare the Loader's default training shuffle with a uniform one",
     )
     group.add_argument(
         "--batch-size",
         type=_positive,
         default=256,
         metavar="N",
-        help="samples of one rank in a batch (default 256)",
+        help="samples in a batch of one rank (default 256)",
     )
-
-
-def _shuffle_facts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    from imagenet_seq.plan import quality
-    from imagenet_seq.plan.order import Order
-    from imagenet_seq.read.arrange import blocks_of_pool
-
-    order = Order("block" if source.permuted else "uniform", num_streams=options.ranks)
-    pool = blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
-    order = replace(order, shuffle_blocks=pool)
-    found = quality.measure(source.index, order, options.batch_size, source.python_blocks)
-    return {"shuffle": asdict(found)} if options.json else quality.describe(found)
 
 
 # ---- verify --------------------------------------------------------------------------------------
@@ -510,16 +513,22 @@ def _add_verify(commands: Any) -> None:
         commands,
         "verify",
         _verify,
-        "check every byte of a pack; exit status 0: sound, 1: problems were found",
+        "check every byte of a pack; exit status 1 if there are problems",
         "  imagenet-seq verify /disk/imagenet-pack\n"
         "  imagenet-seq verify /disk/imagenet-pack --against /data/imagenet   # pixels too\n",
     )
     command.add_argument("pack", help="a pack, or a folder with the packs train/ and/or val/")
     command.add_argument(
-        "--against", metavar="SOURCE", help="what it was made of: compare names, labels and pixels"
+        "--against",
+        metavar="SOURCE",
+        help="compare names, labels and pixels with the original data",
     )
     command.add_argument(
-        "--problems", type=_positive, default=20, metavar="N", help="problems to show (default 20)"
+        "--problems",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="show N problems at most (default 20)",
     )
     _add_workers(command)
 
@@ -528,7 +537,7 @@ def _verify(options: argparse.Namespace) -> int:
     from imagenet_seq.pack.verify import verify
 
     found = [s for s in SPLITS if os.path.isfile(os.path.join(options.pack, s, layout.PACK_FILE))]
-    for split in SPLITS:  # a split that is missing so far must not pass unnoticed
+    for split in SPLITS:  # a split that is not finished must not pass unnoticed
         layout.refuse_unfinished(os.path.join(options.pack, split))
     status = EXIT_OK
     for split in found or [""]:
@@ -551,12 +560,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _add_workers(command: Any) -> None:
-    command.add_argument(
-        "--workers",
-        type=_positive,
-        metavar="N",
-        help="threads (default: one for each available core)",
-    )
+    text = "threads (default: one for each available core)"
+    command.add_argument("--workers", type=_positive, metavar="N", help=text)
 
 
 def _positive(text: str) -> int:

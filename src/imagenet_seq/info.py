@@ -1,13 +1,18 @@
 """What a source is, how a Loader with its defaults reads it, and what packing would change.
 
-Facts are plain data, as `imagenet-seq info --json` prints them; `text` is for people.
+A `Report` has the facts as plain data, as `imagenet-seq info --json` prints them, and says them to
+people, in short or in full.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
+import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,119 +21,175 @@ from PIL import Image, UnidentifiedImageError
 from imagenet_seq import native
 from imagenet_seq.index.mixing import label_runs
 from imagenet_seq.index.source import Source
+from imagenet_seq.plan import quality
+from imagenet_seq.plan.order import Order
 from imagenet_seq.read.arrange import (
     MEASURED_BYTES,
-    WINDOW_SAMPLES,
-    disk_of,
-    num_readers,
-    some_files,
+    ReadStrategy,
+    blocks_of_pool,
+    choose_strategy,
     source_bytes,
 )
-from imagenet_seq.read.budget import ram_budget
-from imagenet_seq.read.forecast import Forecast, Job, forecast_job
-from imagenet_seq.read.speed import effective, speed_of
+from imagenet_seq.read.forecast import Forecast, forecast_reading
+from imagenet_seq.read.options import ReadOptions
 from imagenet_seq.sources.formats import pack as layout
-from imagenet_seq.sources.place import Found
+from imagenet_seq.sources.place import SPLITS, Found, SplitNeededError
+from imagenet_seq.sources.recognise import find_source
 from imagenet_seq.text import format_bytes, format_seconds
 
 _SAMPLED = 200
-"""Images whose headers are read, to know about how large all of them are."""
-
+"""Images whose headers are read, to estimate how large all of them are."""
 
 _SAMPLED_BLOCKS = 8
-"""Of python blocks, whose images come at the price of the whole block."""
-
+"""Of python blocks, each of which is read whole."""
 
 _HEAD_BYTES, _LONG_HEAD_BYTES = 64 << 10, 4 << 20
-"""Read of an image for its header, and where the first bytes were too few."""
+"""Bytes read of an image for its header, and where the first bytes were too few."""
+
+_INTERVALS = re.compile(rb"\xff\xe9..imseq\0", re.DOTALL)
+"""The segment by which a JPEG in a pack's canonical form is recognised (docs/format.md)."""
 
 
-_BLOCK_BYTES = 16 << 20
+def find_splits(path: str, split: str | None) -> dict[str, Found]:
+    """Return what lies at a path; with both splits there and none asked for, both."""
+    try:
+        return {split or "": find_source(path, split)}
+    except SplitNeededError:
+        found = {}
+        for name in SPLITS:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = find_source(path, name)
+        if not found:
+            raise
+        return found
 
 
-_DECODING_GAIN = "about twice as fast (2.0 times with AVX2, 2.3 with AVX-512: docs/performance.md)"
+@dataclass(frozen=True)
+class Report:
+    """What is known of a source.
 
-
-def forecast_of(source: Source, ram_wish: str, ranks: int, measure: bool) -> Forecast:
-    """Forecast training as a Loader with its defaults would read the source.
-
-    Args:
-        source: the data.
-        ram_wish: as the Loader's `ram`.
-        ranks: that train.
-        measure: whether to measure the disk, where that was not done lately.
+    Attributes:
+        facts: as plain data.
+        forecast: of training on it.
     """
-    index = source.index
-    data_bytes = _data_bytes(source)
-    files = some_files(index)
-    where = disk_of([*files[:1], index.root], "auto")
-    is_measured = measure and data_bytes >= MEASURED_BYTES
-    speed = speed_of(where, files if is_measured else [])
-    where = effective(where, speed)
-    budget = ram_budget(ram_wish, data_bytes)
-    in_blocks = source.permuted or source.python_blocks
-    unpacked = "window" if where.has_one_head else "files"
-    return forecast_job(
-        Job(
-            name=os.path.basename(os.path.abspath(index.root)),
-            kind=source.kind,
-            num_samples=len(index),
-            data_bytes=data_bytes,
-            order="blocks" if in_blocks else unpacked,
-            disk=where,
-            speed=speed,
-            kept_bytes=budget.kept_bytes,
-            page_cache=budget.page_cache,
-            num_readers=num_readers(where, in_blocks=in_blocks),
-            num_ranks=ranks,
-            is_estimate=index.length is None,
-        )
-    )
+
+    facts: dict[str, Any]
+    forecast: Forecast
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return {**self.facts, "forecast": self.forecast.to_dict()}
+
+    def summary(self, path: str) -> str:
+        """Return what matters to people, in three to six lines, and the notes.
+
+        Args:
+            path: by which the user calls the source.
+        """
+        facts = self.facts
+        about = "about " * self.forecast.job.is_estimate
+        size = f"{facts['samples']:,} images, {about}{format_bytes(facts['bytes'])}"
+        lines = {
+            "reading": f"{facts['reading']}; {facts['training_shuffle'].partition(':')[0]} shuffle",
+            "disk": facts["disk"],
+            "training": self.forecast.epochs(),
+        }
+        if "packing" in facts:
+            lines["packing"] = _packing(facts["packing"], path)
+        elif self.forecast.choices:
+            lines["faster"] = "; ".join(_faster(self.forecast))
+        if facts["notes"]:
+            lines["notes"] = ("\n" + " " * 12).join(facts["notes"])
+        shown = [f"  {name:9} {value}" for name, value in lines.items()]
+        return "\n".join([f"{facts['path']}: {facts['found']}: {size}", *shown])
+
+    def text(self) -> str:
+        """Return all of it for people, a line for each fact."""
+        title = "training, as far as the disk allows it:"
+        return f"{fact_lines(self.facts)}\n\n{title}\n{self.forecast.text()}"
 
 
-def facts(source: Source, found: Found, expected: Forecast) -> dict[str, Any]:
-    """Return what is known of a source; reads the headers of 200 of its images.
+def report(
+    source: Source, found: Found, *, ram: str = "auto", num_ranks: int = 1, measure: bool = True
+) -> Report:
+    """Find out about a source; reads the headers of 200 of its images.
 
     Args:
         source: the data.
         found: what `source` was opened from.
-        expected: its forecast.
+        ram: as the Loader's.
+        num_ranks: ranks that train, all on this node.
+        measure: whether to measure the disk, where that was not done lately.
     """
+    order = training_order(source, num_ranks)
+    strategy = choose_strategy(source, ram, ReadOptions(), order, num_ranks, measure=measure)
+    forecast = forecast_reading(source, strategy, order)
     index = source.index
-    known: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "path": index.root,
         "kind": source.kind,
         "found": found.what,
         "samples": len(index),
         "classes": len(index.classes),
-        "bytes": _data_bytes(source),
+        "bytes": strategy.data_bytes,
         "mean_image_bytes": round(source_bytes(source) / max(1, len(index))),
     }
     if source.kind == "pack":
-        known |= _pack_facts(layout.read_pack(index.root))
-    known |= _header_facts(source)
-    known |= {
+        facts |= _pack_facts(layout.read_pack(index.root))
+    facts |= _header_facts(source)
+    facts |= {
         "order": _order_fact(source),
-        "reading": _reading_fact(source, expected),
+        "reading": _reading_fact(source, strategy, order),
+        "validation": "from front to back" if source.permuted else "in the order of the index",
         "training_shuffle": _shuffle_fact(source),
-        "notes": list(source.notes),
+        "disk": _disk_fact(strategy, forecast, measure),
+        "notes": [*source.notes, *strategy.notes],
     }
     if source.kind != "pack":
-        known["packing"] = _packing_facts(source, expected, known["jpegs_among_them"] > 0)
-    return known
+        facts["packing"] = _packing_facts(source, forecast, facts)
+    return Report(facts, forecast)
 
 
-def text(known: dict[str, Any]) -> str:
+def _packing(gains: list[str], path: str) -> str:
+    if not gains:
+        return "not needed: it is read in blocks already, and its images are as in a pack"
+    command = f"imagenet-seq pack {shlex.quote(path)} DESTINATION"
+    return f"{'; '.join(gains)}:\n{' ' * 12}{command}"
+
+
+def training_order(source: Source, num_ranks: int) -> Order:
+    """Return the order in which a Loader with its defaults trains."""
+    return Order("block" if source.permuted else "uniform", num_streams=num_ranks)
+
+
+def shuffle_quality(source: Source, num_ranks: int, batch_size: int) -> quality.Quality:
+    """Measure that order against a uniform shuffle.
+
+    Args:
+        source: the data.
+        num_ranks: ranks that train.
+        batch_size: samples of one rank in a batch.
+    """
+    order = training_order(source, num_ranks)
+    pool = blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
+    order = replace(order, shuffle_blocks=pool)
+    return quality.measure(source.index, order, batch_size, source.python_blocks)
+
+
+def fact_lines(facts: dict[str, Any]) -> str:
     """Return facts for people, a line for each."""
     lines = []
-    for name, value in known.items():
-        if value is None or value in ([], {}) or name in ("sampled_images", "jpegs_among_them"):
+    for name, value in facts.items():
+        if value is None or value in ([], {}) or name in _SAMPLE_COUNTS:
             continue
-        lines.append(f"{name.replace('_', ' ') + ':':20} {_shown(name, value, known)}")
+        lines.append(f"{name.replace('_', ' ') + ':':20} {_shown(name, value, facts)}")
     return "\n".join(lines)
 
 
-def _shown(name: str, value: Any, known: dict[str, Any]) -> str:
+_SAMPLE_COUNTS = ("sampled_images", "jpegs_among_them", "canonical_among_them")
+
+
+def _shown(name: str, value: Any, facts: dict[str, Any]) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list):
@@ -136,19 +197,12 @@ def _shown(name: str, value: Any, known: dict[str, Any]) -> str:
     if name.endswith("bytes"):
         return format_bytes(value)
     if name.endswith("_px"):
-        return f"{value} (of {known['sampled_images']:,} samples)"
+        about = "about " * (facts["sampled_images"] < facts["samples"])
+        return f"{about}{value} (of {facts['sampled_images']:,} samples)"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-# ---- facts ---------------------------------------------------------------------------------------
-
-
-def _data_bytes(source: Source) -> int:
-    """Return what is read for all samples once: of python blocks, their files."""
-    if not source.python_blocks:
-        return source_bytes(source)
-    files = set(source.index.files)
-    return sum(os.path.getsize(os.path.join(source.index.root, name)) for name in files)
+# ---- images --------------------------------------------------------------------------------------
 
 
 def _header_facts(source: Source) -> dict[str, Any]:
@@ -158,19 +212,26 @@ def _header_facts(source: Source) -> dict[str, Any]:
         known = (index.width > 0) & (index.height > 0)
         if known.any():
             sizes = [(float(index.width[known].mean()), float(index.height[known].mean()))]
-            return _mean_facts(sizes, int(known.sum()), int(known.sum()))
-    headers = [header for data in _some_images(source) if (header := _header(data))]
-    num_jpegs = sum(is_jpeg for _, is_jpeg in headers)
-    return _mean_facts([size_px for size_px, _ in headers], len(headers), num_jpegs)
+            return _mean_facts(sizes, int(known.sum()), int(known.sum()), 0)
+    images = [(header, data) for data in _some_images(source) if (header := _header(data))]
+    return _mean_facts(
+        [size_px for (size_px, _), _ in images],
+        len(images),
+        sum(is_jpeg for (_, is_jpeg), _ in images),
+        sum(_INTERVALS.search(data) is not None for _, data in images),
+    )
 
 
-def _mean_facts(sizes: list[tuple[float, float]], number: int, num_jpegs: int) -> dict[str, Any]:
+def _mean_facts(
+    sizes: list[tuple[float, float]], number: int, num_jpegs: int, num_canonical: int
+) -> dict[str, Any]:
     means = [round(float(mean), 1) for mean in np.mean(sizes, axis=0)] if sizes else [None, None]
     return {
         "mean_width_px": means[0],
         "mean_height_px": means[1],
         "sampled_images": number,
         "jpegs_among_them": num_jpegs,
+        "canonical_among_them": num_canonical,
     }
 
 
@@ -218,6 +279,9 @@ def _some_images_in_blocks(source: Source, samples: Any) -> Iterator[bytes]:
             yield block.image(int(index.offset[sample]))[:_LONG_HEAD_BYTES].tobytes()
 
 
+# ---- facts ---------------------------------------------------------------------------------------
+
+
 def _order_fact(source: Source) -> str:
     label = source.index.label
     if source.permuted:
@@ -230,17 +294,17 @@ def _order_fact(source: Source) -> str:
     return f"not known to be random (label runs: z = {z:.1f})"
 
 
-def _reading_fact(source: Source, expected: Forecast) -> str:
-    job = expected.job
+def _reading_fact(source: Source, strategy: ReadStrategy, order: Order) -> str:
     if source.python_blocks:
-        return "block by block through Python, which unpacks them; the images in them then as ever"
-    if source.permuted:
-        return f"blocks of {_BLOCK_BYTES >> 20} MB in random order; validation from front to back"
+        what = "block by block" if strategy.in_blocks else "a whole block for every image"
+        return f"{what}, through Python, which unpacks it"
+    if strategy.in_blocks:
+        return f"blocks of {format_bytes(order.block_bytes)} in random order"
     each = "files" if len(source.index.files) == len(source.index) else "ranges of files"
-    how = f"{each} one by one"
-    if job.order == "window":
-        how += f", {WINDOW_SAMPLES:,} at a time in the order in which they lie on the disk"
-    return how + "; validation in the order of the index"
+    if strategy.window:
+        window = min(strategy.window, len(source.index))
+        return f"{each} one by one, {window:,} at a time as they lie on the disk"
+    return f"{each} one by one"
 
 
 def _shuffle_fact(source: Source) -> str:
@@ -250,38 +314,67 @@ def _shuffle_fact(source: Source) -> str:
     if source.python_blocks:
         return (
             f"uniform: {why}. Every image costs a whole block, so pack it, or pass shuffle='block' "
-            "where it is in random order after all; the forecast is of that"
+            "where it is in random order after all"
         )
     return f"uniform: {why}"
 
 
-def _packing_facts(source: Source, expected: Forecast, has_jpegs: bool) -> list[str]:
-    """Say what packing would change, from the two forecasts and what was measured of decoding."""
-    parts = [_reading_gain(source, expected)]
-    if has_jpegs:
-        parts.append(f"images are decoded {_DECODING_GAIN}, with the same pixels")
+def _disk_fact(strategy: ReadStrategy, forecast: Forecast, measure: bool) -> str:
+    """Return what the disk is; where that was not measured, why, and how to correct it."""
+    disk, text = strategy.disk, forecast.disk()
+    if strategy.speed or disk.kind == "memory":
+        return text
+    if not measure:
+        text += ": leave out --no-measure to measure it"
+    elif strategy.data_bytes < MEASURED_BYTES:
+        text += f": that takes {format_bytes(MEASURED_BYTES)} of data or more"
+    else:
+        text += ": it did not answer in time, so try again"
+    if disk.kind == "hdd" and not disk.chosen:
+        text += '; if it is an SSD, set IMAGENET_SEQ_DISK=ssd, or disk="ssd" in Python'
+    return text
+
+
+def _packing_facts(source: Source, forecast: Forecast, facts: dict[str, Any]) -> list[str]:
+    """Return what packing gains, by the forecast and by what was measured of decoding."""
+    gains = _reading_gains(forecast)
+    if facts["jpegs_among_them"] > 2 * facts["canonical_among_them"]:
+        gains.append("images decode about twice as fast, with the same pixels")
     if not source.permuted:
-        parts.append("samples get a random order, in which a block shuffle is as good as a uniform")
-    return parts
+        gains.append("samples lie in random order, so that blocks can be shuffled")
+    return gains
 
 
-def _reading_gain(source: Source, expected: Forecast) -> str:
-    packed = next((choice for choice in expected.choices if choice.what == "a pack"), None)
+def _reading_gains(forecast: Forecast) -> list[str]:
+    packed = next((choice for choice in forecast.choices if choice.what == "a pack"), None)
     if packed is None:
-        return "the data is in memory as it is, so reading gains nothing"
-    is_read_later = expected.later.bytes_from_disk > 0
-    now = expected.later if is_read_later else expected.first
+        return []
+    is_read_later = forecast.later.bytes_from_disk > 0
+    now = forecast.later if is_read_later else forecast.first
     then = packed.later if is_read_later else packed.first
-    epoch = "an epoch" if is_read_later else "the first epoch, the only one that reads the disk,"
+    epoch = "an epoch" if is_read_later else "epoch 1"
     if then.seeks >= now.seeks:
-        return f"{epoch} would be read no faster than now: it is read in blocks already"
+        return []
     if now.minutes is None or then.minutes is None:
-        return (
-            f"{epoch} would take the disk {then.seeks:,} instead of {now.seeks:,} seeks; it was "
-            "not measured, so nothing is known about the time"
-        )
+        return [f"{epoch} takes {then.seeks:,} instead of {now.seeks:,} disk seeks"]
     times = f"{format_seconds(60 * then.minutes)} instead of {format_seconds(60 * now.minutes)}"
-    return f"{epoch} would read {format_bytes(then.bytes_from_disk)} in {times}"
+    return [f"{epoch} takes the disk about {times}"]
+
+
+def _faster(forecast: Forecast) -> list[str]:
+    """Return what would make the epochs on a pack shorter."""
+    is_read_later = forecast.later.bytes_from_disk > 0
+    texts = []
+    for choice in forecast.choices:
+        epoch = choice.later if is_read_later else choice.first
+        if not epoch.bytes_from_disk:
+            time = "the disk is read in epoch 1 only"
+        elif epoch.minutes is not None:
+            time = f"about {format_seconds(60 * epoch.minutes)} an epoch"
+        else:
+            time = f"{format_bytes(epoch.bytes_from_disk)} an epoch from the disk"
+        texts.append(f"with {choice.what} {time}")
+    return texts
 
 
 def _pack_facts(pack: layout.Pack) -> dict[str, Any]:

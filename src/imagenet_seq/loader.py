@@ -42,8 +42,14 @@ from imagenet_seq.plan.epoch import EnginePlan, in_windows
 from imagenet_seq.plan.order import Order
 from imagenet_seq.plan.schedule import Schedule
 from imagenet_seq.plan.state import State, check_state
-from imagenet_seq.read.arrange import Reading, Wishes, arrange, blocks_of_pool
-from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_of
+from imagenet_seq.read.arrange import (
+    ReadStrategy,
+    blocks_of_pool,
+    choose_strategy,
+    open_reading,
+)
+from imagenet_seq.read.budget import ram_budget
+from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_reading
 from imagenet_seq.read.options import ReadOptions
 from imagenet_seq.read.pool import block_memory_bytes
 
@@ -92,8 +98,8 @@ class Loader:
         prefetch_factor: batches in memory ahead of the script, in total; None: 3.
         target_transform: applied to every label.
         seed: of order and augmentation.
-        rank, world_size: of this process; None: from torch.distributed, else from the environment of
-            torchrun, mpirun or srun.
+        rank, world_size: of this process; None: from torch.distributed, else from the environment
+            of torchrun, mpirun or srun.
         device: "cuda" (or a GPU): batches come on it, copied on a side stream ahead of the script
             and normalised there, with the same bits as on the CPU. None or "cpu": batches stay on
             the CPU.
@@ -200,11 +206,8 @@ class Loader:
         self._read_options = reading or ReadOptions()
         if not isinstance(self._read_options, ReadOptions):
             raise TypeError(f"expected ReadOptions(...) for reading, got {reading!r}")
-        options = self._read_options
-        self._wishes = Wishes(
-            ram, options.disk, options.num_readers, options.direct, options.window
-        )
-        self._wishes.check()
+        ram_budget(ram, dataset_bytes=0)  # raises for what is no amount of memory
+        self._ram = ram
         if worker_init_fn is not None:
             note_once("worker_init_fn is not called: there are no worker processes")
         self._source, found_split, own_transform, own_target_transform = resolve_dataset(
@@ -290,7 +293,8 @@ class Loader:
         self._memory_rows = 0
         self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
         self._on_device: tuple[torch.cuda.Stream, Tensor | None] | None = None
-        self._reading: Reading | None = None
+        self._strategy: ReadStrategy | None = None
+        self._reading: tuple[native.ReadConfig, tuple[str, ...]] | None = None
         self._ahead: PlanAhead | None = None
         self._forecast = forecast
         self._announced = False
@@ -441,22 +445,14 @@ class Loader:
     def progress_line(self) -> str:
         """Return one line on what happened since the last call: for a script's own log.
 
-        How fast the disk read, against what it can do; what came from memory; how full the memory
-        for blocks is; and which share of the time who waited for whom.
+        It begins with the bottleneck and for how much of the time training waited for data; then
+        come how fast the disk read, of what it can do, and what came from memory.
         """
-        reading = self._arranged()
-        return self._pace.line(self.stats(), reading, self._num_threads)
+        return self._pace.line(self.stats(), self._arranged().speed, self._num_threads)
 
     def forecast(self) -> Forecast:
         """Return what disk and memory allow: bytes, seeks and minutes an epoch."""
-        reading = self._arranged()
-        return forecast_of(
-            self._source,
-            reading,
-            num_samples=self._schedule.epoch_samples,
-            block_bytes=self._block_bytes,
-            order={"block": "blocks", "none": "sequence"}.get(self._shuffle, "files"),
-        )
+        return forecast_reading(self._source, self._arranged(), self._schedule.order)
 
     @property
     def memory_bytes(self) -> int:
@@ -487,6 +483,7 @@ class Loader:
         if self._ahead is not None:
             self._ahead.wait()  # its thread would open the memory for kept blocks again
         self._close_idle_workers()
+        self._strategy = None
         self._reading = None  # the memory goes with the last engine that uses it
 
     def _close_idle_workers(self) -> None:
@@ -541,23 +538,27 @@ class Loader:
 
     def _announce(self) -> None:
         """Tell the user how the source is read and what the disk allows, once."""
-        reading, self._announced = self._arranged(), True
-        if reading.notes:
-            note_once("; ".join(reading.notes))
-        if self._forecast and reading.data_bytes >= FORECAST_BYTES:
+        strategy, (_, notes) = self._arranged(), self._opened()
+        self._announced = True
+        if strategy.notes or notes:
+            note_once("; ".join(strategy.notes + notes))
+        if self._forecast and strategy.data_bytes >= FORECAST_BYTES:
             say_once(self.forecast().line())
 
-    def _arranged(self) -> Reading:
+    def _arranged(self) -> ReadStrategy:
         """Decide how the source is read."""
-        if self._reading is None:
-            by_sample = self._schedule.reads_samples
-            self._reading = arrange(
-                self._source,
-                self._wishes,
-                in_blocks=not by_sample and self._source.index.length is not None,
-                units="samples" if by_sample else f"blocks of {self._block_bytes}",
-                num_ranks=node_ranks(self._world_size),
+        if self._strategy is None:
+            order = None if self._schedule.is_explicit else self._schedule.order
+            num_ranks = node_ranks(self._world_size)
+            self._strategy = choose_strategy(
+                self._source, self._ram, self._read_options, order, num_ranks
             )
+        return self._strategy
+
+    def _opened(self) -> tuple[native.ReadConfig, tuple[str, ...]]:
+        """Open what the strategy needs; return what the engine is told, and notes."""
+        if self._reading is None:
+            self._reading = open_reading(self._source, self._arranged())
         return self._reading
 
     def _plan(self, progress: Progress) -> EnginePlan:
@@ -627,7 +628,7 @@ class Loader:
             row_bytes=int(np.prod(shape)) * dtype.itemsize,
             block_budget_bytes=self._block_budget(),
             verify_checksums=self._read_options.verify_checksums,
-            reading=self._arranged().native,
+            reading=self._opened()[0],
         )
         return Workers(engine, self._num_threads)
 

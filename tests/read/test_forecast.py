@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagenet_seq.read.disk import Disk
-from imagenet_seq.read.forecast import Choice, Forecast, Job, forecast_job
+from imagenet_seq.read.forecast import Choice, Forecast, Job, bottleneck, forecast_job
 from imagenet_seq.read.speed import Speed
 
 GB = 10**9
@@ -99,6 +99,17 @@ def test_packing_a_folder() -> None:
     assert "0.9 GB more RAM" not in [c.what for c in fits.choices]
 
 
+def test_a_whole_block_for_every_sample() -> None:
+    """Of 90 blocks of 10 MB that only Python unpacks, in a uniform order."""
+    job = replace(FOLDER, kind="parquet", order="block per sample", num_blocks=90)
+    made = forecast_job(job)
+    assert (made.later.bytes_from_disk, made.later.seeks) == (9_000 * 10 * MB, 9_000)
+    packed = choice(made, "a pack")
+    assert (packed.later.bytes_from_disk, packed.later.seeks) == (900 * MB, 54)
+    assert not [c.what for c in made.choices if "RAM" in c.what]  # none is kept by the loader
+    assert forecast_job(replace(job, order="blocks", num_ranks=8)).later.seeks == 97
+
+
 def test_a_block_across_the_cut_between_two_ranks_is_read_for_both() -> None:
     assert forecast_job(replace(PACK, num_ranks=8)).later.seeks == 1007
 
@@ -122,7 +133,9 @@ def test_memory_is_no_disk() -> None:
     made = forecast_job(replace(PACK, disk=Disk("memory", "tmpfs", ""), speed=None))
     assert made.first.bytes_from_disk == made.later.bytes_from_disk == 0
     assert made.choices == ()
-    assert made.line() == "imagenet-seq: train on tmpfs (memory): 16.0 GB an epoch, no disk is read"
+    assert (
+        made.line() == "imagenet-seq: train on tmpfs (memory): 16.0 GB in memory; no disk is read"
+    )
 
 
 def test_no_data_at_all() -> None:
@@ -137,24 +150,22 @@ def test_no_data_at_all() -> None:
 
 def test_the_line_of_a_pack() -> None:
     assert forecast_job(replace(PACK, data_bytes=32 * GB, kept_bytes=8 * GB)).line() == (
-        "imagenet-seq: train on sda (hard disk, 200 MB/s, 10.0 ms): 32.0 GB an epoch, 24.0 GB of "
-        "it from the disk: at least 2.2 min an epoch, 1,333 images/s; with 16 GB more RAM 45.0 s; "
-        "`imagenet-seq info` says more"
+        "imagenet-seq: train on sda (hard disk, 200 MB/s, 10.0 ms): each epoch reads 24.0 GB of "
+        "32.0 GB from the disk: at least 2.2 min, 1,333 images/s; with 16 GB more RAM 45.0 s"
     )
 
 
 def test_the_line_of_a_folder_says_what_packing_gains() -> None:
     assert forecast_job(replace(FOLDER, order="window")).line() == (
-        "imagenet-seq: train on sda (hard disk, 200 MB/s, 10.0 ms): about 900.0 MB an epoch, all "
-        "of it from the disk: about 1.4 min an epoch, 104 images/s; with a pack 5.0 s; "
-        "`imagenet-seq info` says more"
+        "imagenet-seq: train on sda (hard disk, 200 MB/s, 10.0 ms): each epoch reads all about "
+        "900.0 MB from the disk: about 1.4 min, 104 images/s; with a pack 5.0 s"
     )
 
 
 def test_the_line_of_what_fits() -> None:
     assert forecast_job(replace(PACK, page_cache=True)).line() == (
-        "imagenet-seq: train on sda (hard disk, 200 MB/s, 10.0 ms): 16.0 GB fit in memory: from "
-        "the second epoch on the disk is not read; the first takes at least 1.5 min, 2,000 images/s"
+        "imagenet-seq: train on sda (hard disk, 200 MB/s, 10.0 ms): 16.0 GB fit in memory; only "
+        "epoch 1 reads the disk: at least 1.5 min, 2,000 images/s"
     )
 
 
@@ -167,8 +178,7 @@ def test_without_a_measurement_no_time_is_made_up() -> None:
         assert made.later.images_per_s is None
         assert made.later.bytes_from_disk == 8 * GB
         assert made.line().endswith(
-            "8.0 GB of it from the disk: time unknown, the disk was not measured; "
-            "`imagenet-seq info` says more"
+            "speed not measured): each epoch reads 8.0 GB of 16.0 GB from the disk"
         )
         assert "images/s" not in made.text()
 
@@ -201,6 +211,38 @@ def test_as_plain_data() -> None:
     assert data["later_epochs"]["bytes_from_disk"] == 32 * GB
     assert data["choices"][0]["what"] == "16 GB more RAM"
     assert data["choices"][0]["later_epochs"]["bytes_from_disk"] == 16 * GB
+
+
+# ---- what limits a training that runs ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wait", "for_blocks", "for_batch", "python", "expected"),
+    [
+        (0.1, 0.0, 15.0, {}, "your training (waits 1 % for data)"),
+        # Training that takes batches in bursts: decoders wait for it, and now and then it for them.
+        (1.0, 0.0, 15.0, {}, "your training (waits 10 % for data)"),
+        (6.0, 16.0, 1.0, {}, "the disk (training waits 60 % for data)"),
+        (6.0, 16.0, 1.0, {"python_rows": 9}, "the disk (training waits 60 % for data)"),
+        (6.0, 16.0, 1.0, {"python_blocks": 9}, "unpacking blocks in Python"),
+        (6.0, 1.0, 1.0, {}, "decoding (training waits 60 % for data)"),
+        (6.0, 1.0, 1.0, {"python_rows": 9}, "decoding (training waits 60 % for data)"),
+        (6.0, 1.0, 15.0, {"python_rows": 9}, "the Python part of the transform (training waits"),
+    ],
+)
+def test_the_bottleneck(
+    wait: float, for_blocks: float, for_batch: float, python: dict[str, float], expected: str
+) -> None:
+    """Of 10 seconds, and of 20 seconds of two decoders."""
+    counts = {
+        "batch_wait_s": wait,
+        "decode_wait_read_s": for_blocks,
+        "decode_wait_batch_s": for_batch,
+        "python_rows": 0,
+        "python_blocks": 0,
+        **python,
+    }
+    assert bottleneck(counts, elapsed_s=10, num_decoders=2).startswith(expected)
 
 
 # ---- whatever the numbers are --------------------------------------------------------------------

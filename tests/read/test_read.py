@@ -1202,17 +1202,27 @@ def test_a_progress_line_says_what_happened_since_the_last(
     monkeypatch.setattr(arrange, "speed_of", lambda *_: None)
     loader = loader_of(own_pack, **IN_BLOCKS, ram="64MB", num_readers=1)
     pattern = (
-        r"read (\d+) MB/s(?:, (\d+) % from memory)?, blocks (\d+) % full; waiting: training for "
-        r"data \d+ %, decoding for the disk \d+ % and for training \d+ %, reading for decoding "
-        r"\d+ % and for its turn \d+ %"
+        r"bottleneck: [\w ]+ \(.*waits \d+ % for data\) \| read (\d+) MB/s(?:, \d+ % from memory)?"
     )
-    assert re.fullmatch(pattern, loader.progress_line())  # before the first batch
+    assert loader.progress_line() == "bottleneck: not known, no batch was made"
     epoch_of(loader)
     loader.progress_line()
     epoch_of(loader)
     said = re.fullmatch(pattern, loader.progress_line())
     assert said
     assert said[1] == "0"
+    loader.close()
+
+
+def test_a_slow_transform_is_named_as_the_bottleneck(own_pack: Path) -> None:
+    def slow(image: object) -> torch.Tensor:
+        time.sleep(0.005)
+        return torch.zeros(3, 2, 2)
+
+    with pytest.warns(LoaderNote, match="runs in Python"):
+        loader = loader_of(own_pack, transform=slow)
+    epoch_of(loader)
+    assert loader.progress_line().startswith("bottleneck: the Python part of the transform (")
     loader.close()
 
 

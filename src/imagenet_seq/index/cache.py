@@ -36,8 +36,6 @@ _LONG_SCAN_NS = 10_000_000_000
 """If indexing took longer, say why the result was not cached."""
 
 HOW_TO_SKIP = "Repair it, or leave such samples out: on_error='skip' (--on-error skip)"
-
-
 _KEPT_DTYPES = (np.uint8, np.uint32, np.int32, np.int64)  # of `read_columns`
 
 

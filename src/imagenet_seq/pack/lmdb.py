@@ -294,7 +294,6 @@ _PICKLED_BEGIN = (
     b"\x80\x03](cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01"
 )
 
-
 _PICKLED_DTYPE = (
     b"\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1\x89\x88\x87R(K\x03X\x01\x00\x00\x00|NNNJ"
     b"\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89B"

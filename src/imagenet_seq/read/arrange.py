@@ -1,8 +1,8 @@
-"""The read stage on Python's side: how a source is read on this machine.
+"""How a source is read on this machine.
 
-The core reads (``core/read.cpp``, ``core/engine.cpp``). Decided here, once a loader: on which disk
-the data lies, how many readers there are and whether they take turns, what goes past the page
-cache, and which memory keeps blocks. Nothing of it touches the order or the pixels.
+`choose_strategy` decides: how the disk is read, by how many readers, what stays in memory. The
+Loader and `imagenet-seq info` both ask it, so that a forecast is of what a Loader does.
+`open_reading` then opens what the core needs for it. Neither changes the order or the pixels.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from imagenet_seq import native
 from imagenet_seq.machine import limits
+from imagenet_seq.plan.epoch import reads_blocks
+from imagenet_seq.plan.order import Order
 from imagenet_seq.read.budget import Budget, ram_budget
 from imagenet_seq.read.disk import Disk, choose_disk
 from imagenet_seq.read.kept import KeptMemory, open_kept
+from imagenet_seq.read.options import ReadOptions
 from imagenet_seq.read.speed import Speed, effective, reads_direct, speed_of
 from imagenet_seq.read.turns import lock_path
 
@@ -29,66 +32,35 @@ if TYPE_CHECKING:
 
 
 MEASURED_BYTES = 2 * 10**9
-"""A disk is measured on data of this size: less may lie in the drive's own memory."""
-
+"""A disk is measured on data of this size or more: the drive's own memory may hold less."""
 
 WINDOW_SAMPLES = 4096
-"""Of all ranks of a node: 450 MB of ImageNet, twice. Of 1.28 million files in random order, a hard
-disk read those of windows 2.9 times as fast as torchvision asked for them (docs/hard-disk.md)."""
-
+"""Shared by a node's ranks; two windows are held, 450 MB each for ImageNet. A hard disk reads files
+2.9 times as fast in windows as in random order (docs/hard-disk.md)."""
 
 _HEAD_READERS = 2  # the second request waits in the disk's queue; 3 % more than with one
-
-
 _BLOCK_READERS = 4  # several large requests in flight keep an SSD or a network busy
-
-
-_FILE_READERS = 2  # threads that read small files: one waits for the disk while one opens the next
-
-
+_FILE_READERS = 2  # one waits for the disk while the other opens the next file
 _STATTED_FILES = 64
-
-
 _KEPT_FLOOR = 16  # blocks are kept only while 1/16 of the machine's memory is still available
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the user asked for; None, "auto": what suits the disk and the memory.
-
-    Attributes:
-        ram: see `Loader`.
-        disk: see `Loader`.
-        num_readers: see `Loader`.
-        direct: see `Loader`.
-        window: see `Loader`.
-    """
-
-    ram: str | int | float | None = "auto"
-    disk: str = "auto"
-    num_readers: int | None = None
-    direct: bool | None = None
-    window: int | None = None
-
-    def check(self) -> None:
-        """Raise ValueError or TypeError where a wish is not what it should be."""
-        ram_budget(self.ram, dataset_bytes=0)
-        choose_disk(os.sep, self.disk)
-
-
-@dataclass
-class Reading:
+class ReadStrategy:
     """How a source is read.
 
     Attributes:
         disk: what the source lies on.
         speed: of the disk, where it was measured.
         budget: what stays in memory.
-        data_bytes: bytes of the source's images; of a folder an estimate.
-        native: what the engine is told.
+        data_bytes: bytes of the source on its disk; of a folder an estimate.
+        in_blocks: whether blocks of many samples are read, not sample by sample.
+        block_keys: what the keys of a plan's blocks number, in words.
+        direct: whether to read past the page cache.
+        num_readers: threads that read.
         window: samples that are read in the order they lie on the disk; 0: none.
         reads_on: whether the next epoch's first blocks are read before the present one ends.
-        num_ranks: ranks of this node.
+        num_ranks: ranks of this node, which share disk and memory.
         notes: what the user should know.
     """
 
@@ -96,141 +68,191 @@ class Reading:
     speed: Speed | None
     budget: Budget
     data_bytes: int
-    native: native.ReadConfig
+    in_blocks: bool
+    block_keys: str
+    direct: bool
+    num_readers: int
     window: int
     reads_on: bool
-    num_ranks: int = 1
-    notes: list[str] = field(default_factory=list)
+    num_ranks: int
+    notes: tuple[str, ...]
 
 
-def arrange(
-    source: Source, wishes: Wishes, *, in_blocks: bool, units: str, num_ranks: int
-) -> Reading:
+def choose_strategy(
+    source: Source,
+    ram: str | int | float | None,
+    options: ReadOptions,
+    order: Order | None,
+    num_ranks: int = 1,
+    *,
+    measure: bool = True,
+) -> ReadStrategy:
     """Decide how a source is read.
 
     Args:
         source: the data.
-        wishes: what the user asked for.
-        in_blocks: whether it is read in blocks of many samples, not sample by sample.
-        units: says what the keys of a plan's blocks number.
-        num_ranks: ranks of this node, which share disk and memory.
+        ram: as the Loader's.
+        options: as the Loader's `reading`.
+        order: of an epoch; None: a sampler decides it.
+        num_ranks: ranks of this node.
+        measure: whether to measure the disk where its speed is not known.
 
     Raises:
-        ValueError, TypeError: a wish is not what it should be.
+        ValueError, TypeError: `ram` is not what it should be.
+    """
+    by_blocks = order is not None and reads_blocks(source.index, order)
+    in_blocks = by_blocks and (source.python_blocks or source.index.length is not None)
+    data_bytes = disk_bytes(source)
+    files = _some_files(source.index)
+    disk = _disk_of([*files[:1], source.index.root], options.disk)
+    speed = speed_of(disk, files if measure and data_bytes >= MEASURED_BYTES else [])
+    disk = effective(disk, speed)
+    budget = ram_budget(ram, data_bytes)
+    if source.python_blocks:  # the core does not read them; the page cache may keep their files
+        budget = replace(budget, kept_bytes=0, notes=())
+    notes = list(budget.notes)
+    reads_past_cache = in_blocks and not budget.page_cache
+    direct = reads_past_cache if options.direct is None else options.direct
+    return ReadStrategy(
+        disk=disk,
+        speed=speed,
+        budget=budget,
+        data_bytes=data_bytes,
+        in_blocks=in_blocks,
+        block_keys=f"blocks of {order.block_bytes}" if order and by_blocks else "samples",
+        direct=direct and not source.python_blocks and _can_read_direct(files, notes),
+        num_readers=options.num_readers or _num_readers(disk, in_blocks),
+        window=0 if in_blocks or source.python_blocks else _window(disk, options, num_ranks),
+        reads_on=not (budget.page_cache or source.python_blocks),
+        num_ranks=num_ranks,
+        notes=tuple(notes),
+    )
+
+
+def open_reading(
+    source: Source, strategy: ReadStrategy
+) -> tuple[native.ReadConfig, tuple[str, ...]]:
+    """Open the memory for kept blocks and the disk's lock.
+
+    Returns:
+        What the engine is told, and what the user should know.
     """
     if source.python_blocks:
-        return _of_python_blocks(source, wishes)
-    index = source.index
-    data_bytes = source_bytes(source)
-    files = some_files(index)
-    where = disk_of([*files[:1], index.root], wishes.disk)
-    speed = speed_of(where, files if data_bytes >= MEASURED_BYTES else [])
-    if wishes.disk == "auto":
-        where = effective(where, speed)
-    budget = ram_budget(wishes.ram, data_bytes)
-    notes = list(budget.notes)
-    direct = _is_direct(wishes, budget, files, in_blocks, notes)
-    kept = _kept_memory(source, budget, data_bytes, units, num_ranks, notes)
-    lock = lock_path(where)
-    if where.has_one_head and not lock:
+        return native.ReadConfig(), ()
+    notes: list[str] = []
+    kept = _kept_memory(source, strategy, notes)
+    lock = lock_path(strategy.disk)
+    if strategy.disk.has_one_head and not lock:
         notes.append(
             "there is no folder for locks, so the processes that read from this hard disk don't "
             "take turns: set IMAGENET_SEQ_LOCKS to a folder that all of them can write to"
         )
-    window = 0
-    if not in_blocks and where.has_one_head:
-        window = max(256, WINDOW_SAMPLES // num_ranks)
-    if wishes.window is not None and not in_blocks:
-        window = wishes.window
-    told = native.ReadConfig(
-        num_readers=wishes.num_readers or num_readers(where, in_blocks),
-        direct=direct,
+    reading = native.ReadConfig(
+        num_readers=strategy.num_readers,
+        direct=strategy.direct,
         disk_lock=lock,
         kept=kept,
-        kept_keys=len(index) if kept else 0,
+        kept_keys=len(source.index) if kept else 0,
         kept_floor_bytes=limits().total_bytes // _KEPT_FLOOR,
     )
-    reads_on = not budget.page_cache
-    return Reading(where, speed, budget, data_bytes, told, window, reads_on, num_ranks, notes)
+    return reading, tuple(notes)
 
 
-def _of_python_blocks(source: Source, wishes: Wishes) -> Reading:
-    """Blocks that Python makes are not read by the core; the system may keep their files."""
-    data_bytes = source_bytes(source)
-    files = some_files(source.index)
-    where = disk_of([*files[:1], source.index.root], wishes.disk)
-    speed = speed_of(where, files if data_bytes >= MEASURED_BYTES else [])
-    fits = ram_budget(wishes.ram, data_bytes).page_cache
-    budget = Budget(page_cache=fits, kept_bytes=0, notes=())
-    return Reading(where, speed, budget, data_bytes, native.ReadConfig(), window=0, reads_on=False)
+# ---- the disk ------------------------------------------------------------------------------------
 
 
-def num_readers(where: Disk, in_blocks: bool) -> int:
-    """Return how many threads read from a disk, where the user does not say.
-
-    Two on a hard disk: the second one's request lies in its queue when the first one's ends.
-    """
-    if where.has_one_head:
+def _num_readers(disk: Disk, in_blocks: bool) -> int:
+    if disk.has_one_head:
         return _HEAD_READERS
     return _BLOCK_READERS if in_blocks else _FILE_READERS
 
 
-def some_files(index: Index) -> list[str]:
-    """Return paths of some files from all over an index, to try and to measure."""
-    return [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
+def _window(disk: Disk, options: ReadOptions, num_ranks: int) -> int:
+    if options.window is not None:
+        return options.window
+    return max(256, WINDOW_SAMPLES // num_ranks) if disk.has_one_head else 0
+
+
+def _disk_of(paths: Sequence[str], wish: str) -> Disk:
+    """Return the disk of the first path that exists; reading reports those that don't."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            return choose_disk(path, wish)
+    return Disk("unknown", "no such folder", "")
+
+
+def _can_read_direct(files: Sequence[str], notes: list[str]) -> bool:
+    if not files or reads_direct(files[0]):
+        return bool(files)
+    notes.append(
+        f"{files[0]}: O_DIRECT does not work there, so data is read through the page cache: a "
+        "little slower from a hard disk, and it displaces what other programs have there"
+    )
+    return False
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+def disk_bytes(source: Source) -> int:
+    """Return what is read to see every sample once: of python blocks, their files."""
+    if source.python_blocks:
+        return sum(_sizes(source.index, set(source.index.files)))
+    return source_bytes(source)
 
 
 def source_bytes(source: Source) -> int:
-    """Return the bytes of a source's images; where lengths are not known, an estimate.
+    """Return the bytes of a source's images, estimated where lengths are not known.
 
-    Of a folder from some of its files; of blocks that Python makes, the bytes of all of them: there
-    is little else in them.
+    The estimate of a folder comes from some of its files. Of python blocks it is the size of their
+    files, which hold little else.
     """
     index = source.index
     known = np.zeros(0, np.int64) if index.length is None else index.length[index.length >= 0]
     if len(known):
         return int(known.sum()) * len(index) // len(known)
     if source.python_blocks:
-        return sum(_sizes(index, set(index.files)))
+        return disk_bytes(source)
     sizes = _sizes(index, (index.files[index.file[i]] for i in _spread(len(index))))
     return sum(sizes) * len(index) // max(1, len(sizes))
 
 
+def num_python_blocks(source: Source) -> int:
+    """Return how many blocks a source of python blocks has."""
+    return 1 + int(source.index.file.max(initial=0))
+
+
 def mean_block_bytes(source: Source, block_bytes: int) -> int:
-    """Return about how much memory a block takes: of python blocks, what the source decides."""
+    """Return about how much memory a block takes; a source of python blocks decides that."""
     if not source.python_blocks:
         return block_bytes
-    num_blocks = 1 + int(source.index.file.max(initial=0))
-    return max(1, source_bytes(source) // num_blocks)
+    return max(1, source_bytes(source) // num_python_blocks(source))
 
 
 def blocks_of_pool(source: Source, shuffle_blocks: int, block_bytes: int) -> int:
     """Return how many of a source's blocks a shuffle pools.
 
     Where the source decides how large its blocks are, as many as take the memory of
-    `shuffle_blocks` blocks of `block_bytes`: 64 blocks may be 700 MB (parquet) or 4 GB (MDS).
-    Follows from the data and the arguments alone, as everything that an order depends on.
+    `shuffle_blocks` blocks of `block_bytes`: 64 blocks may be 700 MB (Parquet) or 4 GB (MDS). The
+    order of an epoch depends on the result, so it follows from the data and the arguments alone.
     """
     if not source.python_blocks:
         return shuffle_blocks
     return max(1, shuffle_blocks * block_bytes // mean_block_bytes(source, block_bytes))
 
 
+def _some_files(index: Index) -> list[str]:
+    """Return paths of some files from all over an index, to try and to measure."""
+    return [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
+
+
 def _sizes(index: Index, names: Iterable[str]) -> list[int]:
-    """Return the sizes of those files that are there; that others are not is said by reading."""
+    """Return the sizes of those files that exist; reading reports the others."""
     sizes = []
     for name in names:
         with contextlib.suppress(OSError):
             sizes.append(os.stat(os.path.join(index.root, name)).st_size)
     return sizes
-
-
-def disk_of(paths: Sequence[str], wish: str) -> Disk:
-    """Return the disk of the first path that is there; that others are not is said by reading."""
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            return choose_disk(path, wish)
-    return Disk("unknown", "no such folder", "")
 
 
 def _spread(size: int) -> Sequence[int]:
@@ -239,61 +261,37 @@ def _spread(size: int) -> Sequence[int]:
     return [i * size // number for i in range(number)]
 
 
-def _is_direct(
-    wishes: Wishes, budget: Budget, files: Sequence[str], in_blocks: bool, notes: list[str]
-) -> bool:
-    """Decide whether to read past the page cache.
-
-    Single small files are read through it: there the kernel's read-ahead is of use.
-    """
-    wanted = wishes.direct if wishes.direct is not None else in_blocks and not budget.page_cache
-    if not wanted or not files:
-        return False
-    if reads_direct(files[0]):
-        return True
-    notes.append(
-        f"{files[0]}: O_DIRECT does not work there, so data is read through the page cache: a "
-        "little slower from a hard disk, and it displaces what other programs have there"
-    )
-    return False
+# ---- memory for kept blocks ----------------------------------------------------------------------
 
 
-def _kept_memory(
-    source: Source,
-    budget: Budget,
-    data_bytes: int,
-    units: str,
-    num_ranks: int,
-    notes: list[str],
-) -> KeptMemory | None:
-    if budget.kept_bytes <= 0:
+def _kept_memory(source: Source, strategy: ReadStrategy, notes: list[str]) -> KeptMemory | None:
+    kept_bytes, num_keys = strategy.budget.kept_bytes, len(source.index)
+    if kept_bytes <= 0:
         return None
-    index = source.index
     # Room is given out in whole pages, and a request begins and ends on one.
-    slack = 2 * 4096 * len(index) if budget.kept_bytes >= data_bytes else 0
-    table = native.kept_table_bytes(len(index))
-    memory = open_kept(
-        _kept_key(source, units), table + budget.kept_bytes + slack, num_ranks=num_ranks
-    )
+    slack = 2 * 4096 * num_keys if kept_bytes >= strategy.data_bytes else 0
+    table = native.kept_table_bytes(num_keys)
+    key = _kept_key(source, strategy.block_keys)
+    memory = open_kept(key, table + kept_bytes + slack, num_ranks=strategy.num_ranks)
     notes += memory.notes
     return memory if memory.size_bytes > table else None
 
 
-def _kept_key(source: Source, units: str) -> str:
-    """Name what is kept: processes with the same name share it.
+def _kept_key(source: Source, block_keys: str) -> str:
+    """Name the kept memory: processes with the same name share it.
 
-    Of a pack, jobs of one user may: its file times tell it apart, and every process checks the
-    checksums itself. A folder's files may change and nothing would tell, so only the ranks of one
-    job do (or what one shell or notebook starts). Processes that can't see each other's numbers
-    don't: they could not tell who has died.
+    All jobs of a user share that of a pack: its file times identify it, and every process checks
+    the checksums itself. A folder's files may change unnoticed, so only the ranks of one job share
+    theirs (or what one shell or notebook starts). Processes in different PID namespaces share
+    nothing: they can't tell whether the other is still alive.
     """
     root = os.path.realpath(source.index.root)
     stat = os.stat(root)
     with contextlib.suppress(OSError):
-        units += f" {os.stat('/proc/self/ns/pid').st_ino}"
+        block_keys += f" {os.stat('/proc/self/ns/pid').st_ino}"
     job = "" if source.kind == "pack" else _job()
     place = f"{root} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns}"
-    return f"{place} {source.index.id} {units} {job}"
+    return f"{place} {source.index.id} {block_keys} {job}"
 
 
 def _job() -> str:

@@ -1,8 +1,8 @@
-"""What disk and memory allow a training to do, before its first batch.
+"""What disk and memory allow a training to do, before it begins; and what limits it while it runs.
 
 Pure arithmetic: no file is touched here. An epoch takes the disk one positioning for every request
 that does not begin where the last one ended, and the bytes at its sequential rate. Decoding may
-take longer; nothing makes the disk faster.
+take longer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from imagenet_seq.read.arrange import Reading
+from imagenet_seq.plan.order import Order, epoch_size
+from imagenet_seq.read.arrange import ReadStrategy, num_python_blocks
 from imagenet_seq.read.disk import Disk
 from imagenet_seq.read.speed import Speed
 from imagenet_seq.text import format_bytes, format_seconds
@@ -22,29 +23,24 @@ if TYPE_CHECKING:
     from imagenet_seq.index.source import Source
 
 
+FORECAST_BYTES = 100 * 10**6
+"""Smaller data gets no forecast: it is read before one would help."""
+
 REQUESTS_PER_FILE = 2
 """Of an unpacked folder: a file's inode lies elsewhere than its bytes."""
 
-
 WINDOW_GAIN = 2.2
-"""How much faster files are found that are read by the thousand in the order they lie on the disk,
-instead of in random order. With it a file takes what was measured with windows of 4096 of 1.28
-million files on the disk model (docs/hard-disk.md): 8 ms."""
-
+"""Speed-up of positioning from reading files sorted by disk position instead of in random order. It
+makes 8 ms a file, as measured with windows of 4096 of 1.28 million files (docs/hard-disk.md)."""
 
 SMALLER_RATIO = 54.5 / 109.6
-"""Bytes that `pack --max-side 500 --quality 90` leaves, measured on ImageNet's photos, in KB."""
-
+"""Share of the bytes that `pack --max-side 500 --quality 90` leaves of ImageNet's photos."""
 
 _SMALLER = "pack --max-side 500 --quality 90"
-
-
 _LEAST_TO_SHRINK_BYTES = 80_000
-"""Images that are smaller than this on average were not made for such a pack to save half."""
-
+"""Below this mean size shrinking no longer saves half, so it is not offered."""
 
 _MORE_RAM_BYTES = 16 * 10**9
-
 
 _KINDS = {
     "hdd": "hard disk", "ssd": "SSD", "network": "network", "fuse": "FUSE", "memory": "memory",
@@ -60,15 +56,17 @@ class Job:
         name: for messages, such as "train".
         kind: of the source: "pack", "imagefolder", ...
         num_samples: samples of an epoch, over all ranks of the node.
-        data_bytes: bytes of an epoch, over all ranks of the node.
-        order: "blocks" in random order, "sequence" (blocks as they lie), "files" in random order,
-            or "window": files in random order, but read by the thousand as they lie.
+        data_bytes: bytes of those samples on the disk.
+        order: "blocks" in random order; "sequence": blocks as they lie; "files" in random order;
+            "window": files in random order, but read by the thousand as they lie; "block per
+            sample": a whole block for every sample.
         disk: what the data lies on.
         speed: of the disk; None: unknown, and no time is forecast.
         block_bytes: bytes of a block.
+        num_blocks: blocks of a source that decides how large they are; 0: it does not.
         kept_bytes: bytes that stay in memory from epoch to epoch.
         page_cache: whether everything stays in memory.
-        num_readers: requests under way at once, where the disk has not one head.
+        num_readers: requests under way at once, on a disk without a head.
         num_ranks: ranks on the node.
         is_estimate: whether `data_bytes` was estimated from some of the files.
     """
@@ -81,6 +79,7 @@ class Job:
     disk: Disk
     speed: Speed | None = None
     block_bytes: int = 16 << 20
+    num_blocks: int = 0
     kept_bytes: int = 0
     page_cache: bool = False
     num_readers: int = 1
@@ -92,8 +91,17 @@ class Job:
         """Requests of an epoch that comes from the disk as a whole."""
         if self.order in ("files", "window"):
             return REQUESTS_PER_FILE * self.num_samples
-        # A block across the cut between two ranks is read for both.
-        return math.ceil(self.data_bytes / self.block_bytes) + self.num_ranks - 1
+        if self.order == "block per sample":
+            return self.num_samples
+        num_blocks = self.num_blocks or math.ceil(self.data_bytes / self.block_bytes)
+        return num_blocks + self.num_ranks - 1  # a block across the cut between ranks is read twice
+
+    @property
+    def epoch_bytes(self) -> int:
+        """Bytes that an epoch needs, from the disk or from memory."""
+        if self.order == "block per sample":
+            return self.num_samples * self.data_bytes // max(1, self.num_blocks)
+        return self.data_bytes
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What disk and memory allow; `forecast` makes it.
+    """What disk and memory allow.
 
     Attributes:
         job: what it is about.
@@ -143,33 +151,40 @@ class Forecast:
 
     def line(self) -> str:
         """Return what matters, in one line."""
-        job, later = self.job, self.later
-        start = f"imagenet-seq: {job.name} on {_where(job)}: {_amount(job)}"
-        if job.disk.kind == "memory":
-            return f"{start} an epoch, no disk is read"
-        if not later.bytes_from_disk:
-            first = f"; the first takes {_time(job, self.first)}" if self.first.minutes else ""
-            return f"{start} fit in memory: from the second epoch on the disk is not read{first}"
-        part = (
-            f"{format_bytes(later.bytes_from_disk)} of it"
-            if later.bytes_from_memory
-            else "all of it"
-        )
         hint = ""
-        if self.choices and (minutes := self.choices[0].later.minutes):
-            hint = f"; with {self.choices[0].what} {format_seconds(60 * minutes)}"
-        return (
-            f"{start} an epoch, {part} from the disk: {_time(job, later, ' an epoch')}{hint}; "
-            "`imagenet-seq info` says more"
-        )
+        if self.choices and self.later.bytes_from_disk and self.choices[0].later.minutes:
+            hint = f"; with {self.choices[0].what} {_duration(self.choices[0].later)}"
+        return f"imagenet-seq: {self.job.name} on {self.disk()}: {self.epochs()}{hint}"
+
+    def disk(self) -> str:
+        """Return the disk's name, kind and speed, such as "sda (hard disk, 180 MB/s, 12.5 ms)"."""
+        disk, speed = self.job.disk, self.job.speed
+        facts = [_KINDS[disk.kind]]
+        if speed:
+            facts += [f"{speed.sequential_mb_s:,.0f} MB/s", f"{speed.positioning_ms:.1f} ms"]
+        elif disk.kind != "memory":
+            facts.append("speed not measured")
+        return f"{disk.name} ({', '.join(facts)})"
+
+    def epochs(self) -> str:
+        """Return what the epochs read, and how long that takes where it is known."""
+        job, later = self.job, self.later
+        amount = _about(job, job.epoch_bytes)
+        if job.disk.kind == "memory":
+            return f"{amount} in memory; no disk is read"
+        if not later.bytes_from_disk:
+            return f"{amount} fit in memory; only epoch 1 reads the disk{_pace(job, self.first)}"
+        part = f"{_about(job, later.bytes_from_disk)} of {amount}"
+        read = part if later.bytes_from_memory else f"all {amount}"
+        return f"each epoch reads {read} from the disk{_pace(job, later)}"
 
     def text(self) -> str:
         """Return all of it for people, a line for each fact."""
         job = self.job
         measured = f", measured {job.speed.measured_at}" if job.speed else ""
         facts = {
-            "disk": _where(job) + measured,
-            "epoch": f"{_amount(job)} in {_parts(job)}",
+            "disk": self.disk() + measured,
+            "epoch": f"{_about(job, job.epoch_bytes)} in {_parts(job)}",
             "first epoch": _described(job, self.first),
             "later epochs": _described(job, self.later),
         }
@@ -199,14 +214,14 @@ class Forecast:
 
 
 def forecast_job(job: Job) -> Forecast:
-    """Forecast the epochs of a job, and what they would be with more memory or a (smaller) pack."""
+    """Forecast a job's epochs, also with more memory, with a pack and with a smaller pack."""
     later = _later(job)
     choices: dict[str, Job] = {}
     if job.kind != "pack":
-        choices["a pack"] = packed = replace(job, kind="pack", order="blocks")
+        choices["a pack"] = packed = replace(job, kind="pack", order="blocks", num_blocks=0)
     else:
         packed = job
-    if later.bytes_from_disk:
+    if later.bytes_from_disk and job.order != "block per sample":
         missing = later.bytes_from_disk
         if missing > _MORE_RAM_BYTES:
             choices["16 GB more RAM"] = _with_more_ram(job, _MORE_RAM_BYTES)
@@ -235,16 +250,16 @@ def _first(job: Job) -> Epoch:
 
 
 def _later(job: Job) -> Epoch:
-    return _epoch(job, job.data_bytes if job.page_cache else min(job.kept_bytes, job.data_bytes))
+    return _epoch(job, job.epoch_bytes if job.page_cache else min(job.kept_bytes, job.epoch_bytes))
 
 
 def _epoch(job: Job, kept_bytes: int) -> Epoch:
     """Return the cost of an epoch of which `kept_bytes` are in memory already."""
     if job.disk.kind == "memory":
-        kept_bytes = job.data_bytes
-    from_disk = job.data_bytes - kept_bytes
-    num_requests = math.ceil(job.num_requests * from_disk / max(1, job.data_bytes))
-    # Blocks that lie behind each other need no positioning, except where each rank begins.
+        kept_bytes = job.epoch_bytes
+    from_disk = job.epoch_bytes - kept_bytes
+    num_requests = math.ceil(job.num_requests * from_disk / max(1, job.epoch_bytes))
+    # Adjacent blocks need no positioning, except where each rank begins.
     seeks = min(job.num_ranks, num_requests) if job.order == "sequence" else num_requests
     seconds = _seconds(job, from_disk, seeks)
     return Epoch(
@@ -269,18 +284,51 @@ def _seconds(job: Job, num_bytes: int, seeks: int) -> float | None:
     return positioning_s + num_bytes / (job.speed.sequential_mb_s * 1e6)
 
 
+def forecast_reading(source: Source, strategy: ReadStrategy, order: Order) -> Forecast:
+    """Forecast training on a source.
+
+    Args:
+        source: the data.
+        strategy: how it is read.
+        order: of the epochs.
+    """
+    index = source.index
+    num_samples = epoch_size(len(index), order)
+    data_bytes = strategy.data_bytes * num_samples // max(1, len(index))
+    return forecast_job(
+        Job(
+            name=os.path.basename(os.path.abspath(index.root)),
+            kind=source.kind,
+            num_samples=num_samples,
+            data_bytes=data_bytes,
+            order=_read_order(source, strategy, order),
+            disk=strategy.disk,
+            speed=strategy.speed,
+            block_bytes=order.block_bytes,
+            num_blocks=num_python_blocks(source) if source.python_blocks else 0,
+            kept_bytes=min(strategy.budget.kept_bytes, data_bytes),
+            page_cache=strategy.budget.page_cache,
+            num_readers=strategy.num_readers,
+            num_ranks=strategy.num_ranks,
+            is_estimate=index.length is None and not source.python_blocks,
+        )
+    )
+
+
+def _read_order(source: Source, strategy: ReadStrategy, order: Order) -> str:
+    """Return what `Job.order` calls the order in which the disk is read."""
+    if strategy.in_blocks:
+        return "sequence" if order.shuffle == "none" else "blocks"
+    if source.python_blocks:  # once a file has been read, the page cache has it
+        return "blocks" if strategy.budget.page_cache else "block per sample"
+    return "window" if strategy.window else "files"
+
+
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def _where(job: Job) -> str:
-    facts = _KINDS[job.disk.kind]
-    if job.speed:
-        facts += f", {job.speed.sequential_mb_s:,.0f} MB/s, {job.speed.positioning_ms:.1f} ms"
-    return f"{job.disk.name} ({facts})"
-
-
-def _amount(job: Job) -> str:
-    return f"{'about ' if job.is_estimate else ''}{format_bytes(job.data_bytes)}"
+def _about(job: Job, num_bytes: int) -> str:
+    return f"{'about ' if job.is_estimate else ''}{format_bytes(num_bytes)}"
 
 
 def _parts(job: Job) -> str:
@@ -292,64 +340,32 @@ def _parts(job: Job) -> str:
 def _described(job: Job, epoch: Epoch) -> str:
     if not epoch.bytes_from_disk:
         return "the disk is not read"
-    memory = (
-        f", {format_bytes(epoch.bytes_from_memory)} from memory" if epoch.bytes_from_memory else ""
-    )
-    time = _time(job, epoch)
-    about = "about " if job.is_estimate else ""
-    from_disk = f"{about}{format_bytes(epoch.bytes_from_disk)} from the disk"
-    return f"{from_disk}, {epoch.seeks:,} seeks{memory}: {time}"
+    kept = epoch.bytes_from_memory
+    memory = f", {format_bytes(kept)} from memory" if kept else ""
+    from_disk = f"{_about(job, epoch.bytes_from_disk)} from the disk, {epoch.seeks:,} seeks"
+    return from_disk + memory + _pace(job, epoch)
 
 
-def _time(job: Job, epoch: Epoch, per: str = "") -> str:
-    """Return how long an epoch takes and what that is in images, as far as it is known."""
-    if epoch.minutes is None or epoch.images_per_s is None:
-        return "time unknown, the disk was not measured"
-    # A head that reads blocks can't be faster than this; the rest is less certain.
+def _pace(job: Job, epoch: Epoch) -> str:
+    """Return how long an epoch takes and what that is in images; "" where it is not known."""
+    if epoch.images_per_s is None:
+        return ""
+    # Only a head that reads blocks certainly takes that long.
     is_bound = job.disk.has_one_head and job.order in ("blocks", "sequence")
-    is_bound = is_bound and not job.is_estimate
+    word = "at least" if is_bound and not job.is_estimate else "about"
     each = f", {epoch.images_per_s / job.num_ranks:,.0f} a rank" if job.num_ranks > 1 else ""
-    return (
-        f"{'at least' if is_bound else 'about'} {format_seconds(60 * epoch.minutes)}{per}, "
-        f"{epoch.images_per_s:,.0f} images/s{each}"
-    )
+    return f": {word} {_duration(epoch)}, {epoch.images_per_s:,.0f} images/s{each}"
 
 
-FORECAST_BYTES = 100 * 10**6
-"""Of less there is nothing to forecast: it is read before anybody would know."""
+def _duration(epoch: Epoch) -> str:
+    return format_seconds(60 * (epoch.minutes or 0))
 
 
-def forecast_of(
-    source: Source, reading: Reading, *, num_samples: int, block_bytes: int, order: str
-) -> Forecast:
-    """Return what disk and memory allow.
+# ---- while it runs -------------------------------------------------------------------------------
 
-    Args:
-        source: the data.
-        reading: how it is read.
-        num_samples: samples of an epoch, over all ranks.
-        block_bytes: bytes of a block.
-        order: "blocks", "sequence" or "files", as `forecast.Job` has it.
-    """
-    data_bytes = reading.data_bytes * num_samples // max(1, len(source.index))
-    kept = reading.native.kept
-    return forecast_job(
-        Job(
-            name=os.path.basename(os.path.abspath(source.index.root)),
-            kind=source.kind,
-            num_samples=num_samples,
-            data_bytes=data_bytes,
-            order="window" if order == "files" and reading.window else order,
-            disk=reading.disk,
-            speed=reading.speed,
-            block_bytes=block_bytes,
-            kept_bytes=min(reading.budget.kept_bytes, data_bytes) if kept else 0,
-            page_cache=reading.budget.page_cache,
-            num_readers=reading.native.num_readers,
-            num_ranks=reading.num_ranks,
-            is_estimate=source.index.length is None,
-        )
-    )
+
+_HARDLY_WAITS = 0.05
+"""Share of the time that training may wait for data and still be the bottleneck itself."""
 
 
 class Pace:
@@ -359,12 +375,12 @@ class Pace:
         self._before: dict[str, float] = {}
         self._looked_s = time.monotonic()
 
-    def line(self, stats: dict[str, float], reading: Reading, num_decoders: int) -> str:
-        """Return one line on the time since the last call.
+    def line(self, stats: dict[str, float], speed: Speed | None, num_decoders: int) -> str:
+        """Return one line on the time since the last call, such as "bottleneck: ... | read ...".
 
         Args:
             stats: the counters, as `Loader.stats` gives them.
-            reading: how the source is read.
+            speed: of the disk, where it is known.
             num_decoders: threads that decode.
         """
         now_s = time.monotonic()
@@ -372,24 +388,45 @@ class Pace:
         before, self._before = self._before, stats
         if any(stats.get(name, 0) < before.get(name, 0) for name in ("read_bytes", "batch_count")):
             before = {}  # another engine counts from zero
-
-        def more(name: str) -> float:
-            return stats.get(name, 0) - before.get(name, 0)
-
-        def share(name: str, num_threads: int = 1) -> str:
-            return f"{100 * more(name) / elapsed_s / num_threads:.0f} %"
-
-        can = f" of {reading.speed.sequential_mb_s:.0f}" if reading.speed else ""
-        read = more("read_bytes") - more("read_cached_bytes")
-        kept = more("read_kept_bytes") + more("read_cached_bytes")
+        more = {name: value - before.get(name, 0) for name, value in stats.items()}
+        if not more.get("batch_count"):
+            return "bottleneck: not known, no batch was made"
+        said = f"bottleneck: {bottleneck(more, elapsed_s, num_decoders)}"
+        read = more["read_bytes"] - more["read_cached_bytes"]
+        kept = more["read_kept_bytes"] + more["read_cached_bytes"]
+        can = f" of {speed.sequential_mb_s:.0f}" if speed else ""
         from_memory = f", {100 * kept / (read + kept):.0f} % from memory" if kept else ""
-        filled = stats.get("block_bytes", 0) / max(1, stats.get("block_budget_bytes", 0))
-        return (
-            f"read {read / 1e6 / elapsed_s:.0f}{can} MB/s{from_memory}, "
-            f"blocks {100 * filled:.0f} % full; waiting: training for data "
-            f"{share('batch_wait_s')}, decoding for the disk "
-            f"{share('decode_wait_read_s', num_decoders)} and for training "
-            f"{share('decode_wait_batch_s', num_decoders)}, reading for decoding "
-            f"{share('read_wait_s', reading.native.num_readers)} and for its turn "
-            f"{share('read_lock_wait_s', reading.native.num_readers)}"
-        )
+        return f"{said} | read {read / 1e6 / elapsed_s:.0f}{can} MB/s{from_memory}"
+
+
+def bottleneck(counts: dict[str, float], elapsed_s: float, num_decoders: int) -> str:
+    """Return what limits the speed, and for how much of the time training waits for data.
+
+    Training that hardly waits is the bottleneck itself. Otherwise it is what decoders do or wait
+    for most of the time:
+
+    * they wait for blocks: the disk, or Python where it unpacks the blocks;
+    * they wait for a free batch, and Python finishes rows: the Python part of the transform;
+    * they wait for a free batch, and Python does nothing: your training, which takes batches
+      unevenly;
+    * they decode: decoding.
+
+    Args:
+        counts: how far the counters of `Loader.stats` have moved.
+        elapsed_s: in this time.
+        num_decoders: threads that decode.
+    """
+    waits = counts["batch_wait_s"] / elapsed_s
+    for_blocks = counts["decode_wait_read_s"] / elapsed_s / num_decoders
+    for_batch = counts["decode_wait_batch_s"] / elapsed_s / num_decoders
+    busy = 1 - for_blocks - for_batch
+    if waits < _HARDLY_WAITS:
+        name = "your training"
+    elif for_blocks >= max(for_batch, busy):
+        name = "unpacking blocks in Python" if counts["python_blocks"] else "the disk"
+    elif for_batch >= busy:
+        name = "the Python part of the transform" if counts["python_rows"] else "your training"
+    else:
+        name = "decoding"
+    who = "" if name == "your training" else "training "
+    return f"{name} ({who}waits {100 * waits:.0f} % for data)"

@@ -6,7 +6,7 @@ import math
 
 from imagenet_seq.index.source import Source
 from imagenet_seq.plan.schedule import Schedule
-from imagenet_seq.read.arrange import Reading, mean_block_bytes
+from imagenet_seq.read.arrange import ReadStrategy, mean_block_bytes
 
 _READ_AHEAD_BYTES = 64 << 20  # beyond what the shuffle itself keeps in memory
 _FILE_OVERHEAD_BYTES = 16 * 1024  # approximate overhead per open file
@@ -14,7 +14,7 @@ _BLOCK_OVERHEAD_BYTES = 32 * 1024  # per block: partial pages at both ends, roun
 _MEAN_FILE_BYTES = 128 * 1024  # assumed where file sizes are not known; ImageNet's mean is 110 KB
 
 
-def block_memory_bytes(source: Source, schedule: Schedule, reading: Reading) -> int:
+def block_memory_bytes(source: Source, schedule: Schedule, strategy: ReadStrategy) -> int:
     """Return the bound of the memory that one rank's blocks take.
 
     A block shuffle has a pool, and half as many blocks read ahead of it. Windows are two: one in
@@ -23,8 +23,8 @@ def block_memory_bytes(source: Source, schedule: Schedule, reading: Reading) -> 
     order = schedule.order
     if order.shuffle != "block" or (source.index.length is None and not source.python_blocks):
         num_samples = len(source.index)
-        mean_bytes = reading.data_bytes // max(1, num_samples) or _MEAN_FILE_BYTES
-        window = min(reading.window, num_samples)
+        mean_bytes = strategy.data_bytes // max(1, num_samples) or _MEAN_FILE_BYTES
+        window = min(strategy.window, num_samples)
         return max(_READ_AHEAD_BYTES, 2 * window * (mean_bytes + _FILE_OVERHEAD_BYTES))
     # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
     streams = order.num_streams // math.gcd(order.num_streams, schedule.world_size)
