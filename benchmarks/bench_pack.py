@@ -20,7 +20,7 @@ from pathlib import Path
 import photos
 
 from imagenet_seq.pack.encode import Settings
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
             destination = Path(temporary, f"pack{repeat}")
             cpu_begin, begin = time.process_time(), time.perf_counter()
             settings = Settings(tables=args.tables)
-            pack(folder, destination, settings=settings, num_workers=1, progress=False)
+            pack_dataset(folder, destination, settings=settings, num_workers=1, progress=False)
             cpu_s, wall_s = time.process_time() - cpu_begin, time.perf_counter() - begin
             rates.append(args.images / cpu_s)
             shard_bytes = sum(p.stat().st_size for p in destination.glob("*.tar"))

@@ -40,10 +40,10 @@ extern "C" {
 
 enum {
   IMSEQ_OK = 0,
-  IMSEQ_TIMEOUT = 1,   /* nothing within the time-out; call again */
-  IMSEQ_END = 2,       /* the plan is done */
-  IMSEQ_CANCELLED = 3, /* the engine was cancelled or destroyed while the call waited */
-  IMSEQ_FOREIGN = 4,   /* damaged, or not an image the core decodes: left to Pillow */
+  IMSEQ_TIMEOUT = 1,     /* nothing within the time-out; call again */
+  IMSEQ_END = 2,         /* the plan is done */
+  IMSEQ_CANCELLED = 3,   /* the engine was cancelled or destroyed while the call waited */
+  IMSEQ_NOT_DECODED = 4, /* damaged, or not an image the core decodes: left to Pillow */
 
   IMSEQ_ERROR_ARGUMENT = -1, /* an argument is invalid */
   IMSEQ_ERROR_MEMORY = -2,
@@ -140,7 +140,7 @@ typedef struct imseq_header {
   int64_t entropy_offset;   /* first byte of the entropy-coded data of the first scan */
 } imseq_header;
 
-/* Read a JPEG's header. IMSEQ_FOREIGN: the bytes are no JPEG, or its header is damaged. */
+/* Read a JPEG's header. IMSEQ_NOT_DECODED: the bytes are no JPEG, or its header is damaged. */
 IMSEQ_CHECKED int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
                                         imseq_error* error);
 
@@ -148,7 +148,7 @@ IMSEQ_CHECKED int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq
 IMSEQ_CHECKED int32_t imseq_draw(const imseq_recipe* recipe, const imseq_key* key, int32_t width,
                                  int32_t height, imseq_view* out, imseq_error* error);
 
-/* Decode one JPEG into a row of out_height x out_width x 3 values. IMSEQ_FOREIGN leaves the row
+/* Decode one JPEG into a row of out_height x out_width x 3 values. IMSEQ_NOT_DECODED leaves the row
  * undefined. */
 IMSEQ_CHECKED int32_t imseq_decode(const imseq_recipe* recipe, const imseq_key* key,
                                    const uint8_t* bytes, size_t size, uint32_t flags, void* row,
@@ -161,7 +161,7 @@ typedef struct imseq_sample {
   int64_t size;
   void* row;
   uint32_t flags;
-  int32_t status; /* out: IMSEQ_OK, IMSEQ_FOREIGN, or an error */
+  int32_t status; /* out: IMSEQ_OK, IMSEQ_NOT_DECODED, or an error */
 } imseq_sample;
 
 /* Time of each stage of decoding, in ticks of the processor's counter. */
@@ -199,7 +199,7 @@ enum { IMSEQ_TABLES_BYTES = 416 };
 
 /* Re-code a JPEG losslessly into canonical form: baseline, with the pack's Huffman tables (NULL:
  * tables fitted to the image), a restart marker every restart_interval MCUs and the intervals'
- * sizes in APP9. Decodes the whole stream; any anomaly is IMSEQ_FOREIGN.
+ * sizes in APP9. Decodes the whole stream; any anomaly is IMSEQ_NOT_DECODED.
  * *out_size: the bytes written, or with IMSEQ_ERROR_CAPACITY a sufficient capacity. */
 IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t restart_interval,
                                       uint32_t options, const uint8_t* tables, uint8_t* out,
@@ -207,7 +207,7 @@ IMSEQ_CHECKED int32_t imseq_transcode(const uint8_t* bytes, size_t size, int32_t
                                       imseq_error* error);
 
 /* Add to counts[4 * 256] (table, symbol) how often the re-coded JPEG has each symbol.
- * IMSEQ_FOREIGN: the image is damaged or unsupported, and nothing is added. */
+ * IMSEQ_NOT_DECODED: the image is damaged or unsupported, and nothing is added. */
 IMSEQ_CHECKED int32_t imseq_count_symbols(const uint8_t* bytes, size_t size,
                                           int32_t restart_interval, uint64_t* counts,
                                           imseq_error* error);
@@ -335,7 +335,7 @@ typedef struct imseq_stats {
   int64_t decode_ns;
   int64_t decode_wait_read_ns;  /* decoders that waited for a block */
   int64_t decode_wait_batch_ns; /* decoders that waited for a free batch: training is slower */
-  int64_t foreign_rows, foreign_blocks;
+  int64_t python_rows, python_blocks;
   int64_t batch_count;
   int64_t batch_wait_ns; /* imseq_engine_next without a ready batch: training waits */
   int64_t block_bytes, block_bytes_peak; /* memory in blocks now and at most */

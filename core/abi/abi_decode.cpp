@@ -76,7 +76,7 @@ int32_t imseq_read_header(const uint8_t* bytes, size_t size, imseq_header* out,
   if (bytes == nullptr || out == nullptr) return imseq::is_null(error, "imseq_read_header");
   imseq::JpegHeader header;
   const imseq::JpegKind kind = imseq::parse_jpeg(bytes, size, &header);
-  if (kind == imseq::JpegKind::kDamaged) return IMSEQ_FOREIGN;
+  if (kind == imseq::JpegKind::kDamaged) return IMSEQ_NOT_DECODED;
   imseq::describe(header, kind == imseq::JpegKind::kBaseline, out);
   return IMSEQ_OK;
 } catch (const std::exception&) {

@@ -81,7 +81,7 @@ int32_t imseq_count_symbols(const uint8_t* bytes, size_t size, int32_t restart_i
   imseq::Transcoder& transcoder = imseq::transcoder_of_thread();
   const bool counted = transcoder.count_symbols(bytes, size, restart_interval, counts);
   transcoder.trim();
-  return counted ? IMSEQ_OK : IMSEQ_FOREIGN;
+  return counted ? IMSEQ_OK : IMSEQ_NOT_DECODED;
 } catch (const std::exception&) {
   imseq::transcoder_of_thread().trim();
   return imseq::out_of_memory(error, "imseq_count_symbols");

@@ -189,7 +189,7 @@ int32_t Engine::verify(const Run& run, int64_t position, const uint8_t* bytes, i
               is_python ? "a block" : run.path_of_block(block).c_str());
 }
 
-// Fills in what the decoder needs. IMSEQ_FOREIGN: Python makes the row from the bytes.
+// Fills in what the decoder needs. IMSEQ_NOT_DECODED: Python makes the row from the bytes.
 int32_t Engine::describe(const Run& run, int64_t position, imseq_sample* out, imseq_error* error) {
   int32_t status = locate(run, position, &out->bytes, &out->size, error);
   if (status == IMSEQ_OK) status = verify(run, position, out->bytes, out->size, error);
@@ -197,7 +197,7 @@ int32_t Engine::describe(const Run& run, int64_t position, imseq_sample* out, im
   out->key = {run.plan.seed, run.plan.epoch, run.drawn(position)};
   out->row = row_of(run, position);
   out->flags = run.flags_of(position);
-  return config_.rows == IMSEQ_ROWS_FROM_BYTES ? IMSEQ_FOREIGN : IMSEQ_OK;
+  return config_.rows == IMSEQ_ROWS_FROM_BYTES ? IMSEQ_NOT_DECODED : IMSEQ_OK;
 }
 
 void Engine::decode_group(const std::shared_ptr<Run>& run, const Group& group,
@@ -238,7 +238,7 @@ void Engine::decode_group(const std::shared_ptr<Run>& run, const Group& group,
 // The core has finished a position with `status`; below zero, error says why it failed.
 void Engine::done_with_position(const std::shared_ptr<Run>& run, int64_t position, int32_t status,
                                 const imseq_error& error) {
-  if (status == IMSEQ_FOREIGN) {
+  if (status == IMSEQ_NOT_DECODED) {
     push_task(run, IMSEQ_TASK_ROW, position, false);
     return;
   }

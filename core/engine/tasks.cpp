@@ -71,7 +71,7 @@ int32_t Engine::finish_row(int64_t ticket, const char* failure, imseq_error* err
   }
   Run& run = *task.run;
   if (run.cancelled) return IMSEQ_CANCELLED;
-  add(&counters_.foreign_rows, 1);
+  add(&counters_.python_rows, 1);
   run_or_fail(run, [&] {
     if (!task.prefix_done) done_with_block(run, task.position);
     if (failure == nullptr) {
@@ -113,7 +113,7 @@ int32_t Engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t size,
       loaded.lengths.assign(lengths, lengths + num_samples);
       if (size > 0) std::memcpy(loaded.buffer.get(), bytes, static_cast<size_t>(size));
       loaded.bytes = loaded.buffer.get();
-      add(&counters_.foreign_blocks, 1);
+      add(&counters_.python_blocks, 1);
     } catch (const std::bad_alloc&) {
       status = fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0,
                     "out of memory for a block of %lld bytes", static_cast<long long>(size));

@@ -32,13 +32,11 @@ void ycc_to_rgb(const uint8_t* y, const uint8_t* cb, const uint8_t* cr, int n, u
 // The functions above, for one CpuLevel. Kernels may also read kRowSlack bytes behind the end of
 // every input and write as many behind the end of every output.
 struct ColourKernels {
-  void (*upsample_h2v1)(const uint8_t* in, int begin, int end, int width, uint8_t* out);
-  void (*upsample_h2v2)(const uint8_t* near, const uint8_t* far, int begin, int end, int width,
-                        uint16_t* sums, uint8_t* out);
-  void (*upsample_h1v2)(const uint8_t* near, const uint8_t* far, bool below, int n, uint8_t* out);
-  void (*replicate)(const uint8_t* in, int n, int factor, uint8_t* out);
-  void (*ycc_to_rgb)(const uint8_t* y, const uint8_t* cb, const uint8_t* cr, int n, uint8_t* r,
-                     uint8_t* g, uint8_t* b);
+  decltype(&imseq::upsample_h2v1) upsample_h2v1;
+  decltype(&imseq::upsample_h2v2) upsample_h2v2;
+  decltype(&imseq::upsample_h1v2) upsample_h1v2;
+  decltype(&imseq::replicate) replicate;
+  decltype(&imseq::ycc_to_rgb) ycc_to_rgb;
 };
 
 [[nodiscard]] const ColourKernels& colour_kernels(CpuLevel level);

@@ -32,20 +32,14 @@ struct IdctTable {
 // input: products of dequantisation and sums before multiplication wrap at 16 bits, the
 // intermediate result and the samples saturate. For coefficients that an encoder can have written
 // this is the same as jidctint.c.
-using IdctKernel = void (*)(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step,
-                            int num_blocks, const IdctTable& table, uint8_t* out, ptrdiff_t stride);
+using IdctFunction = void(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
+                          const IdctTable& table, uint8_t* out, ptrdiff_t stride);
+using IdctKernel = IdctFunction*;
 
 [[nodiscard]] IdctKernel idct_kernel(CpuLevel level);
 
 // The kernels. idct_portable is the reference; the others pass it blocks out of their range.
-void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
-                   const IdctTable& table, uint8_t* out, ptrdiff_t stride);
-void idct_avx2(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
-               const IdctTable& table, uint8_t* out, ptrdiff_t stride);
-void idct_avx512(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
-                 const IdctTable& table, uint8_t* out, ptrdiff_t stride);
-void idct_neon(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
-               const IdctTable& table, uint8_t* out, ptrdiff_t stride);
+IdctFunction idct_portable, idct_avx2, idct_avx512, idct_neon;
 
 // Zigzag index of each coefficient, row by row.
 inline constexpr uint8_t kZigzagOfNatural[64] = {

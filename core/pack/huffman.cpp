@@ -24,8 +24,8 @@ constexpr int32_t kFreeCode = -1;
 //
 // Package-merge (Larmore and Hirschberg, "A fast algorithm for optimal length-limited Huffman
 // codes", J. ACM 37, 1990): a leaf at depth n stands for n coins, one of each depth 1 to n. A coin
-// of depth d is worth 2 ^ -d and costs the leaf's weight; the cheapest coins that are worth
-// (number of leaves - 1) together make the best tree.
+// of depth d is worth 2 ^ -d and costs the leaf's weight; the cheapest coins that are worth (number
+// of leaves - 1) together make the best tree.
 std::vector<int32_t> package_merge(const std::vector<Leaf>& leaves) {
   constexpr int32_t kPackage = -1;
   struct Coin {

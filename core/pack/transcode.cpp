@@ -67,7 +67,7 @@ bool Transcoder::count_symbols(const uint8_t* bytes, size_t size, int32_t restar
 int32_t Transcoder::transcode(const uint8_t* bytes, size_t size, const TranscodeSettings& settings,
                               uint8_t* out, size_t capacity, size_t* out_size,
                               size_t* entropy_offset, imseq_error* error) {
-  if (!take_apart(bytes, size, settings.restart_interval)) return IMSEQ_FOREIGN;
+  if (!take_apart(bytes, size, settings.restart_interval)) return IMSEQ_NOT_DECODED;
   HuffmanCodes codes;
   if (!choose_codes(scan_, settings.tables, &codes)) {
     return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
@@ -76,7 +76,7 @@ int32_t Transcoder::transcode(const uint8_t* bytes, size_t size, const Transcode
   }
   HeaderWriter head, scan_header;
   if (!write_head(header_, bytes, settings.strip, settings.restart_interval, codes, &head))
-    return IMSEQ_FOREIGN;
+    return IMSEQ_NOT_DECODED;
   write_scan_header(header_, &scan_header);
 
   // The header contains the intervals' sizes, so they are coded first, behind the room for it.

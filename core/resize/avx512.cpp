@@ -9,8 +9,8 @@ namespace imseq {
 namespace {
 
 // A weight w is d2 * 2^16 + d1 * 2^8 + d0 with digits in [-128, 127], as |w| < 2^23. Sums are taken
-// digit by digit, the highest first (Horner): ((s2 << 8) + s1 << 8) + s0, exact modulo 2^32.
-// One half, which rounds, is 32 * 2^16, so the highest sum starts with 32.
+// digit by digit, the highest first (Horner): ((s2 << 8) + s1 << 8) + s0, exact modulo 2^32. One
+// half, which rounds, is 32 * 2^16, so the highest sum starts with 32.
 constexpr int kDigits = 3;
 constexpr size_t kStepOutputs = 16;  // side by side in a vector
 constexpr int kRounding = 32;

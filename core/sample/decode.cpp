@@ -233,9 +233,9 @@ int32_t SampleDecoder::State::open(Image* image, Soundness soundness) try {
   {
     const StageTimer timer(times, &imseq_times::header);
     JpegHeader& header = image->header;
-    if (parse_jpeg(sample.bytes, size, &header) != JpegKind::kBaseline) return IMSEQ_FOREIGN;
+    if (parse_jpeg(sample.bytes, size, &header) != JpegKind::kBaseline) return IMSEQ_NOT_DECODED;
     const int64_t num_pixels = int64_t{header.width} * header.height;
-    if (recipe->max_pixels > 0 && num_pixels > recipe->max_pixels) return IMSEQ_FOREIGN;
+    if (recipe->max_pixels > 0 && num_pixels > recipe->max_pixels) return IMSEQ_NOT_DECODED;
     const int32_t status =
         draw_view(*recipe, sample.key, header.width, header.height, &image->view);
     if (status != IMSEQ_OK) return status;
@@ -251,7 +251,7 @@ int32_t SampleDecoder::State::open(Image* image, Soundness soundness) try {
   const bool opened = image->region.open(image->header, sample.bytes, size,
                                          is_empty(source) ? Region{0, 0, 1, 1} : source, soundness,
                                          &flat_tables, !any_open, next_id++);
-  return opened ? IMSEQ_OK : IMSEQ_FOREIGN;
+  return opened ? IMSEQ_OK : IMSEQ_NOT_DECODED;
 } catch (const std::bad_alloc&) {
   return IMSEQ_ERROR_MEMORY;
 }
@@ -279,7 +279,7 @@ void SampleDecoder::State::finish(Image* image) {
   if (region.failed() && region.has_stated_sizes()) {
     doubtful[num_doubtful++] = image->sample;
   } else {
-    report(image->sample, region.failed() ? IMSEQ_FOREIGN : IMSEQ_OK);
+    report(image->sample, region.failed() ? IMSEQ_NOT_DECODED : IMSEQ_OK);
   }
   region.trim(kKeptBytes);
   image->sample = nullptr;

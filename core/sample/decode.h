@@ -17,7 +17,7 @@ class SampleDecoder {
   SampleDecoder(const SampleDecoder&) = delete;
   SampleDecoder& operator=(const SampleDecoder&) = delete;
 
-  // Sets each sample's status. IMSEQ_OK: its row is filled. IMSEQ_FOREIGN: Pillow must decode it
+  // Sets each sample's status. IMSEQ_OK: its row is filled. IMSEQ_NOT_DECODED: Pillow must decode it
   // and the row is undefined. Below zero: an error; the first one is returned and described in
   // *error. Reads nothing outside a sample's bytes. At most IMSEQ_MAX_GROUP samples.
   [[nodiscard]] int32_t decode(const imseq_recipe& recipe, imseq_sample* samples, int num_samples,

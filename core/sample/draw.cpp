@@ -29,8 +29,8 @@ uint64_t multiply_high(uint64_t a, uint64_t b) {
 // Philox4x64-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011).
 // A stream equals NumPy's
 //   numpy.random.Philox(key=[seed, kStreamTag], counter=[0, sample, epoch, purpose])
-// (negative numbers as two's complement), so that anyone can recompute a crop, as
-// test_augment.py does.
+// (negative numbers as two's complement), so that anyone can recompute a crop, as test_augment.py
+// does.
 class Draws {
  public:
   Draws(const imseq_key& key, Purpose purpose)
@@ -228,11 +228,11 @@ void resize_box_to_output(const imseq_recipe& recipe, const Box& box, imseq_view
 int32_t draw_view(const imseq_recipe& recipe, const imseq_key& key, int32_t width, int32_t height,
                   imseq_view* view) {
   *view = {};
-  if (width < 1 || height < 1) return IMSEQ_FOREIGN;
+  if (width < 1 || height < 1) return IMSEQ_NOT_DECODED;
   if (recipe.geometry == IMSEQ_GEOMETRY_FIXED_CROP) {
     if (recipe.fixed_height > height - recipe.fixed_top ||
         recipe.fixed_width > width - recipe.fixed_left) {
-      return IMSEQ_FOREIGN;
+      return IMSEQ_NOT_DECODED;
     }
     resize_box_to_output(
         recipe, {recipe.fixed_top, recipe.fixed_left, recipe.fixed_height, recipe.fixed_width},
@@ -242,9 +242,9 @@ int32_t draw_view(const imseq_recipe& recipe, const imseq_key& key, int32_t widt
   }
   if (recipe.geometry == IMSEQ_GEOMETRY_RANDOM_RESIZED_CROP) {
     resize_box_to_output(recipe, random_resized_crop(recipe, key, width, height), view);
-    if (view->width < 1 || view->height < 1) return IMSEQ_FOREIGN;
+    if (view->width < 1 || view->height < 1) return IMSEQ_NOT_DECODED;
   } else if (!resize_crop(recipe, width, height, view)) {
-    return IMSEQ_FOREIGN;
+    return IMSEQ_NOT_DECODED;
   }
   view->flip = Draws(key, Purpose::kFlip).uniform() < recipe.flip_probability ? 1 : 0;
   return IMSEQ_OK;

@@ -7,7 +7,7 @@
 namespace imseq {
 
 // Fills *view for an image of width x height pixels. The recipe must be valid (check_recipe).
-// Returns IMSEQ_OK, or IMSEQ_FOREIGN if the core can't produce this view: the resized image would
+// Returns IMSEQ_OK, or IMSEQ_NOT_DECODED if the core can't produce this view: the resized image would
 // be empty, or would not have the output's size.
 [[nodiscard]] int32_t draw_view(const imseq_recipe& recipe, const imseq_key& key, int32_t width,
                                 int32_t height, imseq_view* view);

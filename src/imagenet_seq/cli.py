@@ -269,7 +269,7 @@ _FOR_RECODING = (
 
 def _pack(options: argparse.Namespace) -> int:
     from imagenet_seq.pack.encode import Settings
-    from imagenet_seq.pack.packing import pack, reshuffle
+    from imagenet_seq.pack.packing import pack_dataset, reshuffle
 
     given = {key: value for key, value in vars(options).items() if value is not None}
     common = {
@@ -290,7 +290,7 @@ def _pack(options: argparse.Namespace) -> int:
         settings = {key: given[key] for key in keys if key in given}
         if "shard_size" in given:
             settings["shard_bytes"] = given["shard_size"]
-        summaries = pack(
+        summaries = pack_dataset(
             options.source,
             options.destination,
             format=given.get("format", "pack"),

@@ -15,7 +15,7 @@ from imagenet_seq.decode.pipeline import Pipeline
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.imagefolder import from_samples
-from imagenet_seq.sources.place import SPLITS, split_of
+from imagenet_seq.sources.place import SPLITS, split_of_path
 from imagenet_seq.sources.recognise import open_source
 
 
@@ -62,9 +62,7 @@ class Dataset(Sequence[Any]):
         offset = int(columns.offset[index])
         length = -1 if columns.length is None else int(columns.length[index])
         if self._source.python_blocks:
-            block = self._source.read_block(int(columns.file[index]))
-            begin = int(block.offsets[offset])
-            return bytes(block.bytes[begin : begin + int(block.lengths[offset])])
+            return self._source.read_block(int(columns.file[index])).image(offset).tobytes()
         with open(os.path.join(columns.root, columns.files[columns.file[index]]), "rb") as file:
             file.seek(offset)
             return file.read(length)
@@ -89,18 +87,10 @@ def resolve_dataset(
     if isinstance(dataset, (str, os.PathLike)):
         path = os.path.abspath(os.path.expanduser(os.fspath(dataset)))
         source = open_source(dataset, split, on_error=on_error)
-        return source, split or _split_of_path(path), None, None
+        return source, source.agreed_split(split or split_of_path(path)), None, None
     if isinstance(dataset, Source):
-        return dataset, split, None, None
+        return dataset, dataset.agreed_split(split), None, None
     return _from_torch_dataset(dataset, split, on_error)
-
-
-def _split_of_path(path: str) -> str | None:
-    """Return the split of a path that is called "train" or "val", or is of files that are."""
-    name = os.path.basename(path)
-    if os.path.isdir(path):
-        return name if name in SPLITS else None
-    return split_of(name)
 
 
 def _from_torch_dataset(

@@ -215,10 +215,7 @@ def _some_images_in_blocks(source: Source, samples: Any) -> Iterator[bytes]:
     for number in blocks[:: -(-len(blocks) // _SAMPLED_BLOCKS)]:
         block = source.read_block(int(number))
         for sample in samples[index.file[samples] == number]:
-            ordinal = int(index.offset[sample])
-            first = int(block.offsets[ordinal])
-            length = min(int(block.lengths[ordinal]), _LONG_HEAD_BYTES)
-            yield block.bytes[first : first + length].tobytes()
+            yield block.image(int(index.offset[sample]))[:_LONG_HEAD_BYTES].tobytes()
 
 
 def _order_fact(source: Source) -> str:

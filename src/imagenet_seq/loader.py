@@ -424,7 +424,7 @@ class Loader:
         ``read_``: bytes, requests, seeks (requests that do not begin where the last one ended),
         requests past the page cache, bytes of all these that were found in it; and kept bytes,
         which were in memory and not read at all. ``decode_``: samples. ``batch_``: batches given to
-        the script. ``foreign_``: rows and blocks that Python made. ``block_``: bytes of blocks in
+        the script. ``python_``: rows and blocks that Python made. ``block_``: bytes of blocks in
         memory, now and at most, and their bound. ``kept_``: bytes and blocks that stay in memory,
         of all ranks of the node. ``*_s``: seconds a stage worked or waited for another, summed over
         threads.

@@ -26,7 +26,7 @@ namespace imseq::fuzz {
 constexpr size_t kOptionBytes = 32;
 constexpr std::string_view kSeparator = "|next|";
 
-// Larger images are foreign: an input of a few bytes may claim to be one of 4 gigapixels.
+// Larger images are not decoded: an input of a few bytes may claim to be one of 4 gigapixels.
 constexpr int64_t kMaxPixels = 512 * 512;
 
 #define CHECK(condition, ...)                                                       \

@@ -148,7 +148,7 @@ Result decode_alone(const Job& job, size_t i, uint8_t fill) {
   Row row(job.recipe, fill);
   const int32_t status =
       imseq_decode(&job.recipe, &key, stream.data(), stream.size(), job.flags, row.data(), nullptr);
-  CHECK(status == IMSEQ_OK || status == IMSEQ_FOREIGN, "status %d of sample %zu", status, i);
+  CHECK(status == IMSEQ_OK || status == IMSEQ_NOT_DECODED, "status %d of sample %zu", status, i);
   return {status, row.take()};
 }
 
@@ -208,7 +208,7 @@ void check_against_whole_image(const Job& job, size_t i, const Result& result) {
   const Bytes& stream = job.streams[i];
   imseq_header header{};
   if (!read_small_header(stream, &header)) {
-    CHECK(result.status == IMSEQ_FOREIGN, "status %d of an unsupported header", result.status);
+    CHECK(result.status == IMSEQ_NOT_DECODED, "status %d of an unsupported header", result.status);
     return;
   }
   const imseq_recipe recipe = whole_image(header);

@@ -19,7 +19,7 @@ Tables tables_of(Options& options, const Bytes& stream) {
   if (options.flag()) {  // fitted to this image, otherwise to any
     const int32_t status =
         imseq_count_symbols(stream.data(), stream.size(), 8, counts.data(), nullptr);
-    CHECK(status == IMSEQ_OK || status == IMSEQ_FOREIGN, "status %d", status);
+    CHECK(status == IMSEQ_OK || status == IMSEQ_NOT_DECODED, "status %d", status);
   } else {
     auto random = options.raw<uint32_t>();
     for (uint64_t& count : counts) {
@@ -57,7 +57,7 @@ Bytes recode(const Recoding& recoding, const Bytes& stream, imseq_header* header
   };
   Bytes none(0);
   const int32_t status = into(none);
-  if (status == IMSEQ_FOREIGN) return none;
+  if (status == IMSEQ_NOT_DECODED) return none;
   if (status == IMSEQ_ERROR_ARGUMENT && recoding.tables != nullptr && !recoding.tables->sound) {
     return none;
   }

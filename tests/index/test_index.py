@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.index.columns import Index, Names, read_columns, write_columns
+from imagenet_seq.index.column_file import read_columns, write_columns
+from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.sources.formats.imagefolder import from_samples, open_imagefolder
 from imagenet_seq.sources.place import Opening, SplitNeededError
@@ -677,7 +678,7 @@ def folder(*files: str) -> Callable[[Path], Path]:
         (lambda path: path / "nothing", "train", FileNotFoundError,
          r"nothing does not exist\nand expected one of\n  a pack"),
         (lambda path: path, None, FileNotFoundError, "is empty"),
-        (lambda path: Path(__file__), None, FileNotFoundError, "is a file of none of the formats"),
+        (lambda path: Path(__file__), None, FileNotFoundError, "is a file of no known format"),
         (folder("a/1.jpg"), "test", ValueError, "expected split 'train' or 'val'"),
     ],
 )  # fmt: skip
@@ -837,8 +838,7 @@ def test_a_python_source_is_a_subclass() -> None:
     found = []
     for file, offset in zip(source.index.file, source.index.offset, strict=True):
         block = source.read_block(int(file))
-        first = int(block.offsets[offset])
-        found.append(block.bytes[first : first + int(block.lengths[offset])].tobytes().decode())
+        found.append(block.image(int(offset)).tobytes().decode())
     assert found == list(source.index.name) == ["3", "0"]
 
 

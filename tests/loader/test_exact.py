@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from imagenet_seq import native
 from imagenet_seq.loader import Loader
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 
 NUM_CROPS = 20
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -49,7 +49,7 @@ def decoded(photos: list[Path]) -> dict[str, Image.Image]:
 def sources(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The photos as a folder and as a pack."""
     destination = tmp_path_factory.mktemp("packs") / "pack"
-    pack(sample_folder / "train", destination, progress=False)
+    pack_dataset(sample_folder / "train", destination, progress=False)
     return {"folder": sample_folder / "train", "pack": destination}
 
 
@@ -74,7 +74,7 @@ def test_random_crops_of_every_photo(
                 begin += 1
         assert begin == len(names) > 0
     # Only what the core does not decode went to Pillow, and from a pack the same.
-    assert loaders[0].stats()["foreign_rows"] < len(names) / 100 * NUM_CROPS
+    assert loaders[0].stats()["python_rows"] < len(names) / 100 * NUM_CROPS
 
 
 @pytest.mark.parametrize("kind", ["folder", "pack"])

@@ -32,7 +32,7 @@ from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.loader import Loader
 from imagenet_seq.machine import LoaderNote
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 from imagenet_seq.read.options import ReadOptions
 
 UNCHECKED = ReadOptions(verify_checksums=False)
@@ -83,7 +83,7 @@ def test_call_forms_of_the_original_project(root: Path, monkeypatch: pytest.Monk
 
 
 def test_a_checksum_is_checked_on_the_first_read(root: Path, tmp_path: Path) -> None:
-    pack(root / "train", tmp_path / "pack", progress=False)
+    pack_dataset(root / "train", tmp_path / "pack", progress=False)
     loader = Loader(tmp_path / "pack", "train", EVAL, batch_size=8, num_workers=2, shuffle=False)
     before = epoch_of(loader)
     first = loader.dataset.encoded(0)
@@ -104,7 +104,7 @@ def test_a_checksum_is_checked_on_the_first_read(root: Path, tmp_path: Path) -> 
 
 
 def test_cache_is_the_pool_of_a_block_shuffle(root: Path, tmp_path: Path) -> None:
-    pack(root / "train", tmp_path / "pack", progress=False)
+    pack_dataset(root / "train", tmp_path / "pack", progress=False)
     mean_bytes = np.mean([p.stat().st_size for p in (root / "train").rglob("*.jpg")])
     reading = ReadOptions(block_bytes=int(4 * mean_bytes))
     settings = {"reading": reading, "batch_size": 8}
@@ -517,7 +517,7 @@ def test_a_folder_of_pngs_is_decoded_by_pillow(tmp_path: Path) -> None:
         assert torch.equal(
             torch.cat([x for x, _ in loader]), torch.stack([x for x, _ in reference])
         )
-    assert loader.stats()["foreign_rows"] == 20
+    assert loader.stats()["python_rows"] == 20
     # Random crops of python rows follow the draws of the core, too.
     a = epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=1))
     assert same(epoch_of(Loader(tmp_path, "train", SMALL, batch_size=7, num_workers=8)), a)
@@ -608,7 +608,7 @@ def test_a_source_that_hands_in_blocks(shuffle: bool | str, tmp_path: Path) -> N
         assert (order == list(range(size))) == (shuffle is False)
         labels = [t for _, target in loader for t in target.tolist()]
         assert Counter(labels) == {0: 20, 1: 20}
-    assert loader.stats()["foreign_blocks"] >= 20
+    assert loader.stats()["python_blocks"] >= 20
     assert loader.dataset[9][0].shape == (3, 32, 32)
 
 

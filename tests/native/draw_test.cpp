@@ -82,7 +82,7 @@ void test_extreme_recipes_stay_defined() {
   }
   recipe.ratio_min = recipe.ratio_max = 4.0;  // a 1x1 image has no crop four times as wide as high
   imseq_view view;
-  expect(imseq::draw_view(recipe, {7, 0, 0}, 1, 1, &view) == IMSEQ_FOREIGN, "no such crop");
+  expect(imseq::draw_view(recipe, {7, 0, 0}, 1, 1, &view) == IMSEQ_NOT_DECODED, "no such crop");
 }
 
 void test_each_part_of_the_key_matters() {
@@ -168,13 +168,15 @@ void test_what_only_pillow_can_decide() {
   imseq_recipe unsized = validation_recipe(224, 0);
   unsized.out_height = unsized.out_width = 224;
   expect(imseq::draw_view(unsized, {}, 300, 300, &view) == IMSEQ_OK, "a square fits");
-  expect(imseq::draw_view(unsized, {}, 300, 298, &view) == IMSEQ_FOREIGN, "not the output's size");
-  expect(imseq::draw_view(validation_recipe(256, 224), {}, 1, INT32_MAX, &view) == IMSEQ_FOREIGN,
-         "a resized image beyond any memory");
+  expect(imseq::draw_view(unsized, {}, 300, 298, &view) == IMSEQ_NOT_DECODED,
+         "not the output's size");
+  expect(
+      imseq::draw_view(validation_recipe(256, 224), {}, 1, INT32_MAX, &view) == IMSEQ_NOT_DECODED,
+      "a resized image beyond any memory");
   imseq_recipe empty = validation_recipe(256, 224);
   empty.resize_max = 257;
-  expect(imseq::draw_view(empty, {}, 1, 4000, &view) == IMSEQ_FOREIGN, "a resized side of 0");
-  expect(imseq::draw_view(empty, {}, 0, 10, &view) == IMSEQ_FOREIGN, "an empty image");
+  expect(imseq::draw_view(empty, {}, 1, 4000, &view) == IMSEQ_NOT_DECODED, "a resized side of 0");
+  expect(imseq::draw_view(empty, {}, 0, 10, &view) == IMSEQ_NOT_DECODED, "an empty image");
 }
 
 void test_fixed_crop() {
@@ -192,8 +194,10 @@ void test_fixed_crop() {
   expect(view.resized_height == 10 && view.resized_width == 20 && view.flip == 1,
          "the given output");
   imseq_view outside;
-  expect(imseq::draw_view(recipe, {}, 9, 8, &outside) == IMSEQ_FOREIGN, "too wide for the image");
-  expect(imseq::draw_view(recipe, {}, 10, 7, &outside) == IMSEQ_FOREIGN, "too high for the image");
+  expect(imseq::draw_view(recipe, {}, 9, 8, &outside) == IMSEQ_NOT_DECODED,
+         "too wide for the image");
+  expect(imseq::draw_view(recipe, {}, 10, 7, &outside) == IMSEQ_NOT_DECODED,
+         "too high for the image");
 }
 
 void expect_refused(const imseq_recipe& recipe, const char* field, const char* value) {

@@ -386,8 +386,8 @@ void whole_epochs_arrive_in_order() {
           }
           const imseq_stats stats = harness.stats();
           CHECK(stats.batch_count == 2 * plan.native.num_batches);
-          CHECK(stats.foreign_rows == 2 * data.size());
-          CHECK(stats.foreign_blocks == (python_blocks ? 2 * data.num_files() : 0));
+          CHECK(stats.python_rows == 2 * data.size());
+          CHECK(stats.python_blocks == (python_blocks ? 2 * data.num_files() : 0));
           CHECK(stats.read_bytes == (python_blocks ? 0 : 2 * data.size() * kSampleBytes));
           CHECK(stats.block_bytes == 0);
           if (budget == 0 && !python_blocks) {
@@ -475,7 +475,7 @@ void groups_arrive_in_order() {
           }
           CHECK(harness.step(plan, -1) == IMSEQ_END);
           const imseq_stats stats = harness.stats();
-          CHECK(stats.foreign_rows == num_python_rows(plan));
+          CHECK(stats.python_rows == num_python_rows(plan));
           CHECK(stats.decode_samples == data.size() - num_python_rows(plan));
           CHECK(stats.decode_ns > 0);
           CHECK(stats.block_bytes == 0);
@@ -509,11 +509,11 @@ void a_late_block_holds_up_its_own_samples_only() {
   const int64_t others = data.size() - 1;
   for (int i = 0; i < 5000; ++i) {
     const imseq_stats stats = harness.stats();
-    if (stats.decode_samples + stats.foreign_rows == others) break;
+    if (stats.decode_samples + stats.python_rows == others) break;
     usleep(1000);
   }
   const imseq_stats stats = harness.stats();
-  CHECK(stats.decode_samples + stats.foreign_rows == others);
+  CHECK(stats.decode_samples + stats.python_rows == others);
   imseq_batch batch = {};
   CHECK(imseq_engine_next(harness.engine, 0, &batch, nullptr) == IMSEQ_TIMEOUT);
   harness.hold_block_0 = false;
@@ -749,7 +749,7 @@ void rows_may_be_only_read() {
   CHECK(harness.start(plan) == IMSEQ_OK);
   harness.deliver(plan);
   const imseq_stats stats = harness.stats();
-  CHECK(stats.decode_samples == 0 && stats.foreign_rows == 0);
+  CHECK(stats.decode_samples == 0 && stats.python_rows == 0);
   CHECK(stats.read_bytes == data.size() * kSampleBytes);
   Harness other(data, 2, 2, 16, 1 << 20, IMSEQ_ROWS_READ);
   plan.checksum[20] ^= 1;  // checksums are compared as ever

@@ -338,7 +338,7 @@ std::vector<Pixels> decode_group(imseq::SampleDecoder* decoder, const std::vecto
   expect(status == IMSEQ_OK, "a group", status);
   for (size_t i = 0; i < files.size(); ++i) {
     out[i].status = samples[i].status;
-    expect(out[i].status == IMSEQ_OK || out[i].status == IMSEQ_FOREIGN, "a sample's status",
+    expect(out[i].status == IMSEQ_OK || out[i].status == IMSEQ_NOT_DECODED, "a sample's status",
            out[i].status);
   }
   return out;
@@ -376,7 +376,7 @@ Bytes any_file(const std::array<Codes, 2>& packs, bool of_first_pack) {
 void test_groups() {
   imseq::SampleDecoder decoder;
   const std::array<Codes, 2> packs{random_codes(), random_codes()};
-  int num_decoded = 0, num_foreign = 0;
+  int num_decoded = 0, num_not_decoded = 0;
   for (int i = 0; i < 60; ++i) {
     std::vector<Bytes> files(static_cast<size_t>(draw(1, IMSEQ_MAX_GROUP)));
     for (Bytes& file : files) file = any_file(packs, i % 3 == 0);
@@ -388,7 +388,7 @@ void test_groups() {
       const std::vector<Bytes> alone =
           is_clean ? std::vector<Bytes>{file} : std::vector<Bytes>{{}, file};
       expected.push_back(decode_group(&fresh, alone).back());
-      ++(expected.back().status == IMSEQ_OK ? num_decoded : num_foreign);
+      ++(expected.back().status == IMSEQ_OK ? num_decoded : num_not_decoded);
     }
     on_every_level([&] {
       const std::vector<Pixels> group = decode_group(&decoder, files);
@@ -400,10 +400,11 @@ void test_groups() {
       }
     });
   }
-  expect(num_decoded > 100 && num_foreign > 20, "images of both kinds", num_decoded, num_foreign);
+  expect(num_decoded > 100 && num_not_decoded > 20, "images of both kinds", num_decoded,
+         num_not_decoded);
 }
 
-// A marker that is not where the sizes say: the image is foreign, wherever in it lanes find out,
+// A marker that is not where the sizes say: the image is not decoded, wherever in it lanes find out,
 // and nothing else in its group is.
 void test_damaged_markers() {
   imseq::SampleDecoder decoder;
@@ -411,7 +412,7 @@ void test_damaged_markers() {
       write_image({40, 40, 2, kSamplings[7]}, random_codes(), [] { return random_block(100); });
   const Bytes file = with_sizes(image);
   const size_t shift = file.size() - image.file.size();
-  int num_foreign = 0;
+  int num_not_decoded = 0;
   for (size_t at = image.entropy_offset + shift; at + 1 < file.size(); ++at) {
     if (file[at] != 0xFF || file[at + 1] == 0) continue;
     Bytes damaged = file;
@@ -420,9 +421,9 @@ void test_damaged_markers() {
     expect(group[0].status == group[2].status, "an image twice in a group");
     expect(group[1].status == IMSEQ_OK && group[4].status == IMSEQ_OK, "images beside it");
     expect(group[1].row == group[4].row, "their pixels");
-    num_foreign += group[0].status == IMSEQ_FOREIGN;
+    num_not_decoded += group[0].status == IMSEQ_NOT_DECODED;
   }
-  expect(num_foreign > 5, "markers that are looked at", num_foreign);
+  expect(num_not_decoded > 5, "markers that are looked at", num_not_decoded);
 }
 
 // ---- damage -------------------------------------------------------------------------------------

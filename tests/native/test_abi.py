@@ -101,7 +101,7 @@ def test_constants_match(header: str) -> None:
     values = {m[0]: int(m[1]) for m in re.findall(r"IMSEQ_(\w+) = (-?\d+)", header)}
     values["ABI"] = int(re.search(r"#define IMSEQ_ABI (\d+)", header)[1])
     shared = [name for name in values if hasattr(abi, name)]
-    assert {"ABI", "OK", "FOREIGN", "ERROR_CAPACITY", "TASK_ROW", "SAMPLE_CLEAN"} <= set(shared)
+    assert {"ABI", "OK", "NOT_DECODED", "ERROR_CAPACITY", "TASK_ROW", "SAMPLE_CLEAN"} <= set(shared)
     for name in shared:
         assert getattr(abi, name) == values[name], name
 

@@ -100,7 +100,7 @@ void test_canonical_form_is_a_fixed_point() {
 void test_hostile_bytes() {
   for (size_t size = 0; size < kImage.size(); ++size) {
     const Bytes cut(kImage.begin(), kImage.begin() + static_cast<ptrdiff_t>(size));
-    CHECK(transcode(cut, 4096).status == IMSEQ_FOREIGN);
+    CHECK(transcode(cut, 4096).status == IMSEQ_NOT_DECODED);
   }
   // An Exif segment of every kind of nonsense, to be stripped.
   const Bytes exif = {0xFF, 0xE1, 0, 34,   'E', 'x', 'i', 'f', 0, 0, 'M', 'M', 0, 42, 0, 0, 0, 8,
@@ -120,7 +120,7 @@ void test_hostile_bytes() {
     const uint32_t flags = random(2) ? IMSEQ_STRIP_METADATA : 0;
     const Options options{static_cast<int32_t>(random(20)), flags, random(2) == 0};
     const Result result = transcode(damaged, 2048, options);
-    CHECK(result.status == IMSEQ_OK || result.status == IMSEQ_FOREIGN ||
+    CHECK(result.status == IMSEQ_OK || result.status == IMSEQ_NOT_DECODED ||
           result.status == IMSEQ_ERROR_CAPACITY);
     num_accepted += result.status == IMSEQ_OK;
   }
@@ -142,13 +142,13 @@ void test_arguments() {
                         nullptr, &error) == IMSEQ_ERROR_ARGUMENT);
   CHECK(std::strstr(error.message, "imseq_fit_tables") != nullptr);
   CHECK(imseq_transcode(nullptr, 0, 8, 0, nullptr, nullptr, 0, &out_size, nullptr, &error) ==
-        IMSEQ_FOREIGN);
+        IMSEQ_NOT_DECODED);
 
   std::array<uint64_t, 4 * 256> counts{};
   CHECK(imseq_count_symbols(nullptr, 5, 8, counts.data(), &error) == IMSEQ_ERROR_ARGUMENT);
   CHECK(imseq_count_symbols(kImage.data(), 5, -1, counts.data(), &error) == IMSEQ_ERROR_ARGUMENT);
   CHECK(imseq_count_symbols(kImage.data(), 5, 8, nullptr, &error) == IMSEQ_ERROR_ARGUMENT);
-  CHECK(imseq_count_symbols(kImage.data(), 300, 8, counts.data(), &error) == IMSEQ_FOREIGN);
+  CHECK(imseq_count_symbols(kImage.data(), 300, 8, counts.data(), &error) == IMSEQ_NOT_DECODED);
   CHECK(std::count(counts.begin(), counts.end(), 0) == 4 * 256);
   Bytes tables(IMSEQ_TABLES_BYTES);
   CHECK(imseq_fit_tables(nullptr, tables.data(), &error) == IMSEQ_ERROR_ARGUMENT);

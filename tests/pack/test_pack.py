@@ -32,13 +32,13 @@ from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index.columns import Names
 from imagenet_seq.pack.encode import Settings
 from imagenet_seq.pack.io_log import IoLog
-from imagenet_seq.pack.packing import pack
-from imagenet_seq.pack.plan import OnImageError
+from imagenet_seq.pack.packing import pack_dataset
 from imagenet_seq.pack.scratch import Buckets
 from imagenet_seq.pack.shards import Summary
+from imagenet_seq.pack.task import OnImageError
 from imagenet_seq.pack.verify import verify
 from imagenet_seq.read.disk import Disk
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.pack import Encoded
 from imagenet_seq.sources.recognise import open_source
 
@@ -51,7 +51,7 @@ FOUR_SHARDS = Settings(shard_bytes=1_300_000)
 
 def make_pack(source: Path, destination: Path, **options: Any) -> Summary:
     options = {"settings": SMALL_SHARDS, "num_workers": 2, "progress": False, **options}
-    return pack(source, destination, **options)[""]
+    return pack_dataset(source, destination, **options)[""]
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -207,19 +207,19 @@ def test_strange_names_stay_apart_and_readable(tmp_path: Path) -> None:
     assert problems(tmp_path / "pack", tmp_path / "source") == ""
     index = open_source(tmp_path / "pack").index
     assert sorted(index.name) == sorted(STRANGE_NAMES)
-    keys = {layout.MemberNames(index.name).key(name) for name in index.name}
+    keys = {pack_format.MemberNames(index.name).key(name) for name in index.name}
     assert len(keys) == len(STRANGE_NAMES)
     shards = sorted(map(str, (tmp_path / "pack").glob("*.tar")))
     found = {s["__key__"]: pixels(s["jpg"]) for s in read_webdataset(shards)}
     assert found.keys() == keys
-    by_key = {layout.MemberNames(index.name).key(name): name for name in index.name}
+    by_key = {pack_format.MemberNames(index.name).key(name): name for name in index.name}
     for key, stored in found.items():
         assert stored == pixels((tmp_path / "source" / by_key[key]).read_bytes())
     for shard in shards:
         assert subprocess.run(["tar", "tf", shard], capture_output=True, check=True).stderr == b""
 
 
-def test_what_cannot_be_recoded_is_stored_as_it_is(tmp_path: Path) -> None:
+def test_what_cannot_be_transcoded_is_stored_as_it_is(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     image = photo_like(rng, 40, 30)
     png = io.BytesIO()
@@ -278,8 +278,8 @@ def test_progressive_files_stay_where_pillow_sees_a_difference(
         "bytes": jpeg_bytes(image)[:-400],
     }[wrong]
     header = native.read_header(other)
-    recoded = np.frombuffer(other, np.uint8), header
-    monkeypatch.setattr(native, "transcode", lambda *_: recoded)
+    transcoded = np.frombuffer(other, np.uint8), header
+    monkeypatch.setattr(native, "transcode", lambda *_: transcoded)
     summary = make_pack(tmp_path / "source", tmp_path / "pack", settings=Settings())
     assert (summary.num_canonical, summary.num_as_is) == (0, 1)
     assert image_of(tmp_path / "pack", 0) == data
@@ -321,14 +321,14 @@ def test_root_with_both_splits(make_folder: Callable[..., Path], tmp_path: Path)
     root = make_folder(6, 2)
     for name in ("class_000", "class_001"):
         add_image(root / "val", f"{name}/v.jpg", jpeg_bytes(Image.new("RGB", (16, 16))))
-    only_val = pack(root, tmp_path / "pack", splits=["val"], progress=False)
+    only_val = pack_dataset(root, tmp_path / "pack", splits=["val"], progress=False)
     assert list(only_val) == ["val"]
-    both = pack(root, tmp_path / "pack", progress=False)
+    both = pack_dataset(root, tmp_path / "pack", progress=False)
     assert {split: summary.num_samples for split, summary in both.items()} == {"train": 6, "val": 2}
     for split in both:
         assert open_source(tmp_path / "pack", split).kind == "pack"
     with pytest.raises(FileNotFoundError, match="is by its name the other split, val"):
-        pack(root / "val", tmp_path / "other", splits=["train"], progress=False)
+        pack_dataset(root / "val", tmp_path / "other", splits=["train"], progress=False)
 
 
 def test_a_split_that_cannot_be_packed_is_refused_before_the_other_is_packed(
@@ -337,7 +337,7 @@ def test_a_split_that_cannot_be_packed_is_refused_before_the_other_is_packed(
     root = make_folder(6, 2)
     add_image(root / "val", "flat.jpg", jpeg_bytes(Image.new("RGB", (16, 16))))
     with pytest.raises(FileNotFoundError, match="val holds 1 files but no class folders"):
-        pack(root, tmp_path / "pack", progress=False)
+        pack_dataset(root, tmp_path / "pack", progress=False)
     assert not (tmp_path / "pack").exists()
 
 
@@ -438,7 +438,7 @@ def test_a_deletion_cut_short_is_still_known_as_ours(
 
 def test_same_bytes_from_any_disk_order_and_number_of_threads(source: Path, tmp_path: Path) -> None:
     make_pack(source, tmp_path / "one", num_workers=1)
-    copy = tmp_path / "copy"
+    copy = tmp_path / "copy/train"
     for path in sorted(source.rglob("*.jpg"), reverse=True):
         add_image(copy, str(path.relative_to(source)), path.read_bytes())
     make_pack(copy, tmp_path / "two", num_workers=4)
@@ -642,7 +642,7 @@ def test_one_head_writes_before_it_reads_on(
         synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
         fsync(descriptor)
 
-    monkeypatch.setattr("imagenet_seq.read.disk.choose_disk", choose_disk)
+    monkeypatch.setattr("imagenet_seq.pack.shards.choose_disk", choose_disk)
     monkeypatch.setattr(os, "fsync", noting_fsync)
     log, options = tmp_path / "log", {"settings": FOUR_SHARDS, "memory_bytes": 4 << 20}
     make_pack(noisy_source, tmp_path / "pack", io_log=log, **options)
@@ -672,9 +672,9 @@ def test_all_images_have_the_tables_of_their_pack(source: Path, tmp_path: Path) 
     num_tables = set()
     for sample, name in enumerate(open_source(tmp_path / "pack").index.name):
         data = image_of(tmp_path / "pack", sample)
-        recoded = native.transcode((source / name).read_bytes(), tables=tables)
-        assert recoded is not None
-        assert recoded[0].tobytes() == data
+        transcoded = native.transcode((source / name).read_bytes(), tables=tables)
+        assert transcoded is not None
+        assert transcoded[0].tobytes() == data
         found = huffman_tables(data)
         assert tables.startswith(b"".join(found))
         num_tables.add(len(found))
@@ -771,7 +771,7 @@ KILLED = """
 import importlib, os, signal, sys
 from pathlib import Path
 from imagenet_seq.pack.encode import Settings
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 source, destination, module, name, count, memory, format = sys.argv[1:]
 module, left = importlib.import_module(module), int(count)
 original = getattr(module, name)
@@ -784,7 +784,7 @@ def dying(*arguments, **options):
 setattr(module, name, dying)
 settings = Settings(shard_bytes=1_300_000)
 options = {"num_workers": 2, "memory_bytes": int(memory), "progress": False}
-pack(source, destination, settings=settings, format=format, **options)
+pack_dataset(source, destination, settings=settings, format=format, **options)
 """
 
 
@@ -807,9 +807,9 @@ def uninterrupted(noisy_source: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("imagenet_seq.native.core", "count_symbols", 20),
-        ("imagenet_seq.native.core", "transcode", 0),
-        ("imagenet_seq.native.core", "transcode", 40),
+        ("imagenet_seq.native", "count_symbols", 20),
+        ("imagenet_seq.native", "transcode", 0),
+        ("imagenet_seq.native", "transcode", 40),
         ("os", "replace", 0),
         ("os", "replace", 1),
         ("os", "replace", 2),
@@ -937,10 +937,11 @@ def finish_shards_only(source: Path, destination: Path, **options: Any) -> None:
 @pytest.fixture
 def editable(source: Path, tmp_path: Path) -> Path:
     """A copy of the source, with one damaged image."""
+    copy = tmp_path / "editable/train"
     for path in source.rglob("*.jpg"):
-        add_image(tmp_path / "editable", str(path.relative_to(source)), path.read_bytes())
-    next((tmp_path / "editable/class_001").glob("*.jpg")).write_bytes(b"damaged")
-    return tmp_path / "editable"
+        add_image(copy, str(path.relative_to(source)), path.read_bytes())
+    next((copy / "class_001").glob("*.jpg")).write_bytes(b"damaged")
+    return copy
 
 
 @pytest.mark.parametrize("first", ["skip", "keep"])
@@ -1152,7 +1153,7 @@ def test_room_is_checked_first(
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(PackError, match=r"not enough room: .* MB of images takes .* MB free"):
+    with pytest.raises(PackError, match=r"not enough room: .* KB of images takes .* KB free"):
         make_pack(source, tmp_path / "pack")
 
 
@@ -1278,7 +1279,7 @@ def test_damaged_images_are_left_out_or_kept(
             assert kept
             assert image_of(tmp_path / "pack", sample) == (damaged_source / name).read_bytes()
             assert index.flags is not None
-            assert not index.flags[sample] & layout.FLAG_CLEAN
+            assert not index.flags[sample] & pack_format.FLAG_CLEAN
     assert problems(tmp_path / "pack", damaged_source) == ""
 
 

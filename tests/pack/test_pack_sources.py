@@ -22,9 +22,9 @@ from imagenet_seq import native
 from imagenet_seq.cli import main
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.loader import Loader
-from imagenet_seq.pack import inputs as origin
+from imagenet_seq.pack import input_files
 from imagenet_seq.pack.encode import Settings
-from imagenet_seq.pack.packing import pack, reshuffle
+from imagenet_seq.pack.packing import pack_dataset, reshuffle
 from imagenet_seq.pack.shards import Summary
 from imagenet_seq.pack.shrink import Shrink
 from imagenet_seq.pack.verify import verify
@@ -52,7 +52,7 @@ def no_kept_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_pack(source: Path, destination: Path, **options: Any) -> Summary:
     options = {"settings": FOUR_SHARDS, "num_workers": 2, "progress": False, **options}
-    return pack(source, destination, **options)[""]
+    return pack_dataset(source, destination, **options)[""]
 
 
 def contents(folder: Path) -> list[tuple[int, bytes]]:
@@ -122,8 +122,8 @@ def editable(tars: Path, tmp_path: Path) -> Path:
 )
 def test_both_splits_of_every_source(name: str, splits: list[str] | None, tmp_path: Path) -> None:
     options = {"settings": FEW_BYTES, "splits": splits, "progress": False}
-    made = pack(FIXTURES / name, tmp_path / "pack", **options)
-    folders = pack(FIXTURES / "images", tmp_path / "folders", **options)
+    made = pack_dataset(FIXTURES / name, tmp_path / "pack", **options)
+    folders = pack_dataset(FIXTURES / "images", tmp_path / "folders", **options)
     assert list(made) == list(folders) == (splits or ["train", "val"])
     for split, summary in made.items():
         assert summary.num_samples == folders[split].num_samples > 5
@@ -263,9 +263,9 @@ def test_tables_are_fitted_to_images_of_all_classes(
     tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[bytes] = []
-    look = origin._images_all_over
+    look = input_files._images_all_over
     monkeypatch.setattr(
-        origin, "_images_all_over", lambda paths, log: found.extend(look(paths, log)) or found
+        input_files, "_images_all_over", lambda paths, log: found.extend(look(paths, log)) or found
     )
     make_pack(tars, tmp_path / "pack")
     about = json.loads((tmp_path / "pack/pack.json").read_text())
@@ -291,9 +291,9 @@ def test_another_order_of_such_a_pack_is_the_pack_of_another_seed(
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("imagenet_seq.native.core", "count_symbols", 20),
-        ("imagenet_seq.native.core", "transcode", 0),
-        ("imagenet_seq.native.core", "transcode", 40),
+        ("imagenet_seq.native", "count_symbols", 20),
+        ("imagenet_seq.native", "transcode", 0),
+        ("imagenet_seq.native", "transcode", 40),
         ("os", "replace", 0),
         ("os", "replace", 1),
         ("os", "replace", 2),
@@ -532,7 +532,7 @@ def test_a_limit_takes_the_same_samples_whatever_the_order(classes: Path, tmp_pa
 
 def test_a_subset_of_large_files_is_that_of_folders(tmp_path: Path) -> None:
     for name in ("official", "webdataset", "images", "parquet"):
-        pack(FIXTURES / name, tmp_path / name, limit=2, exclude=["n0144*"], progress=False)
+        pack_dataset(FIXTURES / name, tmp_path / name, limit=2, exclude=["n0144*"], progress=False)
     for split in ("train", "val"):
         labels = {
             name: open_source(tmp_path / name, split).index.classes

@@ -21,7 +21,7 @@ from test_pack import pixels, run_until_killed
 from imagenet_seq.cli import main
 from imagenet_seq.errors import PackError
 from imagenet_seq.pack.encode import Settings
-from imagenet_seq.pack.packing import pack, preprocess
+from imagenet_seq.pack.packing import pack_dataset, preprocess
 from imagenet_seq.pack.shards import Summary
 from imagenet_seq.sources.recognise import open_source
 
@@ -84,7 +84,7 @@ def test_files_beside_the_folders_hold_their_images_and_labels(root: Path) -> No
 
 
 def test_images_are_re_coded_unless_their_bytes_are_kept(root: Path, tmp_path: Path) -> None:
-    preprocess(root, tmp_path / "recoded", progress=False)
+    preprocess(root, tmp_path / "transcoded", progress=False)
     kept = preprocess(root, tmp_path / "kept", keep_bytes=True, progress=False)
     assert kept["val"].num_canonical == 0
     originals = {path.read_bytes() for path in (root / "val").rglob("*") if path.is_file()}
@@ -92,7 +92,7 @@ def test_images_are_re_coded_unless_their_bytes_are_kept(root: Path, tmp_path: P
     assert images == originals
     assert images.isdisjoint(
         image
-        for image, _ in stored(tmp_path / "recoded/ILSVRC-val.lmdb")
+        for image, _ in stored(tmp_path / "transcoded/ILSVRC-val.lmdb")
         if image not in originals or b"imseq" in image
     )
 
@@ -174,7 +174,7 @@ def test_a_file_among_the_images_is_refused(root: Path) -> None:
 def test_one_file_cannot_hold_two_splits(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a folder for the files of train and val"):
         preprocess(root, tmp_path / "all.lmdb", progress=False)
-    made = pack(root / "val", tmp_path / "one.lmdb", format="lmdb", progress=False)
+    made = pack_dataset(root / "val", tmp_path / "one.lmdb", format="lmdb", progress=False)
     assert stored(tmp_path / "one.lmdb") == stored_by(root, tmp_path)
     assert made[""].folder == str(tmp_path / "one.lmdb")
 
@@ -185,7 +185,7 @@ def stored_by(root: Path, tmp_path: Path) -> list[tuple[bytes, int]]:
 
 
 def test_a_pack_and_an_lmdb_have_the_same_order(root: Path, tmp_path: Path) -> None:
-    pack(root / "train", tmp_path / "pack", progress=False)
+    pack_dataset(root / "train", tmp_path / "pack", progress=False)
     preprocess(root, tmp_path / "lmdb", progress=False)
     index = open_source(tmp_path / "pack").index
     labels = [label for _, label in stored(tmp_path / "lmdb/ILSVRC-train.lmdb")]
@@ -234,7 +234,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(source: Path, destination: Path, **options: Any) -> Summary:
     settings = Settings(shard_bytes=1_300_000)
     options = {"settings": settings, "num_workers": 2, "progress": False, **options}
-    return pack(source, destination, format="lmdb", **options)[""]
+    return pack_dataset(source, destination, format="lmdb", **options)[""]
 
 
 @pytest.fixture(scope="module")
@@ -248,13 +248,13 @@ def uninterrupted(noisy: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("imagenet_seq.native.core", "transcode", 0),
-        ("imagenet_seq.native.core", "transcode", 40),
+        ("imagenet_seq.native", "transcode", 0),
+        ("imagenet_seq.native", "transcode", 40),
         ("os", "replace", 0),
         ("os", "replace", 1),
-        ("imagenet_seq.pack.packing", "tensorpack_value", 0),
-        ("imagenet_seq.pack.packing", "tensorpack_value", 30),
-        ("imagenet_seq.pack.packing", "tensorpack_keys", 0),
+        ("imagenet_seq.pack.lmdb", "tensorpack_value", 0),
+        ("imagenet_seq.pack.lmdb", "tensorpack_value", 30),
+        ("imagenet_seq.pack.lmdb", "tensorpack_keys", 0),
         ("os", "rename", 0),
         ("os", "rmdir", 0),
     ],
@@ -288,11 +288,11 @@ def test_an_unfinished_file_among_archives_is_no_source(tmp_path: Path) -> None:
     archives = tmp_path / "archives"
     shutil.copytree(FIXTURES / "official", archives)
     run_until_killed(
-        archives, archives, "imagenet_seq.pack.packing", "tensorpack_value", 0, 4 << 20, "lmdb"
+        archives, archives, "imagenet_seq.pack.lmdb", "tensorpack_value", 0, 4 << 20, "lmdb"
     )
     assert (archives / "ILSVRC-train.lmdb.partial").exists()
     assert open_source(archives, "train").kind == "ilsvrc2012"
     settings = Settings(shard_bytes=1_300_000)
-    made = pack(archives, archives, format="lmdb", settings=settings, progress=False)
+    made = pack_dataset(archives, archives, format="lmdb", settings=settings, progress=False)
     assert [summary.num_samples for summary in made.values()] == [20, 10]
     assert not list(archives.glob("*.partial"))

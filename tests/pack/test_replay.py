@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from imagenet_seq.pack.encode import Settings
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MB = 10**6
@@ -121,7 +121,7 @@ def test_a_packing_stays_near_the_bound(
     source = make_folder(60, num_classes=4) / "train"
     log = tmp_path / "log"
     settings = Settings(shard_bytes=100_000)
-    pack(source, tmp_path / "pack", settings=settings, progress=False, io_log=log)
+    pack_dataset(source, tmp_path / "pack", settings=settings, progress=False, io_log=log)
     done = replay.replay(replay.read_log(str(log)))
     assert list(done.passes) == ["choose tables", "deal", "finish"]
     assert done.source_bytes == sum(path.stat().st_size for path in source.rglob("*.jpg"))

@@ -18,10 +18,10 @@ from imagenet_seq import native
 from imagenet_seq.cli import main
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.pack.encode import Settings
-from imagenet_seq.pack.packing import pack, reshuffle
+from imagenet_seq.pack.packing import pack_dataset, reshuffle
 from imagenet_seq.pack.shards import Summary
 from imagenet_seq.pack.shrink import Shrink
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.recognise import open_source
 
 SETTINGS = {
@@ -38,7 +38,9 @@ def source(make_folder: Callable[..., Path]) -> Path:
 
 
 def make_pack(source: Path, folder: Path, settings: Settings, **options: Any) -> Summary:
-    return pack(source, folder, settings=settings, progress=False, num_workers=2, **options)[""]
+    return pack_dataset(
+        source, folder, settings=settings, progress=False, num_workers=2, **options
+    )[""]
 
 
 def other_order(source: Path, folder: Path, **options: Any) -> Summary:
@@ -108,7 +110,7 @@ def test_a_root_with_both_splits(make_folder: Callable[..., Path], tmp_path: Pat
     root = make_folder(6, 2)
     for name in ("class_000", "class_001"):
         add_image(root / "val", f"{name}/v.jpg", jpeg_bytes(Image.new("RGB", (16, 16))))
-    pack(root, tmp_path / "pack", progress=False)
+    pack_dataset(root, tmp_path / "pack", progress=False)
     both = reshuffle(tmp_path / "pack", tmp_path / "other", progress=False)
     assert {split: summary.num_samples for split, summary in both.items()} == {"train": 6, "val": 2}
 
@@ -134,7 +136,7 @@ def test_each_byte_is_moved_once_a_pass_and_in_order(
 def test_a_piece_ends_where_a_sample_ends(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imagenet_seq.pack.inputs._READ_BYTES", 20_000)
+    monkeypatch.setattr("imagenet_seq.pack.input_files._READ_BYTES", 20_000)
     log = tmp_path / "log"
     other_order(packed, tmp_path / "other", io_log=log)
     reads = [line for line in map(json.loads, log.read_text().splitlines()) if "address" in line]
@@ -194,7 +196,7 @@ def test_the_same_command_again_does_nothing(packed: Path, source: Path, tmp_pat
 
 def test_a_damaged_sample_is_named(packed: Path, tmp_path: Path) -> None:
     row = np.load(packed / "index.npy")[11]
-    shard = packed / layout.shard_file(row["shard"])
+    shard = packed / pack_format.shard_file(row["shard"])
     content = shard.read_bytes()
     place = int(row["offset"]) + 50
     shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -265,7 +267,7 @@ def test_the_command(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
      ["--quality", "90"], ["--subsampling", "420"]],
     ids=lambda options: options[0],
 )  # fmt: skip
-def test_the_command_refuses_settings_of_recoding(
+def test_the_command_refuses_settings_of_transcoding(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     assert main(["pack", "--reshuffle", str(packed), str(tmp_path / "other"), *options]) == 1

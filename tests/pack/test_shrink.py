@@ -25,11 +25,11 @@ from imagenet_seq.errors import PackError
 from imagenet_seq.loader import Loader
 from imagenet_seq.native.recipe import Geometry, Recipe
 from imagenet_seq.pack.encode import Settings
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 from imagenet_seq.pack.shards import Summary
 from imagenet_seq.pack.shrink import Shrink, shrunk_size, smaller_copy
 from imagenet_seq.pack.verify import verify
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.recognise import open_source
 
 ORIENTATION, MAKER = 0x0112, 0x010F
@@ -38,7 +38,7 @@ ORIENTATION, MAKER = 0x0112, 0x010F
 def make_pack(source: Path, destination: Path, **options: Any) -> Summary:
     settings = Settings(shard_bytes=60_000, shrink=Shrink(150))
     options = {"settings": settings, "num_workers": 2, "progress": False, **options}
-    return pack(source, destination, **options)[""]
+    return pack_dataset(source, destination, **options)[""]
 
 
 def opened(data: bytes) -> Image.Image:
@@ -252,7 +252,7 @@ def test_a_profile_stays_where_it_fits_and_strip_drops_it(
 def test_a_pack_of_smaller_copies(source: Path, tmp_path: Path) -> None:
     summary = make_pack(source, tmp_path / "pack")
     flag = flags(tmp_path / "pack")
-    shrunk = {name for name in flag if flag[name] & layout.FLAG_SHRUNK}
+    shrunk = {name for name in flag if flag[name] & pack_format.FLAG_SHRUNK}
     assert summary.num_shrunk == len(shrunk)
     assert (summary.num_samples, summary.num_canonical, summary.num_as_is) == (40, 40, 0)
     for name, data in stored(tmp_path / "pack").items():
@@ -352,7 +352,7 @@ def test_verify_makes_the_copies_again(
     make_pack(source, tmp_path / "pack")
     report = verify(tmp_path / "pack", tmp_path / "source", num_workers=2, progress=False)
     assert (report.problems, report.num_compared) == ((), 40)
-    changed = next(n for n, f in flags(tmp_path / "pack").items() if f & layout.FLAG_SHRUNK)
+    changed = next(n for n, f in flags(tmp_path / "pack").items() if f & pack_format.FLAG_SHRUNK)
     image = opened((tmp_path / "source" / changed).read_bytes())
     darker = Image.eval(image, lambda value: value * 3 // 4)
     (tmp_path / "source" / changed).write_bytes(jpeg_bytes(darker, quality=98))
@@ -399,23 +399,23 @@ def test_the_command_says_first_what_it_will_do(
     options = ["--max-side", "100", "--tables", "image"]
     assert cli.main(["pack", str(source), destination, *options]) == 0
     captured = capsys.readouterr()
-    notice, _, progress = captured.err.partition("read and re-code")
+    notice, _, progress = captured.err.partition("read and encode")
     assert progress
     assert "smaller copies, NOT lossless: longer side at most 100 px, quality 90, 4:2:0" in notice
     sides = [max(opened(path.read_bytes()).size) for path in source.rglob("*.jpg")]
     large = sum(side > 100 for side in sides)
     assert f"size, from 40 images: {large / 40:.0%} get fewer pixels" in notice
-    rows = layout.read_pack(destination).rows
+    rows = pack_format.read_pack(destination).rows
     assert (
         f"{np.mean(sides):.0f} -> {np.mean(np.maximum(rows['width'], rows['height'])):.0f} px"
         in (notice)
     )
     assert f"-> {rows['length'].mean() / 1e3:.1f} KB" in notice
     shard_bytes = sum(path.stat().st_size for path in (tmp_path / "pack").glob("*.tar")) - 1024
-    assert f"MB of images become about {shard_bytes / 1e6:.1f} MB of shards" in notice
+    assert f"KB of images become about {shard_bytes / 1e3:.1f} KB of shards" in notice
     assert "x the images/s where the disk is the limit" in notice
     assert "x the CPU time to decode a 100 px training crop" in notice
-    shrunk = np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK)
+    shrunk = np.count_nonzero(rows["flags"] & pack_format.FLAG_SHRUNK)
     assert f"{shrunk} encoded anew, {40 - shrunk} re-coded losslessly, 0 stored" in captured.out
     assert cli.main(["info", destination]) == 0
     assert "max_side 100, quality 90, subsampling 420, encoder Pillow" in capsys.readouterr().out
@@ -479,7 +479,7 @@ def test_the_loader_decodes_copies_as_pillow_does(
     decoded, stats = pixels(*validation)
     reference = v2.Compose([*validation, v2.PILToTensor()])
     assert torch.equal(decoded, torch.stack([reference(image) for image in images]))
-    assert stats["foreign_rows"] == 0
+    assert stats["python_rows"] == 0
 
     decoded, _ = pixels(v2.RandomResizedCrop(side_px))
     recipe = Recipe(

@@ -1,4 +1,4 @@
-"""Lossless re-coding: the same pixels by Pillow, the same metadata, in canonical form."""
+"""Lossless transcoding: the same pixels by Pillow, the same metadata, in canonical form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pixels(data: bytes) -> tuple[str, tuple[int, int], bytes]:
         return image.mode, image.size, image.tobytes()
 
 
-def recode(
+def transcode(
     data: bytes, restart_interval: int = 8, strip: bool = False, tables: bytes | None = None
 ) -> bytes | None:
     result = native.transcode(data, restart_interval, strip, tables)
@@ -52,11 +52,11 @@ def intervals(data: bytes) -> list[bytes]:
 def assert_canonical(
     data: bytes, restart_interval: int = 8, strip: bool = False, tables: bytes | None = None
 ) -> bytes:
-    """Check that `data` is re-coded without loss; return the result."""
-    result = recode(data, restart_interval, strip, tables)
+    """Check that `data` is transcoded without loss; return the result."""
+    result = transcode(data, restart_interval, strip, tables)
     assert result is not None
     assert pixels(result) == pixels(data)
-    assert recode(result, restart_interval, strip, tables) == result
+    assert transcode(result, restart_interval, strip, tables) == result
     found = segments(result)
     sizes = [len(part) for part in intervals(result)]
     expected = [(0xDD, struct.pack(">H", restart_interval))]
@@ -87,7 +87,7 @@ def test_photos(photos: list[Path]) -> None:
     for data in images:
         own = assert_canonical(data)
         # From one form to the other and back.
-        assert recode(assert_canonical(own, tables=tables)) == own
+        assert transcode(assert_canonical(own, tables=tables)) == own
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (8, 8), (17, 31), (64, 64), (1, 300), (301, 3)])
@@ -147,7 +147,7 @@ def test_sixteen_bit_quantisation_stays() -> None:
 def test_tables_are_no_larger_than_those_of_libjpeg() -> None:
     image = photo_like(np.random.default_rng(5), 320, 240)
     data = jpeg_bytes(image, optimize=True, restart_marker_blocks=8)
-    result = recode(data)
+    result = transcode(data)
     assert result is not None
     # The codes take no more bits than libjpeg's; where 0xFF bytes fall is chance.
     assert len(without_sizes(result)) <= 1.001 * len(data)
@@ -183,7 +183,7 @@ def test_stripping_drops_an_upright_orientation() -> None:
 
 def test_bytes_behind_the_image_are_dropped() -> None:
     data = jpeg_bytes(photo_like(np.random.default_rng(8), 20, 20))
-    assert assert_canonical(data + b"trailing") == recode(data)
+    assert assert_canonical(data + b"trailing") == transcode(data)
 
 
 def test_multi_picture_files_stay_as_they_are_unless_stripped() -> None:
@@ -191,7 +191,7 @@ def test_multi_picture_files_stay_as_they_are_unless_stripped() -> None:
     buffer = io.BytesIO()
     further = [photo_like(rng, 24, 24)]
     photo_like(rng, 48, 32).save(buffer, "MPO", save_all=True, append_images=further)
-    assert recode(buffer.getvalue()) is None
+    assert transcode(buffer.getvalue()) is None
     assert_canonical(buffer.getvalue(), strip=True)
 
 
@@ -208,7 +208,7 @@ def test_other_kinds_and_damage_are_left_to_pillow() -> None:
         data[: len(data) // 2],
         data[:-2],
     ):
-        assert recode(other) is None
+        assert transcode(other) is None
 
 
 def test_output_larger_than_the_first_buffer() -> None:
@@ -226,7 +226,7 @@ def test_what_is_accepted_after_random_damage_has_pillows_pixels() -> None:
         damaged = bytearray(data)
         for position in rng.integers(0, len(data), rng.integers(1, 4)):
             damaged[position] = rng.integers(0, 256)
-        result = recode(bytes(damaged))
+        result = transcode(bytes(damaged))
         if result is not None:
             accepted += 1
             assert pixels(result) == pixels(bytes(damaged))
@@ -263,7 +263,7 @@ def test_symbols_are_those_of_the_output_whatever_the_input_looks_like() -> None
     assert expected is not None
     assert (expected[0].sum(), expected[2].sum()) == (13 * 8 * 4, 13 * 8 * 2)  # blocks, 4:2:0
     assert expected.max(axis=0)[[255, 254, 12]].tolist() == [0, 0, 0]  # no symbols of baseline
-    for other in (recode(data), recode(data, tables=fitted_tables(data)), recode(data, 1)):
+    for other in (transcode(data), transcode(data, tables=fitted_tables(data)), transcode(data, 1)):
         assert other is not None
         assert np.array_equal(native.count_symbols(other), expected)
     assert native.count_symbols(data[:-2]) is None
@@ -274,12 +274,12 @@ def test_tables_must_be_tables() -> None:
     tables = fitted_tables(data)
     for wrong in (tables[:-1], tables + b"\0", b""):
         with pytest.raises(ValueError, match="tables: expected 416 bytes"):
-            recode(data, tables=wrong)
+            transcode(data, tables=wrong)
     for place in range(0, 416):
         damaged = bytearray(tables)
         damaged[place] ^= 0x80
         with pytest.raises(ValueError, match="expected 416 bytes as imseq_fit_tables gives"):
-            recode(data, tables=bytes(damaged))
+            transcode(data, tables=bytes(damaged))
 
 
 def test_counts_must_be_counts() -> None:
@@ -310,6 +310,6 @@ def test_sizes_are_left_out_where_they_do_not_fit() -> None:
 def test_an_app9_segment_of_others_stays() -> None:
     data = jpeg_bytes(photo_like(np.random.default_rng(15), 40, 30))
     other = b"\xff\xe9" + struct.pack(">H", 2 + 8) + b"imseq 1\0"
-    result = recode(data[:2] + other + data[2:])
+    result = transcode(data[:2] + other + data[2:])
     assert result is not None
     assert [s[1][:7] for s in segments(result) if s[0] == 0xE9] == [b"imseq 1", SIZES + b"\1"]

@@ -38,7 +38,7 @@ from imagenet_seq.index.source import Source
 from imagenet_seq.loader import Loader
 from imagenet_seq.machine import LoaderNote
 from imagenet_seq.native.recipe import Geometry, Recipe, Rows
-from imagenet_seq.pack.packing import pack as make_pack
+from imagenet_seq.pack.packing import pack_dataset
 from imagenet_seq.plan.epoch import EnginePlan, explicit_plan, in_windows, rank_plan
 from imagenet_seq.plan.order import Order
 from imagenet_seq.read import arrange, disk
@@ -854,7 +854,7 @@ def photos_folder(make_folder: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def photos_pack(photos_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos") / "pack"
-    make_pack(photos_folder, folder, progress=False)
+    pack_dataset(photos_folder, folder, progress=False)
     return folder
 
 
@@ -1220,7 +1220,7 @@ def test_counters_have_names_that_say_their_stage(photos_pack: Path) -> None:
     loader = loader_of(photos_pack, **IN_BLOCKS, ram=0)
     epoch_of(loader)
     stats = loader.stats()
-    stages = {"read", "decode", "foreign", "batch", "block", "kept"}
+    stages = {"read", "decode", "python", "batch", "block", "kept"}
     assert {name.split("_")[0] for name in stats} == stages
     assert not [name for name in stats if name.endswith("_ns")]
     assert stats["read_requests"] >= stats["read_seeks"] >= 1

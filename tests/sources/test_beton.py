@@ -96,7 +96,7 @@ def stored(source: Source, sample: int) -> bytes:
     block = source.read_block(int(index.file[sample]))
     ordinal = int(index.offset[sample])
     assert block.lengths[ordinal] == index.length[sample]
-    return block.bytes[block.offsets[ordinal] :][: block.lengths[ordinal]].tobytes()
+    return block.image(ordinal).tobytes()
 
 
 def refusal(path: Path) -> str:
@@ -285,7 +285,7 @@ def test_a_kept_index_that_is_damaged_is_noticed(
     data, begins = kept.read_bytes(), struct.pack("<QQ", DATA_BEGIN, DATA_BEGIN + 3600)
     assert data.count(begins) == 1
     kept.write_bytes(data.replace(begins, b"\xff" * 7 + b"\x3f" + begins[8:]))
-    with pytest.raises(DataError, match="the index kept of it is damaged"):
+    with pytest.raises(DataError, match="its cached index is damaged"):
         open_source(path)
 
 

@@ -33,7 +33,11 @@ from helpers.same_images import (
 from imagenet_seq.pack.packing import preprocess
 
 WRITERS = list(filter(None, os.environ.get("IMAGENET_SEQ_WRITERS", "").split(os.pathsep)))
-pytestmark = pytest.mark.filterwarnings("ignore::imagenet_seq.machine.LoaderNote")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::imagenet_seq.machine.LoaderNote"),
+    # tensorpack 0.11 does not close synsets.txt.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:tensorpack.dataflow.dataset"),
+]
 MISSING = ("ImportError", "ModuleNotFoundError")
 
 

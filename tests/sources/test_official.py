@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats import official
-from imagenet_seq.sources.place import Opening, SplitNeededError
+from imagenet_seq.sources.place import Opening, Seen, SplitNeededError
 from imagenet_seq.sources.recognise import find_source, open_source
-from imagenet_seq.sources.scan import Seen
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ARCHIVES = FIXTURES / "official"
@@ -242,7 +241,7 @@ WRONG: dict[str, tuple[dict[str, Files], Files, str]] = {
         {"n00000002": [*GOOD["n00000002"], ("b.JPEG", b"")]}, (), "an image, got 0 bytes"
     ),
     "a name outside": (
-        {"n00000002": [*GOOD["n00000002"], ("../b.JPEG", b"x")]}, (), "name inside the archive"
+        {"n00000002": [*GOOD["n00000002"], ("../b.JPEG", b"x")]}, (), "path inside the archive"
     ),
 }  # fmt: skip
 

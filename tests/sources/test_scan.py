@@ -17,8 +17,9 @@ import pytest
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index import cache as kept_index
-from imagenet_seq.index.cache import OnError, Scanned, Stamps, indexed
-from imagenet_seq.index.columns import Index, Names, read_columns, write_columns
+from imagenet_seq.index.cache import FileStamps, OnError, Scanned, indexed
+from imagenet_seq.index.column_file import read_columns, write_columns
+from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.sources import scan
 from imagenet_seq.sources.scan import FileStream, Problems, Rows
@@ -445,7 +446,7 @@ def test_a_file_that_changes_meanwhile_is_refused(data: Data) -> None:
     data.open()
 
 
-def test_who_waits_long_for_an_index_is_told_why_it_is_not_kept(
+def test_after_a_long_scan_the_user_is_told_why_the_index_was_not_cached(
     data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kept_index, "_LONG_SCAN_NS", 0)
@@ -454,7 +455,7 @@ def test_who_waits_long_for_an_index_is_told_why_it_is_not_kept(
     assert "set IMAGENET_SEQ_CACHE" in data.open().notes[-1]
     monkeypatch.delenv("IMAGENET_SEQ_CACHE")
     os.utime(data.files[0], ns=(OLD_NS, time.time_ns() + 10**12))
-    assert "in the future as its time has it" in data.open().notes[-1]
+    assert "has a modification time in the future" in data.open().notes[-1]
     os.utime(data.files[0], ns=(OLD_NS, OLD_NS))
     assert data.open().notes == ("a remark",)
 
@@ -469,7 +470,7 @@ def test_a_file_changed_just_now_proves_nothing(data: Data) -> None:
 def test_folders_are_known_by_their_time_alone(data: Data) -> None:
     (data.folder / "sub").mkdir()
     os.utime(data.folder / "sub", ns=(OLD_NS, OLD_NS))
-    stamps = Stamps.of([str(data.folder / "sub")], str(data.files[0]))
+    stamps = FileStamps.of([str(data.folder / "sub")], str(data.files[0]))
     assert list(stamps.size) == [-1]
     assert stamps.first_changed(str(data.files[0])) is None
     (data.folder / "sub" / "new").touch()
@@ -494,7 +495,7 @@ def test_columns_of_a_source_are_kept(data: Data, dtype: type) -> None:
 
 
 def test_columns_that_could_not_be_read_again_are_refused() -> None:
-    with pytest.raises(TypeError, match="extra column 'x': can't be kept as int8"):
+    with pytest.raises(TypeError, match="extra column 'x': can't be cached as int8"):
         Scanned(index_of(2), {"x": np.zeros(2, np.int8)})
 
 
@@ -564,14 +565,18 @@ def test_an_index_that_says_something_strange_is_made_anew(
 
 def test_two_processes_at_once_scan_once(data: Data) -> None:
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "import fcntl, sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from test_scan import Data\n"
         "data = Data(Path(sys.argv[2]))\n"
         "def during():\n"
         "    (data.folder / 'scanning').touch()\n"
         "    while not (data.folder / 'go_on').exists(): time.sleep(0.01)\n"
         "data.during = during\n"
-        "(data.folder / sys.argv[3]).touch()\n"
+        "flock = fcntl.flock\n"
+        "def noted_flock(*arguments):\n"
+        "    (data.folder / sys.argv[3]).touch()\n"
+        "    flock(*arguments)\n"
+        "fcntl.flock = noted_flock\n"
         "print(len(data.open().index), data.scans)"
     )
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(data.folder)]
@@ -579,9 +584,10 @@ def test_two_processes_at_once_scan_once(data: Data) -> None:
         subprocess.Popen([*arguments, name], stdout=subprocess.PIPE, text=True)
         for name in ("first", "second")
     ]
+    # Both have asked for the lock, and one scans.
     while not all((data.folder / name).exists() for name in ("first", "second", "scanning")):
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
-    time.sleep(0.2)  # so that the other one would scan, too, if it did not wait
     (data.folder / "go_on").touch()
     results = sorted(process.communicate(timeout=60)[0] for process in processes)
     assert results == ["2 0\n", "2 1\n"]

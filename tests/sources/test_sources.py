@@ -31,7 +31,7 @@ import imagenet_seq.data
 from imagenet_seq.data import ImagenetLoader
 from imagenet_seq.index.source import Source
 from imagenet_seq.loader import Loader
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 from imagenet_seq.read.options import ReadOptions
 from imagenet_seq.sources.recognise import open_source
 
@@ -130,7 +130,9 @@ def by_key(source: Source, loader: Loader) -> dict[str, Row]:
 
 
 def test_a_pack_of_it_has_the_same_samples(case: Case, tmp_path: Path) -> None:
-    pack(FIXTURES / case.place, tmp_path, splits=[case.split], num_workers=2, progress=False)
+    pack_dataset(
+        FIXTURES / case.place, tmp_path, splits=[case.split], num_workers=2, progress=False
+    )
     packed = open_source(tmp_path, case.split)
     assert packed.kind == "pack"
     assert packed.index.classes == case.source.index.classes

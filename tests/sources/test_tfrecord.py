@@ -366,7 +366,7 @@ def test_names_of_classes_that_repeat_are_refused(tmp_path: Path) -> None:
 
 def test_a_name_that_comes_twice_is_a_problem(tmp_path: Path) -> None:
     path = write(tmp_path / "f", *(example(tfds(i, "same.jpg")) for i in range(2)))
-    assert "the name 'same.jpg' is another sample's, too" in refusal(path)
+    assert "another sample has the name 'same.jpg', too" in refusal(path)
     assert len(open_source(path, on_error="skip", progress=False).index) == 1
 
 

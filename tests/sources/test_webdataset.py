@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.tar_file import InMemory, Member, members
-from imagenet_seq.sources.place import Opening, SplitNeededError, expand_pattern
+from imagenet_seq.sources.place import Opening, Seen, SplitNeededError, expand_pattern
 from imagenet_seq.sources.recognise import find_source, open_source
-from imagenet_seq.sources.scan import Problems, Seen
+from imagenet_seq.sources.scan import Problems
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BLOCK = 512
@@ -382,9 +382,9 @@ WRONG = {
         [("bad.json", b'{"label": "\\ud800"}'), ("bad.jpg", JPEG)], "printable characters"
     ),
     "leads outside": (
-        [("../../bad.cls", b"1"), ("../../bad.jpg", JPEG)], "expected a name inside the archive"
+        [("../../bad.cls", b"1"), ("../../bad.jpg", JPEG)], "expected a path inside the archive"
     ),
-    "absolute": ([("/etc/bad.cls", b"1"), ("/etc/bad.jpg", JPEG)], "a name inside the archive"),
+    "absolute": ([("/etc/bad.cls", b"1"), ("/etc/bad.jpg", JPEG)], "a path inside the archive"),
 }  # fmt: skip
 
 
@@ -538,8 +538,8 @@ def test_wrong_members_of_class_folders(tmp_path: Path) -> None:
     good = folders("n01/a.jpg", "n02/b.jpg")
     for wrong, message in (
         (folders("n01/a.jpg"), "got another .a duplicate"),
-        (folders("../n01/z.jpg"), "a name inside the archive"),
-        (folders("z.jpg"), "an image in a class folder, got one in none"),
+        (folders("../n01/z.jpg"), "a path inside the archive"),
+        (folders("z.jpg"), "an image in a class folder, got one outside"),
         ([("n01/z.jpg", b"")], "got 0 bytes"),
         ([of_type("n01/z.jpg", tarfile.SYMTYPE, "a.jpg")], "expected a file, got a symbolic link"),
     ):

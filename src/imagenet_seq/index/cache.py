@@ -1,4 +1,4 @@
-"""Indexes that took a scan are kept beside the data and checked before they are used again."""
+"""The cache of indexes: files beside the data, checked before they are used again."""
 
 from __future__ import annotations
 
@@ -18,40 +18,35 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.classes import is_wnid
-from imagenet_seq.index.columns import Index, Names, read_columns, write_columns
+from imagenet_seq.index.column_file import read_columns, write_columns
+from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.machine import cache_folder
 
 OnError = Literal["fail", "skip"]
 """What to do with a sample that can't be indexed: raise, or leave it out, count and report it."""
 
-
-_FORMAT = 1
-"""Of kept indexes. Another one is made anew: raise it when a scan would give another result."""
-
+_FORMAT = 2
+"""Version of cached files; others are ignored. Raise it when a scan would give another result."""
 
 _RACY_NS = 2_000_000_000
-"""A file or folder changed this recently may change again without getting another modification time
-(the coarsest common clock, FAT's, ticks every 2 s), so it proves nothing."""
-
+"""A file or folder that changed less than this ago may change again and keep its modification time
+(FAT's clock, the coarsest in use, ticks every 2 s)."""
 
 _LONG_SCAN_NS = 10_000_000_000
-"""Who waits longer for an index is told why it is not kept."""
-
+"""If indexing took longer, say why the result was not cached."""
 
 HOW_TO_SKIP = "Repair it, or leave such samples out: on_error='skip' (--on-error skip)"
 
 
-# ---- an index that is kept -----------------------------------------------------------------------
-
 _KEPT_DTYPES = (np.uint8, np.uint32, np.int32, np.int64)  # of `read_columns`
 
 
-class Stamps(NamedTuple):
-    """Files and folders that an index was made of, as they were; it holds while they stay so.
+class FileStamps(NamedTuple):
+    """Sizes and times of the files that an index depends on; it is valid while they stay the same.
 
     Attributes:
         paths: relative to the folder that holds the source, so that they move with it.
-        size: bytes; -1 of a folder, where it may differ from machine to machine.
+        size: bytes; -1 for a folder, whose size depends on the file system.
         mtime_ns: modification times, ns.
     """
 
@@ -60,15 +55,15 @@ class Stamps(NamedTuple):
     mtime_ns: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, files: Iterable[str], place: str) -> Stamps:
-        """Look at files and folders.
+    def of(cls, files: Iterable[str], place: str) -> FileStamps:
+        """Record the present state of files and folders.
 
         Args:
             files: their paths.
-            place: the source.
+            place: path of the source.
 
         Raises:
-            OSError: where one can't be looked at.
+            OSError: if one of them can't be accessed.
         """
         folder, names, sizes, times = _folder_of(place), [], [], []
         for path in files:
@@ -79,10 +74,10 @@ class Stamps(NamedTuple):
         return cls(Names.from_strings(names), np.array(sizes, np.int64), np.array(times, np.int64))
 
     def first_changed(self, place: str) -> str | None:
-        """Return the path of the first file or folder that is not as it was; None: all are."""
+        """Return the first path whose size or time differs, or None."""
         folder = _folder_of(place)
-        was = zip(self.paths, self.size.tolist(), self.mtime_ns.tolist(), strict=True)
-        for name, size, mtime_ns in was:
+        recorded = zip(self.paths, self.size.tolist(), self.mtime_ns.tolist(), strict=True)
+        for name, size, mtime_ns in recorded:
             path = os.path.join(folder, name)
             try:
                 found = os.stat(path)
@@ -96,18 +91,18 @@ class Stamps(NamedTuple):
 
 @dataclass(frozen=True)
 class Scanned:
-    """What a scan finds out about a source.
+    """The result of indexing a source.
 
     Attributes:
         index: its samples.
-        extra: further columns that the source needs, by names of its own (uint8, uint32, int32 or
-            int64). They come from a file: check them before use.
-        problems: samples left out: the first messages.
-        num_problems: how many.
-        remarks: what the user should know besides; shown each time the source is opened.
-        stamps: what the index depends on, where only the scan knows.
-        lasting: whether the result may be kept. Not where what was left out may be there next time
-            without any sign: a permission changes no modification time.
+        extra: further columns that the source needs, by name (uint8, uint32, int32 or int64). They
+            may come from a cached file: check their values before use.
+        problems: why samples were left out; the first messages.
+        num_problems: number of samples left out.
+        remarks: other notes for the user, shown each time the source is opened.
+        stamps: what the index depends on, if only the scan can tell.
+        lasting: whether the result may be cached. It must not be if something that was left out may
+            come back without a sign: a permission changes no modification time.
     """
 
     index: Index
@@ -115,13 +110,13 @@ class Scanned:
     problems: Sequence[str] = ()
     num_problems: int = 0
     remarks: Sequence[str] = ()
-    stamps: Stamps | None = None
+    stamps: FileStamps | None = None
     lasting: bool = True
 
     def __post_init__(self) -> None:
         for name, column in self.extra.items():
-            if column.dtype not in _KEPT_DTYPES:  # it would be made anew each time, without a word
-                raise TypeError(f"extra column '{name}': can't be kept as {column.dtype}")
+            if column.dtype not in _KEPT_DTYPES:  # else it would be indexed each time, silently
+                raise TypeError(f"extra column '{name}': can't be cached as {column.dtype}")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -138,7 +133,7 @@ class Scanned:
 
 
 def _notes_on_labels(index: Index) -> Iterator[str]:
-    """Say where labels are probably not those of torchvision's ImageNet."""
+    """Warn if labels are probably not those of torchvision's ImageNet."""
     classes = index.classes
     occur = np.unique(np.asarray(index.targets)) if classes[:1] == ("0",) else np.zeros(0)
     if len(occur) > 1 and np.array_equal(occur, np.arange(1, len(classes))):
@@ -157,23 +152,23 @@ def _notes_on_labels(index: Index) -> Iterator[str]:
 def indexed(
     kind: str, place: str, files: Sequence[str], scan: Callable[[], Scanned], on_error: OnError
 ) -> Scanned:
-    """Return what `scan` finds, from the file where it was kept if nothing has changed since.
+    """Return the result of `scan`, from the cache if nothing has changed since.
 
-    The file lies beside the data (in the folder that holds `place`), or in the cache folder where
-    that can't be written or IMAGENET_SEQ_CACHE is set. Processes that want the same index wait for
-    the one that scans.
+    The cached file lies beside the data (in the folder that holds `place`), or in the cache folder
+    if that can't be written or IMAGENET_SEQ_CACHE is set. If several processes want the same index,
+    one scans and the others wait.
 
     Args:
-        kind: of the source; two kinds never share a file.
-        place: the file or folder that is the source.
-        files: paths of the files that the index is made of; where only the scan can tell, a name
-            for what it depends on, and its result has `stamps`.
+        kind: format of the source; two formats never share a cached file.
+        place: path of the file or folder that is the source.
+        files: paths of the files that the index depends on. If only the scan can tell, a path that
+            identifies the source; then the result of the scan has `stamps`.
         scan: makes the index.
-        on_error: as the scan was told.
+        on_error: how the scan treats samples that can't be indexed.
 
     Raises:
-        DataError: what the scan raises; where a file changed meanwhile; with on_error="fail" also
-            where the kept index is one that samples were left out of.
+        DataError: if the scan raises it; if a file changed meanwhile; with on_error="fail" also if
+            samples were left out of the cached index.
     """
     kept_in = _kept_in(_key(kind, place, files), place)
     found = _first_kept(kept_in, place)
@@ -192,7 +187,7 @@ def _scan_and_keep(
 ) -> Scanned:
     began_ns = time.time_ns()
     # Before reading: a change meanwhile gives another time than the one noted.
-    before = Stamps.of(filter(os.path.exists, files), place)
+    before = FileStamps.of(filter(os.path.exists, files), place)
     scanned = scan()
     stamps = scanned.stamps or before
     if changed := stamps.first_changed(place):
@@ -204,7 +199,7 @@ def _scan_and_keep(
     if not scanned.lasting:
         why = "what was left out may be there next time"
     elif newest_ns >= began_ns - _RACY_NS:
-        why = "a file of it was changed just now, or in the future as its time has it"
+        why = "one of its files was changed just now, or has a modification time in the future"
     elif any(_keep(path, scanned, stamps, place) for path in kept_in):  # in the first that works
         return scanned
     else:
@@ -212,7 +207,7 @@ def _scan_and_keep(
         why = f"it can't be written in {folders}: set IMAGENET_SEQ_CACHE to a folder where it can"
     if time.time_ns() - began_ns < _LONG_SCAN_NS:
         return scanned
-    remark = f"{place}: the index is not kept, so the next process makes it anew: {why}"
+    remark = f"{place}: the index was not cached, so the next process makes it again: {why}"
     return dataclasses.replace(scanned, remarks=(*scanned.remarks, remark))
 
 
@@ -221,7 +216,7 @@ def _folder_of(place: str) -> str:
 
 
 def _key(kind: str, place: str, files: Sequence[str]) -> str:
-    """Name an index: by relative paths, so that it moves with the data."""
+    """Return a name for a cached index: from relative paths, so that it can move with the data."""
     folder = _folder_of(place)
     digest = hashlib.sha256(os.fsencode(os.path.basename(os.path.abspath(place))) + b"\0")
     for path in files:
@@ -230,7 +225,7 @@ def _key(kind: str, place: str, files: Sequence[str]) -> str:
 
 
 def _kept_in(key: str, place: str) -> list[str]:
-    """Return where an index may be kept: the best place first, the cache folder last."""
+    """Return the paths where an index may be cached, the preferred one first."""
     folder = _folder_of(place)
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     in_cache = os.path.join(cache_folder(), f"{key}-{digest}.index")
@@ -246,16 +241,16 @@ def _first_kept(kept_in: Sequence[str], place: str) -> Scanned | None:
 _DAMAGED = (
     OSError, DataError, KeyError, TypeError, ValueError, OverflowError, RecursionError, MemoryError,
 )  # fmt: skip
-"""What reading a file may raise that was damaged, or made by somebody else."""
+"""What reading a damaged file, or one of another program, may raise."""
 
 
 def _open_kept(path: str, place: str) -> Scanned | None:
-    """Return the index kept in `path`, or None where there is none that is valid."""
+    """Return the index cached in `path`, or None if there is no valid one."""
     try:
         header, columns = read_columns(path)
         if header["format"] != _FORMAT:
             return None
-        stamps = Stamps(
+        stamps = FileStamps(
             Names(columns["stamps.blob"], columns["stamps.begin"]),
             columns["stamps.size"],
             columns["stamps.mtime_ns"],
@@ -275,8 +270,8 @@ def _open_kept(path: str, place: str) -> Scanned | None:
         return None
 
 
-def _keep(path: str, scanned: Scanned, stamps: Stamps, place: str) -> bool:
-    """Write an index; where that fails the next process scans again, and nothing else is lost."""
+def _keep(path: str, scanned: Scanned, stamps: FileStamps, place: str) -> bool:
+    """Write an index; return whether that worked. If not, the next process scans again."""
     header, columns = scanned.index.to_columns()
     header["format"] = _FORMAT
     header["root"] = os.path.relpath(scanned.index.root, _folder_of(place))
@@ -299,12 +294,12 @@ def _keep(path: str, scanned: Scanned, stamps: Stamps, place: str) -> bool:
 
 @contextlib.contextmanager
 def _alone(path: str) -> Iterator[None]:
-    """Keep other processes of this machine from scanning the same, where there are file locks.
+    """Let one process of this machine scan at a time, if the file system has locks.
 
-    Waits as long as the other one scans; the kernel ends its lock with it.
+    Waits while another one scans; the kernel releases the lock of a process that ends.
 
     Args:
-        path: of the index in the cache folder.
+        path: path of the index in the cache folder.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):

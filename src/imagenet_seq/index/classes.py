@@ -1,4 +1,4 @@
-"""Names of classes, where a source has labels but no names for them."""
+"""Class names for sources that have labels without names."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import numpy.typing as npt
 from imagenet_seq.index.columns import Names
 
 MAX_CLASSES = 100_000
-"""More than any data set of images has (ImageNet-21k: 21,841); a label beyond is damage, and
-must not make us name that many classes."""
-
+"""More than any data set of images has (ImageNet-21k: 21,841). A larger label means damage; never
+allocate that many names."""
 
 _WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
@@ -23,7 +22,7 @@ _WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 def imagenet_classes() -> tuple[str, ...]:
     """Return the 1000 classes of ILSVRC2012 as wnids, in the order of torchvision's labels.
 
-    That is their sorted order, in which class folders are numbered.
+    It is their sorted order, in which torchvision numbers class folders.
     """
     text = (
         resources.files("imagenet_seq").joinpath("index", "imagenet_classes.txt").read_text("ascii")
@@ -39,12 +38,12 @@ def is_wnid(name: str) -> bool:
 def classes_of(label: npt.NDArray[np.int32], names: Names) -> tuple[str, ...]:
     """Name the classes of labels that come without names.
 
-    By the wnids in the samples' names, where each label has one and each wnid one label; by
-    ImageNet's, where labels go up to 999; else by their numbers.
+    They are the wnids in the samples' names if each label has one and each wnid one label; those of
+    ImageNet if the largest label is 999; else the labels' numbers.
 
     Args:
         label: class of each sample; -1: unknown.
-        names: of the samples.
+        names: name of each sample.
     """
     num_classes = int(label.max(initial=-1)) + 1
     wnids = _wnids(label, names)
@@ -58,7 +57,7 @@ def classes_of(label: npt.NDArray[np.int32], names: Names) -> tuple[str, ...]:
 
 
 def _wnids(label: npt.NDArray[np.int32], names: Names) -> dict[int, str] | None:
-    """Return the wnid of each label as the samples' names have it; None where they don't agree."""
+    """Return the wnid of each label by the samples' names; None if these disagree."""
     found: dict[int, str] = {}
     for number, name in zip(label.tolist(), names, strict=True):
         wnid = _WNID.search(name)

@@ -1,19 +1,16 @@
 """The index stage: a dataset on disk as columns over N samples.
 
-Columns are NumPy arrays, memory-mapped where they come from a file, so that eight ranks of a
-training job share one copy and 14 million samples open in a moment. What looks like a list of
-Python objects (names, samples, targets) is a lazy sequence over those columns.
+Columns are NumPy arrays, memory-mapped if they come from a file, so that eight ranks of a training
+job share one copy and 14 million samples open in a moment. Names, samples and targets look like
+lists of Python objects; they are lazy sequences over those columns.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import mmap
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -22,25 +19,22 @@ import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
+from imagenet_seq.index.column_file import read_columns, slices, write_columns
 
 IntArray = npt.NDArray[np.integer[Any]]
 
 
-_SLICE = 1 << 16
-"""Elements handled at once where a temporary array of the whole column would cost memory."""
-
-
 class Names(Sequence[str]):
-    """Immutable sequence of strings kept as one array of bytes; strings are made on access.
+    """Immutable sequence of strings, stored as one array of bytes; strings are made on access.
 
-    String i is `os.fsdecode(blob[begin[i]:begin[i + 1]])`, so any file name survives, UTF-8 or not.
+    String i is `os.fsdecode(blob[begin[i]:begin[i + 1]])`, so file names need not be UTF-8.
 
     Args:
         blob: uint8 array of the bytes of all strings.
         begin: int64 array of `len + 1` ascending positions in `blob`; need not start at 0.
 
     Raises:
-        TypeError: where an array has another dtype or shape.
+        TypeError: if an array has another dtype or shape.
     """
 
     __slots__ = ("_begin", "_blob")
@@ -60,7 +54,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Names]) -> Names:
-        """Put several sequences of names one after the other."""
+        """Concatenate several sequences of names."""
         if not parts:
             return cls.from_strings(())
         blob = np.concatenate([part.blob[part.begin[0] : part.begin[-1]] for part in parts])
@@ -94,8 +88,8 @@ class Names(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         # In slices: one call into NumPy for many names instead of three for each.
-        for first in range(0, len(self), _SLICE):
-            begin = self._begin[first : first + _SLICE + 1]
+        for names in slices(len(self)):
+            begin = self._begin[names.start : names.stop + 1]
             part = self._blob[begin[0] : begin[-1]].tobytes()
             ends = (begin - begin[0]).tolist()
             for i in range(len(ends) - 1):
@@ -122,15 +116,15 @@ class Names(Sequence[str]):
     def take(self, indices: npt.ArrayLike) -> Names:
         """Return the names at `indices` (integers in [0, len)), in that order.
 
-        Time and memory are those of the bytes copied: 0.8 s for a million names of 33 bytes.
+        Time and memory are proportional to the bytes copied: 0.8 s for a million names of 33 bytes.
         """
         chosen = _indices(indices, len(self))
         lengths = np.empty(len(chosen), np.int64)
-        for part in _slices(len(chosen)):
+        for part in slices(len(chosen)):
             lengths[part] = self._begin[chosen[part] + 1] - self._begin[chosen[part]]
         begin = _begin_of(lengths)
         blob = np.empty(begin[-1], np.uint8)
-        for part in _slices(len(chosen)):
+        for part in slices(len(chosen)):
             # Output byte k comes from k + shift, where all bytes of a name have one shift.
             first, last = begin[part.start], begin[part.stop]
             shift = np.repeat(self._begin[chosen[part]] - begin[part], lengths[part])
@@ -142,9 +136,9 @@ class Names(Sequence[str]):
 class Index:
     """The samples of a dataset as immutable columns; element i of each belongs to sample i.
 
-    Arrays are converted to the stated dtypes (no copy where they have them already, so columns may
-    be strided views of a memory-mapped structured array) and made read-only. Shapes are checked
-    here; the values of columns that come from a file are checked by `validate`.
+    Arrays are converted to the stated dtypes (without a copy if they have them already, so columns
+    may be strided views of a memory-mapped structured array) and made read-only. Shapes are checked
+    here; call `validate` to check the values of columns that come from a file.
 
     For a source of python blocks `file` is the number of the block that holds the sample,
     `offset` its ordinal in the block and `length` the bytes of the encoded image.
@@ -152,21 +146,21 @@ class Index:
     Args:
         file: number of the file in `files` that holds the sample (int32).
         offset: byte in the file where the sample begins (int64).
-        name: what the source calls the sample; unique. A folder: the path relative to `root`.
+        name: what the source calls the sample; unique. For files, the path relative to `root`.
         root: folder that `files` are relative to.
         files: path of each file.
-        classes: names of the classes; a label is a place in this tuple.
+        classes: names of the classes, by label.
         length: bytes of the sample (int64); -1 or None: unknown, up to the end of the file.
         label: class of the sample (int32); -1 or None: unknown.
         width: width of the image in pixels (int32); -1 or None: unknown.
         height: height of the image in pixels (int32); -1 or None: unknown.
         checksum: CRC-32C of the sample's bytes (uint32), or None.
         flags: IMSEQ_SAMPLE_... of core/imagenet_seq.h (uint8), or None.
-        known_id: the `id`, where it is already known; computed on first use otherwise.
+        known_id: the `id` if it is already known, else it is computed on first use.
 
     Raises:
-        TypeError: where a column is not a one-dimensional array of integers.
-        ValueError: where columns differ in length.
+        TypeError: if a column is not a one-dimensional array of integers.
+        ValueError: if columns differ in length.
     """
 
     file: npt.NDArray[np.int32]
@@ -209,9 +203,9 @@ class Index:
 
     @functools.cached_property
     def id(self) -> str:
-        """Hex digest of what the dataset is: names, labels, offsets, lengths and class names.
+        """Hex digest of names, labels, offsets, lengths and class names.
 
-        Not of where it lies: moving a dataset keeps its id, and so its order and saved states.
+        The path is not in it: a dataset that is moved keeps its id, its order and saved states.
         Computed from the raw column bytes (about 1 s for 14 million samples) unless already known.
         """
         return self.known_id or _digest(self)
@@ -223,16 +217,16 @@ class Index:
 
     @property
     def samples(self) -> Samples:
-        """Lazy sequence of (path, label), as torchvision's ImageFolder has it."""
+        """Lazy sequence of (path, label), as in torchvision's ImageFolder."""
         return Samples(self)
 
     @property
     def targets(self) -> Targets:
-        """Lazy sequence of labels, as torchvision's ImageFolder has it; `np.asarray` is free."""
+        """Lazy sequence of labels, as in torchvision's ImageFolder; `np.asarray` is free."""
         return Targets(self)
 
     def take(self, indices: npt.ArrayLike) -> Index:
-        """Return the index of the samples at `indices`, in that order (as torch's Subset)."""
+        """Return the index of the samples at `indices`, in that order (like torch's Subset)."""
         chosen = _indices(indices, len(self))
         columns = {
             column: values[chosen]
@@ -251,7 +245,7 @@ class Index:
         """Check the values of all columns; call it for columns that come from a file.
 
         Args:
-            where: what the columns were read from, for the message.
+            where: path of the file that the columns were read from, for the message.
 
         Raises:
             DataError: naming the column, the sample and the value.
@@ -271,7 +265,7 @@ class Index:
         _validate_range(self.height, "height", -1, 1 << 31, where)
 
     def to_columns(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        """Return (header, columns) for `write_columns`; `from_columns` is the way back."""
+        """Return (header, columns) for `write_columns`; `from_columns` is the inverse."""
         columns = {
             column: values for column in _COLUMNS if (values := getattr(self, column)) is not None
         }
@@ -285,10 +279,10 @@ class Index:
     def from_columns(
         cls, header: Mapping[str, Any], columns: Mapping[str, npt.NDArray[Any]], where: str
     ) -> Index:
-        """Rebuild an index from `to_columns`' result, trusting nothing in it.
+        """Rebuild an index from what `to_columns` returned; every value is checked.
 
         Raises:
-            DataError: saying what is wrong with which part of `where`.
+            DataError: if something in it is wrong; says what.
         """
         root, classes, known_id = (header.get(key) for key in ("root", "classes", "id"))
         if not isinstance(root, str) or not isinstance(known_id, str):
@@ -324,7 +318,7 @@ class Index:
         return index
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to one file, whole or not at all; `Index.open` maps it into memory."""
+        """Write the index to one file, atomically; `Index.open` maps it into memory."""
         header, columns = self.to_columns()
         write_columns(path, header, columns)
 
@@ -333,8 +327,8 @@ class Index:
         """Map an index written by `save` into memory and check every value in it.
 
         Raises:
-            DataError: where the file is damaged or no index.
-            OSError: where it can't be read.
+            DataError: if the file is damaged or no index.
+            OSError: if it can't be read.
         """
         header, columns = read_columns(path)
         return cls.from_columns(header, columns, os.fspath(path))
@@ -350,13 +344,11 @@ _COLUMNS: dict[str, type[np.integer[Any]]] = {
     "checksum": np.uint32,
     "flags": np.uint8,
 }
-
-
 _MANDATORY = ("file", "offset")
 
 
 class Samples(Sequence[tuple[str, int]]):
-    """Lazy sequence of (path, label) over an index; label -1 where unknown."""
+    """Lazy sequence of (path, label) over an index; label -1 if unknown."""
 
     __slots__ = ("_index",)
 
@@ -384,7 +376,7 @@ class Samples(Sequence[tuple[str, int]]):
 
 
 class Targets(Sequence[int]):
-    """Lazy sequence of labels over an index; -1 where unknown. `np.asarray` gives the column."""
+    """Lazy sequence of labels over an index; -1 if unknown. `np.asarray` returns the column."""
 
     __slots__ = ("_label",)
 
@@ -406,7 +398,7 @@ class Targets(Sequence[int]):
         return int(self._label[_position(index, len(self))])
 
     def __iter__(self) -> Iterator[int]:
-        for part in _slices(len(self)):
+        for part in slices(len(self)):
             yield from self._label[part].tolist()
 
     def __array__(
@@ -418,118 +410,6 @@ class Targets(Sequence[int]):
 
     def __repr__(self) -> str:
         return f"Targets(len={len(self)})"
-
-
-# ---- columns in one file -------------------------------------------------------------------------
-
-_MAGIC = b"imseqix1"
-
-
-_ALIGNMENT = 64
-
-
-def write_columns(
-    path: str | os.PathLike[str], header: Mapping[str, Any], columns: Mapping[str, npt.NDArray[Any]]
-) -> None:
-    """Write a JSON-able header and one-dimensional arrays to one file, whole or not at all.
-
-    The file appears under its name by a rename after everything is on disk: a reader sees the
-    former file or the new one, and whoever has the former one mapped keeps it. An array whose
-    elements are one and the same in memory (`np.broadcast_to`) is stored once.
-
-    Layout: magic (8 bytes), length of the JSON text (little-endian uint64), JSON text, arrays in
-    little-endian order at multiples of 64 bytes counted from the end of the text's padding.
-    """
-    stored = {
-        name: values[:1] if values.strides == (0,) else values for name, values in columns.items()
-    }
-    table, end = {}, 0
-    for name, values in stored.items():
-        table[name] = {
-            "dtype": values.dtype.newbyteorder("<").str,
-            "offset": end,
-            "size": len(columns[name]),
-            "stored": len(values),
-        }
-        end += _padded(values.nbytes)
-    text = json.dumps({"header": dict(header), "columns": table, "bytes": end}).encode("ascii")
-    prefix = _MAGIC + len(text).to_bytes(8, "little") + text
-
-    folder, base = os.path.split(os.path.abspath(os.fspath(path)))
-    temporary = os.path.join(folder, f".{base}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(prefix.ljust(_padded(len(prefix)), b"\0"))
-            for values in stored.values():
-                for part in _slices(len(values)):
-                    file.write(values[part].astype(values.dtype.newbyteorder("<")).data)
-                file.write(bytes(_padded(values.nbytes) - values.nbytes))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def read_columns(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Map a file of `write_columns` into memory: (header, read-only arrays).
-
-    Raises:
-        DataError: where the file is damaged or something else.
-        OSError: where it can't be read.
-    """
-    with open(path, "rb") as file:
-        prefix = file.read(16)
-        if len(prefix) < 16 or prefix[:8] != _MAGIC:
-            raise DataError(
-                f"{path}: expected a file that begins with {_MAGIC!r}, got {prefix[:8]!r}; "
-                "delete it and let it be written again"
-            )
-        size = os.fstat(file.fileno()).st_size
-        text_bytes = int.from_bytes(prefix[8:], "little")
-        if text_bytes > size - 16:
-            raise DataError(f"{path}: header of {text_bytes} bytes in a file of {size} bytes")
-        text = file.read(text_bytes)
-        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    try:
-        described = json.loads(text)
-        header, table, data_bytes = (described[key] for key in ("header", "columns", "bytes"))
-        if not isinstance(header, dict) or not isinstance(table, dict):
-            raise ValueError("expected objects 'header' and 'columns'")
-        data = mapped[_padded(16 + text_bytes) :]
-        if len(data) != data_bytes:
-            raise ValueError(f"expected {data_bytes} bytes of columns, got {len(data)}")
-        return header, {name: _mapped_column(data, entry) for name, entry in table.items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: damaged header: {type(error).__name__}: {error}; "
-            "delete the file and let it be written again"
-        ) from error
-
-
-def _mapped_column(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> npt.NDArray[Any]:
-    dtype, offset, size, stored = (entry[key] for key in ("dtype", "offset", "size", "stored"))
-    if dtype not in ("|u1", "<u4", "<i4", "<i8"):
-        raise ValueError(f"dtype {dtype!r}")
-    if not all(isinstance(number, int) and number >= 0 for number in (offset, size, stored)):
-        raise ValueError(f"expected sizes >= 0, got {entry!r:.200}")
-    end = offset + stored * np.dtype(dtype).itemsize
-    if offset % _ALIGNMENT or end > len(data):
-        raise ValueError(f"bytes {offset} to {end} of {len(data)}")
-    values: npt.NDArray[Any] = data[offset:end].view(dtype)
-    if stored == size:
-        return values
-    if stored != 1:
-        raise ValueError(f"{stored} elements stored for {size}")
-    return np.broadcast_to(values, size)
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 # ---- details -------------------------------------------------------------------------------------
@@ -578,11 +458,6 @@ def _indices(indices: npt.ArrayLike, size: int) -> IntArray:
     return chosen.astype(np.int64, copy=False)
 
 
-def _slices(size: int) -> Iterator[slice]:
-    for first in range(0, size, _SLICE):
-        yield slice(first, min(first + _SLICE, size))
-
-
 def _digest(index: Index) -> str:
     digest = hashlib.sha256(b"imagenet-seq index 1\0")
     digest.update(json.dumps([len(index), list(index.classes)]).encode("ascii"))
@@ -597,7 +472,7 @@ def _digest(index: Index) -> str:
             continue
         digest.update(column.encode("ascii"))
         first = begin[0] if column == "name.begin" else 0
-        for part in _slices(len(values)):
+        for part in slices(len(values)):
             chosen = values[part] - first if first else values[part]
             digest.update(np.ascontiguousarray(chosen, chosen.dtype.newbyteorder("<")).data)
     return digest.hexdigest()

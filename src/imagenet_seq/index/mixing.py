@@ -1,4 +1,4 @@
-"""Do the samples of an index lie in random order? Labels tell."""
+"""Test by labels whether the samples of an index lie in random order."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ IntArray = npt.NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class LabelRuns:
-    """How often a sample has the class of the one before it.
+    """How often two neighbouring samples have the same class.
 
     Attributes:
-        num_pairs: neighbours of one class.
-        num_pairs_uniform: the same, expected of a uniform shuffle.
-        z: a standard normal number where the shuffle is uniform.
-        p: of the two-sided test of `z`.
+        num_pairs: number of such neighbours.
+        num_pairs_uniform: the number expected after a uniform shuffle.
+        z: the difference in standard deviations; standard normal after a uniform shuffle.
+        p: p-value of the two-sided test of `z`.
     """
 
     num_pairs: int
@@ -32,11 +32,11 @@ class LabelRuns:
 
 
 def label_runs(label: IntArray) -> LabelRuns:
-    """Compare how often neighbours have one class with a uniform shuffle.
+    """Compare how often neighbours have the same class with a uniform shuffle.
 
     The number of runs is the number of samples less that of such neighbours. Its mean and variance
     over all permutations: A. M. Mood, Annals of Mathematical Statistics 11 (1940) 367. `z` is close
-    to normal where about 100 such neighbours or more are expected.
+    to normal if about 100 such neighbours or more are expected.
 
     Args:
         label: class of the sample at each place of the epoch, 0 or more.
@@ -59,23 +59,24 @@ def _standardised(value: float, mean: float, variance: float) -> float:
 
 
 def two_sided(z: float) -> float:
+    """Return the two-sided p-value of a standard normal number."""
     return math.erfc(abs(z) / math.sqrt(2))
 
 
 MIN_PERMUTED = 1000
-"""Of fewer samples the order can't be told."""
-
+"""With fewer samples the tests can't tell."""
 
 _MAX_Z, _SORTED_Z = 5.0, 20.0
 
 
 def is_permuted(index: Index) -> bool:
-    """Tell whether samples lie in random order, as far as their labels tell.
+    """Whether samples lie in random order, as far as their labels tell.
 
-    Then blocks of them are mixed, and a block shuffle of them is as good as a uniform one. Two
-    tests must not tell them from a random order: of neighbours with one class (sorted data), and of
-    where each class lies on average (shards that are mixed in themselves, but not with each other).
-    Where the labels of fewer than 1000 samples, or of one class, couldn't tell: False.
+    If so, the classes in each block are mixed, and a block shuffle is as good as a uniform one. Two
+    tests must find no difference from a random order: how often neighbours have the same class
+    (finds sorted data), and where each class lies on average (finds shards that are mixed in
+    themselves, but not with each other). False if the labels can't tell: fewer than 1000 samples,
+    or nearly all of one class.
     """
     label = index.label
     if label is None or len(label) < MIN_PERMUTED or int(label.min()) < 0:
@@ -88,9 +89,9 @@ def is_permuted(index: Index) -> bool:
 
 
 def _places_z(label: npt.NDArray[np.int32]) -> float:
-    """Compare the classes' mean places with those of a random order; about standard normal there.
+    """Compare the mean place of each class with a random order, where this is about normal.
 
-    W. H. Kruskal and W. A. Wallis, JASA 47 (1952) 583: H has nearly the chi-squared distribution of
+    W. H. Kruskal and W. A. Wallis, JASA 47 (1952) 583: H is nearly chi-squared distributed, with
     one degree of freedom less than there are classes.
     """
     size, counts = len(label), np.bincount(label)

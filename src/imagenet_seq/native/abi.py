@@ -27,7 +27,7 @@ from typing import Any
 from imagenet_seq.errors import DataError, ForkError, ImagenetSeqError, SampleError
 
 ABI = 7
-OK, TIMEOUT, END, CANCELLED, FOREIGN = 0, 1, 2, 3, 4
+OK, TIMEOUT, END, CANCELLED, NOT_DECODED = 0, 1, 2, 3, 4
 ERROR_ARGUMENT, ERROR_MEMORY, ERROR_READ, ERROR_DATA = -1, -2, -3, -4
 ERROR_SAMPLE, ERROR_FORK, ERROR_CAPACITY = -5, -6, -7
 SAMPLE_CLEAN = 1
@@ -258,8 +258,8 @@ class CStats(Structure):
             "decode_ns",
             "decode_wait_read_ns",
             "decode_wait_batch_ns",
-            "foreign_rows",
-            "foreign_blocks",
+            "python_rows",
+            "python_blocks",
             "batch_count",
             "batch_wait_ns",
             "block_bytes",

@@ -1,4 +1,4 @@
-"""The folder that a packing works in: claimed, continued, cleared."""
+"""The folder DESTINATION.partial that a run works in: locked, continued and deleted here."""
 
 from __future__ import annotations
 
@@ -11,48 +11,15 @@ import shutil
 from collections.abc import Iterator
 
 from imagenet_seq.errors import PackError
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats.pack import SETTINGS_FILE
 from imagenet_seq.text import format_bytes
 
+JOURNAL_FILE, PACK_FOLDER, LMDB_FILE = "dealt", "pack", "lmdb"
 
-def clear_scrap(partial: str) -> None:
-    """Delete what a run left that was killed after its last rename.
-
-    A folder that is not ours, or that another process holds, stays.
-    """
-    if os.path.lexists(partial):
-        with contextlib.suppress(PackError), claim_destination(partial):
-            delete_scrap(partial)
-
-
-@contextlib.contextmanager
-def clear_errors(partial: str) -> Iterator[None]:
-    """Say how to go on where the operating system refuses to write."""
-    try:
-        yield
-    except OSError as error:
-        how = f"What is done is kept in {partial}: run the same command again to continue"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(os.path.dirname(partial)).free
-            raise PackError(
-                f"{error}: the disk is full ({format_bytes(free)} free). {how} once there is room, "
-                "or delete that folder"
-            ) from error
-        raise PackError(f"{error}. {how}") from error
-
-
-# ---- the folder that a pack is made in -----------------------------------------------------------
-
-
-_LOCK_FILE, JOURNAL_FILE, PACK_FOLDER = "lock", "dealt", "pack"
-
-
-LMDB_FILE = "lmdb"
-
+_LOCK_FILE = "lock"
 
 _OURS = re.compile(r"(dealt|lmdb|(deal|split|rows)-\d{6,}|settings\.json)(\.tmp)?")
 """What packing writes into DESTINATION.partial, beside the lock and the folder `pack`."""
-
 
 _OURS_IN_PACK = re.compile(
     r"(shard-\d{6,}\.tar|(index|names|names_begin)\.npy|(pack|failures)\.json)(\.tmp)?"
@@ -64,7 +31,7 @@ def claim_destination(partial: str) -> Iterator[None]:
     """Make the folder and hold its lock, which the kernel releases when the process ends.
 
     Raises:
-        PackError: where another packer holds it, or where the folder is somebody else's.
+        PackError: where another process holds the lock, or where packing did not make the folder.
     """
     _refuse_files_of_others(partial)
     os.makedirs(partial, exist_ok=True)
@@ -72,7 +39,7 @@ def claim_destination(partial: str) -> Iterator[None]:
     with open(path, "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one who held it may have finished and removed the folder since.
+            # The process that held the lock may have finished and deleted the folder.
             held = os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
         except BlockingIOError:
             held = False
@@ -81,7 +48,7 @@ def claim_destination(partial: str) -> Iterator[None]:
                 raise
             raise PackError(
                 f"{path}: this file system has no file locks ({error.strerror}), which keep two "
-                "packers apart: pack to another one, and copy the finished pack"
+                "runs apart: pack to another one, and copy the finished pack"
             ) from error
         if not held:
             raise PackError(f"{partial}: another process is packing there; wait for it, or stop it")
@@ -90,9 +57,9 @@ def claim_destination(partial: str) -> Iterator[None]:
 
 
 def _refuse_files_of_others(partial: str) -> None:
-    """Refuse a folder that packing did not make: what is in it must not be touched.
+    """Refuse a folder that packing did not make: nothing in it may be touched.
 
-    The lock is the first thing in a folder of ours and the last one deleted.
+    A folder that packing made has its lock first and loses it last.
     """
     if not os.path.lexists(partial):
         return
@@ -108,17 +75,27 @@ def _refuse_files_of_others(partial: str) -> None:
         )
 
 
-def delete_scrap(partial: str) -> None:
-    """Delete what packing made, by its names; a file that somebody else put there stays.
+def clear_scrap(partial: str) -> None:
+    """Delete leftovers of a run killed after its last rename.
 
-    Settings and lock go last, so that a folder whose deletion was cut short is still ours.
+    A folder that packing did not make, or that another process holds, stays.
+    """
+    if os.path.lexists(partial):
+        with contextlib.suppress(PackError), claim_destination(partial):
+            delete_scrap(partial)
+
+
+def delete_scrap(partial: str) -> None:
+    """Delete the files that packing made, which it knows by name; others stay.
+
+    Settings and lock go last, so that after an interrupted deletion the folder is still known.
     """
     pack_folder = os.path.join(partial, PACK_FOLDER)
     if os.path.isdir(pack_folder):
         _delete_matching(pack_folder, _OURS_IN_PACK)
         _remove_empty(pack_folder)
-    _delete_matching(partial, _OURS, keep=layout.SETTINGS_FILE)
-    for name in (layout.SETTINGS_FILE, _LOCK_FILE):
+    _delete_matching(partial, _OURS, keep=SETTINGS_FILE)
+    for name in (SETTINGS_FILE, _LOCK_FILE):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(partial, name))
     _remove_empty(partial)
@@ -136,3 +113,19 @@ def _remove_empty(folder: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+
+
+@contextlib.contextmanager
+def explain_write_errors(partial: str) -> Iterator[None]:
+    """Say how to continue after the operating system refused to write."""
+    try:
+        yield
+    except OSError as error:
+        how = f"What is done is kept in {partial}: run the same command again to continue"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(os.path.dirname(partial)).free
+            raise PackError(
+                f"{error}: the disk is full ({format_bytes(free)} free). {how} once there is room, "
+                "or delete that folder"
+            ) from error
+        raise PackError(f"{error}. {how}") from error

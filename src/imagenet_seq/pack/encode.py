@@ -1,4 +1,4 @@
-"""How images are re-coded for a pack: settings in, one image in, one image as it is stored out."""
+"""Encode one image as a pack stores it: smaller if asked for, then in canonical form."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from imagenet_seq import native
 from imagenet_seq.pack.shrink import Shrink, smaller_copy
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.pack import Encoded
 
 Tables = Literal["pack", "image"]
-
 
 DEFAULT_SHARD_BYTES = 10**9
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of a pack, beside the source.
+    """What decides the bytes of a pack, beside its source.
 
     Attributes:
-        keep_bytes: store every image's own bytes instead of re-coding it.
-        strip: drop ICC profiles, Exif thumbnails and comments while re-coding.
+        keep_bytes: store every image's own bytes instead of transcoding it.
+        strip: drop ICC profiles, Exif thumbnails and comments.
         restart_interval: MCUs between restart markers, 1 to 65535.
-        tables: whose Huffman tables images have: those of the "pack", which decode fastest, or
-            each "image" its own, which takes 2.5 % fewer bytes. Means nothing with keep_bytes.
-        shard_bytes: bytes of the source that go into one shard, about.
-        seed: of the permutation.
-        shrink: what smaller copies are to be like; None: every image keeps its pixels.
+        tables: "pack": all images share Huffman tables and decode fastest; "image": each has its
+            own, which takes 2.5 % fewer bytes. Without effect where `keep_bytes` is set.
+        shard_bytes: approximate bytes of the source per shard.
+        seed: of the random order.
+        shrink: how smaller copies are made; None: every image keeps its pixels.
     """
 
     keep_bytes: bool = False
@@ -67,31 +66,37 @@ class Settings:
 
 
 class Refused(NamedTuple):
-    """Why a sample is no image, or could not be read."""
+    """A sample that is no image, or could not be read.
+
+    Attributes:
+        reason: why.
+        data: its bytes; None: there are none to keep.
+        is_read_error: whether the disk failed, not the image.
+    """
 
     reason: str
-    data: bytes | None  # None: there is nothing to keep
-    is_read_error: bool = False  # the disk's failure, not the image's
+    data: bytes | None
+    is_read_error: bool = False
 
 
 def encode(data: bytes, settings: Settings, tables: bytes | None) -> Encoded | Refused:
     """Return an image as it is to be stored in a pack whose Huffman tables are `tables`."""
     copy = smaller_copy(data, settings.shrink) if settings.shrink else None
     if copy is None:
-        return _recode(data, settings, tables)
-    encoded = _recode(copy, settings, tables)
+        return _transcode(data, settings, tables)
+    encoded = _transcode(copy, settings, tables)
     if isinstance(encoded, Encoded):
-        encoded = encoded._replace(flags=encoded.flags | layout.FLAG_SHRUNK)
+        encoded = encoded._replace(flags=encoded.flags | pack_format.FLAG_SHRUNK)
     return encoded
 
 
-def _recode(data: bytes, settings: Settings, tables: bytes | None) -> Encoded | Refused:
-    """Re-code one image, or keep it where the core can't but Pillow can decode it."""
-    recoded = native.transcode(data, settings.restart_interval, settings.strip, tables)
-    if recoded is not None and _is_trusted(recoded[0].data, data, settings):
-        stored = memoryview(data) if settings.keep_bytes else recoded[0].data
-        flags = layout.FLAG_CLEAN | (0 if settings.keep_bytes else layout.FLAG_CANONICAL)
-        header = recoded[1]
+def _transcode(data: bytes, settings: Settings, tables: bytes | None) -> Encoded | Refused:
+    """Transcode one image losslessly, or keep its bytes where only Pillow can decode it."""
+    transcoded = native.transcode(data, settings.restart_interval, settings.strip, tables)
+    if transcoded is not None and _is_trusted(transcoded[0].data, data, settings):
+        stored = memoryview(data) if settings.keep_bytes else transcoded[0].data
+        flags = pack_format.FLAG_CLEAN | (0 if settings.keep_bytes else pack_format.FLAG_CANONICAL)
+        header = transcoded[1]
         return Encoded(stored, header.width, header.height, native.crc32c(stored), flags)
     from PIL import Image, UnidentifiedImageError
 
@@ -100,23 +105,23 @@ def _recode(data: bytes, settings: Settings, tables: bytes | None) -> Encoded | 
             width, height = image.size
             image.convert("RGB")
     except UnidentifiedImageError:
-        # Pillow's own text holds a memory address, and reports must not differ between runs.
+        # Pillow's own message holds a memory address, so it would differ between runs.
         return Refused("is no image that Pillow can identify", data)
     except Exception as error:  # a damaged image raises almost anything
         return Refused(f"Pillow cannot decode it: {type(error).__name__}: {error}", data)
     return Encoded(memoryview(data), width, height, native.crc32c(data), 0)
 
 
-def _is_trusted(recoded: memoryview, data: bytes, settings: Settings) -> bool:
-    """Whether what was re-coded may stand for `data`.
+def _is_trusted(transcoded: memoryview, data: bytes, settings: Settings) -> bool:
+    """Tell whether the transcoded image surely has the pixels of `data`.
 
-    What the core decodes anyway is exact. Images in several scans are otherwise left to Pillow, so
-    that their pixels are Pillow's by construction; Pillow has to confirm that they stay the same.
+    It has where the core decodes `data`, too. Images in several scans are decoded by Pillow alone,
+    so Pillow has to confirm that their pixels stay the same.
     """
     header = native.read_header(data)
     if header is not None and header.supported:
         return True
-    return not settings.keep_bytes and _pixels_are_equal(recoded, data)
+    return not settings.keep_bytes and _pixels_are_equal(transcoded, data)
 
 
 def _pixels_are_equal(first: memoryview, second: bytes) -> bool:
@@ -131,8 +136,8 @@ def _pixels_are_equal(first: memoryview, second: bytes) -> bool:
 
 
 def keep_damaged(refused: Refused) -> Encoded | Refused:
-    """Return what is stored of an image that is no image (on_error="keep")."""
+    """Return how a sample is stored that is no image (on_error="keep")."""
     if refused.data is None:
         return refused
     crc = native.crc32c(refused.data)
-    return Encoded(memoryview(refused.data), -1, -1, crc, layout.FLAG_DAMAGED)
+    return Encoded(memoryview(refused.data), -1, -1, crc, pack_format.FLAG_DAMAGED)

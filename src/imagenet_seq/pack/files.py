@@ -1,4 +1,4 @@
-"""Files that are written in full and synced before they get their name."""
+"""Files written in long sequential runs, and synced before they get their name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from imagenet_seq.pack.io_log import NO_LOG, IoLog
 
 
 class ShardFile:
-    """A file written in large pieces, synced at the end, whose size and CRC-32C are known.
+    """A file written in large pieces and synced at the end.
 
     Args:
         path: the file.
-        expected_bytes: its size, about; that much is reserved on the disk while it is written.
+        expected_bytes: approximate size; that much is reserved on the disk while it is written.
         log: of requests.
+
+    Attributes:
+        size: bytes written so far.
+        crc32c: CRC-32C of the file, once the `with` block has ended.
     """
 
     _PIECE_BYTES = 4 << 20
@@ -53,7 +57,7 @@ class ShardFile:
         with self._file:
             if kind is None:
                 self._flush()
-                self._file.truncate(self.size)  # gives back what was reserved too much
+                self._file.truncate(self.size)  # frees what was reserved in excess
                 os.fsync(self._file.fileno())
 
 
@@ -61,7 +65,7 @@ def reserve(file: io.FileIO, path: str, size: int, log: IoLog) -> None:
     """Reserve room on the disk, so that a file lies in one piece; its size stays as it is.
 
     Raises:
-        OSError: where there is no such room, which is better said before hours of packing.
+        OSError: where there is no such room.
     """
     if size:
         native.preallocate(file.fileno(), size)
@@ -69,23 +73,23 @@ def reserve(file: io.FileIO, path: str, size: int, log: IoLog) -> None:
 
 
 def write_through(file: io.FileIO, path: str, content: bytearray, log: IoLog) -> None:
-    """Write all of `content` where the file stands, and have it sent to the disk at once.
+    """Write all of `content` at the file's position, and have it sent to the disk at once.
 
-    Otherwise the kernel gathers gigabytes first, then writes them in an order of its own, in pieces
-    of a few MB of one file after the other, while reading has to wait.
+    Otherwise the kernel gathers gigabytes, then writes them in an order of its own, a few MB of one
+    file after the other, while reads have to wait.
     """
     log.note("write", path, file.tell(), len(content))
     left = memoryview(content)
     while left:
         left = left[file.write(left) :]
     if hasattr(os, "posix_fadvise"):
-        # On Linux this begins to write what is dirty (mm/fadvise.c), and waits for nothing; what
-        # earlier calls have written leaves the page cache.
+        # On Linux this starts to write dirty pages without waiting (mm/fadvise.c), and drops from
+        # the page cache what earlier calls have written.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_whole(path: str, content: bytes, log: IoLog = NO_LOG) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file so that it exists whole or not at all."""
     log.note("write", path, 0, len(content))
     with open(path + ".tmp", "wb") as file:
         file.write(content)
@@ -95,7 +99,7 @@ def write_whole(path: str, content: bytes, log: IoLog = NO_LOG) -> None:
 
 
 def sync(path: str) -> None:
-    """Wait until a file, or the names in a folder, will last through a power failure."""
+    """Wait until a file, or the names in a folder, would survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A log of packing's read and write requests, in order, for benchmarks/replay.py."""
+"""Log of the read and write requests of a run, in order, for benchmarks/replay.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class IoLog:
     """Logs requests as lines of JSON, which docs/packing.md describes. Not thread-safe.
 
     Args:
-        path: file to append to; None logs nothing, at no cost.
+        path: file to append to; None: log nothing.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -22,11 +22,11 @@ class IoLog:
         self._pass = ""
 
     def begin_pass(self, name: str) -> None:
-        """Name the pass over the data that the following requests belong to."""
+        """Set the pass that the following requests belong to."""
         self._pass = name
 
     def note(self, operation: Operation, file: str, offset: int, size: int, **place: int) -> None:
-        """Log a request of `size` bytes; `place` is the source file's `address` and `inode`."""
+        """Log a request of `size` bytes; `place` is `address` and `inode` of a source's file."""
         if self._file is None:
             return
         line: dict[str, Any] = {"pass": self._pass, "op": operation, "file": file}

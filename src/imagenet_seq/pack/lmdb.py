@@ -1,9 +1,9 @@
-"""The layout of LMDB files, a writer that lays them out sequentially, and tensorpack's values.
+"""Write LMDB files sequentially, with the values that the original project's tensorpack expects.
 
-The layout is that of LMDB 0.9 (`struct MDB_page`, `MDB_node`, `MDB_db` and `MDB_meta` in its
-mdb.c), data version 1, as a 64-bit little-endian machine writes it. A file consists of pages. Pages
-0 and 1 are meta pages, the newer of which is valid. From its root, branch pages lead to leaf pages;
-a value that doesn't fit a leaf lies in a contiguous run of overflow pages.
+The format is that of LMDB 0.9 (`struct MDB_page`, `MDB_node`, `MDB_db` and `MDB_meta` in its
+mdb.c), data version 1, on a 64-bit little-endian machine. A file consists of pages. Pages 0 and 1
+are meta pages, the newer of which is valid. From its root, branch pages lead to leaf pages; a value
+that doesn't fit in a leaf lies in a contiguous run of overflow pages.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy.typing as npt
 from imagenet_seq.errors import PackError
 from imagenet_seq.pack.claim import LMDB_FILE, delete_scrap
 from imagenet_seq.pack.files import sync
-from imagenet_seq.pack.plan import PackPlan, RunOptions
+from imagenet_seq.pack.plan import PackPlan
 from imagenet_seq.pack.shards import Packer, Summary, advance
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.pack.task import RunOptions
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.lmdb_tree import (
     BRANCH,
     IN_OVERFLOW,
@@ -43,28 +44,27 @@ from imagenet_seq.sources.formats.lmdb_tree import (
 
 _PAGE_BYTES = 4096
 
-
 _MAX_KEY_BYTES = 511
-
 
 _MAX_VALUE_BYTES = 0xFFFFFFFF
 
-
 _MAX_NODE_BYTES = ((_PAGE_BYTES - PAGE_HEADER.size) // 2 & -2) - 2
-"""A larger node's value goes to overflow pages, so that a page holds two keys at least: half a page
-less the node's entry in the table, as in LMDB."""
+"""The value of a larger node goes to overflow pages, so that a page holds at least two keys: half a
+page less the node's entry in the table, as in LMDB."""
+
 _INTEGER_KEYS = 8
 """Flag of the free list, whose keys are numbers of transactions."""
+
 _BUFFER_BYTES = 1 << 20
 
 
 class LmdbWriter:
-    """Writes an LMDB file of ascending keys from front to back: no map, no lock, no sparse file.
+    """Writes an LMDB file of ascending keys from front to back, without a map, lock or hole.
 
     The same appends give the same bytes. Values lie in the order of the appends, and leaf and
-    branch pages together after them, so that listing the keys reads one place. (Leaves with short
+    branch pages together behind them, so that listing the keys reads one place. (Leaves with short
     values lie among the values, because `append` returns a value's offset at once.) LMDB refuses
-    the file until `close` has completed it, hence also after an exception in the `with` block.
+    the file until `close` has completed it, so also after an exception in the `with` block.
 
         with LmdbWriter("ILSVRC-train.lmdb") as file:
             file.append(b"00000000", tensorpack_value(jpeg, label))
@@ -73,7 +73,7 @@ class LmdbWriter:
         path: the file; an existing one is overwritten.
 
     Raises:
-        OSError: if it can't be written.
+        OSError: where it can't be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -107,8 +107,8 @@ class LmdbWriter:
             parts: the pieces of the value, written without joining them in memory.
 
         Raises:
-            ValueError: if the key is not greater, or has another size, or the value has 4 GiB.
-            OSError: if the file can't be written.
+            ValueError: where the key is not greater, or has another size, or the value has 4 GiB.
+            OSError: where the file can't be written.
         """
         if not 1 <= len(key) <= _MAX_KEY_BYTES:
             raise ValueError(f"expected a key of 1 to {_MAX_KEY_BYTES} bytes, got {len(key)}")
@@ -133,7 +133,7 @@ class LmdbWriter:
         """Write the tree and the meta pages, and wait until everything is on the disk.
 
         Raises:
-            OSError: if that fails.
+            OSError: where that fails.
         """
         with self._file:
             self._end_leaf()
@@ -287,9 +287,8 @@ def _meta_page(number: int, num_pages: int, tree: tuple[int, ...]) -> bytes:
 # ---- tensorpack's values -------------------------------------------------------------------------
 
 Serializer = Literal["pickle", "msgpack"]
-"""How tensorpack serialises [uint8 array, label]: by default its last release, 0.11, expects
-pickles, most earlier ones msgpack; the environment variable TENSORPACK_SERIALIZE overrides that."""
-
+"""How tensorpack serialises [uint8 array, label]. Its last release, 0.11, expects pickles, most
+earlier ones msgpack; the environment variable TENSORPACK_SERIALIZE overrides that."""
 
 _PICKLED_BEGIN = (
     b"\x80\x03](cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01"
@@ -314,7 +313,7 @@ def tensorpack_value(
         serializer: one of tensorpack's.
 
     Raises:
-        ValueError: if the label is out of range, or the image has 2 GiB.
+        ValueError: where the label is out of range, or the image has 2 GiB.
     """
     size = memoryview(jpeg).nbytes
     for name, value in ("a label", label), ("an image's size", size):
@@ -368,15 +367,18 @@ def _msgpack_array_head(size: int) -> bytes:
     return struct.pack(">BH", 0xDC, size) if size < 1 << 16 else struct.pack(">BI", 0xDD, size)
 
 
-class LmdbPacker(Packer):
-    """Deals as for a pack, and makes of it one LMDB file, as tensorpack has it.
+# ---- packing -------------------------------------------------------------------------------------
 
-    An interrupted run begins the file again, so its scratch stays until the file is whole.
+
+class LmdbPacker(Packer):
+    """Deals samples as for a pack, then writes them into one LMDB file, as tensorpack has it.
+
+    The next run after an interruption begins the file again, so all scratch files stay until then.
     """
 
     def __init__(self, partial: str, plan: PackPlan, image_bytes: int, options: RunOptions) -> None:
         super().__init__(partial, plan, image_bytes, options)
-        # tensorpack decides by this how it reads a file.
+        # tensorpack reads a file as this variable says.
         named = os.environ.get("TENSORPACK_SERIALIZE")
         self._serializer: Serializer = "msgpack" if named == "msgpack" else "pickle"
         self._num_samples = self._num_canonical = self._num_shrunk = 0
@@ -384,11 +386,11 @@ class LmdbPacker(Packer):
     def _keep_finished(self) -> set[int]:
         return set()
 
-    def _forget(self, bucket: int) -> None:
+    def _discard(self, bucket: int) -> None:
         pass
 
     def finish(self, destination: str) -> Summary:
-        """Make the file of what was dealt."""
+        """Make the file from the dealt samples."""
         path = os.path.join(self._partial, LMDB_FILE)
         with LmdbWriter(path) as self._file:
             self._finish_shards()
@@ -401,7 +403,7 @@ class LmdbPacker(Packer):
         return Summary(
             destination,
             self._num_samples,
-            self._plan.origin.record["bytes"],
+            self._plan.inputs.record["bytes"],
             os.path.getsize(destination),
             self._num_canonical,
             self._num_shrunk,
@@ -421,6 +423,6 @@ class LmdbPacker(Packer):
                 label = int(self._label[sample])
                 self._file.append(key, tensorpack_value(encoded.data, label, self._serializer))
                 self._num_samples += 1
-                self._num_canonical += bool(encoded.flags & layout.FLAG_CANONICAL)
-                self._num_shrunk += bool(encoded.flags & layout.FLAG_SHRUNK)
+                self._num_canonical += bool(encoded.flags & pack_format.FLAG_CANONICAL)
+                self._num_shrunk += bool(encoded.flags & pack_format.FLAG_SHRUNK)
             advance(bar, 1, 0 if encoded is None else len(encoded.data))

@@ -1,4 +1,7 @@
-"""What a packing is to make: settings, tables, shards, and the space they take."""
+"""The plan of a pack: which sample goes to which place and shard, with which Huffman tables.
+
+An interrupted run leaves its plan in DESTINATION.partial; a run that continues must agree with it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,98 +26,41 @@ from imagenet_seq.errors import PackError
 from imagenet_seq.index.columns import Index
 from imagenet_seq.pack.encode import Refused, Settings, encode
 from imagenet_seq.pack.files import sync, write_whole
-from imagenet_seq.pack.inputs import Origin, known_bytes
-from imagenet_seq.pack.io_log import NO_LOG, IoLog
+from imagenet_seq.pack.inputs import Inputs, known_bytes
 from imagenet_seq.pack.shrink import NUM_SAMPLED, Forecast, Pair, smaller_copy
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.pack.task import Failure, Form, RunOptions, Task, refuse_dying_disk
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.pack import Encoded
-from imagenet_seq.sources.place import Found
-from imagenet_seq.text import format_bytes, progress_bar
-
-OnImageError = Literal["fail", "skip", "keep"]
-
+from imagenet_seq.sources.place import SPLITS
+from imagenet_seq.text import format_bytes
 
 _MIN_BUFFER_BYTES = 1 << 20
-"""Memory for each scratch file, at least: it grows by about twice that at a time, so that a hard
-disk seldom seeks."""
-
+"""Minimum memory for each scratch file: appends take about twice that, so that a hard disk seldom
+seeks."""
 
 SPACE_MARGIN = 0.05
 """The pack's tables and the restart markers make ImageNet's images 4.3 % larger."""
-
 
 TABLES_SAMPLES = 512
 """A pack's Huffman tables are fitted to this many of its samples, which takes about 6 s on a hard
 disk. Tables of 250 ImageNet photos cost 0.005 % more bytes than those of 500."""
 
-
 _FORECAST_MARGIN = 0.12
 """Twice the scatter of the bytes saved that 100 ImageNet photos show: 5 % at 500 px, 6 at 224."""
 
-
 _TAR_BYTES = 2048
-"""What a sample takes in a shard beside its image: headers, label and padding, about."""
+"""Approximate bytes of a sample in a shard beside its image: headers, label and padding."""
 
-
-@dataclass(frozen=True)
-class Failure:
-    """A sample that could not be packed as an image.
-
-    Attributes:
-        name: its name in the source.
-        reason: what is wrong with it.
-        kept: whether its bytes are in the pack all the same (on_error="keep").
-    """
-
-    name: str
-    reason: str
-    kept: bool
-
-
-class Form(NamedTuple):
-    """What is made of a source: a pack, or an LMDB file."""
-
-    is_lmdb: bool = False
-    in_source_order: bool = False
-
-    def describe(self) -> dict[str, Any]:
-        return {"format": "lmdb", "in_source_order": self.in_source_order} if self.is_lmdb else {}
-
-
-class Task(NamedTuple):
-    """One pack or LMDB file to make; `split` is "" where the source is no root."""
-
-    split: str
-    found: Found
-    destination: str
-    form: Form = Form()
-
-    @property
-    def partial(self) -> str:
-        return self.destination + layout.PARTIAL_SUFFIX
-
-
-class RunOptions(NamedTuple):
-    """What does not change the bytes of a pack that gets finished without failures."""
-
-    on_error: (
-        OnImageError | None
-    )  # None: as a pack that is reshuffled has it; further failures stop
-    num_workers: int
-    memory_bytes: int
-    progress: bool
-    log: IoLog = NO_LOG
-
-    def bar(self, what: str, total: int, done: int = 0) -> Any:
-        return progress_bar(what, total, enabled=self.progress, done=done)
+# ---- which sample goes where ---------------------------------------------------------------------
 
 
 class Sharding(NamedTuple):
-    """How samples are dealt to shards, and the tables that they are re-coded with.
+    """How samples are dealt to shards, and the tables that they are encoded with.
 
     Attributes:
         num_shards: shards of the pack.
-        shards_per_bucket: shards that share a scratch file in the first round of dealing.
+        shards_per_bucket: shards that share a scratch file, or bucket; with more than one, buckets
+            are dealt once more.
         tables: Huffman tables of the pack; None: not chosen yet, or each image has its own.
     """
 
@@ -130,51 +76,202 @@ class Sharding(NamedTuple):
         options: RunOptions,
         most_shards: int = sys.maxsize,
     ) -> Sharding:
+        """Return the number of shards for a source, and how many of them share a bucket."""
         num_shards = max(1, min(most_shards, -(-source_bytes // settings.shard_bytes)))
         most_buckets = max(1, options.memory_bytes // _MIN_BUFFER_BYTES)
         return cls(num_shards, -(-num_shards // most_buckets), None)
 
     @property
     def num_buckets(self) -> int:
+        """Scratch files of the first round of dealing."""
         return -(-self.num_shards // self.shards_per_bucket)
 
 
-def agree_on_plan(partial: str, plan: PackPlan, options: RunOptions) -> PackPlan:
-    """Compare with the run that is to be continued, and take over its tables and how it cut shards.
+@dataclass(frozen=True)
+class PackPlan:
+    """Everything that is known before the first image is read.
 
-    Raises:
-        PackError: naming each difference.
+    Attributes:
+        inputs: what is packed, and what the pack is to be like.
+        form: what is made; scratch goes by shards also for an LMDB file, which has none.
+        sharding: how samples are dealt to shards.
+        split: the split that pack.json names; None: it is unknown, or the pack's own name says it.
     """
 
-    def check_space(cut: Sharding) -> None:
+    inputs: Inputs
+    form: Form
+    sharding: Sharding
+    split: str | None
+
+    @classmethod
+    def make(cls, inputs: Inputs, task: Task, options: RunOptions) -> PackPlan:
+        """Plan a task; the tables are those that the inputs have, if any."""
+        record, settings = inputs.record, inputs.settings
+        if "file_bytes" in record:
+            sharding = Sharding.of(record["file_bytes"], settings, options)
+        else:
+            sharding = Sharding.of(record["bytes"], settings, options, len(inputs.index))
+        is_named = os.path.basename(task.destination) in SPLITS
+        split = None if is_named else task.split or inputs.split
+        return cls(inputs, task.form, sharding._replace(tables=inputs.tables), split)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the pack."""
+        return self.sharding.num_shards
+
+    @property
+    def tables(self) -> bytes | None:
+        """Huffman tables of the pack; None: not chosen yet, or each image has its own."""
+        return self.sharding.tables
+
+    @property
+    def index(self) -> Index:
+        """The samples."""
+        return self.inputs.index
+
+    @property
+    def settings(self) -> Settings:
+        """What the pack is to be like."""
+        return self.inputs.settings
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the images in the source."""
+        return known_bytes(self.inputs.lengths)
+
+    @functools.cached_property
+    def forecast(self) -> Forecast | None:
+        """Estimate of smaller copies, measured on some images; None where none are made."""
+        if self.settings.shrink is None:
+            return None
+        num_sampled = min(NUM_SAMPLED, len(self.index))
+        evenly = (place * len(self.index) // num_sampled for place in range(num_sampled))
+        images = self.inputs.some_images[:NUM_SAMPLED] or map(self.inputs.read, evenly)
+        return forecast_smaller(images, self.settings, self.tables)
+
+    @property
+    def image_bytes(self) -> int:
+        """Upper estimate of what the images will take in the pack."""
+        return expected_pack_bytes(self.source_bytes, self.forecast)
+
+    @functools.cached_property
+    def _hashes(self) -> npt.NDArray[np.uint64]:
+        return place_hashes(self.index.name, self.settings.seed)
+
+    @functools.cached_property
+    def order(self) -> npt.NDArray[np.int64]:
+        """The sample at each place of the pack."""
+        if self.form.in_source_order:
+            return np.arange(len(self.index))
+        return np.argsort(self._hashes, kind="stable")
+
+    @functools.cached_property
+    def shard_begin(self) -> npt.NDArray[np.int64]:
+        """The place where each shard begins, and last the number of places."""
+        if "file_bytes" in self.inputs.record and not self.form.in_source_order:
+            # A sample's name says which shard it goes to, so it can be dealt before all are known.
+            shards = shard_of_hash(self._hashes[self.order], self.num_shards)
+            return np.searchsorted(shards, np.arange(self.num_shards + 1))
+        # Equal numbers of samples, not of bytes, so that a place depends on names alone.
+        return np.arange(self.num_shards + 1, dtype=np.int64) * len(self.index) // self.num_shards
+
+    @functools.cached_property
+    def shard_of_sample(self) -> npt.NDArray[np.int64]:
+        """The shard of each sample."""
+        shard = np.empty(len(self.index), np.int64)
+        shard[self.order] = np.repeat(np.arange(self.num_shards), np.diff(self.shard_begin))
+        return shard
+
+    def shards_of_bucket(self, bucket: int) -> range:
+        """Return the shards whose samples are dealt to a bucket."""
+        first = bucket * self.sharding.shards_per_bucket
+        return range(first, min(first + self.sharding.shards_per_bucket, self.num_shards))
+
+    def expected_bytes(self, image_bytes: int) -> dict[int, int]:
+        """Return the most that each bucket will hold where all images take `image_bytes`."""
+        ratio = image_bytes * (1 + SPACE_MARGIN) / max(self.source_bytes, 1)
+        buckets = self.shard_of_sample // self.sharding.shards_per_bucket
+        sizes = np.maximum(self.inputs.lengths, 0)
+        source_bytes = np.bincount(buckets, sizes, self.sharding.num_buckets)
+        return dict(enumerate((source_bytes * ratio).astype(np.int64).tolist()))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a continued run must agree on."""
+        settings = {**self.inputs.settings_record, **self.form.describe()}
+        return describe_run(settings, self.inputs.path, self.inputs.id)
+
+
+def place_hashes(names: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:
+    """Return the hash that each sample is sorted by; ties keep the source's order."""
+    keyed = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"))
+
+    def digest(name: str) -> bytes:
+        state = keyed.copy()
+        state.update(os.fsencode(name))
+        return state.digest()
+
+    return np.frombuffer(b"".join(map(digest, names)), "<u8").astype(np.uint64)
+
+
+def shard_of_hash(hashes: npt.NDArray[np.uint64], num_shards: int) -> npt.NDArray[np.int64]:
+    """Return floor(hash * num_shards / 2**64), computed in halves so that nothing overflows."""
+    low = (hashes & np.uint64(2**32 - 1)) * np.uint64(num_shards)
+    high = (hashes >> np.uint64(32)) * np.uint64(num_shards)
+    return ((high + (low >> np.uint64(32))) >> np.uint64(32)).astype(np.int64)
+
+
+# ---- an interrupted run --------------------------------------------------------------------------
+
+
+def agree_on_plan(partial: str, plan: PackPlan, options: RunOptions) -> PackPlan:
+    """Return the plan with the Huffman tables and the sharding of the run that is continued.
+
+    Raises:
+        PackError: naming each difference to that run.
+    """
+
+    def check_space(sharding: Sharding) -> None:
         tar_bytes = _TAR_BYTES * len(plan.index)
-        require_space(partial, plan.source_bytes, plan.image_bytes, tar_bytes, cut, plan.form)
+        require_space(partial, plan.source_bytes, plan.image_bytes, tar_bytes, sharding, plan.form)
 
     def choose_tables() -> bytes | None:
         return _choose_tables(partial, plan, options)
 
-    return dataclasses.replace(
-        plan, cut=agree(partial, plan.describe(), plan.cut, check_space, choose_tables)
+    sharding = agree_on_sharding(
+        partial, plan.describe(), plan.sharding, check_space, choose_tables
     )
+    return dataclasses.replace(plan, sharding=sharding)
 
 
-def agree(
+def agree_on_sharding(
     partial: str,
     now: dict[str, Any],
-    cut: Sharding,
+    sharding: Sharding,
     check_space: Callable[[Sharding], None],
     choose_tables: Callable[[], bytes | None],
 ) -> Sharding:
-    """Begin a packing that is described by `now`, or continue it as it was begun."""
-    path = os.path.join(partial, layout.SETTINGS_FILE)
+    """Begin a run that is described by `now`, or continue an interrupted one as it was begun.
+
+    Args:
+        partial: the folder that the pack is made in.
+        now: settings and source of this run.
+        sharding: of this run; the tables are still missing.
+        check_space: refuses a disk with too little room.
+        choose_tables: fits Huffman tables; called when a run begins.
+
+    Raises:
+        PackError: where the interrupted run had other settings or another source.
+    """
+    path = os.path.join(partial, pack_format.SETTINGS_FILE)
     try:
         with open(path, "rb") as file:
             before = json.load(file)
     except FileNotFoundError:
-        check_space(cut)
-        cut = cut._replace(tables=choose_tables())
-        _write_settings(path, now, cut)
-        return cut
+        check_space(sharding)
+        sharding = sharding._replace(tables=choose_tables())
+        _write_settings(path, now, sharding)
+        return sharding
     was_indexed = before.get("source_id") is not None
     if not was_indexed:
         before = {**before, "source_id": now["source_id"]}
@@ -187,32 +284,32 @@ def agree(
             f"{differences}\nRun the command with the former settings to continue it, or delete "
             "that folder to begin again"
         )
-    if before["num_shards"] != cut.num_shards:
+    if before["num_shards"] != sharding.num_shards:
         # The number of shards follows from the source's bytes, and decides where all samples go.
         raise PackError(
             f"{partial}: the source changed since the interrupted run: it now makes "
-            f"{cut.num_shards} shards, {before['num_shards']} before: delete that folder and run "
-            "again"
+            f"{sharding.num_shards} shards, {before['num_shards']} before: delete that folder and "
+            "run again"
         )
-    # How scratch is grouped follows from the memory allowed and does not show in the pack.
-    cut = cut._replace(shards_per_bucket=before["shards_per_bucket"])
+    # The number of scratch files follows from the memory allowed; the pack does not depend on it.
+    sharding = sharding._replace(shards_per_bucket=before["shards_per_bucket"])
     try:
-        cut = cut._replace(tables=layout.parse_tables(before["huffman_tables"]))
+        sharding = sharding._replace(tables=pack_format.parse_tables(before["huffman_tables"]))
     except (KeyError, ValueError) as error:
         raise PackError(
             f"{path}: 'huffman_tables': {error}: delete the folder {partial} to begin again"
         ) from error
-    check_space(cut)
+    check_space(sharding)
     if not was_indexed:
-        _write_settings(path, now, cut)
-    return cut
+        _write_settings(path, now, sharding)
+    return sharding
 
 
-def _write_settings(path: str, now: dict[str, Any], cut: Sharding) -> None:
+def _write_settings(path: str, now: dict[str, Any], sharding: Sharding) -> None:
     chosen = {
-        "num_shards": cut.num_shards,
-        "shards_per_bucket": cut.shards_per_bucket,
-        "huffman_tables": layout.describe_tables(cut.tables),
+        "num_shards": sharding.num_shards,
+        "shards_per_bucket": sharding.shards_per_bucket,
+        "huffman_tables": pack_format.describe_tables(sharding.tables),
     }
     content = {**now, **chosen}
     write_whole(path, json.dumps(content, indent=1).encode())
@@ -220,6 +317,7 @@ def _write_settings(path: str, now: dict[str, Any], cut: Sharding) -> None:
 
 
 def settings_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return a line for each setting that differs; "" for none."""
     return "".join(
         f"\n  {key}: {before.get(key)!r} before, {value!r} now"
         for key, value in now.items()
@@ -227,12 +325,25 @@ def settings_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
+def describe_run(settings: dict[str, Any], path: str, source_id: str | None) -> dict[str, Any]:
+    """Return what a continued run must agree on; an id of None: not known yet."""
+    source = os.path.abspath(path)
+    return {**settings, "version": __version__, "source": source, "source_id": source_id}
+
+
 def require_space(
-    partial: str, source_bytes: int, image_bytes: int, tar_bytes: int, cut: Sharding, form: Form
+    partial: str,
+    source_bytes: int,
+    image_bytes: int,
+    tar_bytes: int,
+    sharding: Sharding,
+    form: Form,
 ) -> None:
-    """Refuse to begin where the scratch and the shards cannot fit."""
-    shard_bytes = image_bytes // cut.num_shards
-    at_once = shard_bytes * (1 if cut.shards_per_bucket == 1 else cut.shards_per_bucket + 1)
+    """Refuse to begin where scratch files and shards do not fit on the disk."""
+    shard_bytes = image_bytes // sharding.num_shards
+    at_once = shard_bytes * (
+        1 if sharding.shards_per_bucket == 1 else sharding.shards_per_bucket + 1
+    )
     if form.is_lmdb:  # all scratch stays until the file is whole
         at_once = image_bytes
     needed = image_bytes * (1 + SPACE_MARGIN) + tar_bytes + at_once
@@ -245,33 +356,37 @@ def require_space(
     if needed - present > free:
         raise PackError(
             f"{partial}: not enough room: packing {format_bytes(source_bytes)} of images takes "
-            f"{format_bytes(needed)} while it runs, {format_bytes(present)} are there already, and the "
-            f"disk has {format_bytes(free)} free: make room for {format_bytes(needed - present - free)}"
+            f"{format_bytes(needed)} while it runs, {format_bytes(present)} are there already, and "
+            f"the disk has {format_bytes(free)} free: make room for "
+            f"{format_bytes(needed - present - free)}"
         )
 
 
 def _allocated_bytes(path: str) -> int:
-    """Return what a file takes on the disk, with what is reserved behind its end."""
+    """Return what a file takes on the disk, including what is reserved behind its end."""
     stat = os.stat(path)
     return max(stat.st_size, stat.st_blocks * 512)
 
 
+# ---- Huffman tables ------------------------------------------------------------------------------
+
+
 def _choose_tables(partial: str, plan: PackPlan, options: RunOptions) -> bytes | None:
-    """Fit Huffman tables to some of the images, if there must be some and are none yet.
+    """Fit Huffman tables to some of the images, unless they are given or not needed.
 
     Raises:
-        PackError: where so many of them cannot be read that the disk must be dying.
+        PackError: where so many images cannot be read that the disk must be dying.
     """
-    if plan.origin.tables or not needs_tables(plan.settings):
-        return plan.origin.tables
-    if found := plan.origin.some_images[:TABLES_SAMPLES]:
+    if plan.inputs.tables or not needs_tables(plan.settings):
+        return plan.inputs.tables
+    if found := plan.inputs.some_images[:TABLES_SAMPLES]:
         return fit_tables(found, len(found), plan.settings, options)
     # The places in the pack are random, so its first samples are as good as any.
-    samples = plan.origin.first(plan.order, TABLES_SAMPLES)
+    samples = plan.inputs.first(plan.order, TABLES_SAMPLES)
 
     def images() -> Iterator[bytes]:
         unreadable: list[Failure] = []
-        for sample, data in plan.origin.read_all(samples):
+        for sample, data in plan.inputs.read_all(samples):
             if not isinstance(data, Refused):
                 yield data
             elif data.is_read_error:
@@ -282,12 +397,15 @@ def _choose_tables(partial: str, plan: PackPlan, options: RunOptions) -> bytes |
 
 
 def needs_tables(settings: Settings) -> bool:
+    """Tell whether all images of the pack share Huffman tables."""
     return settings.tables == "pack" and not settings.keep_bytes
 
 
 def fit_tables(
     images: Iterable[bytes], num_images: int, settings: Settings, options: RunOptions
 ) -> bytes:
+    """Fit the Huffman tables of a pack to some of its images."""
+
     def count(data: bytes) -> npt.NDArray[np.uint64] | None:
         copy = smaller_copy(data, settings.shrink) if settings.shrink else None
         return native.count_symbols(copy or data, settings.restart_interval)
@@ -305,23 +423,21 @@ def fit_tables(
     return native.fit_tables(counts)
 
 
-_Input = TypeVar("_Input")
-
-
-_Output = TypeVar("_Output")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def map_ahead(
     threads: ThreadPoolExecutor,
-    function: Callable[[_Input], _Output],
-    inputs: Iterable[_Input],
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
     num_ahead: int,
-) -> Iterator[_Output]:
-    """Yield the outputs in the order of the inputs, of which few are in memory at once."""
-    waiting: deque[Future[_Output]] = deque()
+) -> Iterator[_Result]:
+    """Yield results in the order of the items, at most `num_ahead` of which wait in memory."""
+    waiting: deque[Future[_Result]] = deque()
     try:
-        for value in inputs:
-            waiting.append(threads.submit(function, value))
+        for item in items:
+            waiting.append(threads.submit(function, item))
             if len(waiting) > num_ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -331,160 +447,15 @@ def map_ahead(
             future.cancel()
 
 
-def refuse_dying_disk(unreadable: Sequence[Failure], root: str, partial: str) -> None:
-    """Stop in every mode: on_error is about a few bad images, not about a disk that fails."""
-    if len(unreadable) >= _MAX_UNREADABLE:
-        raise PackError(
-            f"{len(unreadable)} files cannot be read, so packing stops:\n"
-            + listed(unreadable)
-            + f"\nCheck the disk, the connection and the permissions of {root}, or take these "
-            f"files out of it; then run the command again: it continues from {partial}"
-        )
-
-
-# ---- the plan: which sample goes where -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PackPlan:
-    """Everything that is known before the first image is read.
-
-    Attributes:
-        origin: what is packed, and what the pack is to be like.
-        form: what is made of it; scratch goes by shards also where there will be none.
-        cut: how it is dealt to shards.
-        order: sample of each place in the pack.
-        shard_begin: place where each shard begins, and the number of places.
-        shard_of_sample: shard of each sample.
-    """
-
-    origin: Origin
-    form: Form
-    cut: Sharding
-
-    @classmethod
-    def make(cls, origin: Origin, form: Form, options: RunOptions) -> PackPlan:
-        record = origin.record
-        if "file_bytes" in record:
-            cut = Sharding.of(record["file_bytes"], origin.settings, options)
-        else:
-            cut = Sharding.of(record["bytes"], origin.settings, options, len(origin.index))
-        return cls(origin, form, cut._replace(tables=origin.tables))
-
-    @property
-    def num_shards(self) -> int:
-        return self.cut.num_shards
-
-    @property
-    def shards_per_bucket(self) -> int:
-        return self.cut.shards_per_bucket
-
-    @property
-    def tables(self) -> bytes | None:
-        return self.cut.tables
-
-    @property
-    def index(self) -> Index:
-        return self.origin.index
-
-    @property
-    def settings(self) -> Settings:
-        return self.origin.settings
-
-    @property
-    def source_bytes(self) -> int:
-        """What is read of the source."""
-        return known_bytes(self.origin.lengths)
-
-    @functools.cached_property
-    def forecast(self) -> Forecast | None:
-        """What smaller copies will come to, from some images; None where none are made."""
-        if self.settings.shrink is None:
-            return None
-        num_sampled = min(NUM_SAMPLED, len(self.index))
-        evenly = (place * len(self.index) // num_sampled for place in range(num_sampled))
-        images = self.origin.some_images[:NUM_SAMPLED] or map(self.origin.read, evenly)
-        return forecast_smaller(images, self.settings, self.tables)
-
-    @property
-    def image_bytes(self) -> int:
-        """What the images will take in the pack, about, and not less."""
-        return expected_pack_bytes(self.source_bytes, self.forecast)
-
-    @functools.cached_property
-    def _hashes(self) -> npt.NDArray[np.uint64]:
-        return place_hashes(self.index.name, self.settings.seed)
-
-    @functools.cached_property
-    def order(self) -> npt.NDArray[np.int64]:
-        if self.form.in_source_order:
-            return np.arange(len(self.index))
-        return np.argsort(self._hashes, kind="stable")
-
-    @functools.cached_property
-    def shard_begin(self) -> npt.NDArray[np.int64]:
-        if "file_bytes" in self.origin.record and not self.form.in_source_order:
-            # A sample's name says which shard it goes to, so it can be dealt before all are known.
-            shards = shard_of_hash(self._hashes[self.order], self.num_shards)
-            return np.searchsorted(shards, np.arange(self.num_shards + 1))
-        # Shards of equal numbers of samples, not of bytes: so a place depends on names alone.
-        return np.arange(self.num_shards + 1, dtype=np.int64) * len(self.index) // self.num_shards
-
-    @functools.cached_property
-    def shard_of_sample(self) -> npt.NDArray[np.int64]:
-        shard = np.empty(len(self.index), np.int64)
-        shard[self.order] = np.repeat(np.arange(self.num_shards), np.diff(self.shard_begin))
-        return shard
-
-    def shards_of_bucket(self, bucket: int) -> range:
-        first = bucket * self.shards_per_bucket
-        return range(first, min(first + self.shards_per_bucket, self.num_shards))
-
-    def expected_bytes(self, image_bytes: int) -> dict[int, int]:
-        """Return what each bucket will hold, at most, where all images take `image_bytes`."""
-        ratio = image_bytes * (1 + SPACE_MARGIN) / max(self.source_bytes, 1)
-        buckets = self.shard_of_sample // self.shards_per_bucket
-        sizes = np.maximum(self.origin.lengths, 0)
-        source_bytes = np.bincount(buckets, sizes, self.cut.num_buckets)
-        return dict(enumerate((source_bytes * ratio).astype(np.int64).tolist()))
-
-    def describe(self) -> dict[str, Any]:
-        """Return what a continued packing must agree on."""
-        settings = {**self.origin.settings_record, **self.form.describe()}
-        return described(settings, self.origin.path, self.origin.id)
-
-
-def described(settings: dict[str, Any], path: str, source_id: str | None) -> dict[str, Any]:
-    """Return what a continued packing must agree on; an id of None: not known yet."""
-    source = os.path.abspath(path)
-    return {**settings, "version": __version__, "source": source, "source_id": source_id}
-
-
-def place_hashes(names: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:
-    """Return the number that each sample is sorted by; ties keep the source's order."""
-    keyed = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"))
-
-    def digest(name: str) -> bytes:
-        state = keyed.copy()
-        state.update(os.fsencode(name))
-        return state.digest()
-
-    return np.frombuffer(b"".join(map(digest, names)), "<u8").astype(np.uint64)
-
-
-def shard_of_hash(hashes: npt.NDArray[np.uint64], num_shards: int) -> npt.NDArray[np.int64]:
-    """Return floor(hash * num_shards / 2**64), in halves so that nothing overflows."""
-    low = (hashes & np.uint64(2**32 - 1)) * np.uint64(num_shards)
-    high = (hashes >> np.uint64(32)) * np.uint64(num_shards)
-    return ((high + (low >> np.uint64(32))) >> np.uint64(32)).astype(np.int64)
+# ---- smaller copies ------------------------------------------------------------------------------
 
 
 def forecast_smaller(
     images: Iterable[bytes | Refused], settings: Settings, tables: bytes | None
 ) -> Forecast | None:
-    """Say from some images what smaller copies will come to; None where there is nothing to go by.
+    """Estimate from some images the size and speed of smaller copies; None: no image to measure.
 
-    Made before the tables of the pack are chosen, which add about 3 %.
+    This comes before the tables of the pack are chosen, which add about 3 %.
     """
     if settings.shrink is None:
         return None
@@ -500,22 +471,8 @@ def forecast_smaller(
 
 
 def expected_pack_bytes(source_bytes: int, forecast: Forecast | None) -> int:
+    """Return an upper estimate of what the images will take in the pack."""
     if forecast is None:
         return source_bytes
     ratio = forecast.small_bytes / forecast.source_bytes
     return int(source_bytes * ratio * (1 + _FORECAST_MARGIN))
-
-
-MAX_REPORTED = 20
-
-
-_MAX_UNREADABLE = 20
-"""With every on_error: so many files that the system refuses to read are a dying disk."""
-
-
-def listed(failures: Sequence[Failure]) -> str:
-    by_name = sorted(failures, key=lambda failure: failure.name)
-    lines = [f"  {failure.name}: {failure.reason}" for failure in by_name[:MAX_REPORTED]]
-    if len(by_name) > MAX_REPORTED:
-        lines.append(f"  and {len(by_name) - MAX_REPORTED} more")
-    return "\n".join(lines)

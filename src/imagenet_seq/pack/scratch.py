@@ -1,4 +1,4 @@
-"""Files that packing writes: scratch for dealt samples, their journal, and shards."""
+"""Scratch files that samples are dealt to, and the journal of what was dealt."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from imagenet_seq.sources.formats.pack import Encoded
 
 _READ_BYTES = 8 << 20
 
-
 _MAX_BUFFER_BYTES = 16 << 20
-"""A longer append saves a hard disk little more, and a kill loses what was not yet written."""
-
+"""Longer appends would save a hard disk little, and a kill loses what is buffered."""
 
 DEALT = np.dtype(
     [
@@ -39,28 +37,27 @@ DEALT = np.dtype(
         ("source_mtime_ns", "<i8"),
     ]
 )
-"""One dealt sample: where it lies in the scratch file of its bucket, and what it is.
+"""One dealt sample: its place in the scratch file of its bucket, and what the index will need.
 
-`source_length` and `source_mtime_ns` tell a source file that was replaced meanwhile: it is dealt
-again."""
+`source_length` and `source_mtime_ns` tell whether the source file was replaced since; then it is
+dealt again."""
 
 
 class Buckets:
     """Scratch files that samples are appended to through large buffers.
 
-    The fullest buffers are written first: appends are then twice as long as with a fixed share of
-    the memory for each, half of which would be empty.
+    The fullest buffers are written first. Appends are then twice as long as with a fixed share of
+    the memory for each buffer, half of which would be empty.
 
     Args:
         folder: where the files lie.
         prefix: of the files' names.
         memory_bytes: bound on all buffers together.
-        expected_bytes: what each bucket will hold, at most, as far as is known; that much is
-            reserved on the disk.
+        expected_bytes: estimated maximum of each bucket; that much is reserved on the disk.
         on_flush: called with the rows of buffers after these have been written.
-        waits: whether to go on only when what was written is on the disk. A disk with one head is
-            otherwise sent from the write to the source and back for every MB: a kernel lets waiting
-            reads pass, of which there is never more than one.
+        waits: whether a flush ends only when its bytes are on the disk. Set it where the source
+            lies on the same hard disk: the kernel gives reads priority over writes, and the head
+            would move between both for every MB.
         log: of requests.
     """
 
@@ -88,11 +85,11 @@ class Buckets:
         self._reserved: set[int] = set()
 
     def path(self, bucket: int) -> str:
-        """Return the file of a bucket; it appears with the first flush."""
+        """Return the file of a bucket; the first flush makes it."""
         return os.path.join(self._folder, f"{self._prefix}-{bucket:06d}")
 
     def set_end(self, bucket: int, end: int) -> None:
-        """Continue a bucket that has `end` good bytes; what follows them is cut off."""
+        """Continue a bucket whose first `end` bytes are good; truncate the rest."""
         if os.path.exists(self.path(bucket)):
             os.truncate(self.path(bucket), end)
         self._ends[bucket] = end
@@ -113,11 +110,10 @@ class Buckets:
             self._flush(self._fullest())
 
     def _fullest(self) -> list[int]:
-        """Return the buckets to write when memory is full.
+        """Return the buckets to write when memory is full: as many as cost the fewest seeks.
 
-        So many at a time that a disk's head moves least: with B buckets, k at a time, the journal
-        and the way back to the source, it moves k + 2 times for a kth part of 2 / (B + k) of the
-        memory. (k + 2)(B + k) / k is least at k = sqrt(2 B).
+        Writing k of B buckets takes k + 2 seeks (with the journal and the way back to the source)
+        and writes k times 2 / (B + k) of the memory. (k + 2)(B + k) / k is least at k = sqrt(2 B).
         """
         fullest = sorted(self._buffers, key=lambda bucket: -len(self._buffers[bucket]))
         return fullest[: math.isqrt(2 * len(self._expected_bytes))]
@@ -130,17 +126,17 @@ class Buckets:
         rows: list[tuple[int, ...]] = []
         try:
             for bucket in sorted(buckets):
-                # An interrupt may have come between the two steps of `append`: then the buffer's
-                # end has no row, and nobody will read it.
+                # After an interrupt inside `append`, the end of a buffer has no row; it is never
+                # read.
                 buffer, mine = self._buffers.pop(bucket), self._pending.pop(bucket, [])
                 self._buffered_bytes -= len(buffer)
                 self._write(bucket, buffer)
                 rows += mine
             if self._waits:
-                # When all are under way: the file system then commits its journal once for all.
+                # After all writes have begun, so that the file system commits its journal once.
                 for bucket in buckets:
                     sync(self.path(bucket))
-        finally:  # a bucket that could not be written must not cost those that were
+        finally:  # where a bucket can't be written, those before it still count
             if rows:
                 self._on_flush(np.array(rows, DEALT))
 
@@ -155,7 +151,7 @@ class Buckets:
         self._ends[bucket] = end + len(content)
 
     def load(self, bucket: int) -> memoryview:
-        """Read a bucket's file whole, in one sequential run."""
+        """Read a bucket's whole file at once."""
         try:
             with open(self.path(bucket), "rb", buffering=0) as file:
                 content = memoryview(file.readall())
@@ -165,9 +161,9 @@ class Buckets:
         return content
 
     def read(self, bucket: int, rows: npt.NDArray[np.void]) -> Iterator[tuple[Any, memoryview]]:
-        """Yield rows, which must ascend by offset, with their data: one run over the file."""
+        """Yield rows with their data in one pass over the file; rows must ascend by offset."""
         if not len(rows):
-            return  # nothing was ever written there
+            return  # there is no file
         begin, end = rows["offset"], rows["offset"] + rows["length"]
         first = 0
         with open(self.path(bucket), "rb", buffering=0) as file:
@@ -191,11 +187,11 @@ class Buckets:
 
 
 class Journal:
-    """What has been dealt, appended after buffers were written to their buckets.
+    """List of the dealt samples, appended to after each flush of buckets.
 
-    A batch of rows is preceded by its number of rows and its CRC-32C: what a kill tore is
-    recognised and cut off. Buckets are not synced: after a power failure the images' own CRC tells
-    what is missing, and that is read from the source again.
+    Rows come in batches, each with its length and CRC-32C, so that a batch torn by a kill is
+    recognised and dropped. Buckets need not be synced: after a power failure the images' own CRCs
+    tell what is missing, and that is read from the source again.
     """
 
     _HEADER = struct.Struct("<4sII")
@@ -207,7 +203,7 @@ class Journal:
         self._batches: list[npt.NDArray[np.void]] = []
 
     def recover(self) -> None:
-        """Read the batches that are whole; `rewrite` must follow before anything is added."""
+        """Read the whole batches of an earlier run; `rewrite` must follow before `add`."""
         try:
             with open(self._path, "rb") as file:
                 self._batches = list(self._read(file))
@@ -215,13 +211,13 @@ class Journal:
             return
 
     def rewrite(self, rows: npt.NDArray[np.void]) -> None:
-        """Replace the journal by one that holds `rows`, whole or not at all."""
+        """Replace the journal atomically by one that holds `rows`."""
         self._batches = [rows] if len(rows) else []
         content = b"".join(map(self._encode, self._batches))
         write_whole(self._path, content)
 
     def add(self, rows: npt.NDArray[np.void]) -> None:
-        """Append rows whose data is in its bucket."""
+        """Append rows whose data was written to its bucket."""
         content = self._encode(rows)
         with open(self._path, "ab") as file:
             self._log.note("write", self._path, file.tell(), len(content))

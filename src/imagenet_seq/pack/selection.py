@@ -19,17 +19,17 @@ from imagenet_seq.index.source import Source
 
 @dataclass(frozen=True)
 class Selection:
-    """Which samples of a source are packed; those of all classes without arguments.
+    """Which samples of a source are packed; without arguments, all.
 
-    Labels are numbered anew, in the order that the chosen classes have in the source: for wnids, as
-    an ImageFolder of the chosen class folders would number them.
+    The chosen classes get the labels 0, 1, ... in the order that they have in the source: for
+    wnids, as in an ImageFolder of the chosen class folders.
 
     Attributes:
-        include: patterns of class names, as in a shell; empty: all.
-        exclude: patterns of class names that are left out of these.
-        classes: class names; words behind a name are ignored. None: all.
-        limit: samples of a class, at most. Which ones is decided by a hash of their names, so that
-            a larger limit only adds to them, and the seed of the order does not matter.
+        include: patterns of class names, as in a shell; empty: all classes.
+        exclude: patterns of class names to leave out.
+        classes: class names; words behind a name are ignored. None: all classes.
+        limit: maximum number of samples of each class. A hash of their names chooses them, so a
+            larger limit only adds samples, and the seed of the order does not matter.
     """
 
     include: tuple[str, ...] = ()
@@ -44,16 +44,16 @@ class Selection:
             raise ValueError("classes: expected names of classes, got none")
 
     def describe(self) -> dict[str, Any]:
-        """Return the selection as pack.json records it: what was chosen, nothing for all."""
+        """Return the selection as pack.json records it: only the arguments that were given."""
         chosen = {name: value for name, value in asdict(self).items() if value}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items()}
 
     @classmethod
     def recorded(cls, settings: Mapping[str, Any]) -> Selection:
-        """Return the selection that settings in pack.json name.
+        """Return the selection that the settings in pack.json describe.
 
         Raises:
-            ValueError: where they name none.
+            ValueError: where they describe none.
         """
         chosen = {
             field.name: settings[field.name] for field in fields(cls) if field.name in settings
@@ -90,7 +90,7 @@ class Selection:
         return dataclasses.replace(source, index=taken)
 
     def _chosen(self, index: Index) -> list[int]:
-        """Return the places of the chosen classes in the source's."""
+        """Return the labels that the chosen classes have in the source."""
         listed = {_name_in(line, index) for line in self.classes or ()}
         matched = [_matching(pattern, index) for pattern in self.include]
         included = set().union(*matched) if matched else set(index.classes)
@@ -106,7 +106,7 @@ class Selection:
 
 
 def _name_in(line: str, index: Index) -> str:
-    """Return the class that a line names, as a whole or by its first word."""
+    """Return the class that a whole line names, or its first word."""
     for name in (line, line.split()[0]):
         if name in index.class_to_idx:
             return name
@@ -130,7 +130,7 @@ def _limited(
 ) -> npt.NDArray[np.int64]:
     """Return up to `limit` samples of each class: those whose names have the smallest hashes.
 
-    Not the hashes that the order goes by: the chosen ones would all come first in it.
+    These are not the hashes of the order, in which the chosen samples would all come first.
     """
     digests = (
         hashlib.blake2b(os.fsencode(names[sample]), digest_size=8, person=b"limit").digest()
@@ -144,7 +144,7 @@ def _limited(
 
 
 def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Read a file with a class in each line; # begins a comment.
+    """Read a file with one class per line; # begins a comment.
 
     Raises:
         OSError: where it can't be read.

@@ -1,4 +1,4 @@
-"""The two passes of packing: deal samples to scratch files, then finish each shard."""
+"""The two passes over the data: deal samples to scratch files, then finish each shard."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.pack.claim import JOURNAL_FILE, PACK_FOLDER, delete_scrap
 from imagenet_seq.pack.encode import Refused, keep_damaged
 from imagenet_seq.pack.files import ShardFile, sync, write_whole
-from imagenet_seq.pack.plan import (
+from imagenet_seq.pack.plan import PackPlan, map_ahead
+from imagenet_seq.pack.scratch import DEALT, Buckets, Journal
+from imagenet_seq.pack.task import (
     MAX_REPORTED,
     Failure,
     OnImageError,
-    PackPlan,
     RunOptions,
-    listed,
-    map_ahead,
+    list_failures,
     refuse_dying_disk,
 )
-from imagenet_seq.pack.scratch import DEALT, Buckets, Journal
 from imagenet_seq.read.disk import choose_disk
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.pack import Encoded, encoded_from
 
 
@@ -44,16 +43,16 @@ class Summary:
     """What a finished pack holds.
 
     Attributes:
-        folder: the pack; or the LMDB file.
+        folder: path of the pack or LMDB file.
         num_samples: samples in it.
         source_bytes: bytes of the source's images.
-        pack_bytes: bytes of the shards, or of the LMDB file.
-        num_canonical: samples re-coded into canonical form.
+        pack_bytes: bytes of the shards or of the LMDB file.
+        num_canonical: samples in canonical form.
         num_shrunk: those of them that are smaller copies; the others keep their pixels.
-        num_as_is: samples whose own bytes are stored.
+        num_as_is: samples stored with their own bytes.
         failures: samples left out, or kept although damaged.
-        notes: what the source says of itself: samples that could not be indexed, for example.
-        was_complete: the pack was there already, and nothing was done.
+        notes: what the user should know about the source, such as samples that can't be indexed.
+        was_complete: whether it existed already, and nothing was done.
     """
 
     folder: str
@@ -69,11 +68,11 @@ class Summary:
 
 
 def summary_of(folder: str) -> Summary:
-    """Return what the finished pack in `folder` says about itself."""
-    about = layout.read_pack(folder).about
+    """Return the summary of the finished pack in `folder`."""
+    about = pack_format.read_pack(folder).about
     failures = []
     if about["counts"]["failures"]:
-        failures = [Failure(**failure) for failure in layout.read_failures(folder)]
+        failures = [Failure(**failure) for failure in pack_format.read_failures(folder)]
     return Summary(
         folder,
         about["num_samples"],
@@ -87,7 +86,7 @@ def summary_of(folder: str) -> Summary:
 
 
 def fits_policy(on_error: OnImageError | None, kept: Sequence[bool]) -> bool:
-    """Tell whether failures, each kept or left out, are what a run with `on_error` gives."""
+    """Tell whether a run with `on_error` keeps, or leaves out, failures as `kept` says."""
     if on_error is None:
         return True
     if on_error == "fail":
@@ -98,15 +97,13 @@ def fits_policy(on_error: OnImageError | None, kept: Sequence[bool]) -> bool:
 # ---- the two passes ------------------------------------------------------------------------------
 
 RUN_SAMPLES, RUN_BYTES = 16, 4 << 20
-"""A worker gets this many samples at once: enough to hide what handing over costs."""
-
+"""Samples that a worker gets at once, so that handing them over costs little."""
 
 RUNS_AHEAD = 32
-"""So many more runs, 60 MB, give the workers something to do while a disk is busy writing."""
-
+"""Additional runs, 60 MB, that keep workers busy while the disk writes."""
 
 _MAX_FAILURES = 1000
-"""With on_error="fail": more than this is a broken disk or a wrong folder, not a few bad files."""
+"""With on_error="fail": this many mean a broken disk or a wrong folder, not a few bad files."""
 
 
 def on_same_hdd(source: str, destination: str) -> bool:
@@ -116,7 +113,7 @@ def on_same_hdd(source: str, destination: str) -> bool:
 
 
 class _ShardRows(NamedTuple):
-    """What is written beside a finished shard: its rows, and what it was made of."""
+    """What is written beside a finished shard: its rows, samples, failures and source files."""
 
     about: dict[str, Any]
     failures: list[dict[str, Any]]
@@ -131,7 +128,7 @@ def take_over(
     num_buckets: int,
     is_good: Callable[[npt.NDArray[np.void]], npt.NDArray[np.bool_]],
 ) -> None:
-    """Take over those dealt samples that are good and whole, and cut off what a kill tore."""
+    """Keep the dealt samples of an earlier run that are good and whole; truncate the rest."""
     journal.recover()
     rows = journal.rows()
     rows = rows[(rows["bucket"] >= 0) & (rows["bucket"] < num_buckets)]
@@ -141,7 +138,7 @@ def take_over(
             file_size[bucket] = os.stat(buckets.path(bucket)).st_size
     rows = rows[rows["offset"] + rows["length"] <= file_size[rows["bucket"]]]
     rows = rows[is_good(rows)]
-    # Where a sample was dealt twice, the later one counts.
+    # Of a sample that was dealt twice, the last one counts.
     _, last = np.unique(rows["sample"][::-1], return_index=True)
     rows = rows[len(rows) - 1 - last]
     journal.rewrite(rows)
@@ -151,18 +148,22 @@ def take_over(
         buckets.set_end(bucket, end)
 
 
-# ---- the workshop --------------------------------------------------------------------------------
-
-
 class Packer:
-    """Deals samples to scratch files, then makes shards of them, in a claimed folder."""
+    """Deals samples to scratch files, then makes a pack of them, in a claimed folder.
+
+    Args:
+        partial: the folder.
+        plan: which sample goes where.
+        image_bytes: estimate of what the images will take.
+        options: of the run.
+    """
 
     def __init__(self, partial: str, plan: PackPlan, image_bytes: int, options: RunOptions) -> None:
         self._partial = partial
         self._pack_folder = os.path.join(partial, PACK_FOLDER)
         self._plan = plan
         self._options = options
-        known = plan.origin.known_failures
+        known = plan.inputs.known_failures
         self._failures = {sample: Failure(**failure) for sample, failure in known.items()}
         self._unreadable: list[Failure] = []
         self._journal = Journal(os.path.join(partial, JOURNAL_FILE), options.log)
@@ -177,18 +178,18 @@ class Packer:
             log=options.log,
         )
         self._finished = self._keep_finished()
-        self._recover()
+        take_over(self._journal, self._buckets, plan.sharding.num_buckets, self._is_good)
 
     def _keep_finished(self) -> set[int]:
-        """Return the shards that are as this run would write them; delete all others.
+        """Return the shards that are as this run would write them.
 
-        Their samples are dealt again.
+        All others are deleted, and their samples are dealt again.
         """
         finished = {shard for shard in range(self._plan.num_shards) if self._is_finished(shard)}
         for shard in set(range(self._plan.num_shards)) - finished:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._shard_path(shard))
-        # Otherwise a power failure could bring an old shard back beside its new rows.
+        # Otherwise a power failure could restore an old shard beside its new rows.
         sync(self._pack_folder)
         return finished
 
@@ -207,42 +208,38 @@ class Packer:
             and fits_policy(self._options.on_error, kept)
         )
 
-    def _recover(self) -> None:
-        """Take over what earlier runs have dealt, without what a kill tore."""
-        take_over(self._journal, self._buckets, self._plan.cut.num_buckets, self._is_good)
-
     def _is_good(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
         plan = self._plan
         good = (rows["sample"] >= 0) & (rows["sample"] < len(plan.index))
         sample = np.where(good, rows["sample"], 0)
-        expected = plan.shard_of_sample[sample] // plan.shards_per_bucket
+        expected = plan.shard_of_sample[sample] // plan.sharding.shards_per_bucket
         good &= rows["bucket"] == expected
-        good &= rows["source_length"] == plan.origin.stamps.sizes[sample]
-        good &= rows["source_mtime_ns"] == plan.origin.stamps.mtimes_ns[sample]
+        good &= rows["source_length"] == plan.inputs.stamps.sizes[sample]
+        good &= rows["source_mtime_ns"] == plan.inputs.stamps.mtimes_ns[sample]
         if self._options.on_error in ("fail", "skip"):
-            good &= (rows["flags"] & layout.FLAG_DAMAGED) == 0
+            good &= (rows["flags"] & pack_format.FLAG_DAMAGED) == 0
         return np.asarray(good)
 
     # ---- deal
 
     def deal(self) -> None:
-        """Read, re-code and deal all samples that are missing.
+        """Read, encode and deal all samples that are missing.
 
         Raises:
-            PackError: where samples fail and on_error asks to stop.
+            PackError: where samples fail and `on_error` says to stop.
         """
         missing = np.ones(len(self._plan.index), np.bool_)
         missing[self._journal.rows()["sample"]] = False
         for shard in self._finished:
             missing[self._samples_of(shard)] = False
-        known = self._plan.origin.known_failures
+        known = self._plan.inputs.known_failures
         missing[[sample for sample, failure in known.items() if not failure["kept"]]] = False
         samples = np.flatnonzero(missing)
         self._options.log.begin_pass("deal")
         done = len(missing) - len(samples)
         with (
             ThreadPoolExecutor(self._options.num_workers) as threads,
-            self._options.bar("read and re-code", len(missing), done) as bar,
+            self._options.bar("read and encode", len(missing), done) as bar,
         ):
             try:
                 runs = self._read_runs(samples)  # in this thread, in this order
@@ -258,9 +255,10 @@ class Packer:
     def _read_runs(
         self, samples: npt.NDArray[np.int64]
     ) -> Iterator[list[tuple[int, bytes | Refused]]]:
+        """Yield samples in disk order, in runs that are worth handing to a thread."""
         run: list[tuple[int, bytes | Refused]] = []
         run_bytes = 0
-        for sample, data in self._plan.origin.read_all(samples):
+        for sample, data in self._plan.inputs.read_all(samples):
             run.append((sample, data))
             run_bytes += 0 if isinstance(data, Refused) else len(data)
             if len(run) >= RUN_SAMPLES or run_bytes >= RUN_BYTES:
@@ -280,19 +278,21 @@ class Packer:
         ]
 
     def _encode(self, sample: int, data: bytes) -> Encoded | Refused:
-        return self._plan.origin.encode(sample, data, self._plan.tables)
+        return self._plan.inputs.encode(sample, data, self._plan.tables)
 
     def _deal_one(self, sample: int, encoded: Encoded | Refused) -> None:
         if isinstance(encoded, Refused):
             encoded = self._fail(sample, encoded)
         if isinstance(encoded, Encoded):
-            bucket = int(self._plan.shard_of_sample[sample]) // self._plan.shards_per_bucket
-            stamps = self._plan.origin.stamps
+            bucket = (
+                int(self._plan.shard_of_sample[sample]) // self._plan.sharding.shards_per_bucket
+            )
+            stamps = self._plan.inputs.stamps
             stamp = (int(stamps.sizes[sample]), int(stamps.mtimes_ns[sample]))
             self._buckets.append(bucket, sample, encoded, *stamp)
 
     def _fail(self, sample: int, refused: Refused) -> Encoded | Refused:
-        """Note a failure; return what is to be stored under on_error="keep"."""
+        """Record a failure; return what is stored of the sample under on_error="keep"."""
         kept = keep_damaged(refused) if self._options.on_error == "keep" else refused
         name = self._plan.index.name[sample]
         failure = Failure(name, refused.reason, isinstance(kept, Encoded))
@@ -308,7 +308,7 @@ class Packer:
         return kept
 
     def _stop_on_failures(self) -> None:
-        known = self._plan.origin.known_failures
+        known = self._plan.inputs.known_failures
         stopping = [f for s, f in self._failures.items() if not f.kept and s not in known]
         on_error = self._options.on_error
         if not stopping or on_error == "skip":
@@ -323,46 +323,46 @@ class Packer:
             )
         raise PackError(
             f"{len(stopping)} of {len(self._plan.index)} images cannot be packed:\n"
-            + listed(stopping)
+            + list_failures(stopping)
             + f"\n{how}; then run the command again: it continues from {self._partial}"
         )
 
     # ---- finish
 
     def finish(self, destination: str) -> Summary:
-        """Make the pack of what was dealt."""
+        """Make the pack from the dealt samples."""
         self._finish_shards()
         self._finish_pack(destination)
         return summary_of(destination)
 
     def _finish_shards(self) -> None:
-        """Make every shard that is not there yet, each from one sequential read of its scratch."""
+        """Make every missing shard from one sequential read of its scratch file."""
         plan = self._plan
         rows = self._journal.rows()
         self._options.log.begin_pass("finish")
         done = sum(len(self._samples_of(shard)) for shard in self._finished)
         with self._options.bar("write shards", len(plan.index), done) as bar:
-            for bucket in range(plan.cut.num_buckets):
+            for bucket in range(plan.sharding.num_buckets):
                 shards = [s for s in plan.shards_of_bucket(bucket) if s not in self._finished]
                 if not shards:
                     continue
                 mine = rows[rows["bucket"] == bucket]
-                if plan.shards_per_bucket == 1:
+                if plan.sharding.shards_per_bucket == 1:
                     self._finish_shard(shards[0], self._buckets.load(bucket), mine, bar)
                 else:
                     self._finish_group(bucket, shards, mine, bar)
-                self._forget(bucket)
+                self._discard(bucket)
 
-    def _forget(self, bucket: int) -> None:
-        """Delete scratch that is not needed any more."""
+    def _discard(self, bucket: int) -> None:
+        """Delete a scratch file that is not needed any more."""
         self._buckets.remove(bucket)
 
     def _finish_group(
         self, bucket: int, shards: list[int], rows: npt.NDArray[np.void], bar: Any
     ) -> None:
-        """Deal the scratch of several shards once more, to a file for each; then finish them.
+        """Deal the scratch file of several shards once more, to one file each; then finish them.
 
-        Nothing of this is journalled: a killed run begins again with the group's scratch.
+        This has no journal: after a kill it begins again with the shared scratch file.
         """
         again: list[npt.NDArray[np.void]] = []
         rows = rows[np.isin(self._plan.shard_of_sample[rows["sample"]], shards)]
@@ -392,7 +392,7 @@ class Packer:
         """Write one shard, and beside it the rows that the index will need."""
         dealt = {int(row["sample"]): row for row in rows}
         path = self._shard_path(shard)
-        expected_bytes = layout.shard_bytes(rows["length"])
+        expected_bytes = pack_format.shard_bytes(rows["length"])
         table: list[tuple[Any, ...]] = []
         samples: list[int] = []
         with ShardFile(path + ".tmp", expected_bytes, self._options.log) as file:
@@ -402,9 +402,9 @@ class Packer:
                     table.append(self._write_sample(file, shard, sample, encoded))
                     samples.append(sample)
                 advance(bar, 1, 0 if encoded is None else len(encoded.data))
-            file.write(layout.END_OF_SHARD)
+            file.write(pack_format.END_OF_SHARD)
         about = {
-            "file": layout.shard_file(shard),
+            "file": pack_format.shard_file(shard),
             "bytes": file.size,
             "crc32c": f"{file.crc32c:08x}",
             "num_samples": len(table),
@@ -413,7 +413,7 @@ class Packer:
             asdict(self._failures[s]) for s in self._samples_of(shard) if s in self._failures
         ]
         content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
-        content += np.array(table, layout.ROW).tobytes() + np.array(samples, "<i8").tobytes()
+        content += np.array(table, pack_format.ROW).tobytes() + np.array(samples, "<i8").tobytes()
         content += self._source_files(shard).tobytes()
         write_whole(self._rows_path(shard), content, self._options.log)
         sync(self._partial)  # a power failure must not leave a shard without its rows
@@ -423,32 +423,34 @@ class Packer:
         self, file: ShardFile, shard: int, sample: int, encoded: Encoded
     ) -> tuple[Any, ...]:
         name, label = self._plan.index.name[sample], int(self._label[sample])
-        canonical = bool(encoded.flags & layout.FLAG_CANONICAL)
-        file.write(layout.member_header(self._members.image(name, canonical), len(encoded.data)))
+        canonical = bool(encoded.flags & pack_format.FLAG_CANONICAL)
+        file.write(
+            pack_format.member_header(self._members.image(name, canonical), len(encoded.data))
+        )
         offset = file.size
         file.write(encoded.data)
-        file.write(layout.padding(len(encoded.data)))
-        content = layout.label_content(label)
-        file.write(layout.member_header(self._members.label(name), len(content)))
+        file.write(pack_format.padding(len(encoded.data)))
+        content = pack_format.label_content(label)
+        file.write(pack_format.member_header(self._members.label(name), len(content)))
         file.write(content)
-        file.write(layout.padding(len(content)))
+        file.write(pack_format.padding(len(content)))
         data, width, height, crc, flags = encoded
         return (offset, len(data), shard, label, width, height, crc, flags, (0, 0, 0))
 
     def _take_dealt(self, scratch: memoryview, row: Any, sample: int) -> Encoded | None:
-        """Return a sample from the scratch, or from the source where the scratch is not sound.
+        """Return a sample from its scratch file, or from the source where that is damaged.
 
         None: the sample is to be left out.
         """
         if row is not None:
             data = scratch[int(row["offset"]) : int(row["offset"]) + int(row["length"])]
             if len(data) == row["length"] and native.crc32c(data) == row["crc32c"]:
-                if row["flags"] & layout.FLAG_DAMAGED and sample not in self._failures:
-                    self._encode_again(sample, bytes(data))  # an earlier run knew what is wrong
+                if row["flags"] & pack_format.FLAG_DAMAGED and sample not in self._failures:
+                    self._encode_again(sample, bytes(data))  # an earlier run knew the reason
                 return encoded_from(data, row)
         if sample in self._failures and not self._failures[sample].kept:
             return None
-        encoded = self._encode_again(sample, self._plan.origin.read(sample))
+        encoded = self._encode_again(sample, self._plan.inputs.read(sample))
         self._stop_on_failures()
         return encoded
 
@@ -459,8 +461,8 @@ class Packer:
         return encoded if isinstance(encoded, Encoded) else None
 
     @functools.cached_property
-    def _members(self) -> layout.MemberNames:
-        return layout.MemberNames(self._plan.index.name)
+    def _members(self) -> pack_format.MemberNames:
+        return pack_format.MemberNames(self._plan.index.name)
 
     @functools.cached_property
     def _label(self) -> npt.NDArray[np.int32]:
@@ -474,11 +476,11 @@ class Packer:
         return os.path.join(self._partial, f"rows-{shard:06d}")
 
     def _shard_path(self, shard: int) -> str:
-        return os.path.join(self._pack_folder, layout.shard_file(shard))
+        return os.path.join(self._pack_folder, pack_format.shard_file(shard))
 
     def _source_files(self, shard: int) -> npt.NDArray[np.int64]:
-        """Return sizes and times, before reading, of the files that the shard is made of."""
-        samples, stamps = self._samples_of(shard), self._plan.origin.stamps
+        """Return the shard's source files: their sizes and times, taken before reading."""
+        samples, stamps = self._samples_of(shard), self._plan.inputs.stamps
         return np.stack([stamps.sizes[samples], stamps.mtimes_ns[samples]]).astype("<i8")
 
     def _read_rows(self, shard: int) -> _ShardRows | None:
@@ -488,11 +490,11 @@ class Packer:
                 header = json.loads(file.readline())
                 content = file.read()
             num_rows = header["about"]["num_samples"]
-            split = np.cumsum([num_rows * layout.ROW.itemsize, num_rows * 8])
+            split = np.cumsum([num_rows * pack_format.ROW.itemsize, num_rows * 8])
             return _ShardRows(
                 header["about"],
                 header["failures"],
-                np.frombuffer(content[: split[0]], layout.ROW),
+                np.frombuffer(content[: split[0]], pack_format.ROW),
                 np.frombuffer(content[split[0] : split[1]], "<i8"),
                 np.frombuffer(content[split[1] :], "<i8").reshape(2, -1),
             )
@@ -500,7 +502,7 @@ class Packer:
             return None
 
     def _finish_pack(self, destination: str) -> None:
-        """Write the tables, then give the pack its name: the moment it comes to exist."""
+        """Write the tables, then give the pack its name, which is when it comes to exist."""
         abouts: list[dict[str, Any]] = []
         failures: list[dict[str, Any]] = []
         tables, samples = [], []
@@ -517,22 +519,22 @@ class Packer:
             raise PackError(f"{self._plan.index.root}: no image is left to pack")
         names = self._plan.index.name.take(np.concatenate(samples))
         files = {
-            layout.INDEX_FILE: _npy(rows),
-            layout.NAMES_FILE: _npy(names.blob),
-            layout.NAMES_BEGIN_FILE: _npy(names.begin.astype("<i8")),
+            pack_format.INDEX_FILE: _npy(rows),
+            pack_format.NAMES_FILE: _npy(names.blob),
+            pack_format.NAMES_BEGIN_FILE: _npy(names.begin.astype("<i8")),
         }
         if failures:
             text = json.dumps(sorted(failures, key=lambda f: str(f["name"])), indent=1)
-            files[layout.FAILURES_FILE] = text.encode()
+            files[pack_format.FAILURES_FILE] = text.encode()
         else:
-            # A run that was killed here may have had failures that are repaired now.
+            # A run that was killed here may have had failures that have been repaired since.
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._pack_folder, layout.FAILURES_FILE))
+                os.unlink(os.path.join(self._pack_folder, pack_format.FAILURES_FILE))
         for file_name, content in files.items():
             write_whole(os.path.join(self._pack_folder, file_name), content)
         about = self._about(rows, names, abouts, failures, files)
         text = json.dumps(about, indent=1, ensure_ascii=True)
-        write_whole(os.path.join(self._pack_folder, layout.PACK_FILE), text.encode())
+        write_whole(os.path.join(self._pack_folder, pack_format.PACK_FILE), text.encode())
         sync(self._pack_folder)
         os.rename(self._pack_folder, destination)
         sync(os.path.dirname(destination))
@@ -547,21 +549,22 @@ class Packer:
         files: dict[str, bytes],
     ) -> dict[str, Any]:
         plan = self._plan
-        index = layout.make_index("", rows, names, plan.index.classes, len(shards))
+        index = pack_format.make_index("", rows, names, plan.index.classes, len(shards))
         return {
-            "format": layout.FORMAT,
-            "format_version": layout.FORMAT_VERSION,
+            "format": pack_format.FORMAT,
+            "format_version": pack_format.FORMAT_VERSION,
             "created_by": f"imagenet-seq {__version__}",
             "index_id": index.id,
             "num_samples": len(rows),
+            **({"split": plan.split} if plan.split else {}),
             "image_bytes": int(rows["length"].sum()),
             "classes": list(plan.index.classes),
-            "settings": plan.origin.settings_record,
-            "huffman_tables": layout.describe_tables(plan.tables),
-            "source": plan.origin.record,
+            "settings": plan.inputs.settings_record,
+            "huffman_tables": pack_format.describe_tables(plan.tables),
+            "source": plan.inputs.record,
             "counts": {
-                "canonical": int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL)),
-                "shrunk": int(np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK)),
+                "canonical": int(np.count_nonzero(rows["flags"] & pack_format.FLAG_CANONICAL)),
+                "shrunk": int(np.count_nonzero(rows["flags"] & pack_format.FLAG_SHRUNK)),
                 "failures": len(failures),
                 "skipped": sum(not failure["kept"] for failure in failures),
             },
@@ -580,7 +583,7 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
 
 
 def advance(bar: Any, num_samples: int, num_bytes: int) -> None:
-    """Move a progress bar on and show the rate in MB/s beside images/s."""
+    """Advance a progress bar, and show MB/s beside images/s."""
     bar.moved_bytes = getattr(bar, "moved_bytes", 0) + num_bytes
     if bar.update(num_samples) and not bar.disable:
         elapsed = bar.format_dict["elapsed"] or 1

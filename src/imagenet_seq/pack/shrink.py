@@ -1,14 +1,12 @@
-"""Smaller copies: images re-encoded with fewer pixels and fewer bytes, by Pillow.
+"""Smaller copies: images encoded by Pillow with fewer pixels and fewer bytes, for slow disks.
 
-For those whose disk is the limit. Only one ImageNet photo in nine has a side of more than 500 px,
-but most are stored at a quality that takes twice the bytes of quality 90. So a copy is both:
-resized where a side is too long, and encoded anew where that takes fewer bytes. Nothing is ever
-enlarged.
+Only one ImageNet photo in nine has a side of more than 500 px, but most are stored at a quality
+that takes twice the bytes of quality 90. So an image is resized where a side is too long, and
+encoded anew where that takes fewer bytes. No image is enlarged.
 
-Copies are a function of the image, the `Shrink` and the versions of Pillow and libjpeg-turbo, on
-every machine: the resize is bicubic, whose weights are polynomials (Lanczos takes its own from the
-C library's sine) and rounded to integers, and libjpeg-turbo's SIMD kernels give what its C code
-gives.
+A copy depends on the image, the `Shrink` and the versions of Pillow and libjpeg-turbo, not on the
+machine: the weights of the bicubic resize are polynomials rounded to integers (those of Lanczos
+come from the C library's sine), and libjpeg-turbo's SIMD kernels give the same as its C code.
 """
 
 from __future__ import annotations
@@ -24,29 +22,25 @@ import PIL
 from PIL import Image, features
 
 from imagenet_seq import native
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.pack import Encoded
 from imagenet_seq.text import format_bytes
 
 Subsampling = Literal["420", "422", "444"]
 
-
 DEFAULT_QUALITY = 90
-
 
 _PILLOW_SUBSAMPLING = {"444": 0, "422": 1, "420": 2}
 
-
 _MAX_SIDE = 65_500
 """JPEG_MAX_DIMENSION of libjpeg-turbo."""
-
 
 _ORIENTATION_TAG = 0x0112
 """Exif 2.3, 4.6.4 A."""
 
 
 def encoder_versions() -> str:
-    """Name what encodes here: other versions may give other bytes."""
+    """Return the versions of Pillow and libjpeg-turbo: others may give other bytes."""
     turbo = features.version("libjpeg_turbo")
     codec = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
     return f"Pillow {PIL.__version__}, {codec}"
@@ -54,13 +48,13 @@ def encoder_versions() -> str:
 
 @dataclass(frozen=True)
 class Shrink:
-    """What smaller copies are to be like.
+    """How smaller copies are made.
 
     Attributes:
-        max_side: pixels of the longer side, at most, 1 to 65500.
+        max_side: maximum pixels of the longer side, 1 to 65500.
         quality: of the encoder, 1 to 100.
         subsampling: of the colours: "420" halves both sides, "422" the width, "444" none.
-        encoder: versions of Pillow and libjpeg-turbo, those installed.
+        encoder: the installed versions of Pillow and libjpeg-turbo.
     """
 
     max_side: int
@@ -83,19 +77,19 @@ class Shrink:
 
 
 def smaller_copy(data: bytes, shrink: Shrink) -> bytes | None:
-    """Return a smaller JPEG of an image; None where it is to stay as it is.
+    """Return a smaller JPEG of an image; None where the image is to stay as it is.
 
     An image with a side of more than `shrink.max_side` pixels is always resized. Any other is
-    encoded anew, and stays as it is where that takes no fewer bytes than `data`. Thread-safe;
-    Pillow releases the GIL for nearly all of its work.
+    encoded anew, and stays as it is where that saves no byte. Thread-safe; Pillow releases the GIL
+    for nearly all of its work.
 
-    Grey images (mode L) stay grey; all others are first converted to RGB, as torchvision's
-    ImageFolder does, which ignores the Exif orientation: the copy keeps the tag, and an ICC profile
-    that fits the copy's colours. Other metadata goes.
+    Grey images (mode L) stay grey; all others are converted to RGB, as torchvision's ImageFolder
+    does. The copy keeps the Exif orientation, which ImageFolder ignores, as a tag, and an ICC
+    profile that fits the copy's colours; other metadata is dropped.
 
     Args:
         data: the whole file, in any format that Pillow reads.
-        shrink: what the copy is to be like.
+        shrink: how the copy is made.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -115,7 +109,7 @@ def smaller_copy(data: bytes, shrink: Shrink) -> bytes | None:
             comment=b"",
             **kept,
         )
-    except Exception:  # a damaged image raises almost anything; what becomes of it is not our say
+    except Exception:  # a damaged image raises almost anything, and the caller treats it
         return None
     return copy.getvalue() if is_resized or copy.tell() < len(data) else None
 
@@ -143,7 +137,7 @@ def _profile(image: Image.Image, mode: str) -> bytes | None:
 
 
 def _orientation(image: Image.Image) -> bytes:
-    """Return Exif with the image's orientation alone; nothing where it is upright."""
+    """Return Exif data with the image's orientation alone; b"" where it is upright."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # damaged Exif raises almost anything, too
@@ -155,20 +149,19 @@ def _orientation(image: Image.Image) -> bytes:
     return exif.tobytes()
 
 
-# ---- what it will come to ------------------------------------------------------------------------
+# ---- the forecast --------------------------------------------------------------------------------
 
 NUM_SAMPLED = 100
-"""Images that a forecast looks at: a few seconds also on a hard disk."""
-
+"""Images that a forecast measures; they take a few seconds on a hard disk."""
 
 _CROP_PX = 224
 
-
 _NUM_CROPS = 3
+"""Per image; the first only warms up caches and memory."""
 
 
 class Pair(NamedTuple):
-    """One image as a lossless pack would store it and as this one will."""
+    """One image as a lossless pack would store it, and as this pack will."""
 
     source_bytes: int
     lossless: Encoded
@@ -180,12 +173,12 @@ class Forecast:
     """What smaller copies do to size and speed, measured on a few images.
 
     Attributes:
-        num_sampled: images looked at.
+        num_sampled: images measured.
         resized: share of the images that get fewer pixels.
-        encoded: share of the images that are encoded anew, these included.
+        encoded: share of the images that are encoded anew, with or without a resize.
         source_bytes: mean size of the files.
         small_bytes: mean size of what will be stored of them.
-        shard_bytes: the same with what tar takes beside it.
+        shard_bytes: the same with tar headers and padding.
         source_px: mean longer side.
         small_px: mean longer side of what will be stored.
         read_gain: images/s from a disk that is the limit, compared with a lossless pack.
@@ -208,7 +201,7 @@ class Forecast:
 
     @classmethod
     def measure(cls, pairs: Sequence[Pair], shrink: Shrink) -> Forecast:
-        """Look at `pairs`, at least one, and decode them."""
+        """Measure one or more pairs; this decodes crops of them."""
 
         def mean(values: Sequence[float]) -> float:
             return float(np.mean(values))
@@ -219,7 +212,7 @@ class Forecast:
         return cls(
             len(pairs),
             mean([after < before for before, after in sides]),
-            mean([bool(p.small.flags & layout.FLAG_SHRUNK) for p in pairs]),
+            mean([bool(p.small.flags & pack_format.FLAG_SHRUNK) for p in pairs]),
             mean([p.source_bytes for p in pairs]),
             mean([len(p.small.data) for p in pairs]),
             shard_bytes,
@@ -231,7 +224,7 @@ class Forecast:
         )
 
     def text(self, shrink: Shrink, source_bytes: int) -> str:
-        """Return what a user must know before it begins; `source_bytes` are those of all images."""
+        """Return what a user should know before packing; `source_bytes` are those of all images."""
         ratio = self.shard_bytes / self.source_bytes
         decoding = ""
         if self.decode_cost is not None:
@@ -245,8 +238,8 @@ class Forecast:
             f"  size, from {self.num_sampled} images: {self.resized:.0%} get fewer pixels, "
             f"{self.encoded:.0%} are encoded anew, {self.source_px:.0f} -> {self.small_px:.0f} px, "
             f"{self.source_bytes / 1e3:.1f} -> {self.small_bytes / 1e3:.1f} KB: "
-            f"{format_bytes(source_bytes)} of images become about {format_bytes(source_bytes * ratio)} of "
-            f"shards ({ratio:.0%})\n"
+            f"{format_bytes(source_bytes)} of images become about "
+            f"{format_bytes(source_bytes * ratio)} of shards ({ratio:.0%})\n"
             f"  speed against a lossless pack: about {self.read_gain:.1f} x the images/s where the "
             f"disk is the limit{decoding}"
         )
@@ -257,13 +250,13 @@ def _longer(encoded: Encoded) -> int:
 
 
 def _in_shard(encoded: Encoded) -> int:
-    """Return what a sample takes in a shard: two headers, the label, and the padded image."""
-    return len(encoded.data) + len(layout.padding(len(encoded.data))) + 3 * 512
+    """Return the bytes of a sample in a shard: two headers, the label and the padded image."""
+    return len(encoded.data) + len(pack_format.padding(len(encoded.data))) + 3 * 512
 
 
 def _decode_cost(pairs: Sequence[Pair], crop_px: int) -> float | None:
     """Return the CPU time of the small images' crops divided by that of the lossless ones'."""
-    # This imports torch, which nothing else here needs.
+    # Imported here because it imports torch, which nothing else in packing needs.
     from imagenet_seq.native.recipe import Geometry, Recipe
 
     recipe = Recipe(
@@ -279,7 +272,7 @@ def _decode_cost(pairs: Sequence[Pair], crop_px: int) -> float | None:
 
     def cpu_seconds(encoded: Encoded, sample: int, crop: int) -> float | None:
         begin = time.thread_time()
-        flags = encoded.flags & layout.FLAG_CLEAN
+        flags = encoded.flags & pack_format.FLAG_CLEAN
         image: Any = encoded.data
         if not native.decode(recipe, (0, crop, sample), image, row.ctypes.data, flags):
             return None
@@ -289,7 +282,6 @@ def _decode_cost(pairs: Sequence[Pair], crop_px: int) -> float | None:
     for sample, pair in enumerate(pairs):
         for crop in range(_NUM_CROPS):
             lossless, small = (cpu_seconds(e, sample, crop) for e in pair[1:])
-            # The first crop only warms caches and memory up.
             if crop and lossless is not None and small is not None:
                 before += lossless
                 after += small

@@ -1,4 +1,4 @@
-"""Check a pack: every byte of it against its own tables, and its pixels against the source."""
+"""Check a pack: every byte against the pack's own tables, and pixels against the source."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from imagenet_seq.index.source import Source
 from imagenet_seq.machine import available_cores
 from imagenet_seq.pack.selection import Selection
 from imagenet_seq.pack.shrink import Shrink, smaller_copy
-from imagenet_seq.sources.formats import pack as layout
+from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.recognise import open_source
 from imagenet_seq.text import progress_bar
 
 _READ_BYTES = 8 << 20
-"""Shards are read in pieces of this size: threads that share a hard disk seek seldom."""
-
+"""Shards are read in pieces of this size, so that threads that share a hard disk seldom seek."""
 
 _MAX_PROBLEMS = 1000
-"""After so many problems in one shard the rest of it is not looked at."""
+"""After this many problems in a shard, the rest of it is not checked."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
         num_samples: samples in the pack.
         num_compared: samples whose pixels were compared with the source's.
-        problems: one line for each thing that is wrong; empty: the pack is sound.
+        problems: one line for each problem; empty: the pack is sound.
     """
 
     num_samples: int
@@ -57,17 +56,17 @@ def verify(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Read a pack whole and compare every byte with what its tables promise.
+    """Read a whole pack and compare every byte with what its tables promise.
 
-    Shards have one permitted form (docs/format.md), so each header, padding and label is compared
-    byte by byte, and each image by its CRC-32C.
+    The tables determine every byte of a shard but its images (docs/format.md), so headers, padding
+    and labels are compared byte by byte, and images by their CRC-32C.
 
     Args:
         folder: the pack.
-        against: the source it was made of: then names, labels and pixels are compared too, decoded
-            by Pillow on both sides, and smaller copies with those that the source gives again. On a
-            hard disk this reads the source in random order, or, where the source's blocks have to
-            be unpacked, the pack.
+        against: the source that it was made of. Then names, labels and pixels are compared too,
+            decoded by Pillow on both sides; smaller copies are made again and compared. On a hard
+            disk this reads the source in random order, or the pack, where the source's blocks have
+            to be unpacked.
         split: "train" or "val", where `against` holds both.
         num_workers: threads; None: one for each available core.
         progress: whether to show progress on stderr.
@@ -79,7 +78,7 @@ def verify(
             another version of Pillow or libjpeg-turbo.
     """
     try:
-        pack = layout.read_pack(folder, check_shards=False)
+        pack = pack_format.read_pack(folder, check_shards=False)
     except (DataError, OSError) as error:
         return Report(0, 0, (str(error),))
     problems = list(_check_tables(pack))
@@ -105,37 +104,39 @@ def verify(
     return Report(len(pack.rows), reference.num_compared if reference else 0, tuple(problems))
 
 
-def _check_tables(pack: layout.Pack) -> Iterator[str]:
-    """Check everything that no shard has to be read for."""
+def _check_tables(pack: pack_format.Pack) -> Iterator[str]:
+    """Check everything but the shards."""
     about, rows = pack.about, pack.rows
     yield from _check_files(pack)
     yield from _check_counts(pack)
     yield from _check_settings(pack)
-    index = layout.make_index(pack.folder, rows, pack.names, pack.classes, len(pack.shard_bytes))
+    index = pack_format.make_index(
+        pack.folder, rows, pack.names, pack.classes, len(pack.shard_bytes)
+    )
     try:
-        index.validate(os.path.join(pack.folder, layout.INDEX_FILE))
+        index.validate(os.path.join(pack.folder, pack_format.INDEX_FILE))
     except DataError as error:
         yield str(error)
     if index.id != about.get("index_id"):
         yield (
-            f"{pack.folder}/{layout.PACK_FILE}: 'index_id' is {about.get('index_id')!r}, names, "
-            f"labels, offsets and classes give {index.id!r}: one of them was changed"
+            f"{pack.folder}/{pack_format.PACK_FILE}: 'index_id' is {about.get('index_id')!r}, "
+            f"names, labels, offsets and classes give {index.id!r}: one of them was changed"
         )
     place = rows["shard"].astype(np.int64) << 48 | rows["offset"]
     if (np.diff(place) <= 0).any():
         sample = int((np.diff(place) <= 0).argmax()) + 1
-        path = os.path.join(pack.folder, layout.INDEX_FILE)
+        path = os.path.join(pack.folder, pack_format.INDEX_FILE)
         yield f"{path}: sample {sample} does not lie behind the one before it"
 
 
-def _check_files(pack: layout.Pack) -> Iterator[str]:
-    """Check that the pack is made of the files that pack.json must name, and of no others."""
-    tables = {layout.INDEX_FILE, layout.NAMES_FILE, layout.NAMES_BEGIN_FILE}
+def _check_files(pack: pack_format.Pack) -> Iterator[str]:
+    """Check that the pack's files are those that pack.json must name, and no others."""
+    tables = {pack_format.INDEX_FILE, pack_format.NAMES_FILE, pack_format.NAMES_BEGIN_FILE}
     if pack.about["counts"]["failures"]:
-        tables.add(layout.FAILURES_FILE)
+        tables.add(pack_format.FAILURES_FILE)
     files = pack.about["files"]
     if files.keys() != tables:
-        where = os.path.join(pack.folder, layout.PACK_FILE)
+        where = os.path.join(pack.folder, pack_format.PACK_FILE)
         yield f"{where}: 'files': expected {sorted(tables)}, got {sorted(files)}"
     for name in sorted(tables & files.keys()):
         path = os.path.join(pack.folder, name)
@@ -148,26 +149,28 @@ def _check_files(pack: layout.Pack) -> Iterator[str]:
         crc = f"{native.crc32c(content):08x}"
         if files[name] != {"bytes": len(content), "crc32c": crc}:
             yield f"{path}: expected {files[name]}, got {len(content)} bytes with CRC-32C {crc}"
-    known = tables.union(map(layout.shard_file, range(len(pack.shard_bytes))))
+    known = tables.union(map(pack_format.shard_file, range(len(pack.shard_bytes))))
     for name in sorted(set(os.listdir(pack.folder)) - known):
-        if name == layout.FAILURES_FILE or (name.startswith("shard-") and name.endswith(".tar")):
+        if name == pack_format.FAILURES_FILE or (
+            name.startswith("shard-") and name.endswith(".tar")
+        ):
             yield f"{os.path.join(pack.folder, name)}: does not belong to the pack"
 
 
-def _check_counts(pack: layout.Pack) -> Iterator[str]:
-    """Compare the numbers in pack.json with the tables."""
+def _check_counts(pack: pack_format.Pack) -> Iterator[str]:
+    """Compare the counts in pack.json with the tables."""
     about, rows = pack.about, pack.rows
     failures: list[dict[str, Any]] = []
     if about["counts"]["failures"]:
         try:
-            failures = layout.read_failures(pack.folder)
+            failures = pack_format.read_failures(pack.folder)
         except (DataError, OSError) as error:
             yield str(error)
             return
     skipped = sum(not failure["kept"] for failure in failures)
-    damaged = int(np.count_nonzero(rows["flags"] & layout.FLAG_DAMAGED))
-    canonical = int(np.count_nonzero(rows["flags"] & layout.FLAG_CANONICAL))
-    shrunk = int(np.count_nonzero(rows["flags"] & layout.FLAG_SHRUNK))
+    damaged = int(np.count_nonzero(rows["flags"] & pack_format.FLAG_DAMAGED))
+    canonical = int(np.count_nonzero(rows["flags"] & pack_format.FLAG_CANONICAL))
+    shrunk = int(np.count_nonzero(rows["flags"] & pack_format.FLAG_SHRUNK))
     in_shard = np.bincount(rows["shard"], minlength=len(pack.shard_bytes)).tolist()
     for what, said, counted in [
         ("image_bytes", about["image_bytes"], int(rows["length"].sum())),
@@ -180,16 +183,16 @@ def _check_counts(pack: layout.Pack) -> Iterator[str]:
         ("shards[].num_samples", [s.get("num_samples") for s in about["shards"]], in_shard),
     ]:
         if said != counted:
-            where = os.path.join(pack.folder, layout.PACK_FILE)
+            where = os.path.join(pack.folder, pack_format.PACK_FILE)
             yield f"{where}: '{what}' is {said}, the tables give {counted}"
 
 
-def _check_settings(pack: layout.Pack) -> Iterator[str]:
-    """Check that there are Huffman tables of the pack where its settings ask for them."""
+def _check_settings(pack: pack_format.Pack) -> Iterator[str]:
+    """Check that the pack has Huffman tables where its settings say so."""
     settings = pack.about["settings"]
     expected = settings.get("tables") == "pack" and settings.get("keep_bytes") is False
     if (pack.tables is not None) != expected:
-        where = os.path.join(pack.folder, layout.PACK_FILE)
+        where = os.path.join(pack.folder, pack_format.PACK_FILE)
         has = "has none" if pack.tables is None else "has some"
         yield f"{where}: 'huffman_tables' {has}, which contradicts 'settings' {settings}"
 
@@ -205,20 +208,20 @@ def _huffman_tables(image: bytes) -> bytes:
     return tables
 
 
-def _left_out(pack: layout.Pack) -> list[str]:
+def _left_out(pack: pack_format.Pack) -> list[str]:
     """Return the names of the samples that the pack says it left out."""
     if pack.about["counts"]["skipped"]:
-        # Where it is damaged, the check of the tables says so.
+        # Damage of this file is reported by the check of the tables.
         with contextlib.suppress(DataError, OSError):
-            failures = layout.read_failures(pack.folder)
+            failures = pack_format.read_failures(pack.folder)
             return [failure["name"] for failure in failures if not failure["kept"]]
     return []
 
 
 class _Reference:
-    """The source a pack is compared with."""
+    """The source that a pack is compared with."""
 
-    def __init__(self, pack: layout.Pack, source: Source) -> None:
+    def __init__(self, pack: pack_format.Pack, source: Source) -> None:
         self._pack = pack
         self._shrink = _shrink_of(pack)
         self._source = source
@@ -239,19 +242,17 @@ class _Reference:
         """Yield names and bytes of the samples of one python block."""
         block = self._source.read_block(int(self._index.file[samples[0]]))
         for sample in samples.tolist():
-            ordinal = int(self._index.offset[sample])
-            begin = int(block.offsets[ordinal])
-            data = block.bytes[begin : begin + int(block.lengths[ordinal])].tobytes()
+            data = block.image(int(self._index.offset[sample])).tobytes()
             yield self._index.name[sample], data
 
-    def check_names(self, pack: layout.Pack) -> Iterator[str]:
+    def check_names(self, pack: pack_format.Pack) -> Iterator[str]:
         """Report the source's samples that the pack lacks, beside those it says it left out."""
         missing = set(self._sample).difference(pack.names, _left_out(pack))
         for name in sorted(missing)[:_MAX_PROBLEMS]:
             yield f"{name}: is in {self._index.root} but not in the pack"
 
     def check(self, name: str, label: int, data: bytes) -> str | None:
-        """Compare one sample; return what is wrong with it. Of samples in python blocks, all but pixels."""
+        """Compare one sample, without pixels where it is in a python block; return its problem."""
         sample = self._sample.get(name)
         if sample is None:
             return f"is in the pack but not in {self._index.root}"
@@ -271,7 +272,7 @@ class _Reference:
         return self.compare(original, data)
 
     def compare(self, original: bytes, data: bytes) -> str | None:
-        """Compare a sample's pixels; return what is wrong with them."""
+        """Compare a sample's pixels; return their problem."""
         with self._lock:
             self.num_compared += 1
         if self._shrink is not None:
@@ -285,13 +286,13 @@ class _Reference:
         return None if same else "its pixels differ from the source's"
 
 
-def _shrink_of(pack: layout.Pack) -> Shrink | None:
+def _shrink_of(pack: pack_format.Pack) -> Shrink | None:
     """Return how the pack's smaller copies were made; None where it has none.
 
     Raises:
-        ValueError: where this program would make others.
+        ValueError: where the versions installed here may make other copies.
     """
-    settings, where = pack.about["settings"], os.path.join(pack.folder, layout.PACK_FILE)
+    settings, where = pack.about["settings"], os.path.join(pack.folder, pack_format.PACK_FILE)
     if settings.get("max_side") is None:
         return None
     values = {name: settings.get(name) for name in ("max_side", "quality", "subsampling")}
@@ -321,22 +322,22 @@ def _pixels(data: bytes) -> tuple[str, tuple[int, int], bytes]:
 
 @dataclass
 class _ShardCheck:
-    """Checks shards, several at once."""
+    """Checks shards, several at once in threads."""
 
-    pack: layout.Pack
+    pack: pack_format.Pack
     reference: _Reference | None
     bar: Any
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        # Samples that were left out had keys, too, and others must have differed from them.
+        # Samples that were left out also had keys, which the others' keys had to differ from.
         left_out = Names.from_strings(_left_out(self.pack))
-        self.members = layout.MemberNames(Names.concatenate([self.pack.names, left_out]))
+        self.members = pack_format.MemberNames(Names.concatenate([self.pack.names, left_out]))
 
     def run(self, shard: int) -> list[str]:
         """Return the problems of one shard."""
-        path = os.path.join(self.pack.folder, layout.shard_file(shard))
+        path = os.path.join(self.pack.folder, pack_format.shard_file(shard))
         problems: list[str] = []
         try:
             with open(path, "rb", buffering=_READ_BYTES) as file:
@@ -352,7 +353,7 @@ class _ShardCheck:
         return problems
 
     def compare_block(self, samples: npt.NDArray[np.int64]) -> list[str]:
-        """Return what differs from the samples of a python block."""
+        """Return the problems of samples whose originals are in one python block."""
         assert self.reference is not None
         problems = []
         try:
@@ -370,7 +371,7 @@ class _ShardCheck:
 
     def _read(self, sample: int) -> bytes:
         row = self.pack.rows[sample]
-        path = os.path.join(self.pack.folder, layout.shard_file(int(row["shard"])))
+        path = os.path.join(self.pack.folder, pack_format.shard_file(int(row["shard"])))
         with open(path, "rb", buffering=0) as file:
             file.seek(int(row["offset"]))
             return file.read(int(row["length"]))
@@ -403,7 +404,7 @@ class _ShardCheck:
             with self.lock:
                 self.bar.update(1)
         tail = file.read()
-        if tail != layout.END_OF_SHARD:
+        if tail != pack_format.END_OF_SHARD:
             yield f"{path} offset {position}: expected 1024 zero bytes and the end, got {len(tail)}"
         crc = native.crc32c(tail, crc)
         promised = self.pack.about["shards"][shard].get("crc32c")
@@ -414,13 +415,13 @@ class _ShardCheck:
         """Return (what, content, length) of a sample's parts; an image's content is empty."""
         row, name = self.pack.rows[sample], self.pack.names[sample]
         length = int(row["length"])
-        canonical = bool(row["flags"] & layout.FLAG_CANONICAL)
-        label = layout.label_content(int(row["label"]))
+        canonical = bool(row["flags"] & pack_format.FLAG_CANONICAL)
+        label = pack_format.label_content(int(row["label"]))
         headers = (
-            layout.member_header(self.members.image(name, canonical), length),
-            layout.member_header(self.members.label(name), len(label)),
+            pack_format.member_header(self.members.image(name, canonical), length),
+            pack_format.member_header(self.members.label(name), len(label)),
         )
-        behind = layout.padding(length) + headers[1] + label + layout.padding(len(label))
+        behind = pack_format.padding(length) + headers[1] + label + pack_format.padding(len(label))
         return [
             ("tar header of the image", headers[0], len(headers[0])),
             ("image", b"", length),
@@ -437,14 +438,14 @@ class _ShardCheck:
         crc = native.crc32c(got)
         if crc != row["crc32c"]:
             return f"image: CRC-32C is {crc:08x}, the index says {int(row['crc32c']):08x}"
-        if row["flags"] & layout.FLAG_CANONICAL:
+        if row["flags"] & pack_format.FLAG_CANONICAL:
             header = native.read_header(got)
             size = (header.width, header.height) if header else None
             if size != (row["width"], row["height"]):
                 expected = f"{row['width']} x {row['height']}"
                 return f"image: its header says {size}, the index {expected} pixels"
             if header and not self._has_tables_of_pack(got, header.num_components):
-                return f"image: its Huffman tables are not those in {layout.PACK_FILE}"
+                return f"image: its Huffman tables are not those in {pack_format.PACK_FILE}"
         if self.reference is not None:
             return self.reference.check(self.pack.names[sample], int(row["label"]), got)
         return None
@@ -453,7 +454,7 @@ class _ShardCheck:
         tables = self.pack.tables
         if tables is None:
             return True
-        # Of four tables, a lone component has the first two.
+        # An image of one component has the first two of the four tables.
         return _huffman_tables(image) == (
             tables[: len(tables) // 2] if num_components == 1 else tables
         )

@@ -1,4 +1,4 @@
-"""Pack large files in the one pass that also indexes them."""
+"""Deal the samples of large files in the pass that indexes them, so that they are read once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import numpy.typing as npt
 
 from imagenet_seq.pack.claim import JOURNAL_FILE, delete_scrap
 from imagenet_seq.pack.encode import Refused, encode
-from imagenet_seq.pack.inputs import LargeFiles, Origin
+from imagenet_seq.pack.input_files import LargeFiles
+from imagenet_seq.pack.inputs import Inputs
 from imagenet_seq.pack.plan import (
     SPACE_MARGIN,
     TABLES_SAMPLES,
-    RunOptions,
     Sharding,
-    Task,
-    agree,
-    described,
+    agree_on_sharding,
+    describe_run,
     expected_pack_bytes,
     fit_tables,
     forecast_smaller,
@@ -31,33 +30,31 @@ from imagenet_seq.pack.plan import (
 from imagenet_seq.pack.scratch import Buckets, Journal
 from imagenet_seq.pack.shards import RUN_BYTES, RUN_SAMPLES, RUNS_AHEAD, on_same_hdd, take_over
 from imagenet_seq.pack.shrink import NUM_SAMPLED
-from imagenet_seq.sources.formats import pack as layout
-from imagenet_seq.sources.formats.pack import Encoded
-from imagenet_seq.sources.scan import Seen
-
-# ---- dealing while a source is indexed -----------------------------------------------------------
+from imagenet_seq.pack.task import RunOptions, Task
+from imagenet_seq.sources.formats.pack import SETTINGS_FILE, Encoded
+from imagenet_seq.sources.place import Seen
 
 
-def deal_while_indexing(files: LargeFiles, task: Task, options: RunOptions) -> Origin:
-    """Open a source, and deal its samples where they pass by for that."""
+def deal_while_indexing(files: LargeFiles, task: Task, options: RunOptions) -> Inputs:
+    """Open large files; where they must be read to be indexed, deal the samples meanwhile."""
     if task.form.in_source_order:
-        return files.open()  # where a sample goes is known only when all have been counted
+        return files.open()  # the shard of a sample is known only when all have been counted
     if not files.is_whole or (needs_tables(files.settings) and not files.some_images):
         return files.open()  # what to pack, or to fit tables to, is known only from the index
     try:
-        with _WhileIndexing(files, task, options) as passing:
-            return files.open(passing.visit)
+        with _Dealer(files, task, options) as dealer:
+            return files.open(dealer.visit)
     except BaseException:
-        if not os.path.exists(os.path.join(task.partial, layout.SETTINGS_FILE)):
+        if not os.path.exists(os.path.join(task.partial, SETTINGS_FILE)):
             delete_scrap(task.partial)  # nothing was dealt, so there is nothing to continue
         raise
 
 
-class _WhileIndexing:
-    """Deals the samples of large files that pass by while these are indexed.
+class _Dealer:
+    """Deals the samples of large files while these are indexed.
 
-    It leaves behind what an interrupted deal leaves: scratch and a journal. Images that are none
-    are left to `_Workshop.deal`, which finds them missing.
+    It leaves scratch files and a journal, as an interrupted run does. What is no image is not
+    dealt: `Packer.deal` finds it missing and treats it.
     """
 
     def __init__(self, files: LargeFiles, task: Task, options: RunOptions) -> None:
@@ -65,13 +62,13 @@ class _WhileIndexing:
         self._form = task.form
         self._partial = task.partial
         self._options = options
-        self._cut: Sharding | None = None  # until the first sample passes
+        self._sharding: Sharding | None = None  # until the first sample is read
         self._threads = ThreadPoolExecutor(options.num_workers)
         self._waiting: deque[Future[list[tuple[int, str, Encoded | Refused]]]] = deque()
         self._run: list[tuple[int, str, bytes]] = []
         self._run_bytes = 0
 
-    def __enter__(self) -> _WhileIndexing:
+    def __enter__(self) -> _Dealer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -82,12 +79,12 @@ class _WhileIndexing:
                 self._deal(self._waiting.popleft().result())
         finally:
             self._threads.shutdown(cancel_futures=True)
-            if self._cut is not None:
+            if self._sharding is not None:
                 self._buckets.flush()
 
     def visit(self, seen: Seen) -> None:
-        """Take a sample: re-code it in a thread, deal it later; one that is dealt is not taken."""
-        if self._cut is None:
+        """Take a sample that was not dealt before: encode it in a thread, deal it later."""
+        if self._sharding is None:
             self._begin()
         if seen.sample < len(self._is_dealt) and self._is_dealt[seen.sample]:
             return
@@ -97,13 +94,13 @@ class _WhileIndexing:
             self._hand_over()
 
     def _begin(self) -> None:
-        """Begin or continue a packing, as `_agree_on_plan` does where the index is known."""
+        """Begin or continue a run, as `agree_on_plan` does where the index is known."""
         files, options = self._files, self._options
         forecast = forecast_smaller(files.some_images[:NUM_SAMPLED], files.settings, None)
         image_bytes = expected_pack_bytes(files.num_bytes, forecast)
 
-        def check_space(cut: Sharding) -> None:
-            require_space(self._partial, files.num_bytes, image_bytes, 0, cut, self._form)
+        def check_space(sharding: Sharding) -> None:
+            require_space(self._partial, files.num_bytes, image_bytes, 0, sharding, self._form)
 
         def choose_tables() -> bytes | None:
             if not needs_tables(files.settings):
@@ -111,28 +108,30 @@ class _WhileIndexing:
             images = files.some_images[:TABLES_SAMPLES]
             return fit_tables(images, len(images), files.settings, options)
 
-        now = described({**files.settings_record, **self._form.describe()}, files.path, None)
-        cut = Sharding.of(files.num_bytes, files.settings, options)
-        self._cut = cut = agree(self._partial, now, cut, check_space, choose_tables)
+        now = describe_run({**files.settings_record, **self._form.describe()}, files.path, None)
+        sharding = Sharding.of(files.num_bytes, files.settings, options)
+        self._sharding = sharding = agree_on_sharding(
+            self._partial, now, sharding, check_space, choose_tables
+        )
         self._journal = Journal(os.path.join(self._partial, JOURNAL_FILE), options.log)
-        bucket_bytes = int(image_bytes * (1 + SPACE_MARGIN)) // cut.num_buckets
+        bucket_bytes = int(image_bytes * (1 + SPACE_MARGIN)) // sharding.num_buckets
         self._buckets = Buckets(
             self._partial,
             "deal",
             options.memory_bytes,
-            dict.fromkeys(range(cut.num_buckets), bucket_bytes),
+            dict.fromkeys(range(sharding.num_buckets), bucket_bytes),
             self._journal.add,
             waits=on_same_hdd(files.path, self._partial),
             log=options.log,
         )
-        take_over(self._journal, self._buckets, cut.num_buckets, self._is_good)
+        take_over(self._journal, self._buckets, sharding.num_buckets, self._is_good)
         dealt = self._journal.rows()["sample"]
         self._is_dealt = np.zeros(int(dealt.max(initial=-1)) + 1, np.bool_)
         self._is_dealt[dealt] = True
         options.log.begin_pass("deal")
 
     def _is_good(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
-        """Tell rows of the files as they are: then their samples still have the same numbers."""
+        """Tell which rows are of the files as they are now: their samples have the same numbers."""
         good = (rows["sample"] >= 0) & (rows["source_length"] == self._files.num_bytes)
         return np.asarray(good & (rows["source_mtime_ns"] == self._files.mtime_ns))
 
@@ -145,15 +144,15 @@ class _WhileIndexing:
     def _encode_run(
         self, run: list[tuple[int, str, bytes]]
     ) -> list[tuple[int, str, Encoded | Refused]]:
-        settings, tables = self._files.settings, self._cut.tables if self._cut else None
+        settings, tables = self._files.settings, self._sharding.tables if self._sharding else None
         return [(sample, name, encode(data, settings, tables)) for sample, name, data in run]
 
     def _deal(self, run: list[tuple[int, str, Encoded | Refused]]) -> None:
-        assert self._cut is not None
+        assert self._sharding is not None
         hashes = place_hashes((name for _, name, _ in run), self._files.settings.seed)
-        shards = shard_of_hash(hashes, self._cut.num_shards)
+        shards = shard_of_hash(hashes, self._sharding.num_shards)
         for (sample, _, encoded), shard in zip(run, shards.tolist(), strict=True):
             if isinstance(encoded, Encoded):
-                bucket = shard // self._cut.shards_per_bucket
+                bucket = shard // self._sharding.shards_per_bucket
                 stamp = (self._files.num_bytes, self._files.mtime_ns)
                 self._buckets.append(bucket, sample, encoded, *stamp)

@@ -1,1 +1,1 @@
-"""Datasets of every format, recognised by their content and read through one index."""
+"""Formats of datasets: recognised by content, and described by one kind of index."""

@@ -1,4 +1,4 @@
-"""A path, looked at once: what lies there, and for which split."""
+"""What lies at a path, for all formats to look at, and what a format answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,29 @@ from typing import NamedTuple
 
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.index.source import Source
-from imagenet_seq.sources.scan import Visit
 
 SPLITS = ("train", "val")
-
-
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
 }  # fmt: skip
+
+
+class Seen(NamedTuple):
+    """A sample whose bytes are at hand while its source is indexed; valid during the call only.
+
+    Attributes:
+        sample: its number in the index.
+        name: its name in the index.
+        data: the encoded image.
+    """
+
+    sample: int
+    name: str
+    data: memoryview
+
+
+Visit = Callable[[Seen], None]
+"""Called with every sample while a scan reads it, so that packing needs no second pass."""
 
 
 class Opening(NamedTuple):
@@ -27,9 +42,8 @@ class Opening(NamedTuple):
 
     Attributes:
         on_error: what to do with samples that can't be indexed.
-        progress: whether to show progress where indexing takes long.
-        visit: gets the samples, where the index is not there yet and images pass by while it is
-            made.
+        progress: whether to show a progress bar if indexing takes long.
+        visit: called with each sample if the index has to be made and that reads the images.
     """
 
     on_error: OnError = "fail"
@@ -39,13 +53,13 @@ class Opening(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """A source that was recognised, and not yet opened.
+    """A source that was recognised and is not open yet.
 
     Attributes:
         kind: as `Source.kind`.
-        what: what was seen, for messages: "WebDataset shards a.tar to z.tar".
+        what: a description for messages: "WebDataset shards a.tar to z.tar".
         open: opens it.
-        files: paths of the files with the data; empty for folders of images.
+        files: paths of the data files; empty for folders of images.
     """
 
     kind: str
@@ -56,14 +70,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder, a file or a pattern of files, looked at once for all formats.
+    """A folder, a file or a pattern of files, listed once for all formats.
 
     Attributes:
         path: the folder, file or pattern.
         split: "train", "val" or None.
         folder: the folder that `files` lie in.
-        files: names of the files in the folder, or of those that the path names; sorted.
-        folders: names of the folders in a folder; sorted.
+        files: names of the files in the folder, or of those that the path names.
+        folders: names of the folders in a folder. Both are sorted, but braces keep their order.
     """
 
     path: str
@@ -74,12 +88,12 @@ class Place:
 
     @classmethod
     def at(cls, path: str, split: str | None) -> Place | None:
-        """Look at a path; None where nothing is there.
+        """List what lies at a path; None if nothing is there.
 
         Raises:
-            OSError: where a folder can't be read.
-            ValueError: where a pattern names files in different folders, or one twice; where the
-                path is neither a folder nor a file.
+            OSError: if a folder can't be read.
+            ValueError: if a pattern names files in different folders, or one twice; if the path is
+                neither a folder nor a file.
         """
         if os.path.isdir(path):
             with os.scandir(path) as entries:
@@ -104,22 +118,22 @@ class Place:
 
     @property
     def is_folder(self) -> bool:
-        """Whether a folder was given, not files."""
+        """Whether the path is a folder, not files."""
         return self.path == self.folder
 
     def below(self, *names: str) -> Place | None:
-        """Look at a folder in this one; None where there is none."""
+        """Look at a folder in this one; None if there is none."""
         path = os.path.join(self.folder, *names)
         return Place.at(path, self.split) if self.is_folder and os.path.isdir(path) else None
 
     def of_split(self, names: Iterable[str]) -> list[str]:
-        """Return the paths of those files that are of the split, told by words in their names.
+        """Return the paths of those files whose names say that they belong to the split.
 
-        Where no name says which split it is of, and where the path names files, all are meant.
+        All of them if no name says anything, or if the path names files.
 
         Raises:
-            SplitNeededError: where there are files of both splits, or of one and of none, and none
-                was asked for.
+            SplitNeededError: if no split was given, and there are files of both, or of one and
+                others.
         """
         names = list(names)
         splits = {split_of(name) for name in names} - {None}
@@ -142,27 +156,36 @@ class Place:
 
 
 class SplitNeededError(ValueError):
-    """There are two splits at a path, and none was asked for."""
+    """There are several splits at a path, and none was given."""
 
 
 def split_of(name: str) -> str | None:
-    """Tell by a word in a file's name which split it is of: "train", "val" or None."""
+    """Return the split that a file's name says it belongs to: "train", "val" or None."""
     return next(iter(splits_in(name)), None)
 
 
+def split_of_path(path: str) -> str | None:
+    """Return the split of a folder called "train" or "val", or of files whose names say it."""
+    name = os.path.basename(path)
+    if os.path.isdir(path):
+        return name if name in SPLITS else None
+    return split_of(name)
+
+
 def splits_in(name: str) -> list[str]:
+    """Return the splits that the words in a file's name mean, in their order."""
     words = re.findall(r"[a-z]+", os.path.basename(name).lower())
     return [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Return the paths that a pattern names: braces as in webdataset, then * ? [] as in a shell.
+    """Return the paths that match a pattern: braces as in webdataset, then * ? [] as in a shell.
 
-    ``imagenet1k-train-{0000..1023}.tar`` counts, with leading zeros where the first number has
-    some; ``{a,b}`` is either. With braces, the order is theirs; what * finds is sorted.
+    ``imagenet1k-train-{0000..1023}.tar`` counts, with leading zeros if the first number has some;
+    ``{a,b}`` is one or the other. Braces determine the order; what * matches is sorted.
 
     Raises:
-        FileNotFoundError: where a file that braces name is not there.
+        FileNotFoundError: if a file that braces name does not exist.
     """
     expanded = list(_expand_braces(pattern))
     paths: list[str] = []
@@ -198,10 +221,9 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _may_be_data(entry: os.DirEntry[str]) -> bool:
-    """Tell what may be from what is made beside data, and from pipes and devices.
+    """Whether an entry may be data: not a cached index, an unfinished LMDB, a pipe or a device.
 
-    Beside it lie kept indexes, and LMDB files that are not finished. To open a pipe would wait for
-    its writer. A link that leads nowhere may be data that is missing.
+    Opening a pipe would wait for its writer. A link without a target may be data that is missing.
     """
     if entry.name.startswith(".imagenet-seq-") or entry.name.endswith(".lmdb.partial"):
         return False
@@ -212,7 +234,7 @@ def _may_be_data(entry: os.DirEntry[str]) -> bool:
 
 
 def is_split(folder: str) -> bool:
-    """Tell a split's folder from a class that is called "train": that one holds only images."""
+    """Whether a folder is a split's, not a class called "train", which holds only images."""
     if not os.path.isdir(folder):
         return False
     with os.scandir(folder) as entries:
@@ -220,7 +242,7 @@ def is_split(folder: str) -> bool:
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:
-    """Tell a directory, or a link to one, as os.walk does: a link that leads nowhere is a file."""
+    """Whether an entry is a directory or a link to one; like os.walk, a broken link is a file."""
     try:
         return entry.is_dir()
     except OSError:

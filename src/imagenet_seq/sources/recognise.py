@@ -1,11 +1,11 @@
-"""Recognise what lies on disk by its content and open it for plan, loader and pack.
+"""Recognises the format of a dataset by its content, and opens it.
 
-Each format is one module in `formats`; nothing outside it knows the format. It has `LOOKS_FOR`, a
+Each format is a module in `formats`; nothing outside it knows the format. It has `LOOKS_FOR`, a
 line for messages, and `find(place)`, which looks at names and a few first bytes and returns
 
 * a `Found`, which `open_source` opens,
 * a string: why something that resembles this format is not it,
-* None: nothing of the kind.
+* None: nothing like it.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _FORMATS = (
     tfrecord,
     webdataset,
 )
-"""Modules that are asked, in this order."""
+"""Asked in this order."""
 
 _NEARBY = 16
-"""Folders that are looked into for what may have been meant."""
+"""How many folders to look into for a suggestion in the error message."""
 
 
 def open_source(
@@ -68,26 +68,25 @@ def open_source(
 ) -> Source:
     """Open the dataset at `path`, recognised by its content.
 
-    With a split, `path/split` is looked at first, then files of that split in `path`.
+    With a split, looks at `path/split` first, then for files of that split in `path`.
 
     Args:
         path: a folder, a file, or a pattern of files such as ``train-{0000..1023}.tar``.
-        split: "train" or "val"; None where `path` is the split's folder or file itself.
-        progress: whether to show progress where indexing takes long.
+        split: "train" or "val"; None if `path` is the split's folder or file itself.
+        progress: whether to show a progress bar if indexing takes long.
         on_error: what to do with samples that can't be indexed: "fail" raises, "skip" leaves them
             out and says so in the source's `notes`.
 
     Raises:
-        ValueError: where a split has to be given, or is not one of the two; where what is there
-            may be read as two different things.
-        FileNotFoundError: where nothing is recognised; says what was looked for and what was found.
-        DataError: where what is there is damaged.
+        ValueError: if a split has to be given, or is not one of the two; if several formats fit.
+        FileNotFoundError: if no format fits; says what was looked for and what was found.
+        DataError: if the data is damaged.
     """
     return find_source(path, split).open(Opening(on_error, progress))
 
 
 def find_source(path: str | os.PathLike[str], split: str | None = None) -> Found:
-    """Recognise the dataset at `path` without opening it; arguments and errors of `open_source`."""
+    """Recognise the dataset at `path` without opening it; arguments and errors as `open_source`."""
     path = os.path.expanduser(os.fspath(path))
     if split is not None and split not in SPLITS:
         raise ValueError(f"expected split 'train' or 'val' (or None), got {split!r}")
@@ -109,7 +108,7 @@ def find_source(path: str | os.PathLike[str], split: str | None = None) -> Found
 
 
 def _nearby(path: str, split: str | None) -> str | None:
-    """Return a folder in `path`, or the one above a class's, where there is a data set."""
+    """Return a folder in `path`, or the parent of a class's folder, if it holds a data set."""
     if not os.path.isdir(path):
         return None
     with os.scandir(path) as entries:
@@ -129,9 +128,9 @@ def _has_source(path: str, split: str | None) -> bool:
 
 
 def _candidates(path: str, split: str | None) -> Iterator[str]:
-    """Yield where a split may be: what was made for fast reading first, then what it was made of.
+    """Yield the paths where a split may be, first those of files made for fast reading.
 
-    The original project's LMDB lies beside the folders that it was made of.
+    The original project's LMDB lies beside the folders that it was made from.
     """
     if split is not None and os.path.isdir(path):
         folders = [os.path.join(path, word) for word, of in SPLIT_WORDS.items() if of == split]
@@ -144,7 +143,7 @@ def _candidates(path: str, split: str | None) -> Iterator[str]:
 
 
 def _recognised(path: str, split: str | None) -> Found | str:
-    """Return what lies at a path, or why nothing is recognised there."""
+    """Return what lies at a path, or why no format fits."""
     pack.refuse_unfinished(path)
     place = Place.at(path, split)
     if place is None:
@@ -175,6 +174,6 @@ def _described(place: Place) -> str:
     if not place.files and not place.folders:
         return "is empty"
     if not place.is_folder:
-        return "is a file of none of the formats"
+        return "is a file of no known format"
     shown = ", ".join((*(f"{name}/" for name in place.folders), *place.files)[:4])
     return f"holds {len(place.folders)} folders and {len(place.files)} files ({shown}, ...)"

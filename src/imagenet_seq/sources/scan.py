@@ -1,8 +1,7 @@
-"""Indexing what has to be read for it: one pass from front to back, whose result is kept.
+"""Indexes formats that must be read in full: one sequential pass.
 
-A source's module parses; here is what they share: files read in large pieces by a thread
-(`FileStream`), samples collected in columns (`Rows`), what is wrong with some of them (`Problems`),
-the order their classes lie in (`is_permuted`), and the index kept beside the data (`indexed`).
+The module of a format parses it. The parts that they share: files read in large pieces by a thread
+(`FileStream`), samples collected in columns (`Rows`), and samples that are wrong (`Problems`).
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import os
 import queue
 import threading
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,31 +22,28 @@ from imagenet_seq.index.cache import HOW_TO_SKIP, OnError
 from imagenet_seq.index.columns import Index, Names
 
 _PIECE_BYTES = 4 << 20
-
-
 _PIECES_AHEAD = 4
 
-
 _MOST_BYTES = 1 << 30
-"""More than this no sample takes: a length that says so is damaged, and must not cost memory."""
+"""No sample is larger: such a length means damage, and must not allocate memory."""
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
 class FileStream:
-    """A file read once, from front to back, in large pieces by a thread of its own.
+    """A file read once and sequentially, in large pieces, by a thread of its own.
 
         with FileStream(path, bar) as stream:
             header = stream.take(0, 512)
 
     Args:
         path: the file.
-        bar: a `progress_bar`, moved on by what is read.
-        digest: a hashlib object that gets all bytes; then call `finish`.
+        bar: a `progress_bar`, updated with the bytes read.
+        digest: a hashlib object, updated with all bytes if `finish` is called at the end.
 
     Raises:
-        OSError: where the file can't be read.
+        OSError: if the file can't be read.
     """
 
     def __init__(self, path: str, bar: Any = None, digest: Any = None) -> None:
@@ -56,7 +52,7 @@ class FileStream:
         self.size = os.fstat(self._file.fileno()).st_size
         self._bar, self._digest = bar, digest
         self._pieces: queue.Queue[bytes | Exception] = queue.Queue(_PIECES_AHEAD)
-        self._end: bytes | Exception | None = None  # what the thread put last, once it came
+        self._end: bytes | Exception | None = None  # the last piece of the thread, once received
         self._stopped = threading.Event()
         self._window, self._begin = b"", 0  # what is in memory, and where in the file it begins
         self._thread = threading.Thread(target=self._read, name="imagenet-seq-scan", daemon=True)
@@ -68,7 +64,7 @@ class FileStream:
     def __exit__(self, *unused: object) -> None:
         self._stopped.set()
         with contextlib.suppress(queue.Empty):
-            while True:  # the thread may wait for room
+            while True:  # the thread may be waiting for room in the queue
                 self._pieces.get_nowait()
         self._thread.join()
         self._file.close()
@@ -77,8 +73,8 @@ class FileStream:
         """Return `length` bytes at `offset`, which must not lie before those taken last.
 
         Raises:
-            DataError: where the file ends before them, or they are more than an image can take.
-            OSError: where they can't be read.
+            DataError: if the file ends before them, or they are more than any image has.
+            OSError: if they can't be read.
         """
         if length < 0 or offset + length > self.size:
             raise DataError(
@@ -98,11 +94,11 @@ class FileStream:
         return memoryview(self._window)[first : first + length]
 
     def finish(self) -> None:
-        """Read what is left, for the digest."""
+        """Read the rest of the file, for the digest."""
         self._move(self.size, 0)
 
     def _move(self, offset: int, length: int) -> None:
-        """Make the window begin at `offset`, or where a piece with it does, and hold `length`."""
+        """Move the window so that it holds `length` bytes at `offset`."""
         end = self._begin + len(self._window)
         kept = [self._window[offset - self._begin :]] if offset < end else []
         while end < offset + length:
@@ -120,11 +116,11 @@ class FileStream:
             end += len(piece)
             if end > offset:
                 kept.append(piece)
-        self._window = b"".join(kept)  # no copy of a single one
+        self._window = b"".join(kept)  # a single one is not copied
         self._begin = end - len(self._window)
 
     def _read(self) -> None:
-        """Put pieces into the queue: the disk works while the parser does."""
+        """Put pieces into the queue, so that the disk works while the parser does."""
         try:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -133,27 +129,15 @@ class FileStream:
                 self._pieces.put(piece)
                 if not piece:
                     return
-        except Exception as error:  # whatever it is, the parser waits for it
+        except Exception as error:  # the parser, which waits for a piece, raises it
             self._pieces.put(error)
 
 
 # ---- what is found -------------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
-    """A sample whose bytes pass by while its source is indexed; valid during the call only."""
-
-    sample: int  # its number in the index
-    name: str
-    data: memoryview
-
-
-Visit = Callable[[Seen], None]
-"""Gets every sample of a scan that reads images: packing can then do with one pass."""
-
-
 class Problems:
-    """What is wrong with single samples, and what the user wants done about it.
+    """Collects what is wrong with single samples, or raises at the first, as the user wants.
 
     Args:
         on_error: "fail" or "skip".
@@ -167,10 +151,10 @@ class Problems:
         self.messages: list[str] = []
 
     def report(self, message: str) -> None:
-        """Raise, or note that a sample is left out.
+        """Raise, or record that a sample is left out.
 
         Args:
-            message: what is wrong, where, expected and got.
+            message: where, what was expected and what came.
 
         Raises:
             DataError: with on_error="fail".
@@ -182,20 +166,8 @@ class Problems:
             self.messages.append(message)
 
 
-_SIGNATURES = (
-    (b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n\x1a\n", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"),
-    (b"RIFF", ".webp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P6", ".ppm"), (b"P5", ".pgm"),
-)  # fmt: skip
-
-
-def image_extension(data: bytes | memoryview) -> str:
-    """Return the extension that image bytes should have; ".bin" where no format is recognised."""
-    head = bytes(data[:8])
-    return next((found for magic, found in _SIGNATURES if head.startswith(magic)), ".bin")
-
-
 class Rows:
-    """Samples in the order in which a scan finds them, in 32 bytes each and their names."""
+    """Samples in the order in which a scan finds them; takes 32 bytes for each, and its name."""
 
     def __init__(self) -> None:
         self._file, self._label = array("i"), array("i")
@@ -206,10 +178,10 @@ class Rows:
         return len(self._file)
 
     def add(self, name: str, file: int, offset: int, length: int, label: int = -1) -> int:
-        """Add a sample and return its number; arguments as the columns of `Index`.
+        """Add a sample and return its number; the arguments are columns of `Index`.
 
         Raises:
-            DataError: where the name or the label is none; then nothing was added.
+            DataError: if the name or the label is not valid; then nothing was added.
         """
         try:
             encoded = os.fsencode(name)
@@ -251,10 +223,10 @@ class Rows:
             root: folder that `files` are relative to.
             files: paths of the files that `add` numbered.
             classes: class names.
-            label: labels in place of those that were added.
+            label: labels to use instead of those that were added.
 
         Raises:
-            DataError: where there is no sample, or a label is not in [0, len(classes)).
+            DataError: if there is no sample, or a label is not in [0, len(classes)).
         """
         label = self.label if label is None else label
         if not len(self):

@@ -1,7 +1,7 @@
 """Arrow files as `datasets` keeps them: `save_to_disk` folders and its local cache.
 
-They are streams of record batches that are not compressed, so every image lies as it is in a file:
-pyarrow, on the mapped file, says where. From then on they are byte ranges like any other.
+They are streams of record batches without compression, so every image lies in a file byte by byte:
+pyarrow says where, on the mapped file. From then on images are byte ranges like any other.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "Arrow files of Hugging Face: a folder of save_to_disk, or of the cache of datasets"
 
-
 _MAGIC = b"\xff\xff\xff\xff"
-"""The mark before a stream's first message."""
-
+"""Precedes the first message of a stream."""
 
 _OF_CACHE = re.compile(r"(?!cache-).+-[a-z]+(-\d{5}-of-\d{5})?\.arrow")
-"""Files that hold a split: not what `map` and `shuffle` left beside them."""
+"""Files of a split, without those that `map` and `shuffle` write beside them."""
 
 
 def find(place: Place) -> Found | str | None:
     """Recognise a folder by the file that describes it, Arrow files by their first bytes.
 
     Raises:
-        SplitNeededError: where there are several splits and none was asked for.
+        SplitNeededError: if there are several splits and none was given.
     """
     if "dataset_dict.json" in place.files:
         splits = ", ".join(place.folders)
@@ -63,7 +61,7 @@ def find(place: Place) -> Found | str | None:
 
 
 def _saved_files(place: Place) -> list[str] | str:
-    """Return the files that `state.json` names, in its order, or why it is not such a file."""
+    """Return the files that `state.json` names, in its order, or why it can't be used."""
     path = os.path.join(place.folder, "state.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -75,7 +73,7 @@ def _saved_files(place: Place) -> list[str] | str:
     if shuffled:
         return (
             f"{path} names indices ({shuffled[0]}), a selection of its rows that is not applied "
-            "here: save it anew with load_from_disk(...).flatten_indices().save_to_disk(...)"
+            "here: save it again with load_from_disk(...).flatten_indices().save_to_disk(...)"
         )
     outside = [name for name in names if os.path.basename(name) != name]
     missing = [name for name in names if name not in place.files]
@@ -96,7 +94,7 @@ def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
 
 
 def _scan(root: str, paths: Sequence[str], how: Opening) -> Scanned:
-    """Look at all files; of their pages only those with messages, offsets, paths and labels."""
+    """Index all files; only pages with messages, offsets, paths and labels are read."""
     scan = hf.Scan(root, how.on_error)
     sizes = [os.path.getsize(path) for path in paths]
     with progress_bar(
@@ -136,7 +134,7 @@ def _part_of(structs: Any, number: int, path: str, first_row: int, mapped: Any) 
 
 
 def _place_in(mapped: Any, data: Any, path: str, first_row: int) -> int:
-    """Return where in a mapped file a buffer of pyarrow's lies."""
+    """Return where in a mapped file a buffer of pyarrow lies."""
     if data is None or not data.size:
         return 0
     begin = int(data.address - mapped.address)

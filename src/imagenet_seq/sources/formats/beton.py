@@ -1,15 +1,15 @@
-"""FFCV's .beton files: one file whose tables say where each image lies and what its label is.
+"""FFCV's .beton files, whose tables say where each image lies and what its label is.
 
     header         version 2, number of fields, page size, number of samples, where the table
                    of allocations begins
-    fields         of each: type, name (16 bytes), arguments (1024 bytes)
-    metadata       of each sample: its fields, aligned as in C; of an image: mode, width, height,
+    fields         for each: type, name (16 bytes), arguments (1024 bytes)
+    metadata       for each sample: its fields, aligned as in C; for an image: mode, width, height,
                    where its data begin
     data           in pages; JPEGs, or pixels
-    allocations    of each piece of data: sample, where it begins, its bytes; up to the file's end
+    allocations    for each piece of data: sample, where it begins, its bytes; up to the file's end
 
-The index is made of the tables alone. JPEGs are byte ranges of the file. In a file that has raw
-pixels, all samples come in python blocks, pixels as PPM, which Pillow takes as they are.
+The index is made from the tables alone. JPEGs are byte ranges of the file. If a file has raw
+pixels, all its samples come in python blocks, the pixels as PPM.
 """
 
 from __future__ import annotations
@@ -33,50 +33,28 @@ from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
+from imagenet_seq.sources.images import ppm_header
 from imagenet_seq.sources.place import Found, Opening, Place
 from imagenet_seq.sources.scan import Problems
 
 LOOKS_FOR = "FFCV's files: train.beton, val.beton"
-
-
 _EXTENSIONS = (".beton", ".ffcv")
-
-
 _VERSION = 2
-
-
 _HEADER = struct.Struct("<HHIQQ")
-
-
 _FIELD = struct.Struct("<B16s1024x")
-
-
 _IMAGE, _INT = 2, 1
-
-
 _JPEG, _RAW = 0, 1
-
-
 _IMAGE_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("begin", "<u8")])
-
-
 _PIECE_ROW = np.dtype([("begin", "<u8"), ("size", "<u8")])
-
 
 _FIELD_ROWS = {
     0: np.dtype("<f8"), _INT: np.dtype("<i8"), _IMAGE: _IMAGE_ROW, 3: _PIECE_ROW,
     4: np.dtype("<u8"), 5: _PIECE_ROW, 6: np.dtype("<u8"),
 }  # fmt: skip
-"""What each type of field has in a sample's metadata: float, int, image, bytes, array, JSON,
-tensor."""
-
+"""Metadata of each type of field: float, int, image, bytes, array, JSON, tensor."""
 
 _ALLOCATION = np.dtype([("sample", "<u8"), ("begin", "<u8"), ("size", "<u8")])
-
-
 _MAX_FIELDS = 256
-
-
 _BLOCK_BYTES = 8 << 20
 
 
@@ -87,8 +65,8 @@ def find(place: Place) -> Found | str | None:
     """Recognise a .beton file, alone or in a folder.
 
     Raises:
-        SplitNeededError: where there are files of both splits and none was asked for.
-        ValueError: where there are several of the split.
+        SplitNeededError: if there are files of both splits and none was given.
+        ValueError: if there are several of the split.
     """
     names = [name for name in place.files if name.endswith(_EXTENSIONS)]
     if not place.is_folder and len(place.files) == 1:
@@ -115,7 +93,7 @@ def find(place: Place) -> Found | str | None:
 
 
 class _Header(NamedTuple):
-    """What a file says about itself."""
+    """The header of a file, and its size."""
 
     num_fields: int
     num_samples: int
@@ -124,7 +102,7 @@ class _Header(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the tables lie where they can."""
+        """Whether the tables lie within the file."""
         tables_bytes = _HEADER.size + self.num_fields * _FIELD.size + self.num_samples
         return tables_bytes <= self.allocations_begin <= self.file_bytes
 
@@ -133,7 +111,7 @@ def _header(file: BinaryIO) -> _Header:
     """Read the header.
 
     Raises:
-        DataError: where it is none.
+        DataError: if it is none.
     """
     data = file.read(_HEADER.size)
     file_bytes = os.fstat(file.fileno()).st_size
@@ -152,7 +130,7 @@ def _header(file: BinaryIO) -> _Header:
 
 
 class _Tables(NamedTuple):
-    """What the tables say of each sample; a size of 0: no data."""
+    """What the tables say about each sample; a size of 0 means no data."""
 
     image: npt.NDArray[Any]  # _IMAGE_ROW
     label: npt.NDArray[np.int64]
@@ -163,7 +141,7 @@ def _read_tables(path: str) -> tuple[_Header, _Tables]:
     """Read everything but the data.
 
     Raises:
-        DataError: where a table is not what it should be.
+        DataError: if a table is damaged.
     """
     with open(path, "rb") as file:
         header = _header(file)
@@ -197,7 +175,7 @@ def _places(path: str, fields: Sequence[tuple[int, str]]) -> tuple[int, int]:
     """Return which field is the image and which one the label.
 
     Raises:
-        DataError: where that can't be told, or a field is of a type that FFCV does not have.
+        DataError: if that is ambiguous, or FFCV has no such type of field.
     """
     shown = ", ".join(f"'{name}' (type {number})" for number, name in fields)
     unknown = [name for number, name in fields if number not in _FIELD_ROWS]
@@ -232,8 +210,9 @@ def _table(file: BinaryIO, row: np.dtype[Any], count: int, end: int) -> npt.NDAr
 
 
 def _sizes(allocations: npt.NDArray[Any], begin: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Return how many bytes were allocated where each sample's image begins; 0: none."""
-    allocations = allocations[allocations["size"] > 0]  # an empty field begins where the next does
+    """Return the bytes allocated at the place where each sample's image begins; 0: none."""
+    # Not the empty ones, which begin where the next one does.
+    allocations = allocations[allocations["size"] > 0]
     order = np.argsort(allocations["begin"], kind="stable")
     begins, sizes = allocations["begin"][order], allocations["size"][order]
     if not len(begins):
@@ -259,7 +238,7 @@ def _open(path: str, how: Opening) -> Source:
 
 
 def _scan(path: str, how: Opening) -> Scanned:
-    """Make the index of the tables; a file with raw pixels has further columns."""
+    """Make the index from the tables; a file with raw pixels has further columns."""
     header, tables = _read_tables(path)
     problems = Problems(how.on_error)
     kept = _sound(path, header, tables, problems)
@@ -293,7 +272,7 @@ def _scan(path: str, how: Opening) -> Scanned:
 def _sound(
     path: str, header: _Header, tables: _Tables, problems: Problems
 ) -> npt.NDArray[np.bool_]:
-    """Report samples that are damaged, and return which ones are not."""
+    """Report samples that are damaged; return which ones are not."""
     image, label, size = tables
     begin = image["begin"]
     last = header.allocations_begin - np.minimum(size, header.allocations_begin)
@@ -318,10 +297,10 @@ def _sound(
 
 
 def _in_blocks(index: Index, is_raw: npt.NDArray[np.bool_]) -> Index:
-    """Return the index of a source of python blocks: samples that lie together."""
+    """Return the index of a source of python blocks, each of samples that lie together."""
     assert index.length is not None
     order = np.argsort(index.offset, kind="stable")
-    # By the bytes, not by where they lie: many samples could be said to lie at one place.
+    # By their bytes, not their places: a damaged file may put many samples at one place.
     size = index.length[order]
     block = (np.cumsum(size) - size) // _BLOCK_BYTES
     first = np.flatnonzero(np.diff(block, prepend=-1))
@@ -334,41 +313,36 @@ def _in_blocks(index: Index, is_raw: npt.NDArray[np.bool_]) -> Index:
         file=file,
         offset=ordinal,
         length=index.length + np.where(is_raw, _header_bytes(index), 0),
-        files=Names.from_strings([index.files[0]] * len(first)),  # one for each block's number
+        files=Names.from_strings([index.files[0]] * len(first)),  # one for each block
     )
 
 
 def _header_bytes(index: Index) -> npt.NDArray[np.int64]:
-    """Return how long `_ppm_header` is for each sample."""
+    """Return the length of `ppm_header` for each sample."""
     digits = sum(
         1 + sum((values >= 10**k).astype(np.int64) for k in range(1, 5))
         for values in (index.width, index.height)
         if values is not None
     )
-    return np.asarray(digits + len(_ppm_header(0, 0)) - 2, np.int64)
-
-
-def _ppm_header(width: int, height: int) -> bytes:
-    """Return what makes pixels a PPM."""
-    return b"P6\n%d %d\n255\n" % (width, height)
+    return np.asarray(digits + len(ppm_header(0, 0)) - 2, np.int64)
 
 
 class _Parts(NamedTuple):
     """Where the samples of all blocks lie in the file, block after block."""
 
     begin: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int64]  # with the header
-    header: npt.NDArray[np.int64]  # bytes of it; 0: a JPEG
+    length: npt.NDArray[np.int64]  # including the header
+    header: npt.NDArray[np.int64]  # bytes of the header; 0: a JPEG
     width: npt.NDArray[np.int32]
     height: npt.NDArray[np.int32]
-    first: npt.NDArray[np.int64]  # of each block; then their number
+    first: npt.NDArray[np.int64]  # first sample of each block; then their number
 
     @classmethod
     def of(cls, path: str, index: Index, extra: Mapping[str, npt.NDArray[Any]]) -> _Parts:
-        """Sort samples by blocks, and check what comes from a file that may be damaged.
+        """Sort samples by blocks, and check the cached index, which may be damaged.
 
         Raises:
-            DataError: where a sample does not lie in the file.
+            DataError: if a sample does not lie in the file.
         """
         assert index.length is not None
         assert index.width is not None
@@ -379,21 +353,21 @@ class _Parts(NamedTuple):
         length = index.length[order]
         end = begin + length - header
         if (begin < 0).any() or (length < header).any() or (end > os.path.getsize(path)).any():
-            raise DataError(f"{path}: the index kept of it is damaged: delete it")
+            raise DataError(f"{path}: its cached index is damaged: delete the index")
         first = np.searchsorted(index.file[order], np.arange(len(index.files) + 1))
         return cls(begin, length, header, index.width[order], index.height[order], first)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _RawSource(Source):
-    """A file with pixels: samples that lie together come in blocks."""
+    """A file with pixels; a block is a run of samples that lie together."""
 
     path: str
     parts: _Parts
     turns: AbstractContextManager[Any]
 
     def read_block(self, number: int) -> Block:
-        """Read the samples of a block, each into its place."""
+        """Read the samples of a block, and put headers in front of pixels."""
         samples = slice(self.parts.first[number], self.parts.first[number + 1])
         parts = self.parts
         lengths = parts.length[samples]
@@ -406,7 +380,7 @@ class _RawSource(Source):
                 parts.height[samples].tolist(), strict=True,
             ):  # fmt: skip
                 if skip:
-                    data.data[offset : offset + skip] = _ppm_header(width, height)
+                    data.data[offset : offset + skip] = ppm_header(width, height)
                 file.seek(at)
                 _read_into(file, data.data[offset + skip : offset + length])
         return Block(data, offsets, lengths)

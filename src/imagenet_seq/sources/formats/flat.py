@@ -1,8 +1,8 @@
-"""A folder of images without class folders, and a file that has their labels.
+"""A folder of images without class folders, and a file with their labels.
 
-Kaggle's copy of ImageNet, Caffe's and tensorpack's val.txt, or any list of names and labels. Names
-are matched without their folder, and without extension where the list has none. Samples come in the
-order of their names.
+The labels are in Kaggle's solution, in Caffe's and tensorpack's val.txt, or in any list of names
+and labels. Names are matched without their folder, and without extension if the list has none.
+Samples are in the order of their names.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from imagenet_seq.index.classes import MAX_CLASSES, classes_of
 from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats import imagefolder
+from imagenet_seq.sources.images import is_image_name
 from imagenet_seq.sources.place import (
     SPLITS,
     Found,
@@ -37,39 +38,29 @@ LOOKS_FOR = (
     "a folder of images and their labels: Kaggle's ILSVRC/Data/CLS-LOC with LOC_val_solution.csv, "
     "or val.txt, labels.csv, labels.txt in the folder or beside it ('name label' lines)"
 )
-
-
 _SOLUTION, _MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
-
-
 _KAGGLE = (("ILSVRC", "Data", "CLS-LOC"), ("Data", "CLS-LOC"), ("CLS-LOC",))
 
-
 _LEVELS = 4
-"""From Kaggle's folder of images up to the one with the lists."""
-
+"""How far above Kaggle's folder of images the one with the lists may be."""
 
 _KINDS = ("csv", "txt", "tsv")
-
-
 _PEEK_BYTES = 64 << 10
-
-
 _NAME_HEADS = (
     "imageid", "image_id", "image", "filename", "file_name", "file", "name", "path", "id",
 )  # fmt: skip
-
-
 _LABEL_HEADS = (
     "predictionstring", "label", "class", "target", "label_id", "class_id", "wnid", "category",
 )  # fmt: skip
-
-
 _WNID, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"[+-]?[0-9]+")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise a folder of images with labels, or the root of Kaggle's copy."""
+    """Recognise a folder of images with labels, or the root of Kaggle's copy.
+
+    Raises:
+        SplitNeededError: if it holds splits and none was given.
+    """
     if not place.is_folder or "pack.json" in place.files:
         return None
     for names in _KAGGLE:
@@ -78,13 +69,13 @@ def find(place: Place) -> Found | str | None:
     if place.split is None:
         for name in set(SPLITS).intersection(place.folders):
             inside = place.below(name)
-            # Asked for a split it looks no deeper: links may lead round.
+            # With a split it looks no deeper, since links may go round in circles.
             if inside and isinstance(find(dataclasses.replace(inside, split=name)), Found):
                 raise SplitNeededError(
                     f"{place.path} holds images with labels in {name}/: pass split='train' or "
                     "split='val'"
                 )
-    if not any(map(imagefolder.is_image, place.files)) or imagefolder.has_classes(place):
+    if not any(map(is_image_name, place.files)) or imagefolder.has_classes(place):
         return None
     known = _Images.of(place.files)
     lists = [path for path in _possible_lists(place.path) if _is_about(path, known)]
@@ -120,7 +111,7 @@ def _open(folder: str, lists: Sequence[str], how: Opening) -> Source:
 
 def _scan(folder: str, lists: Sequence[str], how: Opening) -> Scanned:
     with os.scandir(folder) as entries:
-        files = sorted(entry.name for entry in entries if imagefolder.is_image(entry.name))
+        files = sorted(entry.name for entry in entries if is_image_name(entry.name))
     images, problems = _Images.of(files), Problems(how.on_error)
     told = [_read_list(path, images, problems) for path in lists]
     classes, from_where = _classes(folder, lists, told)
@@ -149,7 +140,7 @@ def _scan(folder: str, lists: Sequence[str], how: Opening) -> Scanned:
 
 
 def _possible_lists(folder: str) -> list[str]:
-    """Return where a folder's labels are looked for."""
+    """Return the paths where a folder's labels may be."""
     folder = os.path.abspath(folder)
     above, name = os.path.split(folder)
     split = split_of(name) or "val"
@@ -179,7 +170,7 @@ def _tensorpack_metadata() -> str | None:
 
 
 def _is_about(path: str, images: _Images) -> bool:
-    """Tell by its first lines whether a file has labels of these images."""
+    """Whether a file has labels of these images, by its first lines."""
     try:
         with open(path, "rb") as file:
             lines = file.read(_PEEK_BYTES).decode("utf-8", "surrogateescape").splitlines()
@@ -192,14 +183,14 @@ def _is_about(path: str, images: _Images) -> bool:
 
 
 class _Images(NamedTuple):
-    """Names of images, and those names without extension that only one of them has."""
+    """Names of images, and the name of each by its stem; "" for a stem that several share."""
 
     names: frozenset[str]
     of_stem: Mapping[str, str]
 
     @classmethod
     def of(cls, files: Iterable[str]) -> _Images:
-        names = [name for name in files if imagefolder.is_image(name)]
+        names = [name for name in files if is_image_name(name)]
         of_stem: dict[str, str] = {}
         for name in names:
             stem = os.path.splitext(name)[0]
@@ -207,7 +198,7 @@ class _Images(NamedTuple):
         return cls(frozenset(names), of_stem)
 
     def find(self, name: str) -> str | None:
-        """Return the image that a list calls `name`."""
+        """Return the image that a list means by `name`."""
         base = os.path.basename(name)
         return base if base in self.names else self.of_stem.get(base) or None
 
@@ -219,14 +210,14 @@ class _Line(NamedTuple):
 
 
 class _Told(NamedTuple):
-    """What a list says of an image."""
+    """The label that a list gives to an image, and where."""
 
     where: str
     label: str
 
 
 def _parsed(lines: Iterable[str]) -> Iterator[_Line | int]:
-    """Yield the lines of a list; the number of a line that is none."""
+    """Yield the lines of a list, or the number of one that has no name and label."""
     name_at, label_at = 0, 1
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -243,7 +234,7 @@ def _parsed(lines: Iterable[str]) -> Iterator[_Line | int]:
             yield number
             continue
         label = fields[label_at]
-        wnid = _WNID.match(label)  # Kaggle's solution goes on with boxes
+        wnid = _WNID.match(label)  # in Kaggle's solution, boxes follow it
         yield _Line(number, fields[name_at], wnid[0] if wnid else label)
 
 
@@ -258,7 +249,11 @@ def _fields(line: str) -> list[str]:
 
 
 def _read_list(path: str, images: _Images, problems: Problems) -> dict[str, _Told]:
-    """Return what a list says of the images that are there."""
+    """Return the labels that a list gives to the images that exist.
+
+    Raises:
+        DataError: if an image has two labels, or the list numbers the images.
+    """
     told: dict[str, _Told] = {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in _parsed(file):
@@ -266,7 +261,7 @@ def _read_list(path: str, images: _Images, problems: Problems) -> dict[str, _Tol
                 problems.report(f"{path}:{line}: expected a name and a label")
                 continue
             where, image = f"{path}:{line.number}", images.find(line.name)
-            is_header = line.number == 1 and not imagefolder.is_image(line.name)
+            is_header = line.number == 1 and not is_image_name(line.name)
             if image is None and is_header and not _NUMBER.fullmatch(line.label):
                 continue
             if image is None:
@@ -281,7 +276,7 @@ def _read_list(path: str, images: _Images, problems: Problems) -> dict[str, _Tol
     if len(told) > 2 and [entry.label for entry in told.values()] == _counted(len(told)):
         raise DataError(
             f"{path}: expected labels, found the images numbered from 1 to {len(told)}: a list of "
-            "images, as in ILSVRC/ImageSets. Take it away"
+            "images, as in ILSVRC/ImageSets. Remove it"
         )
     return told
 
@@ -328,9 +323,9 @@ def _refuse_disagreement(lists: Sequence[str], found: Sequence[Mapping[str, int]
 def _classes(
     folder: str, lists: Sequence[str], told: Sequence[Mapping[str, _Told]]
 ) -> tuple[list[str], str]:
-    """Return the class names and where they stand; none where labels are numbers of unknown names.
+    """Return the class names and their origin; none if labels are numbers without names.
 
-    ImageNet's labels are places in its sorted wnids, whatever order a list has them in.
+    ImageNet's classes are numbered by their sorted wnids, whatever the order of a list.
     """
     if path := _class_list(folder, lists):
         return sorted(_wnids_in(path)), path
@@ -338,7 +333,7 @@ def _classes(
         return _folders_in(train), train
     texts = {entry.label for entries in told for entry in entries.values()}
     if 2 * sum(1 for text in texts if _NUMBER.fullmatch(text)) > len(texts):
-        return [], ""  # what is no number among them is a mistake, not a class's name
+        return [], ""  # the few that are not numbers are mistakes
     return sorted(texts), lists[0]
 
 
@@ -346,8 +341,8 @@ def _wnids_in(path: str) -> set[str]:
     """Return the first words of a file's lines.
 
     Raises:
-        DataError: where one that is no wnid, or comes twice, is among wnids: labels count from the
-            sorted ones, so that a single wrong one would change the labels of others.
+        DataError: if there are wnids, and a word that is none or that occurs twice: one wrong word
+            would change the labels of classes that sort behind it.
     """
     wnids: dict[str, None] = {}
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -366,14 +361,14 @@ def _wnids_in(path: str) -> set[str]:
 
 
 def _class_list(folder: str, lists: Sequence[str]) -> str | None:
-    """Return a file whose lines begin with the wnids of the classes."""
+    """Return the path of a file whose lines begin with the wnids of the classes."""
     beside = [os.path.join(os.path.dirname(path), "synsets.txt") for path in lists]
     places = [*beside, *(os.path.join(at, _MAPPING) for at in _upwards(folder))]
     return next(filter(os.path.isfile, places), None)
 
 
 def _train_folder(folder: str) -> str | None:
-    """Return the folder of the training images' class folders beside a folder."""
+    """Return the folder train/ beside a folder, if it holds class folders."""
     train = os.path.join(os.path.dirname(os.path.abspath(folder)), "train")
     place = Place.at(train, None) if os.path.isdir(train) else None
     return train if place is not None and imagefolder.has_classes(place) else None

@@ -1,8 +1,7 @@
 """What Hugging Face's Parquet and Arrow files share: their places, columns, classes and names.
 
-A sample is a row: a struct of the image's bytes and the path it once had, and a whole number, its
-label. Class names are in the schema's metadata. Files are read through pyarrow, which is asked for
-only where there are such files.
+A sample is a row: a struct of the image's bytes and its original path, and an integer label. Class
+names are in the schema's metadata. Files are read through pyarrow, which is needed only for them.
 """
 
 from __future__ import annotations
@@ -25,35 +24,25 @@ from imagenet_seq.index.cache import OnError, Scanned
 from imagenet_seq.index.classes import MAX_CLASSES, classes_of, imagenet_classes, is_wnid
 from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Block
+from imagenet_seq.sources.images import NAMED_EXTENSIONS, image_extension
 from imagenet_seq.sources.place import Place, SplitNeededError
 from imagenet_seq.sources.scan import Problems, Rows
 
 _MAX_DEPTH = 5
-
-
 _PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
-
-
 _OF = re.compile(r"(?P<set>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d)")
-
-
 _LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
-
-
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
-
-
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def places(place: Place) -> Iterator[Place]:
-    """Yield a place and what lies in it where Hugging Face's tools put files.
+    """Yield a place, and folders in it where Hugging Face's tools put files.
 
-    That is `data/` of a repository, the one snapshot of the hub's cache, and the one configuration,
-    version and hash of the cache of `datasets`.
+    These are `data/` of a repository, the only snapshot in the hub's cache, and the only
+    configuration, version and hash in the cache of `datasets`.
     """
     yield place
     for _ in range(_MAX_DEPTH):
@@ -73,7 +62,7 @@ def files_of(place: Place, names: Sequence[str]) -> list[str]:
     """Return the paths of the split's files among these.
 
     Raises:
-        SplitNeededError: where there are files of several splits and none was asked for.
+        SplitNeededError: if there are files of several splits and none was given.
     """
     paths = place.of_split(names)
     sets = sorted({found["set"] for path in paths if (found := _OF.match(os.path.basename(path)))})
@@ -86,10 +75,10 @@ def files_of(place: Place, names: Sequence[str]) -> list[str]:
 
 
 def check_complete(paths: Sequence[str]) -> None:
-    """Check that none of the files that name themselves "number of count" is missing.
+    """Check that no file is missing, if their names say "number of count".
 
     Raises:
-        DataError: naming the first one that is.
+        DataError: if one is missing.
     """
     for path in paths:
         found = _OF.match(os.path.basename(path))
@@ -109,7 +98,7 @@ def check_complete(paths: Sequence[str]) -> None:
 
 
 def begins_with(path: str, magic: bytes) -> bool:
-    """Tell whether a file begins so."""
+    """Whether a file begins with these bytes."""
     with open(path, "rb") as file:
         return file.read(len(magic)) == magic
 
@@ -121,7 +110,7 @@ def import_pyarrow(path: str, name: str = "pyarrow") -> Any:
     """Import pyarrow, or a module of it.
 
     Raises:
-        ImportError: where it is not installed; says what it is needed for.
+        ImportError: if it is not installed; says how to install it.
     """
     try:
         with _memory_kept():
@@ -134,9 +123,9 @@ def import_pyarrow(path: str, name: str = "pyarrow") -> Any:
 
 @contextlib.contextmanager
 def _memory_kept() -> Iterator[None]:
-    """Let pyarrow's allocator, which asks when it is loaded, give memory back late: after 10 s.
+    """Make pyarrow's allocator keep freed memory for 10 s (it reads the setting at import).
 
-    Blocks come ten times a second: to get and clear memory for each anew costs a tenth of decoding.
+    Ten blocks a second are read: getting cleared memory for each takes a tenth of decoding time.
     """
     if "pyarrow" in sys.modules or _PURGE_DELAY in os.environ:
         yield
@@ -172,13 +161,13 @@ def damage(path: str, what: str) -> Iterator[None]:
 
 
 class Columns(NamedTuple):
-    """The columns that make a sample.
+    """The columns of images and labels.
 
     Attributes:
         image: name of the column of structs with the images' bytes.
         label: name of the column of labels.
         has_path: whether images have paths.
-        class_names: of the labels, from 0; empty where the file does not say.
+        class_names: class names by label; empty if the file has none.
     """
 
     image: str
@@ -188,14 +177,14 @@ class Columns(NamedTuple):
 
 
 def columns_of(schema: Any, path: str) -> Columns:
-    """Find the columns by their types; by their names where several have the same.
+    """Find the columns by their types, and by their names if several have the same type.
 
     Args:
-        schema: pyarrow's, of the file.
+        schema: the file's schema, pyarrow's object.
         path: the file, for messages.
 
     Raises:
-        DataError: where there is not one of each.
+        DataError: if there is not one of each.
     """
     fields = [schema.field(i) for i in range(len(schema.names))]
     features = _features(schema)
@@ -207,7 +196,7 @@ def columns_of(schema: Any, path: str) -> Columns:
         listed = ", ".join(f"{field.name}: {field.type}" for field in fields)
         raise DataError(
             f"{path}: expected one column of images, struct<bytes: binary, path: string>, and one "
-            f"of whole numbers, the labels; got the columns {listed:.500}"
+            f"of integers, the labels; got the columns {listed:.500}"
         )
     names = features.get(label, {}).get("names")
     return Columns(
@@ -225,7 +214,7 @@ def _the_one(names: Sequence[str], usual: Sequence[str]) -> str | None:
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """Return what `datasets` wrote about the columns; what is not as it writes it is left out."""
+    """Return what `datasets` wrote about the columns; what is malformed is left out."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: about for name, about in features.items() if isinstance(about, dict)}
@@ -252,10 +241,10 @@ def _is_integer(arrow_type: Any) -> bool:
 
 
 def images_in(array: Any) -> Block:
-    """View the bytes of a pyarrow array of binaries, nothing copied; nulls have length 0.
+    """View the bytes of a pyarrow array of binaries without a copy; nulls have length 0.
 
     Raises:
-        ValueError: where its offsets don't ascend within its bytes.
+        ValueError: if its offsets don't ascend within its bytes.
     """
     wide = str(array.type) == "large_binary"
     _, begins, data = array.buffers()
@@ -278,12 +267,11 @@ def images_in(array: Any) -> Block:
 
 def begin_of(images: Block, row: int) -> bytes:
     """Return the first bytes of an image."""
-    begin, length = int(images.offsets[row]), int(images.lengths[row])
-    return images.bytes[begin : begin + min(length, 16)].tobytes()
+    return images.image(row)[:16].tobytes()
 
 
 def nulls_of(array: Any) -> npt.NDArray[np.bool_]:
-    """Tell which values of a pyarrow array are null."""
+    """Return which values of a pyarrow array are null."""
     validity = array.buffers()[0]
     if validity is None:
         return np.zeros(len(array), np.bool_)
@@ -295,7 +283,7 @@ def nulls_of(array: Any) -> npt.NDArray[np.bool_]:
 
 
 def _labels_in(array: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the values of a pyarrow array of whole numbers, and which of them are null."""
+    """Return the values of a pyarrow array of integers, and which of them are null."""
     dtype = np.dtype(array.type.to_pandas_dtype())
     values = np.frombuffer(array.buffers()[1] or b"", dtype)
     values = values[array.offset : array.offset + len(array)].astype(np.int64)
@@ -305,31 +293,22 @@ def _labels_in(array: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]
 
 
 def _base_names(array: Any) -> list[str]:
-    """Return the last parts of the paths in a pyarrow array of strings; "" where there is none."""
+    """Return the base names of the paths in a pyarrow array of strings; "" if there is none."""
     names = images_in(array)
     text, begins, lengths = names.bytes.tobytes(), names.offsets.tolist(), names.lengths.tolist()
     paths = [text[at : at + length] for at, length in zip(begins, lengths, strict=True)]
     return [os.fsdecode(path.rpartition(b"/")[2].replace(b"\0", b"")) for path in paths]
 
 
-def _extension_of(data: bytes) -> str:
-    """Tell by its first bytes what an image is."""
-    if data.startswith(b"\x89PNG"):
-        return ".png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    return ".jpg"
-
-
 # ---- indexing ------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """Rows of a file that are looked at together: a row group, a record batch.
+    """Rows of a file that are indexed together: a row group or a record batch.
 
     Attributes:
         path: the file.
-        first_row: number of the first one in the file.
+        first_row: number of its first row in the file.
         file: number of the file, or of the python block.
         offset: of each image, as in `Index`.
         length: of each image, as in `Index`.
@@ -351,7 +330,7 @@ class Scan:
 
     Args:
         root: folder of the files.
-        on_error: as `Opening.on_error`.
+        on_error: what to do with rows that can't be indexed.
     """
 
     def __init__(self, root: str, on_error: OnError) -> None:
@@ -364,7 +343,7 @@ class Scan:
         """Return a file's columns.
 
         Raises:
-            DataError: where they are not what images need, or not those of the files before.
+            DataError: if they are not those of images, or differ from the files before.
         """
         columns = columns_of(schema, path)
         if self._columns not in (None, columns):
@@ -380,8 +359,8 @@ class Scan:
 
         Args:
             part: where they lie.
-            labels: their labels, an array of pyarrow.
-            paths: the paths of their images, an array of pyarrow, or None.
+            labels: their labels, a pyarrow array.
+            paths: the paths of their images, a pyarrow array, or None.
         """
         assert self._columns is not None
         label, no_label = _labels_in(labels)
@@ -399,19 +378,24 @@ class Scan:
                     f"[0, {num_classes}), or -1 where it is unknown; got {got}"
                 )
                 continue
-            # By file and row no two have the same name.
+            # File and row make it unique.
             name = f"{stem}/{row}-{base}" if base else f"{stem}/{row}"
-            if not base.lower().endswith(_EXTENSIONS):
-                name += _extension_of(part.begins(i))
+            if not base.lower().endswith(NAMED_EXTENSIONS):
+                name += image_extension(part.begins(i)) or ".jpg"
             self._rows.add(name, part.file, offset, length, number)
 
     def scanned(
         self, files: Sequence[str], remarks: Sequence[str] = (), **extra: npt.NDArray[Any]
     ) -> Scanned:
-        """Return what was found; `files`: those that parts were numbered by, `extra`: columns.
+        """Return the result.
+
+        Args:
+            files: the files by number, as `Part.file` has it.
+            remarks: notes for the user.
+            extra: further columns.
 
         Raises:
-            DataError: where there is no image.
+            DataError: if there is no image.
         """
         names = () if self._columns is None else self._columns.class_names
         classes = _name_classes(names, self._rows.label, self._rows.names)
@@ -422,13 +406,13 @@ class Scan:
 def _name_classes(
     names: tuple[str, ...], label: npt.NDArray[np.int32], samples: Names
 ) -> tuple[str, ...]:
-    """Name the classes: by wnids where these are known, so that they are torchvision's."""
+    """Return the class names: wnids if these are known, so that they are torchvision's."""
     if len(names) == 1000 and names[0].startswith("tench") and names[-1].startswith("toilet"):
         return imagenet_classes()
     by_samples = classes_of(label, samples)
     if not names or (len(by_samples) == len(names) and all(map(is_wnid, by_samples))):
         return by_samples
-    # Two classes of one name, as ImageNet's two cranes, stay two.
+    # ImageNet has two classes called crane: they stay two.
     count = Counter(names)
     return tuple(
         name if count[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)

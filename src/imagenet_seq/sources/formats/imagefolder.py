@@ -1,9 +1,9 @@
 """A folder of class folders of images, as torchvision's ImageFolder reads it.
 
-Indexed by scandir alone: no file is opened or stat'ed. The order of classes and samples is exactly
-torchvision's (`find_classes` and `make_dataset` of torchvision/datasets/folder.py, 0.15 to 0.28).
-The index is kept in one memory-mapped file that eight ranks share, and is used again as long as
-every directory seen has the modification time it had.
+Indexed by scandir alone, without opening any file or asking for its size. The order of classes and
+samples is exactly torchvision's (`find_classes` and `make_dataset` of
+torchvision/datasets/folder.py, 0.15 to 0.28). The index is cached in one memory-mapped file, which
+eight ranks share, and is valid as long as no directory has another modification time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.index.cache import OnError, Scanned, Stamps, indexed
+from imagenet_seq.index.cache import FileStamps, OnError, Scanned, indexed
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.pack import refuse_unfinished
+from imagenet_seq.sources.images import IMAGE_EXTENSIONS, is_image_name
 from imagenet_seq.sources.place import (
     SPLITS,
     Found,
@@ -38,34 +39,24 @@ from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "an ImageFolder: one folder of images for each class"
 
-
-IMAGE_EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-"""torchvision.datasets.folder.IMG_EXTENSIONS."""
-
-
 _SCAN_THREADS = 4
-"""Directories read at once: the waits of a network file system overlap, a disk can sort them."""
-
+"""Directories read at once: hides a network's latency, and lets a disk sort the requests."""
 
 _MAX_DEPTH = 128
-"""More levels than any data set has; Python bounds recursion."""
-
+"""More levels than any data set has; Python limits recursion."""
 
 _LOOKED_INTO = 8
-"""Folders that are looked into for images, to tell classes from other folders."""
-
+"""How many folders to look into for images, to tell classes from other folders."""
 
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
-"""How the files begin in which macOS keeps what other file systems have no place for."""
+"""First bytes of AppleDouble files, in which macOS keeps metadata on other file systems."""
 
 
 def find(place: Place) -> Found | str | None:
     """Recognise a folder of class folders.
 
     Raises:
-        SplitNeededError: where it is a root of splits and none was asked for.
+        SplitNeededError: if it holds splits and none was given.
     """
     if not place.is_folder or "pack.json" in place.files:
         return None
@@ -76,8 +67,8 @@ def find(place: Place) -> Found | str | None:
             raise SplitNeededError(f"{place.path} {holds}: pass split='train' or split='val'")
         return holds
     if place.split is not None and (others := [name for name in SPLITS if name in place.folders]):
-        return f"holds {' and '.join(f'{name}/' for name in others)}"  # which are no classes then
-    for name in SPLITS:  # their folders must not pass for classes
+        return f"holds {' and '.join(f'{name}/' for name in others)}"  # so these are not classes
+    for name in SPLITS:  # folders of an unfinished pack must not pass for classes
         refuse_unfinished(os.path.join(place.path, name))
     if not has_classes(place):
         return None
@@ -86,7 +77,7 @@ def find(place: Place) -> Found | str | None:
 
 
 def has_classes(place: Place) -> bool:
-    """Tell class folders from others: there are images in one of the first, or a folder deeper.
+    """Whether there are class folders: one of the first holds images, or holds a folder that does.
 
     A folder that holds train/ or val/ is a data set of its own, not a class.
     """
@@ -96,17 +87,17 @@ def has_classes(place: Place) -> bool:
             deeper: list[str] = []
             for entry in _entries(path):
                 if not is_directory(entry):
-                    if is_image(entry.name):
+                    if is_image_name(entry.name):
                         return True
                 elif split_of(entry.name) == entry.name:
                     return False
                 elif len(deeper) < _LOOKED_INTO:
                     deeper.append(entry.path)
             inside = itertools.chain.from_iterable(map(_entries, deeper))
-            if any(is_image(entry.name) for entry in inside):
+            if any(is_image_name(entry.name) for entry in inside):
                 return True
         except OSError:
-            return True  # it can't be looked into: opening says so
+            return True  # can't be read: opening will say so
     return False
 
 
@@ -115,32 +106,27 @@ def _entries(path: str) -> Iterator[os.DirEntry[str]]:
         yield from entries
 
 
-def is_image(name: str) -> bool:
-    """Tell a file of an image by its extension, as torchvision does."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
-
-
 def open_imagefolder(root: str | os.PathLike[str], how: Opening | None = None) -> Source:
     """Index the class folders below `root`.
 
-    1.28 million files take about 3 s when the directories are in memory, and 0.1 s where the kept
+    1.28 million files take about 3 s when the directories are in memory, and 0.1 s if the cached
     index is still valid.
 
     Args:
         root: folder that holds one folder for each class.
-        how: what to do with what can't be indexed, and whether to show a progress bar when it takes
-            more than a second; default: fail and progress. With on_error="skip", classes without
-            images stay classes.
+        how: what to do with samples that can't be indexed, and whether to show a progress bar after
+            a second; default: fail, and yes. With on_error="skip", classes without images stay
+            classes.
 
     Raises:
-        FileNotFoundError: where `root` has no class folders, or one of them has no image.
-        OSError: where a directory can't be read (torchvision would skip it without a word).
-        DataError: where a file has an image's name, but was made by macOS beside one.
+        FileNotFoundError: if `root` has no class folders, or one of them has no image.
+        OSError: if a directory can't be read (torchvision would skip it silently).
+        DataError: if a file with an image's name holds macOS metadata.
     """
     root, how = os.path.expanduser(os.fspath(root)), how or Opening()
     scanned = indexed("imagefolder", root, [root], lambda: _scan(root, how), how.on_error)
     index = scanned.index
-    if index.root != root:  # it was kept: as the user calls it now, like torchvision's paths
+    if index.root != root:  # cached under another name: torchvision's paths begin with the user's
         index = dataclasses.replace(index, root=root)
     notes = (*scanned.notes, *_notes_on_empty_classes(index, how.on_error))
     return Source("imagefolder", index, notes=notes)
@@ -151,16 +137,16 @@ def from_samples(
 ) -> Source:
     """Make a source of given (path, label) pairs, such as an ImageFolder's `.samples`.
 
-    Order, paths and labels are kept as they are. Paths below `root` are kept relative to it; where
-    one lies elsewhere, all are kept as absolute paths relative to "/".
+    Order, paths and labels stay as they are. Names are relative to `root`, or to "/" if one of the
+    paths is not below `root`.
 
     Args:
-        samples: the pairs; labels are places in `classes`.
-        classes: class names (of torchvision's ImageNet: its `wnids`).
+        samples: the pairs.
+        classes: class names by label (for torchvision's ImageNet, its `wnids`).
         root: the dataset's folder.
 
     Raises:
-        ValueError: where a label is not in [0, len(classes)).
+        ValueError: if a label is not in [0, len(classes)).
     """
     root = os.path.expanduser(os.fspath(root))
     paths: list[str] = []
@@ -187,12 +173,12 @@ def from_samples(
 def index_of_files(
     root: str, names: Names, label: npt.NDArray[np.int32], classes: Sequence[str]
 ) -> Index:
-    """Return the index of samples that are a file each.
+    """Return the index of samples that are one file each.
 
     Args:
         root: folder that `names` are relative to.
         names: paths of the files.
-        label: of each.
+        label: label of each.
         classes: class names.
     """
     return Index(
@@ -213,7 +199,7 @@ class _Directory(NamedTuple):
     path: str  # relative to the root
     mtime_ns: int | None  # None: it can't be read
     files: list[str]  # names of the images, sorted
-    ignored: list[str]  # names of files that are none
+    ignored: list[str]  # names of other files
     wrong: list[str]  # messages
 
 
@@ -257,10 +243,10 @@ def _scan(root: str, how: Opening) -> Scanned:
     )
 
 
-def _stamps(root: str, top_ns: int, seen: Sequence[_Directory]) -> Stamps:
+def _stamps(root: str, top_ns: int, seen: Sequence[_Directory]) -> FileStamps:
     times = {"": top_ns} | {found.path: found.mtime_ns for found in seen if found.mtime_ns}
     name = os.path.basename(os.path.abspath(root))
-    return Stamps(
+    return FileStamps(
         Names.from_strings(os.path.join(name, path) for path in times),
         np.full(len(times), -1, np.int64),
         np.array(list(times.values()), np.int64),
@@ -268,7 +254,7 @@ def _stamps(root: str, top_ns: int, seen: Sequence[_Directory]) -> Stamps:
 
 
 def _remarks(root: str, seen: Sequence[_Directory]) -> tuple[str, ...]:
-    """Say what torchvision passes over without a word."""
+    """Say what torchvision ignores silently."""
     count = sum(len(found.ignored) for found in seen)
     if not count:
         return ()
@@ -278,9 +264,7 @@ def _remarks(root: str, seen: Sequence[_Directory]) -> tuple[str, ...]:
 
 
 def _scan_class(root: str, name: str, on_error: OnError) -> _Class:
-    """Scan a class's folder. torchvision sorts what os.walk(followlinks=True) yields: directories,
-    then file names.
-    """
+    """Scan a class's folder, in torchvision's order: sorted directories, sorted names in each."""
     found = sorted(_walk(root, name, frozenset(), on_error))
     names = Names.from_strings(f"{seen.path}/{file}" for seen in found for file in seen.files)
     return _Class(names, [seen._replace(files=[]) for seen in found])
@@ -289,10 +273,10 @@ def _scan_class(root: str, name: str, on_error: OnError) -> _Class:
 def _walk(
     root: str, path: str, above: frozenset[tuple[int, int]], on_error: OnError
 ) -> list[_Directory]:
-    """Read the directory root/path and those below it; `above`: device and inode of its parents.
+    """Read the directory root/path and those below it.
 
-    Links to directories are followed, but not to one of the parents: there os.walk would go round
-    until the operating system refuses.
+    Links to directories are followed, but not to one of the parents, which os.walk would follow
+    round and round. `above` has device and inode of the parents.
     """
     full = os.path.join(root, path)
     try:
@@ -312,12 +296,12 @@ def _walk(
     for entry in entries:
         if is_directory(entry):
             folders.append(entry.name)
-        elif not is_image(entry.name):
-            if not entry.name.startswith("."):  # .DS_Store and its like are nobody's images
+        elif not is_image_name(entry.name):
+            if not entry.name.startswith("."):  # nobody takes .DS_Store for an image
                 read.ignored.append(entry.name)
         elif entry.name.startswith("._") and _is_apple_double(entry.path):
             read.wrong.append(
-                f"{entry.path}: expected an image, found what macOS keeps beside "
+                f"{entry.path}: expected an image, found metadata that macOS keeps beside "
                 f"{entry.name[2:]} (AppleDouble); `dot_clean {root}` removes such files"
             )
         else:
@@ -334,11 +318,11 @@ def _is_apple_double(path: str) -> bool:
         with open(path, "rb", buffering=0) as file:
             return file.read(4) == _APPLE_DOUBLE
     except OSError:
-        return False  # reading says why
+        return False  # reading the image will say why
 
 
 def _notes_on_empty_classes(index: Index, on_error: OnError) -> Iterator[str]:
-    """Refuse classes without images, or say that there are some."""
+    """Say which classes have no images; with on_error="fail", refuse them."""
     counts = np.bincount(index.targets, minlength=len(index.classes))
     empty = [index.classes[label] for label in np.flatnonzero(counts == 0)]
     if not empty:

@@ -1,11 +1,11 @@
 """LMDB files of images and labels: those of the original project, of tensorpack, of folder2lmdb.
 
-The tree of pages is walked here, through reads of whole pages, because LMDB's own way, a map of the
-file, reads a disk page by page. It yields where each value lies; the values are then read once, in
-the order of the file, to find the image and the label in each (lmdb_values.py). From then on images
-are read as byte ranges of the file, in blocks.
+The tree of pages is read without the LMDB library (lmdb_tree.py), which maps the file and so reads
+a disk page by page. The tree says where each value lies. The values are then read once, in the
+order of the file, to find the image and the label in each (lmdb_values.py). From then on images are
+byte ranges of the file.
 
-Every number in a file is checked before it is used, pages that are in no tree are never read, and
+Every number in a file is checked before it is used, pages outside the tree are never read, and
 nothing is ever unpickled.
 """
 
@@ -30,6 +30,7 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
+from imagenet_seq.sources.formats.lmdb_objects import RAW, ValueFormError, stored_bytes
 from imagenet_seq.sources.formats.lmdb_tree import (
     KEYS,
     META_BYTES,
@@ -42,45 +43,24 @@ from imagenet_seq.sources.formats.lmdb_tree import (
     newer_meta,
     why_none,
 )
-from imagenet_seq.sources.formats.lmdb_values import (
-    ACCEPTED,
-    RAW,
-    Pair,
-    ValueFormError,
-    find_pair,
-    stored_bytes,
-)
-from imagenet_seq.sources.place import Found, Opening, Place
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen
+from imagenet_seq.sources.formats.lmdb_values import ACCEPTED, Pair, find_pair
+from imagenet_seq.sources.images import NAMED_EXTENSIONS, image_extension
+from imagenet_seq.sources.place import Found, Opening, Place, Seen
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "an LMDB (*.lmdb, or a folder with data.mdb) of images and labels, as tensorpack's"
-
-
 _DATA_FILE = "data.mdb"
-
-
 _SUFFIXES = (".lmdb", ".mdb")
-
-
 _BLOCK_BYTES = 4 << 20
-
-
 _INCOMPLETE = "it is incomplete"
-
-
-_EXTENSIONS = (
-    (b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"GIF8", ".gif"),
-    (b"II*\0", ".tif"), (b"MM\0*", ".tif"), (b"P5", ".pgm"), (b"P6", ".ppm"), (b"RIFF", ".webp"),
-)  # fmt: skip
-"""By the first bytes of an image."""
 
 
 def find(place: Place) -> Found | str | None:
     """Recognise an LMDB file, or the folder that LMDB keeps one in.
 
     Raises:
-        SplitNeededError: where a folder holds those of train and val, and no split was asked for.
+        SplitNeededError: if a folder holds those of train and val and no split was given.
     """
     names = _candidates(place)
     if not names:
@@ -102,7 +82,7 @@ def find(place: Place) -> Found | str | None:
 
 
 def _candidates(place: Place) -> list[str]:
-    """Return names of what may be an LMDB: files, or folders with one."""
+    """Return the names of files, and of folders with a data.mdb, that may be an LMDB."""
     if not place.is_folder and len(place.files) == 1:
         return list(place.files)
     if _DATA_FILE in place.files:
@@ -118,7 +98,7 @@ def _candidates(place: Place) -> list[str]:
 def _open(path: str, how: Opening) -> Source:
     scanned = indexed("lmdb", path, [path], lambda: _scan(path, how), how.on_error)
     incomplete = [remark for remark in scanned.remarks if remark.endswith(_INCOMPLETE)]
-    if incomplete and how.on_error == "fail":  # also where a kept index says so
+    if incomplete and how.on_error == "fail":  # also if a cached index says so
         raise DataError(f"{incomplete[0]}. {HOW_TO_SKIP}")
     permuted, notes = is_permuted(scanned.index), scanned.notes
     if "stored" in scanned.extra:
@@ -130,7 +110,7 @@ def _open(path: str, how: Opening) -> Source:
 
 
 def _scan(path: str, how: Opening) -> Scanned:
-    """Read the tree, then all values in one pass from the file's begin to its end."""
+    """Read the tree, then all values in one sequential pass."""
     with open(path, "rb", buffering=0) as file:
         meta = newer_meta(path, file.fileno())
         scan = _Scan(path, how, meta, Tree(path, file.fileno(), meta).values(how.progress))
@@ -152,7 +132,7 @@ class _Scan:
         self._page_bytes = meta.page_bytes
         self._rows = Rows()
         self._problems = Problems(how.on_error)
-        self._count: int | None = None  # of samples, as the file itself has it
+        self._count: int | None = None  # number of samples according to the file
         self._has_keys = False
         self._num_numbers = self._num_samples = 0
         self._size, self._stored = array("q"), array("B")
@@ -206,7 +186,7 @@ class _Scan:
                 key, offset, f"{ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
             )
             return
-        extension = _extension(image)
+        extension = image_extension(image)
         if extension is None:
             got = f"{len(image)} bytes that begin with {bytes(image[:8])!r}"
             self._report(key, offset, f"an image, got {got}")
@@ -219,7 +199,7 @@ class _Scan:
         self._problems.report(f"{self._path}: key {key!r} (offset {offset}): expected {expected}")
 
     def _value(self, stream: FileStream, key: bytes, offset: int, length: int) -> memoryview:
-        """Return a value, which in overflow pages has to come behind their header."""
+        """Return a value; if it is in overflow pages, check their header."""
         if offset % self._page_bytes != PAGE_HEADER.size:
             return stream.take(offset, length)
         begin = offset - PAGE_HEADER.size
@@ -243,10 +223,10 @@ class _Scan:
         if self._how.visit is not None:
             self._how.visit(Seen(sample, name, image))
 
-    # -- whether it is whole
+    # -- whether the file is complete
 
     def _read_count(self, key: bytes, head: memoryview, length: int) -> None:
-        """Take the number of samples from __len__, or from a list of keys that begins with it."""
+        """Take the number of samples from __len__, or from the begin of the list of keys."""
         self._has_keys |= key == KEYS
         if key == KEYS and length:
             count = _msgpack_count(bytes(head))
@@ -257,7 +237,7 @@ class _Scan:
         self._count = count if count is not None else self._count
 
     def _remarks(self) -> list[str]:
-        """Say what is missing, where a run of the writer may have been interrupted."""
+        """Say what is missing if a run of the writer may have been interrupted."""
         if self._count is not None and self._count != self._num_samples:
             what = f"expected {self._count} samples as it says itself, found {self._num_samples}"
             return [f"{self._path}: {what}: {_INCOMPLETE}"]
@@ -291,26 +271,16 @@ class _Scan:
 
 
 def _is_about(key: bytes) -> bool:
-    """Tell keys that are about the others, such as __keys__ and __len__."""
+    """Whether a key is about the others, such as __keys__ and __len__."""
     return len(key) > 4 and key[:2] == b"__" == key[-2:]
 
 
 def _has_extension(key: bytes) -> bool:
-    return os.path.splitext(key)[1].lower() in _NAMED_EXTENSIONS
-
-
-_NAMED_EXTENSIONS = {extension.encode() for _, extension in _EXTENSIONS} | {b".jpeg", b".tiff"}
-
-
-def _extension(image: memoryview) -> str | None:
-    head = bytes(image[:4])
-    if head[:2] == b"\xff\xd8":  # nearly all of them
-        return ".jpg"
-    return next((extension for begin, extension in _EXTENSIONS if head.startswith(begin)), None)
+    return os.path.splitext(os.fsdecode(key))[1].lower() in NAMED_EXTENSIONS
 
 
 def _msgpack_count(head: bytes) -> int | None:
-    """Return the size of a list in msgpack, which it begins with; None where it is no such list."""
+    """Return the length of a list in msgpack, by its first bytes; None if it is no list."""
     if head[0] >> 4 == 9:
         return head[0] & 0xF
     form = {0xDC: ">H", 0xDD: ">I"}.get(head[0])
@@ -323,7 +293,7 @@ _PICKLED_INTEGER = re.compile(
 
 
 def _integer(content: bytes) -> int | None:
-    """Return a number that is all of a value, in msgpack or in a pickle; None: another form."""
+    """Return the integer that a value holds, in msgpack or as a pickle; None if it is none."""
     pickled = _PICKLED_INTEGER.fullmatch(content)
     if pickled is not None:
         return int.from_bytes(pickled[pickled.lastindex or 0], "little")
@@ -334,10 +304,10 @@ def _integer(content: bytes) -> int | None:
 
 
 def _in_use_by(path: str) -> int | None:
-    """Return a process that has an LMDB open with LMDB's own lock, where the kernel lists it.
+    """Return a process that has the LMDB open with LMDB's own lock, if the kernel lists locks.
 
-    It keeps the first byte of the lock file locked; a lock file that is left over says nothing.
-    Opening and closing the file here would end the locks of our own process on it.
+    Such a process locks the first byte of the lock file; the file's existence says nothing. Opening
+    and closing the lock file here would end the locks that our own process has on it.
     """
     folder, name = os.path.split(path)
     lock = os.path.join(folder, "lock.mdb") if name == _DATA_FILE else f"{path}-lock"
@@ -351,18 +321,18 @@ def _in_use_by(path: str) -> int | None:
     return next((int(line[4]) for line in lines if len(line) > 5 and line[5] == device), None)
 
 
-# ---- images that are not stored byte by byte -----------------------------------------------------
+# ---- images that are stored as text -----------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _StoredSource(Source):
-    """An LMDB of pickles of protocol 0 to 2, where images are text: see lmdb_values.py.
+    """An LMDB of pickles of protocol 0 to 2, where images are text: see lmdb_objects.py.
 
     Args:
         path: the file.
-        places: offset and size of each image as it is stored, and how; in the order of the file.
-        first: which of them each block begins with; then their number.
-        turns: held while reading from a disk with one head.
+        places: offset, size and form of each image as it is stored, in the order of the file.
+        first: the first sample of each block; then the number of samples.
+        turns: held while reading from a hard disk.
     """
 
     path: str
@@ -372,14 +342,14 @@ class _StoredSource(Source):
 
     @classmethod
     def of(cls, path: str, scanned: Scanned, permuted: bool) -> _StoredSource:
-        """Make it of what a scan found: samples that lie together come in blocks."""
+        """Make it from the result of a scan; a block is a run of samples that lie together."""
         index, size, stored = scanned.index, scanned.extra["size"], scanned.extra["stored"]
         offset = index.offset
         if not len(size) == len(stored) == len(index) or not _in_order(
             offset, size, os.path.getsize(path)
         ):
             raise DataError(
-                f"{path}: the index kept for it is damaged: remove .imagenet-seq-lmdb-*.index in "
+                f"{path}: its cached index is damaged: remove .imagenet-seq-lmdb-*.index in "
                 "its folder, or the cache folder"
             )
         block = offset // _BLOCK_BYTES
@@ -389,8 +359,8 @@ class _StoredSource(Source):
             index,
             file=number.astype(np.int32),
             offset=np.arange(len(index)) - first[number],
-            files=Names.from_strings([index.files[0]] * len(first)),  # one for each block's number
-            known_id=index.id,  # the same, whether the index was kept or has just been made
+            files=Names.from_strings([index.files[0]] * len(first)),  # one for each block
+            known_id=index.id,  # the same, whether the index was cached or has just been made
         )
         return cls(
             "lmdb",
@@ -405,7 +375,7 @@ class _StoredSource(Source):
         )
 
     def read_block(self, number: int) -> Block:
-        """Read a run of the file, and make of each image's text its bytes."""
+        """Read a run of the file, and decode each image from its text."""
         run = slice(self.first[number], self.first[number + 1])
         offset, size, stored = (column[run] for column in self.places)
         begin, end = int(offset[0]), int(offset[-1] + size[-1])
@@ -413,7 +383,7 @@ class _StoredSource(Source):
             file.seek(begin)
             content = memoryview(file.read(end - begin))
         if len(content) != end - begin:
-            raise DataError(f"{self.path}: expected {end} bytes, but it ends before: was it cut?")
+            raise DataError(f"{self.path}: expected {end} bytes, got less: it was truncated")
         images = [
             stored_bytes(content[at : at + length], how)
             for at, length, how in zip(
@@ -427,7 +397,7 @@ class _StoredSource(Source):
 
 
 def _in_order(offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64], file_bytes: int) -> bool:
-    """Tell whether places follow one another inside a file."""
+    """Whether places follow one another inside the file."""
     if not len(offset):
         return True
     follow = (size >= 0) & (offset >= 0) & (size <= file_bytes - offset)

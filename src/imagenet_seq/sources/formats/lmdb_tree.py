@@ -1,4 +1,4 @@
-"""The pages of an LMDB file: its layout, and a walk over its values without mapping it."""
+"""The pages of an LMDB file: their layout, and a reader that finds all keys and values."""
 
 from __future__ import annotations
 
@@ -12,62 +12,48 @@ from imagenet_seq.errors import DataError
 from imagenet_seq.text import progress_bar
 
 MAGIC = 0xBEEFC0DE
-
-
 VERSION = 1
-
 
 NO_PAGE = 0xFFFFFFFFFFFFFFFF
 """Root of an empty tree."""
 
-
 PAGE_HEADER = struct.Struct("<QHHHH")
-"""Page number, pad, flags, and of a branch or leaf where its free space begins and ends."""
-
+"""Page number, pad, flags; in a branch or leaf, where its free space begins and ends."""
 
 OVERFLOW_HEADER = struct.Struct("<QHHI")
 """Page number, pad, flags, number of pages in the run."""
 
-
 BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8
 """Flags of pages."""
 
-
 NODE = struct.Struct("<HHHH")
-"""Low and high half of the value's size (in a branch: of the child's page number), flags (in a
-branch: the child's page number from bit 32), size of the key; key and value follow."""
-
+"""Low and high half of the value's size, flags, size of the key; key and value follow. In a branch,
+the first three are the child's page number, low bits first."""
 
 IN_OVERFLOW, SUB_DATABASE, DUPLICATES = 1, 2, 4
-"""Flags of nodes: the value is the number of its first overflow page; the others we don't write."""
-
+"""Flags of nodes. IN_OVERFLOW: the value is the number of its first overflow page."""
 
 META_HEAD = struct.Struct("<IIQQ")
 """Magic, version, address and size of the map."""
 
-
 TREE = struct.Struct("<IHHQQQQQ")
-"""Of the free list, then of the data: pad (of the free list: the page size), flags, depth, numbers
-of branch, leaf and overflow pages and of entries, root."""
-
+"""For the free list, then for the data: pad (for the free list: the page size), flags, depth,
+numbers of branch, leaf and overflow pages and of entries, root."""
 
 META_TAIL = struct.Struct("<QQ")
-"""Last page used, and number of the transaction: the meta page with the higher one holds."""
-
+"""Last page used, and number of the transaction; the meta page with the higher one is valid."""
 
 META_BYTES = PAGE_HEADER.size + META_HEAD.size + 2 * TREE.size + META_TAIL.size
 
-
 KEYS = b"__keys__"
-"""Key of the list of keys; comes after all of them."""
-
+"""Key of tensorpack's list of keys; sorts behind them."""
 
 _MAX_DEPTH = 32
-"""LMDB's own bound (CURSOR_STACK)."""
+"""LMDB's own limit (CURSOR_STACK)."""
 
 
 def why_none(head: bytes) -> str | None:
-    """Say why a file that begins with `head` is no LMDB that can be read, or None where it is."""
+    """Return why a file that begins with `head` is no LMDB that can be read, or None if it is."""
     if len(head) < META_BYTES:
         return f"which is no LMDB: it has {len(head)} bytes"
     magic, version, *_ = META_HEAD.unpack_from(head, PAGE_HEADER.size)
@@ -85,16 +71,16 @@ def why_none(head: bytes) -> str | None:
 
 
 class Meta(NamedTuple):
-    """What a meta page says.
+    """The content of a meta page.
 
     Attributes:
-        page_bytes: size of all pages.
-        flags: of the database.
-        depth: levels of pages in the tree.
-        num_values: keys in the tree.
-        root: number of the page that the tree begins with.
+        page_bytes: size of a page.
+        flags: flags of the database.
+        depth: number of levels of the tree.
+        num_values: number of keys in the tree.
+        root: number of the root page.
         last_page: number of the last page used.
-        transaction: number of the one that wrote it.
+        transaction: number of the transaction that wrote it.
     """
 
     page_bytes: int
@@ -117,17 +103,19 @@ class Values:
         return len(self.offset)
 
     def add(self, key: bytes, offset: int, length: int) -> None:
+        """Add a key, and the offset and length of its value."""
         self._keys += key
         self._begin.append(len(self._keys))
         self.offset.append(offset)
         self.length.append(length)
 
     def key(self, i: int) -> bytes:
+        """Return a key."""
         return bytes(self._keys[self._begin[i] : self._begin[i + 1]])
 
 
 class _Child(NamedTuple):
-    """A page of the tree: its number, and the keys that its own must lie between, if any."""
+    """A page of the tree: its number, and bounds of its keys."""
 
     number: int
     low: bytes
@@ -135,12 +123,12 @@ class _Child(NamedTuple):
 
 
 class Tree:
-    """Walks the pages of an LMDB file, level by level and on each in the order of the file.
+    """Reads the pages of an LMDB file, level by level, each level in the order of the file.
 
     Args:
         path: the file.
         file: its descriptor.
-        meta: what its meta page says.
+        meta: its valid meta page.
     """
 
     def __init__(self, path: str, file: int, meta: Meta) -> None:
@@ -149,10 +137,10 @@ class Tree:
         self._seen: set[int] = set()
 
     def values(self, progress: bool) -> Values:
-        """Return all keys and places of values.
+        """Return all keys and the places of their values.
 
         Raises:
-            DataError: where the tree is damaged, or holds more than keys and values.
+            DataError: if the tree is damaged, or has features beyond plain keys and values.
         """
         meta, found = self.meta, Values()
         if meta.flags:
@@ -234,11 +222,11 @@ class Tree:
         return node
 
     def _page(self, number: int, expected: int) -> tuple[bytes, tuple[int, ...]]:
-        """Read a page of a kind; return it, and the places of its nodes."""
+        """Read a page of the expected kind; return it, and the places of its nodes."""
         if not 2 <= number <= self.meta.last_page:
             raise DataError(
-                f"{self.path}: a page that lies at page {number}: expected 2 to "
-                f"{self.meta.last_page}; it is damaged"
+                f"{self.path}: expected a page number from 2 to {self.meta.last_page}, got "
+                f"{number}: it is damaged"
             )
         if number in self._seen:
             raise self._damaged(number, "two pages lead to it")
@@ -263,7 +251,7 @@ class Tree:
         offset = page * self.meta.page_bytes
         return DataError(
             f"{self.path}: page {page} (offset {offset}): {what}: the file is damaged, or another "
-            "process writes to it: run mdb_stat on it, and copy or write it anew"
+            "process writes to it: run mdb_stat on it, and copy or write it again"
         )
 
 
@@ -272,7 +260,11 @@ def _in_file_order(pages: list[_Child]) -> list[_Child]:
 
 
 def newer_meta(path: str, file: int) -> Meta:
-    """Return what the meta page that holds says."""
+    """Return the valid one of the two meta pages.
+
+    Raises:
+        DataError: if there is none.
+    """
     first = os.pread(file, META_BYTES, 0)
     found = [_meta(first)]
     page_bytes = found[0].page_bytes if found[0] else 0
@@ -283,7 +275,7 @@ def newer_meta(path: str, file: int) -> Meta:
     second = _meta(os.pread(file, META_BYTES, page_bytes))
     if second is not None and second.page_bytes == page_bytes:
         found.append(second)
-    # As LMDB: the second one only where it is newer.
+    # Like LMDB: the second one only if it is newer.
     return max((meta for meta in found if meta), key=lambda meta: meta.transaction)
 
 

@@ -14,18 +14,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from imagenet_seq.sources.formats.lmdb_objects import (
-    RAW,
     Array,
     ArrayType,
     ByteString,
     ValueFormError,
     describe,
-    stored_bytes,
 )
 from imagenet_seq.sources.formats.lmdb_pickle import parse_pickle
 from imagenet_seq.sources.formats.lmdb_pyarrow import parse_pyarrow
-
-__all__ = ["ACCEPTED", "RAW", "Pair", "ValueFormError", "find_pair", "stored_bytes"]
 
 ACCEPTED = (
     "msgpack, a pickle or pyarrow.serialize of (image, label) or [image, label], the image a byte "

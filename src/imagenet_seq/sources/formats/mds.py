@@ -1,14 +1,14 @@
 """MosaicML Streaming's MDS: a folder of shards and an index.json that describes them.
 
-    index.json   of each shard: columns with encodings and sizes, number of samples, names, bytes
+    index.json   for each shard: columns with encodings and sizes, number of samples, names, bytes
                  and hashes of its file and of its compressed file
     shard        number of samples and where each begins (u32), a copy of the description, samples
     sample       bytes of each column without a fixed size (u32), then the columns
 
 Labels lie between the images, so indexing reads everything once. Images of uncompressed shards are
-byte ranges of them. Compressed shards come as python blocks, and so do raw pixels (encoding
-"pil"), which become PPM. A block is a shard: it is compressed as a whole. Shards have 64 MB unless
-their writer said otherwise, so the 64 blocks of a block shuffle take 4 GB; packing avoids that.
+byte ranges. Compressed shards, and raw pixels (encoding "pil"), which become PPM, come as python
+blocks. A shard is compressed as a whole, so it is one block. Shards have 64 MB by default, so the
+64 blocks of a block shuffle take 4 GB; packing avoids that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import os
 import struct
 import zlib
@@ -39,44 +38,21 @@ from imagenet_seq.index.columns import Index
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
-from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, SplitNeededError
-from imagenet_seq.sources.scan import (
-    FileStream,
-    Problems,
-    Rows,
-    Seen,
-    image_extension,
+from imagenet_seq.sources.formats.mds_index import (
+    INDEX_FILE,
+    INTS,
+    TEXTS,
+    MdsError,
+    Shard,
+    described_shards,
+    read_shards,
 )
+from imagenet_seq.sources.images import image_extension, ppm_header
+from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, Seen, SplitNeededError
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "MosaicML Streaming's MDS: a folder of index.json and shard.00000.mds, ..."
-
-
-_INDEX = "index.json"
-
-
-_MAX_INDEX_BYTES = 1 << 28
-
-
-_MAX_SHARD_BYTES = (1 << 32) - 1  # where a sample begins is a u32
-
-
-_IMAGES = ("jpeg", "png", "pil", "jpeg_array", "jpegarray")
-
-
-_INTS = {
-    "int": "<q", "int64": "<q", "int32": "<i", "int16": "<h", "int8": "<b",
-    "uint64": "<Q", "uint32": "<I", "uint16": "<H", "uint8": "<B",
-}  # fmt: skip
-
-
-_TEXTS = ("str", "str_int")
-
-
-_IMAGE_NAMES = ("image", "x", "img", "jpg", "jpeg")
-
-
-_LABEL_NAMES = ("label", "class", "y", "target", "cls")
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -86,7 +62,7 @@ def find(place: Place) -> Found | str | None:
     """Recognise a folder of shards by its index.json.
 
     Raises:
-        SplitNeededError: where it is a folder of such folders, and no split was asked for.
+        SplitNeededError: if it is a folder of such folders and no split was given.
     """
     if not place.is_folder:
         return None
@@ -96,195 +72,29 @@ def find(place: Place) -> Found | str | None:
             f"{place.path} holds MDS shards in {' and '.join(splits)}: pass split='train' or "
             "split='val'"
         )
-    if _INDEX not in place.files:
+    if INDEX_FILE not in place.files:
         return None
-    path = os.path.join(place.folder, _INDEX)
-    described = _described(path)
+    path = os.path.join(place.folder, INDEX_FILE)
+    described = described_shards(path)
     if described is None:
         return None
     formats = sorted({str(shard.get("format")) for shard in described})
     if formats != ["mds"]:
-        return f"has an {_INDEX} of shards in format {', '.join(formats) or 'unknown'}, not mds"
+        return f"has an {INDEX_FILE} of shards in format {', '.join(formats) or 'unknown'}, not mds"
     what = f"MDS, {len(described)} shards in {place.folder}"
     return Found("mds", what, lambda how: _open(place.folder, how), [path])
 
 
 def _is_mds(folder: str) -> bool:
-    path = os.path.join(folder, _INDEX)
-    return os.path.exists(path) and _described(path) is not None
-
-
-def _described(path: str) -> list[dict[str, Any]] | None:
-    """Return what an index.json says of each shard; None where it is not of MosaicML Streaming."""
-    if os.path.getsize(path) > _MAX_INDEX_BYTES:
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError):
-        return None
-    shards = content.get("shards") if isinstance(content, dict) else None
-    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
-        return None
-    return shards
-
-
-# ---- what index.json says ------------------------------------------------------------------------
-
-
-class _Columns(NamedTuple):
-    """A sample's columns, and which two are meant."""
-
-    encodings: tuple[str, ...]
-    sizes: tuple[int | None, ...]
-    image: int
-    label: int
-
-
-class _Shard(NamedTuple):
-    """A shard, and the file that it is read from."""
-
-    path: str
-    name: str  # of its samples' names; one shard's only
-    compression: str | None  # of that file
-    raw_bytes: int
-    num_samples: int
-    columns: _Columns
-    hashes: Mapping[str, str]  # of the raw bytes
-
-
-class _WrongError(ValueError):
-    """Something is not what it should be; says what was expected and what came."""
-
-
-def _shards(folder: str) -> list[_Shard]:
-    """Read index.json.
-
-    Raises:
-        DataError: where it is damaged, or a file is not there or has another size.
-    """
-    where = os.path.join(folder, _INDEX)
-    described = _described(where)
-    if not described:
-        raise DataError(f"{where}: expected a list of shards, found none")
-    shards = []
-    for number, about in enumerate(described):
-        try:
-            shards.append(_shard(folder, about))
-        except _WrongError as error:
-            raise DataError(f"{where}: shard {number}: {error}") from error
-    if len(shards) == 1:
-        return [shards[0]._replace(name="")]
-    if len({shard.columns for shard in shards}) > 1:
-        raise DataError(f"{where}: expected the same columns in all shards, got different ones")
-    if len({shard.name for shard in shards}) < len(shards):
-        raise DataError(f"{where}: expected a file of its own for each shard, one is named twice")
-    return shards
-
-
-def _shard(folder: str, about: dict[str, Any]) -> _Shard:
-    if about.get("version") != 2 or about.get("format") != "mds":
-        raise _WrongError(
-            f"expected version 2 and format 'mds', got {about.get('version')!r:.50} and "
-            f"{about.get('format')!r:.50}"
-        )
-    raw_name, raw_bytes, hashes = _file_of(about, "raw_data")
-    num_samples = about.get("samples")
-    if not isinstance(num_samples, int) or not 0 <= num_samples <= raw_bytes // 4 - 2:
-        raise _WrongError(
-            f"expected a number of 'samples' that fit into {raw_bytes} bytes, got "
-            f"{num_samples!r:.50}"
-        )
-    path, size, compression = os.path.join(folder, raw_name), raw_bytes, None
-    if not os.path.exists(path) and about.get("zip_data"):
-        zip_name, size, _ = _file_of(about, "zip_data")
-        path, compression = os.path.join(folder, zip_name), _algorithm(about)
-    if not os.path.exists(path):
-        raise _WrongError(f"{path} is missing: download the shard, or write the data set again")
-    if os.path.getsize(path) != size:
-        raise _WrongError(
-            f"{path}: expected {size} bytes, got {os.path.getsize(path)}: it is truncated or "
-            "another one; download it again"
-        )
-    columns, name = _columns(about), os.path.splitext(raw_name)[0] + "/"
-    return _Shard(path, name, compression, raw_bytes, num_samples, columns, hashes)
-
-
-def _file_of(about: dict[str, Any], which: str) -> tuple[str, int, Mapping[str, str]]:
-    """Return a file's name, bytes and hashes."""
-    file = about.get(which)
-    if not isinstance(file, dict):
-        raise _WrongError(f"expected '{which}' with 'basename' and 'bytes', got {file!r:.50}")
-    name, size, hashes = file.get("basename"), file.get("bytes"), file.get("hashes") or {}
-    if not isinstance(name, str) or not _is_inside(name):
-        raise _WrongError(f"{which}: expected the name of a file in the folder, got {name!r:.100}")
-    if not isinstance(size, int) or not 0 <= size <= _MAX_SHARD_BYTES:
-        raise _WrongError(f"{which}: expected at most {_MAX_SHARD_BYTES} bytes, got {size!r:.50}")
-    if not isinstance(hashes, dict):
-        raise _WrongError(f"{which}: expected 'hashes' by algorithm, got {hashes!r:.50}")
-    return name, size, hashes
-
-
-def _is_inside(name: str) -> bool:
-    parts = name.split("/")  # shards of a merged index lie in folders
-    return bool(name) and "\0" not in name and not {"", ".", ".."} & set(parts)
-
-
-def _columns(about: dict[str, Any]) -> _Columns:
-    names, encodings, sizes = _lists(about)
-    kinds = tuple(encoding.split(":")[0] for encoding in encodings)
-    image = _chosen(names, [i for i, kind in enumerate(kinds) if kind in _IMAGES], _IMAGE_NAMES)
-    if image is None:
-        image = _chosen(names, [i for i, kind in enumerate(kinds) if kind == "bytes"], _IMAGE_NAMES)
-    label = _chosen(names, [i for i, kind in enumerate(kinds) if kind in _INTS], _LABEL_NAMES)
-    if label is None:
-        label = _chosen(names, [i for i, kind in enumerate(kinds) if kind in _TEXTS], _LABEL_NAMES)
-    if image is None or label is None:
-        shown = ", ".join(f"{name}: {kind}" for name, kind in zip(names, encodings, strict=True))
-        raise _WrongError(
-            f"expected a column of images ({', '.join(_IMAGES)} or bytes) and one of labels "
-            f"(integers or str), called {' or '.join(_IMAGE_NAMES)} and "
-            f"{' or '.join(_LABEL_NAMES)} where there are several; got {shown}"
-        )
-    return _Columns(kinds, tuple(size or None for size in sizes), image, label)
-
-
-def _lists(about: dict[str, Any]) -> tuple[list[str], list[str], list[int | None]]:
-    """Return names, encodings and sizes of the columns."""
-    lists = [about.get(f"column_{what}") for what in ("names", "encodings", "sizes")]
-    names, encodings, sizes = (values if isinstance(values, list) else [] for values in lists)
-    if (
-        not 0 < len(names) == len(encodings) == len(sizes)
-        or not all(isinstance(text, str) for text in (*names, *encodings))
-        or not all(size is None or (isinstance(size, int) and size >= 0) for size in sizes)
-    ):
-        raise _WrongError(f"expected names, encodings and sizes of columns, got {lists!r:.200}")
-    return names, encodings, sizes
-
-
-def _chosen(names: Sequence[str], choice: Sequence[int], known: Sequence[str]) -> int | None:
-    """Return the column with the first known name among `choice`, or the only one there is."""
-    by_name = {names[i].lower(): i for i in choice}
-    found = next((by_name[name] for name in known if name in by_name), None)
-    return choice[0] if found is None and len(choice) == 1 else found
+    path = os.path.join(folder, INDEX_FILE)
+    return os.path.exists(path) and described_shards(path) is not None
 
 
 # ---- compression ---------------------------------------------------------------------------------
 
 
-def _algorithm(about: dict[str, Any]) -> str:
-    """Return how a shard is compressed: the "zstd" of "zstd:7"."""
-    algorithm = str(about.get("compression")).split(":")[0]
-    if algorithm not in ("zstd", "gz", "bz2"):
-        raise _WrongError(
-            f"expected shards that are not compressed, or by zstd, gz or bz2, got {algorithm!r:.50}"
-            ": decompress them (StreamingDataset does where it downloads to)"
-        )
-    return algorithm
-
-
 def _decompressor(algorithm: str, data: bytes) -> Any:
-    """Return a file object of what is in compressed bytes."""
+    """Return a file object that decompresses bytes."""
     if algorithm == "gz":
         return gzip.GzipFile(fileobj=io.BytesIO(data))
     if algorithm == "bz2":
@@ -301,14 +111,14 @@ def _zstandard() -> Any:
     return zstandard
 
 
-def _decompressed(shard: _Shard, data: bytes) -> npt.NDArray[np.uint8]:
-    """Return what is in a compressed shard.
+def _decompressed(shard: Shard, data: bytes) -> npt.NDArray[np.uint8]:
+    """Decompress a shard.
 
     Raises:
-        DataError: where it is damaged, or has not as many bytes as index.json says.
+        DataError: if it is damaged, or has another size than index.json says.
     """
     assert shard.compression is not None
-    # Of the decompressors: nothing is read from a disk here.
+    # Raised by the decompressors: nothing is read from a disk here.
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if shard.compression == "zstd":
         errors = (_zstandard().ZstdError,)
@@ -335,8 +145,8 @@ def _decompressed(shard: _Shard, data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _open(folder: str, how: Opening) -> Source:
-    shards = _shards(folder)
-    files = [os.path.join(folder, _INDEX), *(shard.path for shard in shards)]
+    shards = read_shards(folder)
+    files = [os.path.join(folder, INDEX_FILE), *(shard.path for shard in shards)]
     scanned = indexed("mds", folder, files, lambda: _scan(folder, shards, how), how.on_error)
     index, notes = scanned.index, scanned.notes
     if not _needs_python(shards):
@@ -350,19 +160,15 @@ def _open(folder: str, how: Opening) -> Source:
 
 
 def _first_of(index: Index, num_shards: int) -> npt.NDArray[np.int64]:
-    """Return which sample each shard begins with, and where the last one ends."""
+    """Return the first sample of each shard, and the end of the last."""
     return np.searchsorted(index.file, np.arange(num_shards + 1)).astype(np.int64)
 
 
-def _needs_python(shards: Iterable[_Shard]) -> bool:
-    return any(shard.compression is not None or _has_pixels(shard) for shard in shards)
+def _needs_python(shards: Iterable[Shard]) -> bool:
+    return any(shard.compression is not None or shard.has_pixels for shard in shards)
 
 
-def _has_pixels(shard: _Shard) -> bool:
-    return shard.columns.encodings[shard.columns.image] == "pil"
-
-
-def _scan(folder: str, shards: Sequence[_Shard], how: Opening) -> Scanned:
+def _scan(folder: str, shards: Sequence[Shard], how: Opening) -> Scanned:
     problems = Problems(how.on_error)
     scan = _Scan(problems, how)
     total_bytes = sum(os.path.getsize(shard.path) for shard in shards)
@@ -391,12 +197,12 @@ def _whole(stream: FileStream) -> bytes:
 
 
 class _Image(NamedTuple):
-    """Where an image lies in a sample, and what it is to be."""
+    """Where an image lies in a sample, and of what kind it is."""
 
     begin: int
     end: int
     extension: str
-    header: bytes = b""  # of a PPM: the last bytes before `begin` are to be replaced by it
+    header: bytes = b""  # for pixels: replaces as many bytes before `begin`, to make a PPM
     width: int = -1
     height: int = -1
 
@@ -411,15 +217,15 @@ class _Scan:
     def __init__(self, problems: Problems, how: Opening) -> None:
         self._problems, self._visit = problems, how.visit
         self._rows = Rows()
-        self._labels: dict[str, int] = {}  # a number of its own for each text that is a label
+        self._labels: dict[str, int] = {}  # numbers of the texts, if labels are texts
         self._width, self._height = array("i"), array("i")
-        self.begin = array("q")  # of each sample's bytes in its shard
+        self.begin = array("q")  # offset of each image in its shard
 
-    def add_shard(self, number: int, shard: _Shard, bar: Any) -> None:
+    def add_shard(self, number: int, shard: Shard, bar: Any) -> None:
         """Add a shard's samples.
 
         Raises:
-            DataError: where the shard is damaged; with on_error="fail" for any problem.
+            DataError: if the shard is damaged; with on_error="fail" for any problem.
         """
         algorithm = _algorithm_of(shard.hashes)
         digest = hashlib.new(algorithm) if algorithm else None
@@ -439,7 +245,7 @@ class _Scan:
                 f"{digest.hexdigest()}: the shard is damaged; download it again"
             )
 
-    def _add_samples(self, number: int, shard: _Shard, take: Take) -> None:
+    def _add_samples(self, number: int, shard: Shard, take: Take) -> None:
         ends = _ends(shard, take)
         columns = shard.columns
         lengths_of = _Lengths(columns.sizes)
@@ -450,7 +256,7 @@ class _Scan:
                 image = _image(columns.encodings[columns.image], data, *spans[columns.image])
                 label_begin, label_end = spans[columns.label]
                 label = self._label(columns.encodings[columns.label], data[label_begin:label_end])
-            except _WrongError as error:
+            except MdsError as error:
                 self._problems.report(f"{shard.path}: sample {i} at offset {begin}: {error}")
             else:
                 name = f"{shard.name}{i:06d}{image.extension}"
@@ -470,21 +276,21 @@ class _Scan:
             self._visit(Seen(row, name, seen))
 
     def _label(self, encoding: str, data: memoryview) -> int:
-        if encoding in _TEXTS:
+        if encoding in TEXTS:
             text = bytes(data[:256]).decode("utf-8", "surrogateescape").strip()
             if not text or len(self._labels) == MAX_CLASSES:
-                raise _WrongError(f"expected a class as text, of at most {MAX_CLASSES}")
+                raise MdsError(f"expected a class as text, of at most {MAX_CLASSES}")
             return self._labels.setdefault(text, len(self._labels))
-        layout = _INTS[encoding]
+        layout = INTS[encoding]
         if len(data) != struct.calcsize(layout):
-            raise _WrongError(f"expected a label of type {encoding}, got {len(data)} bytes")
+            raise MdsError(f"expected a label of type {encoding}, got {len(data)} bytes")
         label = int(struct.unpack(layout, data)[0])
         if not 0 <= label < MAX_CLASSES:
-            raise _WrongError(f"expected a label in [0, {MAX_CLASSES}), got {label}")
+            raise MdsError(f"expected a label in [0, {MAX_CLASSES}), got {label}")
         return label
 
     def index(self, folder: str, files: Sequence[str]) -> Index:
-        """Return the index of all that was added; offsets are those of bytes in the shards."""
+        """Return the index of all samples, with their offsets in the shards."""
         rows = self._rows
         label, classes = rows.label, tuple[str, ...]()
         if self._labels:
@@ -497,7 +303,7 @@ class _Scan:
 
 
 def _algorithm_of(hashes: Mapping[str, Any]) -> str:
-    """Return a hash that Python has; "" where there is none (xxhash only, for example)."""
+    """Return the name of a hash that Python has; "" if there is none, such as xxhash only."""
     known = hashlib.algorithms_guaranteed - {"shake_128", "shake_256"}
     return next((name for name in hashes if name in known), "")
 
@@ -505,9 +311,9 @@ def _algorithm_of(hashes: Mapping[str, Any]) -> str:
 def _numbered(
     texts: Sequence[str], label: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
-    """Return labels, and names of the classes, for labels that are places in `texts`.
+    """Return the labels and class names for labels that are places in `texts`.
 
-    Texts are numbers of classes if all of them are, else names, numbered as they sort.
+    If all texts are numbers, these are the labels; else they are names, numbered as they sort.
     """
     if all(text.isdecimal() and len(text) < 6 for text in texts):
         return np.array([int(text) for text in texts], np.int32)[label], ()
@@ -516,11 +322,11 @@ def _numbered(
     return np.array([places[text] for text in texts], np.int32)[label], tuple(classes)
 
 
-def _ends(shard: _Shard, take: Take) -> list[int]:
+def _ends(shard: Shard, take: Take) -> list[int]:
     """Return where each sample begins, and where the last one ends.
 
     Raises:
-        DataError: where that can't be.
+        DataError: if these places are not possible.
     """
     table_bytes = 4 * (shard.num_samples + 2)
     table = np.frombuffer(take(0, table_bytes), "<u4").astype(np.int64)
@@ -541,7 +347,11 @@ def _ends(shard: _Shard, take: Take) -> list[int]:
 
 
 class _Lengths:
-    """Finds columns in samples."""
+    """Finds the columns of samples.
+
+    Args:
+        sizes: bytes of each column; None if each sample says its own.
+    """
 
     def __init__(self, sizes: Sequence[int | None]) -> None:
         self._sizes = sizes
@@ -550,7 +360,7 @@ class _Lengths:
     def spans(self, data: memoryview) -> list[tuple[int, int]]:
         """Return where each column begins and ends."""
         if len(data) < self._head.size:
-            raise _WrongError(f"expected {self._head.size} bytes of lengths, got {len(data)}")
+            raise MdsError(f"expected {self._head.size} bytes of lengths, got {len(data)}")
         lengths = iter(self._head.unpack_from(data))
         spans, at = [], self._head.size
         for size in self._sizes:
@@ -558,7 +368,7 @@ class _Lengths:
             spans.append((at, end))
             at = end
         if at != len(data):
-            raise _WrongError(f"expected columns of {at} bytes in all, got {len(data)}")
+            raise MdsError(f"expected columns of {at} bytes in all, got {len(data)}")
         return spans
 
 
@@ -566,33 +376,28 @@ def _image(encoding: str, data: memoryview, begin: int, end: int) -> _Image:
     if encoding == "pil":
         return _pixels(data, begin, end)
     if begin == end:
-        raise _WrongError("expected an image, got no bytes")
-    return _Image(begin, end, image_extension(data[begin:end]))
+        raise MdsError("expected an image, got no bytes")
+    return _Image(begin, end, image_extension(data[begin:end]) or ".bin")
 
 
 def _pixels(data: memoryview, begin: int, end: int) -> _Image:
-    """Find pixels as encoding "pil" has them: after width, height, a mode's length and the mode."""
+    """Find the pixels of encoding "pil": after width, height, length of the mode, and mode.
+
+    A PPM's header is never longer than these and the column's length, and takes their place.
+    """
     if end - begin < 13:
-        raise _WrongError(f"expected pixels with their size and mode, got {end - begin} bytes")
+        raise MdsError(f"expected pixels with their size and mode, got {end - begin} bytes")
     width, height, mode_bytes = struct.unpack_from("<3I", data, begin)
     first = begin + 12 + min(mode_bytes, end - begin - 12)
     mode = bytes(data[begin + 12 : first][:16])
     if mode not in (b"RGB", b"L"):
-        raise _WrongError(f"expected pixels of mode RGB or L, got {mode!r}: write JPEG or PNG")
+        raise MdsError(f"expected pixels of mode RGB or L, got {mode!r}: write JPEG or PNG")
     num_bytes = width * height * len(mode)
     if not 0 < num_bytes == end - first or max(width, height) > 99_999:
-        raise _WrongError(
+        raise MdsError(
             f"expected {width} x {height} pixels of mode {mode.decode()}, got {end - first} bytes"
         )
-    return _Image(first, end, ".ppm", _ppm_header(width, height, mode == b"RGB"), width, height)
-
-
-def _ppm_header(width: int, height: int, is_rgb: bool) -> bytes:
-    """Return what makes pixels a PPM (or PGM).
-
-    It is never longer than what comes before them in a shard: the column's length and pil's header.
-    """
-    return b"P%d\n%d %d\n255\n" % (6 if is_rgb else 5, width, height)
+    return _Image(first, end, ".ppm", ppm_header(width, height, mode == b"RGB"), width, height)
 
 
 # ---- blocks --------------------------------------------------------------------------------------
@@ -600,18 +405,27 @@ def _ppm_header(width: int, height: int, is_rgb: bool) -> bytes:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """What a source of python blocks needs of its shards beyond the index, which may be a part of it."""
+    """Where the samples of all shards lie.
 
-    shards: Sequence[_Shard]
-    first: npt.NDArray[np.int64]  # of each shard's samples, and the end of the last
-    begin: npt.NDArray[np.int64]  # of each sample in its shard
+    The source's own index may be a selection; this one is whole.
+
+    Attributes:
+        shards: the shards, one for each block.
+        first: the first sample of each shard, and the end of the last.
+        begin: offset of each image in its shard.
+        index: all samples.
+    """
+
+    shards: Sequence[Shard]
+    first: npt.NDArray[np.int64]
+    begin: npt.NDArray[np.int64]
     index: Index
 
     def check(self) -> None:
-        """Check what comes from a file that may be damaged.
+        """Check the cached index, which may be damaged.
 
         Raises:
-            DataError: where a sample does not lie in its shard.
+            DataError: if a sample does not lie in its shard.
         """
         index, length = self.index, self.index.length
         shard_bytes = np.array([shard.raw_bytes for shard in self.shards], np.int64)
@@ -623,37 +437,37 @@ class _Blocks:
                 (self.begin < 0) | (length < 0) | (self.begin + length > shard_bytes[index.file])
             ).any()
         ):
-            raise DataError(f"{index.root}: the index kept of it is damaged: delete it")
+            raise DataError(f"{index.root}: its cached index is damaged: delete the index")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _ShardSource(Source):
-    """Shards that are compressed, or have pixels."""
+    """Shards that are compressed or have pixels; each is a block."""
 
     blocks: _Blocks
     turns: AbstractContextManager[Any]
 
     def read_block(self, number: int) -> Block:
-        """Read a shard, decompress it, and make PPMs of its pixels."""
+        """Read a shard, decompress it, and turn its pixels into PPMs."""
         shard, index = self.blocks.shards[number], self.blocks.index
         samples = slice(self.blocks.first[number], self.blocks.first[number + 1])
         begin = self.blocks.begin[samples]
         assert index.length is not None
         length = index.length[samples]
         data = self._read(shard)
-        if _has_pixels(shard):
+        if shard.has_pixels:
             assert index.width is not None
             assert index.height is not None
             sizes = zip(index.width[samples].tolist(), index.height[samples].tolist(), strict=True)
             for (width, height), at, size in zip(
                 sizes, begin.tolist(), length.tolist(), strict=True
             ):
-                is_rgb = size == 3 * width * height + len(_ppm_header(width, height, True))
-                header = np.frombuffer(_ppm_header(width, height, is_rgb), np.uint8)
+                is_rgb = size == 3 * width * height + len(ppm_header(width, height, True))
+                header = np.frombuffer(ppm_header(width, height, is_rgb), np.uint8)
                 data[at : at + len(header)] = header
         return Block(data, begin, length)
 
-    def _read(self, shard: _Shard) -> npt.NDArray[np.uint8]:
+    def _read(self, shard: Shard) -> npt.NDArray[np.uint8]:
         """Return the bytes of a shard, decompressed."""
         with self.turns, open(shard.path, "rb", buffering=0) as file:
             if shard.compression is None:

@@ -2,8 +2,8 @@
 
 `ILSVRC2012_img_train.tar` is a tar of one tar for each class. `ILSVRC2012_img_val.tar` holds images
 without labels; those are in `ILSVRC2012_devkit_t12.tar.gz`: for each image an ILSVRC2012_ID, which
-its meta.mat translates to a wnid. Names and labels are those that torchvision.datasets.ImageNet
-gives when it has extracted them.
+meta.mat translates to a wnid. Names and labels are those of torchvision.datasets.ImageNet, which
+extracts the archives.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from imagenet_seq.index.classes import is_wnid
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.tar_file import InMemory, Member, first_members, members
-from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen
+from imagenet_seq.sources.place import Found, Opening, Place, Seen, SplitNeededError
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 
 class Download(NamedTuple):
-    """An archive as it is offered for download."""
+    """Name, size and MD5 of an archive that is offered for download."""
 
     name: str
     size_bytes: int
@@ -46,40 +46,29 @@ DOWNLOADS = {
 }
 """The archives by split. MD5: torchvision.datasets.imagenet.ARCHIVE_META."""
 
-
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-
-
 _DEVKIT_MD5 = "fa75699e90414af021442c21a62c3abf"
-
-
 _MAX_DEVKIT_BYTES = 256 << 20  # decompressed; 2.5 MB are downloaded
-
-
 NAMES = frozenset(download.name for download in DOWNLOADS.values())
-
-
 LOOKS_FOR = (
     f"the ILSVRC2012 archives: {DOWNLOADS['train'].name}; {DOWNLOADS['val'].name} with {DEVKIT} "
     "beside it"
 )
-
-
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
-
-
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
-
-
 _DAMAGED = "damaged: expected MD5"
 
-
 _FEW = 4
-"""So many renamed archives are looked into in a folder; shards come in hundreds, each a seek."""
+"""How many archives of other names to look into; shards come in hundreds, each costs a seek."""
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise the train or the val archive by its first member."""
+    """Recognise the train or the val archive by its first member.
+
+    Raises:
+        SplitNeededError: if both are there and no split was given.
+        ValueError: if there are several archives of the split.
+    """
     names = [name for name in place.files if name in NAMES]
     if not names:
         names = [name for name in place.files if name.endswith(".tar") or not place.is_folder]
@@ -104,7 +93,7 @@ def find(place: Place) -> Found | str | None:
 
 def _found(path: str, split: str) -> Found:
     def open_archive(how: Opening) -> Source:
-        # A missing devkit is to be noticed before an archive is read.
+        # Notice a missing devkit before reading the archive.
         needed = [path] if split == "train" else [path, _devkit_of(path)]
         scan = _TrainScan if split == "train" else _ValScan
         scanned = indexed(
@@ -115,7 +104,7 @@ def _found(path: str, split: str) -> Found:
             how.on_error,
         )
         damaged = [remark for remark in scanned.remarks if _DAMAGED in remark]
-        if damaged and how.on_error == "fail":  # also where a kept index says so
+        if damaged and how.on_error == "fail":  # also if a cached index says so
             raise DataError(
                 f"{damaged[0]}. Download it again, or use it as it is: on_error='skip' "
                 "(--on-error skip)"
@@ -128,7 +117,7 @@ def _found(path: str, split: str) -> Found:
 
 
 def split_in(path: str) -> str | None:
-    """Tell which of the archives a file is by its first member; None: neither."""
+    """Return the split of an archive, by its first member; None if it is neither of the two."""
     try:
         first = first_members(path, 1)
         if not first:
@@ -144,7 +133,7 @@ def _devkit_of(archive: str) -> str:
     """Return the path of the devkit beside an archive, or one folder up.
 
     Raises:
-        FileNotFoundError: where it is missing.
+        FileNotFoundError: if it is missing.
     """
     folder = os.path.dirname(os.path.abspath(archive))
     for candidate in (folder, os.path.dirname(folder)):
@@ -161,13 +150,13 @@ def _devkit_of(archive: str) -> str:
 
 
 class _Scan:
-    """One pass over an archive, with its MD5 on the way."""
+    """One pass over an archive, which also computes its MD5."""
 
     def __init__(self, paths: list[str], download: Download, how: Opening) -> None:
         self._path, self._download, self._how = paths[0], download, how
         self._rows, self._problems = Rows(), Problems(how.on_error)
         self._remarks: list[str] = []
-        self._names: set[str] = set()  # in the archive; in the train archive, of the class
+        self._names: set[str] = set()  # in the archive; for the train archive, in the class's tar
         self._classes: list[str] = []
 
     def result(self) -> Scanned:
@@ -216,7 +205,7 @@ class _Scan:
         elif name in self._names:
             wrong = "expected one image of this name, got another (a duplicate)"
         elif member.leads_outside:
-            wrong = "expected a name inside the archive, got one that leads out"
+            wrong = "expected a path inside the archive, got one outside"
         if wrong:
             self._problems.report(f"{self._path}: {name!r} at offset {member.offset}: {wrong}")
             return
@@ -227,7 +216,7 @@ class _Scan:
 
 
 class _TrainScan(_Scan):
-    """A tar of tars; until all are seen, a label is the ordinal of the class's tar."""
+    """A tar of tars; until all have been read, a label is the ordinal of the class's tar."""
 
     def _read(self, stream: FileStream) -> None:
         for inner in members(stream, self._problems, self._remarks):
@@ -291,11 +280,11 @@ class _ValScan(_Scan):
 
 
 class Devkit(NamedTuple):
-    """What of the devkit is needed.
+    """The classes and the ground truth of the devkit.
 
     Attributes:
-        wnids: of the classes, sorted.
-        label_of_image: for each val image in sorted order, its class's place in `wnids`.
+        wnids: the classes, sorted.
+        label_of_image: label of each val image, by its number: a place in `wnids`.
         remarks: what the user should know.
     """
 
@@ -305,10 +294,10 @@ class Devkit(NamedTuple):
 
 
 def read_devkit(path: str) -> Devkit:
-    """Read classes and ground truth; needs scipy, for MATLAB's file format.
+    """Read classes and ground truth; needs scipy for MATLAB's file format.
 
     Raises:
-        DataError: where the archive is damaged, or lacks one of them.
+        DataError: if the archive is damaged, or lacks one of them.
         ImportError: without scipy.
     """
     meta, truth, md5 = _devkit_files(path)
@@ -362,7 +351,7 @@ def _classes_in(path: str, meta: bytes) -> dict[int, str]:
         from scipy.io import loadmat  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError(
-            f"{path}: its meta.mat is MATLAB's format, which takes scipy to read: pip install scipy"
+            f"{path}: its meta.mat is in MATLAB's format and needs scipy: pip install scipy"
         ) from error
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
@@ -371,7 +360,7 @@ def _classes_in(path: str, meta: bytes) -> dict[int, str]:
             for synset in synsets
             if int(synset["num_children"]) == 0
         }
-    except Exception as error:  # of a damaged file, scipy raises whatever it runs into
+    except Exception as error:  # scipy raises anything if the file is damaged
         raise DataError(
             f"{path}: meta.mat: expected a table 'synsets' with ILSVRC2012_ID, WNID and "
             f"num_children ({error!r}). Download it again"

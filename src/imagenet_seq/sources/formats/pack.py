@@ -1,7 +1,7 @@
-"""A pack as a source, and the names, headers and rows that its writer and its check share.
+"""The pack format: packs as a source, and the names, headers and rows that writer and check share.
 
-docs/format.md describes every byte. Everything read here is untrusted: whatever does not hold
-together is a `DataError` that says what was expected, what came, and where.
+docs/format.md describes every byte. All content is untrusted: what is inconsistent raises a
+`DataError` that says what was expected, what came, and where.
 """
 
 from __future__ import annotations
@@ -22,55 +22,43 @@ from imagenet_seq import native
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.index.source import Source
-from imagenet_seq.sources.place import Found, Place
+from imagenet_seq.sources.place import SPLITS, Found, Place
 
 LOOKS_FOR = "a pack: a folder with pack.json, made by 'imagenet-seq pack'"
 
-
 FORMAT = "imagenet-seq pack"
-
 
 FORMAT_VERSION = 1
 
-
 PACK_FILE = "pack.json"
-
 
 INDEX_FILE = "index.npy"
 
-
 NAMES_FILE = "names.npy"
-
 
 NAMES_BEGIN_FILE = "names_begin.npy"
 
-
 FAILURES_FILE = "failures.json"
-
 
 PARTIAL_SUFFIX = ".partial"
 """A pack is made in DESTINATION.partial and renamed when it is whole."""
 
-
 SETTINGS_FILE = "settings.json"
 """In DESTINATION.partial: what is being packed, and how."""
 
+RUN_VERIFY = "run 'imagenet-seq verify' on the pack, and pack again if it is damaged"
 
 FLAG_CLEAN = 1
 """Decoded in full without any anomaly: IMSEQ_SAMPLE_CLEAN of core/imagenet_seq.h."""
 
-
 FLAG_CANONICAL = 2
-"""Re-coded into canonical form; otherwise the bytes are the source's own."""
-
+"""In canonical form; otherwise the bytes are the source's own."""
 
 FLAG_DAMAGED = 4
-"""Pillow could not decode it; kept on the user's word (--on-error keep)."""
-
+"""Pillow could not decode it; kept because the user said so (--on-error keep)."""
 
 FLAG_SHRUNK = 8
 """A smaller copy: encoded anew, so its pixels are not those of the source."""
-
 
 ROW = np.dtype(
     [
@@ -88,9 +76,6 @@ ROW = np.dtype(
 """One sample in index.npy; docs/format.md says what each field means."""
 
 
-RUN_VERIFY = "run 'imagenet-seq verify' on the pack, and pack again if it is damaged"
-
-
 def shard_file(shard: int) -> str:
     """Return the file name of a shard."""
     return f"shard-{shard:06d}.tar"
@@ -101,16 +86,17 @@ def shard_file(shard: int) -> str:
 
 @dataclass(frozen=True)
 class Pack:
-    """An opened pack: what its three tables say, checked as far as that is cheap.
+    """The tables of a pack, checked as far as that is cheap.
 
     Attributes:
-        folder: the pack's folder.
+        folder: the pack.
         about: the content of pack.json.
         rows: one `ROW` for each sample, memory-mapped.
         names: the samples' names in the source, memory-mapped.
         classes: class names; a label is a place in them.
         shard_bytes: size of each shard.
         tables: the Huffman tables of all images in canonical form; None: each has its own.
+        split: the split that pack.json names; None: it names none.
     """
 
     folder: str
@@ -120,21 +106,27 @@ class Pack:
     classes: tuple[str, ...]
     shard_bytes: npt.NDArray[np.int64]
     tables: bytes | None
+    split: str | None
 
 
 def find(place: Place) -> Found | None:
     """Recognise a pack."""
     if not place.is_folder or PACK_FILE not in place.files:
         return None
-    return Found("pack", f"a pack ({PACK_FILE})", lambda _: open_pack(place.path))
+    return Found("pack", f"a pack ({PACK_FILE})", lambda _: open_pack(place.path, place.split))
 
 
-def open_pack(folder: str | os.PathLike[str]) -> Source:
-    """Open the pack in `folder`; reads no image.
+def open_pack(folder: str | os.PathLike[str], split: str | None = None) -> Source:
+    """Open the pack in `folder` without reading any image.
 
-    1.28 million samples take about 0.1 s: columns are memory-mapped views, checked in a pass each.
+    1.28 million samples take about 0.1 s: columns are memory-mapped, and each is checked once.
+
+    Args:
+        folder: the pack.
+        split: the split that it must hold, where it names one; None: any.
 
     Raises:
+        ValueError: where it names another split.
         DataError: where the pack is of another version, incomplete or inconsistent.
         OSError: where a file can't be read.
     """
@@ -144,7 +136,9 @@ def open_pack(folder: str | os.PathLike[str]) -> Source:
         pack.folder, pack.rows, pack.names, pack.classes, len(pack.shard_bytes), known_id
     )
     index.validate(os.path.join(pack.folder, INDEX_FILE))
-    return Source("pack", index, permuted=True)
+    source = Source("pack", index, permuted=True, split=pack.split)
+    source.agreed_split(split)
+    return source
 
 
 def make_index(
@@ -155,7 +149,7 @@ def make_index(
     num_shards: int,
     known_id: str | None = None,
 ) -> Index:
-    """Return a pack's rows as an index: columns are views, nothing is copied."""
+    """Return a pack's rows as an index, whose columns are views."""
     return Index(
         file=rows["shard"],
         offset=rows["offset"],
@@ -174,11 +168,11 @@ def make_index(
 
 
 def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack:
-    """Read a pack's tables: for those who want more than `open_pack` gives.
+    """Read a pack's tables, for callers that need more than `open_pack` gives.
 
     Args:
         folder: the pack.
-        check_shards: whether to compare the shards' sizes with what pack.json says.
+        check_shards: whether to compare the sizes of the shards with pack.json.
 
     Raises:
         DataError: where the pack is of another version, incomplete or inconsistent.
@@ -194,20 +188,26 @@ def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack
         tables = parse_tables(about["huffman_tables"])
     except (KeyError, ValueError) as error:
         raise DataError(f"{folder}/{PACK_FILE}: 'huffman_tables': {error}; {RUN_VERIFY}") from error
+    split = about.get("split")
+    if split is not None and split not in SPLITS:
+        raise DataError(
+            f"{folder}/{PACK_FILE}: 'split': expected one of {SPLITS}, got {split!r:.80}; "
+            f"{RUN_VERIFY}"
+        )
     num_samples = _field(about, "num_samples", int, folder)
     rows = _map_npy(folder, INDEX_FILE, ROW, num_samples)
     begin = _map_npy(folder, NAMES_BEGIN_FILE, np.dtype("<i8"), num_samples + 1)
     blob = _map_npy(folder, NAMES_FILE, np.dtype("u1"), int(begin[-1]))
     shard_bytes = _shard_sizes(folder, about, check_shards)
     _check_extents(folder, rows, shard_bytes)
-    return Pack(folder, about, rows, Names(blob, begin), tuple(classes), shard_bytes, tables)
+    return Pack(folder, about, rows, Names(blob, begin), tuple(classes), shard_bytes, tables, split)
 
 
 def read_failures(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read failures.json: objects with `name`, `reason` and `kept`.
 
     Raises:
-        DataError: where it is missing or not of this form.
+        DataError: where it is missing or malformed.
         OSError: where it can't be read.
     """
     path = os.path.join(os.fspath(folder), FAILURES_FILE)
@@ -229,17 +229,17 @@ def read_failures(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def describe_tables(tables: bytes | None) -> dict[str, str] | None:
-    """Return Huffman tables as JSON has them."""
+    """Return Huffman tables as pack.json has them."""
     if tables is None:
         return None
     return {"dht": tables.hex(), "crc32c": f"{native.crc32c(tables):08x}"}
 
 
 def parse_tables(described: Any) -> bytes | None:
-    """Return what `describe_tables` described.
+    """Return the Huffman tables that `describe_tables` described.
 
     Raises:
-        ValueError: where it did not.
+        ValueError: where `described` is malformed or damaged.
     """
     if described is None:
         return None
@@ -256,10 +256,10 @@ def parse_tables(described: Any) -> bytes | None:
 
 
 def refuse_unfinished(folder: str | os.PathLike[str]) -> None:
-    """Raise where `folder` is, or would be the result of, a packing that has not finished.
+    """Refuse a folder that an unfinished run works in, or that it would make.
 
     Raises:
-        DataError: saying how to go on.
+        DataError: saying how to finish it.
     """
     partial = os.path.abspath(os.path.expanduser(os.fspath(folder)))
     if not partial.endswith(PARTIAL_SUFFIX):
@@ -299,7 +299,7 @@ def _read_json(path: str) -> Any:
 
 
 def _check_members(about: dict[str, Any], folder: str) -> None:
-    """Check the types of what packing and verifying use beside the tables."""
+    """Check the types of the members that packing and verifying use."""
     for key in ("settings", "source", "counts", "files"):
         _field(about, key, dict, folder)
     for key in ("canonical", "shrunk", "failures", "skipped"):
@@ -337,12 +337,12 @@ def _map_npy(folder: str, name: str, dtype: np.dtype[Any], size: int) -> npt.NDA
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (size,):
         got = f"{array.shape} of {array.dtype}" if isinstance(array, np.ndarray) else "no array"
         raise DataError(f"{path}: expected shape ({size},) of {dtype}, got {got}; {RUN_VERIFY}")
-    # A plain array over the same mapping: np.memmap costs time at every view.
+    # A plain array over the same memory: views of np.memmap cost time.
     return array.view(np.ndarray)
 
 
 def _shard_sizes(folder: str, about: dict[str, Any], check: bool) -> npt.NDArray[np.int64]:
-    """Return the shards' sizes as pack.json has them, compared with the files where asked for."""
+    """Return the shards' sizes in pack.json; `check`: compare them with the files."""
     sizes = []
     for shard, entry in enumerate(_field(about, "shards", list, folder)):
         if not isinstance(entry, dict) or entry.get("file") != shard_file(shard):
@@ -386,31 +386,26 @@ def _check_extents(
 
 _BLOCK_BYTES = 512
 
-
 _MTIME = 315532800
-"""1 January 1980 UTC: every archive format can hold it, and tar does not call it implausible."""
-
+"""1 January 1980 UTC: every archive format can hold it, and tar does not warn of it."""
 
 MAX_IMAGE_BYTES = 8**11 - 1
-"""What the size field of a tar header can hold."""
-
+"""The largest number that the size field of a tar header can hold."""
 
 END_OF_SHARD = bytes(2 * _BLOCK_BYTES)
 
-
 _UNSAFE = re.compile("[%\x00-\x1f\x7f\udc80-\udcff]")
-
 
 _UNSAFE_OR_DOT = re.compile("[.%\x00-\x1f\x7f\udc80-\udcff]")
 
 
 def _escape(match: re.Match[str]) -> str:
-    # os.fsdecode maps a byte that is no UTF-8 to a lone surrogate: its low byte.
+    # os.fsdecode maps a byte that is not UTF-8 to a lone surrogate with the byte as its low byte.
     return f"%{ord(match.group()) & 0xFF:02X}"
 
 
 def _split_extension(name: str) -> tuple[str, str]:
-    """Split "folder/base.ext"; a leading dot of the base begins no extension."""
+    """Split "folder/base.ext"; a leading dot of the base name begins no extension."""
     stem, dot, extension = name.rpartition(".")
     if not dot or "/" in extension or not stem or stem.endswith("/"):
         return name, ""
@@ -418,11 +413,11 @@ def _split_extension(name: str) -> tuple[str, str]:
 
 
 class MemberNames:
-    """What samples are called inside the shards: `<key>.<extension>` and `<key>.cls`.
+    """The names of a sample's members in a shard: `<key>.<extension>` and `<key>.cls`.
 
-    The key is the sample's name without its extension, escaped so that everything up to the first
-    dot of the base name is the key (webdataset's rule). Samples that differ in the extension alone
-    keep it in the key. Injective: two samples never have the same key.
+    The key is the sample's name without its extension, escaped so that it ends at the first dot of
+    the base name (webdataset's rule). Samples that differ in the extension alone keep it in the
+    key, so that no two samples have the same key.
 
     Args:
         names: the names of all samples of the pack.
@@ -440,7 +435,7 @@ class MemberNames:
             # No escape looks like "%_", so this key differs from that of any other stem.
             key += "%_" + _UNSAFE_OR_DOT.sub(_escape, extension)
         if key.startswith("__"):
-            # webdataset takes members called __name__ for metadata.
+            # webdataset skips members called __name__ as metadata.
             key = "%5F" + key[1:]
         return key
 
@@ -454,7 +449,7 @@ class MemberNames:
 
 
 def _repeated(strings: Callable[[], Iterable[str]]) -> frozenset[str]:
-    """Return the strings that occur twice or more, holding only suspects in memory."""
+    """Return the strings that occur more than once, with only their hashes in memory."""
     hashes = np.fromiter(map(hash, strings()), np.int64)
     hashes.sort()
     suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
@@ -533,12 +528,12 @@ def _ustar_header(name: bytes, prefix: bytes, size: int, kind: bytes) -> bytes:
         name, b"0000644", b"0000000", b"0000000", b"%011o" % size, b"%011o" % _MTIME, b" " * 8,
         kind, b"", b"ustar", b"00", b"", b"", b"0000000", b"0000000", prefix,
     )  # fmt: skip
-    # The checksum is the sum of all bytes, its own eight taken for spaces.
+    # The checksum is the sum of all bytes, with spaces in place of its own eight.
     return b"%b%06o\0 %b" % (header[:148], sum(header), header[156:])
 
 
 class Encoded(NamedTuple):
-    """An image as it will be stored; `flags` and unknown sizes as in a row of the index."""
+    """An image as it is stored; `flags` and unknown sizes as in a row of the index."""
 
     data: memoryview
     width: int
@@ -548,6 +543,6 @@ class Encoded(NamedTuple):
 
 
 def encoded_from(data: memoryview, row: Any) -> Encoded:
-    """Return a dealt sample of row `row` whose bytes are `data`."""
+    """Return the image whose bytes are `data` and whose other fields are those of `row`."""
     fields = (int(row[key]) for key in ("width", "height", "crc32c", "flags"))
     return Encoded(data, *fields)

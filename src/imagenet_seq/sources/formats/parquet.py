@@ -1,7 +1,7 @@
 """Parquet files as on the Hugging Face hub: a row is a sample, a row group a python block.
 
-A row group's images are one compressed run of bytes, of which nothing can be had but all, so it is
-the unit of reading. Labels and paths are columns of their own: indexing reads those alone.
+The images of a row group are compressed together, so a row group is the unit of reading. Labels and
+paths are columns of their own, and indexing reads only those.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ from imagenet_seq.sources.place import Found, Opening, Place
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "Parquet files of Hugging Face: columns image (bytes, path) and label"
-
-
 _MAGIC = b"PAR1"
-
-
 _LARGE_GROUP_BYTES = 256 << 20
 
 
@@ -39,7 +35,7 @@ def find(place: Place) -> Found | str | None:
     """Recognise Parquet files by their names and the first one's first bytes.
 
     Raises:
-        SplitNeededError: where there are several splits and none was asked for.
+        SplitNeededError: if there are several splits and none was given.
     """
     for at in hf.places(place):
         names = [name for name in at.files if name.endswith(".parquet") or not at.is_folder]
@@ -62,11 +58,11 @@ class _ParquetSource(Source):
     """A source whose blocks are row groups.
 
     Attributes:
-        group: number in its file of each block's row group.
-        column: of the images.
-        turns: held while reading from a disk with one head.
-        metadata: of the files read so far, which takes as long to parse as 20 photos to read.
-        versions: of the files when they were opened: another one's rows have other labels.
+        group: for each block, the number of its row group in the file.
+        column: name of the column of images.
+        turns: held while reading from a hard disk.
+        metadata: of the files read so far; parsing it takes as long as reading 20 photos.
+        versions: of the files when they were opened: another version has other labels.
     """
 
     group: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -76,6 +72,7 @@ class _ParquetSource(Source):
     versions: dict[str, _Version] = field(default_factory=dict)
 
     def read_block(self, number: int) -> Block:
+        """Read and decompress the images of a row group."""
         path = os.path.join(self.index.root, self.index.files[number])
         if _version(path) != self.versions[path]:
             raise DataError(
@@ -98,14 +95,14 @@ def _version(path: str) -> _Version:
 
 @contextlib.contextmanager
 def _opened(path: str, turns: Turns | None = None, metadata: Any = None) -> Iterator[Any]:
-    """Open a file for one thread: what pyarrow opens is not for several at once."""
+    """Open a file for one thread: pyarrow's files must not be shared between threads."""
     with open(path, "rb", buffering=0) as raw:
         file = _InTurns(raw, turns) if turns and turns.are_needed else raw
         yield hf.import_pyarrow(path, "pyarrow.parquet").ParquetFile(file, metadata=metadata)
 
 
 class _InTurns:
-    """A file that threads read in turns: several long reads at once are slow on one head."""
+    """A file that threads read in turns: a hard disk is slow if several read at once."""
 
     def __init__(self, raw: io.FileIO, turns: Turns) -> None:
         self._raw, self._turns = raw, turns
@@ -121,12 +118,12 @@ class _InTurns:
 
 
 def _images_of(file: Any, group: int, column: str) -> Block:
-    # Threads are the engine's; pyarrow's own would only be more of them.
+    # The engine's threads call this; more threads would not help.
     table = file.read_row_group(group, columns=[f"{column}.bytes"], use_threads=False)
     blocks = [_images_in(part) for part in table.column(0).chunks]
     if len(blocks) == 1:
         return blocks[0]
-    sizes = [len(block.bytes) for block in blocks]  # several where they are more than 2 GB
+    sizes = [len(block.bytes) for block in blocks]  # several if they have more than 2 GB
     shifts = np.cumsum([0, *sizes[:-1]])
     return Block(
         np.concatenate([block.bytes for block in blocks] or [np.zeros(0, np.uint8)]),
@@ -180,11 +177,11 @@ class _Group(NamedTuple):
     """A row group.
 
     Attributes:
-        number: in its file.
+        number: its number in the file.
         first_row: number of its first row in the file.
-        num_rows: how many it has.
-        image_bytes: of its images, not compressed.
-        has_nulls: whether rows lack images, where the file says so.
+        num_rows: number of rows.
+        image_bytes: bytes of its images after decompression.
+        has_nulls: whether the file says that some rows have no image.
     """
 
     number: int
@@ -258,10 +255,10 @@ def _groups_of(metadata: Any, image: str) -> list[_Group]:
         columns = [about.column(i) for i in range(about.num_columns)]
         wanted = [column for column in columns if column.path_in_schema == f"{image}.bytes"]
         if [column.physical_type for column in wanted] != ["BYTE_ARRAY"]:
-            # pyarrow would end the process when asked for the statistics of another type.
+            # Asked for the statistics of another type, pyarrow would end the process.
             raise ValueError(f"row group {number}: expected one column {image}.bytes of bytes")
         [data] = wanted
-        # Where the file does not say, it shows when the row is read.
+        # If the file does not say, reading the row will show it.
         known = data.is_stats_set and data.statistics.has_null_count
         has_nulls = known and data.statistics.null_count > 0
         groups.append(

@@ -1,8 +1,8 @@
 """A strict reader of tar archives: which members there are, and where in the file their bytes lie.
 
-ustar, GNU (long names, sizes in base 256) and PAX, as POSIX.1-2024 (pax, "ustar Interchange
+Reads ustar, GNU (long names, sizes in base 256) and PAX, as POSIX.1-2024 (pax, "ustar Interchange
 Format") and GNU tar's manual ("Basic Tar Format") describe them. Python's tarfile takes ten times
-as long for a member, seeks, and takes an archive that was cut at a member for a whole one.
+as long for a member, seeks, and does not notice that an archive was cut between two members.
 """
 
 from __future__ import annotations
@@ -15,22 +15,16 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.sources.formats.imagefolder import IMAGE_EXTENSIONS
+from imagenet_seq.sources.images import is_image_name
 from imagenet_seq.sources.scan import Problems
 
 _BLOCK = 512
-
-
 _ZEROS = bytes(_BLOCK)
 
-
 _MAX_EXTENDED_BYTES = 1 << 20
-"""A long name or a PAX header takes some hundred bytes; a lying size must not fill the memory."""
-
+"""Long names and PAX headers have some hundred bytes; a wrong size must not allocate memory."""
 
 _LOOK_BYTES = 1 << 20
-
-
 _COMPRESSED = {
     b"\x1f\x8b": "gzip -d",
     b"BZh": "bzip2 -d",
@@ -38,41 +32,29 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd -d",
     b"\x04\x22\x4d\x18": "lz4 -d",
 }
-
-
 _HERE = re.compile(r"(\./)+")
-
-
 _NO_FILES = {
     ord("1"): "a hard link", ord("2"): "a symbolic link", ord("3"): "a character device",
     ord("4"): "a block device", ord("6"): "a FIFO",
 }  # fmt: skip
-
-
 _REGULAR = frozenset(b"07\0")
-
-
 _FOLDERS_AND_LABELS = frozenset(b"5DV")
-
-
 _WITHOUT_DATA = frozenset(b"123456V")
-
-
 _EXTENDED = frozenset(b"xXgLK")
 
 
 class Readable(Protocol):
-    """Bytes that members are found in: a `FileStream`, or one of the classes below."""
+    """What holds an archive: a `FileStream`, or one of the classes below."""
 
     path: str
     size: int
 
     def take(self, offset: int, length: int) -> memoryview:
-        """Return `length` bytes at `offset`; DataError where the file ends before them."""
+        """Return `length` bytes at `offset`; DataError if the file ends before them."""
 
 
 class RandomAccess:
-    """A file of which a few bytes are wanted, here and there."""
+    """A file of which only a few bytes are read, here and there."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -97,7 +79,12 @@ class RandomAccess:
 
 
 class InMemory:
-    """An archive in memory; `path` is the file that it was decompressed from."""
+    """An archive in memory.
+
+    Args:
+        path: the file that it was decompressed from, for messages.
+        data: the archive.
+    """
 
     def __init__(self, path: str, data: bytes) -> None:
         self.path, self.size, self._data = path, len(data), memoryview(data)
@@ -111,9 +98,9 @@ class Member(NamedTuple):
     """A file in an archive.
 
     Attributes:
-        name: as the archive has it (os.fsdecode), without "./" in front.
-        offset: where its bytes begin, in the file that the archive is or lies in.
-        length: how many.
+        name: as in the archive (os.fsdecode), without "./" in front.
+        offset: where its bytes begin in the file, also if the archive lies in another one.
+        length: its bytes.
     """
 
     name: str
@@ -122,12 +109,12 @@ class Member(NamedTuple):
 
     @property
     def is_image(self) -> bool:
-        """Whether torchvision's ImageFolder would take it: by its extension."""
-        return self.name.lower().endswith(IMAGE_EXTENSIONS)
+        """Whether torchvision's ImageFolder would take it for an image, by its extension."""
+        return is_image_name(self.name)
 
     @property
     def leads_outside(self) -> bool:
-        """Whether its name would be a path outside the folder that one extracts it to."""
+        """Whether extracting it would write outside the destination folder."""
         name = self.name
         return name.startswith("/") or (".." in name and ".." in name.split("/"))
 
@@ -137,16 +124,16 @@ def members(
 ) -> Iterator[Member]:
     """Yield the files of an archive in their order, reading headers only; about 5 us each.
 
-    Folders are passed over. Links and devices are reported: they have no bytes of their own.
+    Folders are skipped. Links and devices, which have no bytes of their own, are reported.
 
     Args:
         data: holds the archive.
-        problems: gets members that are no files, and bytes behind the archive's end.
-        remarks: gets a line where the archive may be incomplete.
-        within: the member that is the archive, where it lies in another one.
+        problems: gets members that are not files, and bytes behind the archive's end.
+        remarks: gets a line if the archive may be incomplete.
+        within: the member that is the archive, if it lies in another one.
 
     Raises:
-        DataError: where the archive is truncated, damaged, or of a kind that has to be converted.
+        DataError: if the archive is truncated, damaged, or of a kind that has to be converted.
     """
     archive = data.path if within is None else f"{data.path}: {within.name}"
     begin, end = 0, data.size
@@ -159,27 +146,27 @@ def members(
                 f"{_NO_FILES[kind]}"
             )
         elif kind in _REGULAR:
-            if not name.endswith("/"):  # so older archives say that it is a folder
+            if not name.endswith("/"):  # which marks a folder in old archives
                 yield Member(name, offset, length)
         elif kind not in _FOLDERS_AND_LABELS:
             raise DataError(
                 f"{archive}: member {name!r} at offset {offset}: expected a plain file, got type "
-                f"{chr(kind)!r} (sparse, or part of a multi-volume archive): make the archive anew "
-                "without such options"
+                f"{chr(kind)!r} (sparse, or part of a multi-volume archive): make it again without "
+                "such options"
             )
 
 
 def first_members(path: str, count: int) -> list[Member]:
-    """Return the first files of an archive, as far as it is sound, for telling what it is.
+    """Return the first files of an archive, or those before its first damage.
 
     Raises:
-        DataError: where it is none, or damaged before the first of them.
-        OSError: where it can't be read.
+        DataError: if it is no archive, or damaged before the first file.
+        OSError: if it can't be read.
     """
     found: list[Member] = []
     with RandomAccess(path) as data:
         if not any(data.take(0, min(_BLOCK, data.size))):
-            return []  # an empty archive, or gigabytes of zeros, which `members` would look at
+            return []  # an empty archive; or gigabytes of zeros, all of which `members` would read
         try:
             for member in islice(members(data, Problems("skip"), []), count):
                 found.append(member)
@@ -195,16 +182,16 @@ def first_members(path: str, count: int) -> list[Member]:
 class _Header(NamedTuple):
     kind: int
     name: str
-    offset: int  # of the data behind it
+    offset: int  # of the data that follows
     length: int
 
 
 def _headers(
     data: Readable, archive: str, begin: int, end: int, problems: Problems, remarks: list[str]
 ) -> Iterator[_Header]:
-    """Yield the members of all kinds, with what extended headers say of them."""
-    ahead: dict[bytes, bytes] = {}  # of the next member
-    always: dict[bytes, bytes] = {}  # of all that follow
+    """Yield members of all kinds; extended headers have been applied to them."""
+    ahead: dict[bytes, bytes] = {}  # fields of the next member
+    always: dict[bytes, bytes] = {}  # fields of all members that follow
     position = begin
     while position < end:
         header = bytes(data.take(position, min(_BLOCK, end - position)))
@@ -242,10 +229,10 @@ def _headers(
 
 
 def _is_header(header: bytes) -> bool:
-    """Compare a header with its checksum: the sum of its bytes, those of the checksum as spaces."""
+    """Compare a header with its checksum: the sum of its bytes, the checksum taken as spaces."""
     expected = _number(header[148:156])
-    # Adler-32's lower half is 1 + the sum of the bytes mod 65521: a sum in C, in parts that are
-    # too short to exceed that.
+    # Adler-32's lower half is 1 + the sum of the bytes mod 65521: a sum computed in C. The parts
+    # are too short to reach the modulus.
     total = 8 * 32 - 3
     for part in (header[:148], header[156:400], header[400:]):
         total += zlib.adler32(part) & 0xFFFF
@@ -294,7 +281,7 @@ def _name(header: bytes) -> str:
 
 
 def _number(field: bytes) -> int | None:
-    """Read a number: octal digits, or, GNU's, 95 bits after a leading one bit; None: neither."""
+    """Read a number: octal digits, or GNU's 95 bits after a leading 1; None if it is neither."""
     if field[:1] >= b"\x80":
         negative = field[0] & 0x40
         return None if negative else int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
@@ -313,7 +300,7 @@ def _padded(length: int) -> int:
 def _extended(
     data: Readable, archive: str, kind: int, offset: int, length: int
 ) -> dict[bytes, bytes]:
-    """Read a header that says something of those that follow."""
+    """Read the fields of an extended header, which concern members that follow."""
     if length > _MAX_EXTENDED_BYTES:
         raise DataError(
             f"{archive}: damaged: expected at most {_MAX_EXTENDED_BYTES} bytes in the extended "
@@ -322,7 +309,7 @@ def _extended(
     said = bytes(data.take(offset, length))
     if kind == ord("L"):
         return {b"path": said.partition(b"\0")[0]}
-    if kind == ord("K"):  # where a link leads
+    if kind == ord("K"):  # the target of a link
         return {}
     fields: dict[bytes, bytes] = {}
     said = said.rstrip(b"\0")
@@ -339,7 +326,7 @@ def _extended(
         if keyword.startswith(b"GNU.sparse."):
             raise DataError(
                 f"{archive}: the member behind the PAX header at offset {offset} is sparse: its "
-                "bytes don't lie in one piece. Make the archive anew without --sparse"
+                "bytes don't lie in one piece. Make the archive again without --sparse"
             )
         fields[keyword] = value[:-1]
         begin = end
@@ -358,7 +345,7 @@ def _overridden(
 
 
 def _check_rest(data: Readable, archive: str, position: int, end: int, problems: Problems) -> None:
-    """Expect zeros behind an archive's end: else one of its blocks may have been lost."""
+    """Report bytes other than zeros behind an archive's end: one of its blocks may be lost."""
     for begin in range(position, end, _LOOK_BYTES):
         rest = bytes(data.take(begin, min(_LOOK_BYTES, end - begin)))
         if rest.count(0) != len(rest):

@@ -1,15 +1,15 @@
 """TFRecord files of `tf.train.Example`, as TFDS and Inception's scripts write ImageNet.
 
-A file is a row of: length (u64), masked CRC-32C of it, that many bytes, masked CRC-32C of those.
+A file is a sequence of: length (u64), its masked CRC-32C, that many bytes, their masked CRC-32C.
 The bytes are a protobuf message, `Example{features: Features{feature: map<string, Feature>}}`, in
-which an encoded image lies in one piece: the index points at it, and neither TensorFlow nor
-protobuf is needed. Labels lie beside the images, so indexing reads everything once.
+which an encoded image lies in one piece. The index points at it; neither TensorFlow nor protobuf is
+needed. Labels lie between the images, so indexing reads everything once.
 
     TFDS        image, label (from 0, in the order of label.labels.txt), file_name
     Inception   image/encoded, image/class/label (from 1), image/class/synset, image/filename
 
-Inception's 0 is a background class that no image has; where some image has label 0, as in files of
-slim's other scripts, labels count from 0.
+Inception's 0 is a background class without images. If some image has label 0, as in files of slim's
+other scripts, labels count from 0.
 """
 
 from __future__ import annotations
@@ -29,49 +29,22 @@ from imagenet_seq.index.classes import MAX_CLASSES, classes_of, imagenet_classes
 from imagenet_seq.index.columns import Index
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
-from imagenet_seq.sources.place import Found, Opening, Place
-from imagenet_seq.sources.scan import (
-    FileStream,
-    Problems,
-    Rows,
-    Seen,
-    image_extension,
-)
+from imagenet_seq.sources.images import image_extension
+from imagenet_seq.sources.place import Found, Opening, Place, Seen
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "TFRecord files: imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-01024, ..."
-
-
 _IMAGE = (b"image/encoded", b"image", b"image_raw", b"jpeg", b"jpg")
-
-
 _LABEL = (b"image/class/label", b"label", b"class")
-
-
 _NAME = (b"image/filename", b"file_name", b"filename")
-
-
 _SYNSET = b"image/class/synset"
-
-
 _INTERESTING = frozenset((*_IMAGE, *_LABEL, *_NAME, _SYNSET))
-
-
 _COUNTS_FROM_1 = b"image/class/label"
-
-
 _SHARD = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(?:\.tfrecords?)?", re.IGNORECASE)
-
-
 _NAMED = re.compile(r"\.tfrec(?:ords?)?(?![a-z])", re.IGNORECASE)
-
-
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
 _LABEL_NAMES = "label.labels.txt"
-
-
 _HEADER = struct.Struct("<QI")
 
 
@@ -82,7 +55,7 @@ def find(place: Place) -> Found | str | None:
     """Recognise TFRecord files: in a folder, in a folder of TFDS's above it, or named by a path.
 
     Raises:
-        SplitNeededError: where there are files of both splits and none was asked for.
+        SplitNeededError: if there are files of both splits and none was given.
     """
     place = _with_files(place)
     names = place.files if not place.is_folder else tuple(filter(_is_named_so, place.files))
@@ -91,7 +64,7 @@ def find(place: Place) -> Found | str | None:
     if first is None:
         return None
     reason = _why_none(first)
-    if reason is not None:  # content that any file may have is no near miss
+    if reason is not None:  # only a file with such a name was meant to be one
         return f"{os.path.basename(first)}: {reason}" if any(map(_NAMED.search, names)) else None
     files = place.of_split(names)
     if not files:
@@ -101,7 +74,7 @@ def find(place: Place) -> Found | str | None:
 
 
 def _with_files(place: Place) -> Place:
-    """Return the folder with the files, where the one given is TFDS's data folder or dataset."""
+    """Return the folder with the files, if the given one is TFDS's data folder or dataset."""
     dataset = place.below("imagenet2012") or place
     versions = list(filter(_VERSION.fullmatch, dataset.folders))
     if not versions:
@@ -115,7 +88,7 @@ def _is_named_so(name: str) -> bool:
 
 
 def _why_none(path: str) -> str | None:
-    """Return why a file is no TFRecord file; None: it is one."""
+    """Return why a file is no TFRecord file, or None if it is one."""
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
     if len(head) < _HEADER.size:
@@ -124,7 +97,7 @@ def _why_none(path: str) -> str | None:
         return None
     if head[:2] == b"\x1f\x8b":
         return "a gzip'ed TFRecord file, whose images can't be read in place: gunzip it first"
-    return "expected a TFRecord file, but its first bytes are no length with its CRC"
+    return "expected a TFRecord file, but its first bytes are not a length and its CRC"
 
 
 def _open(place: Place, files: Sequence[str], how: Opening) -> Source:
@@ -140,11 +113,11 @@ def _open(place: Place, files: Sequence[str], how: Opening) -> Source:
 
 
 def _check_complete(place: Place, files: Sequence[str]) -> None:
-    """Refuse a set of which a shard is missing, and several sets.
+    """Check that the files are one complete set.
 
     Raises:
-        DataError: naming what is missing.
-        ValueError: naming the sets.
+        DataError: if a shard is missing.
+        ValueError: if there are several sets.
     """
     shards = [_SHARD.fullmatch(os.path.basename(path)) for path in files]
     sets = sorted({(shard[1], shard[3]) if shard else ("", "") for shard in shards})
@@ -168,7 +141,7 @@ def _check_complete(place: Place, files: Sequence[str]) -> None:
 
 
 class _Keys(NamedTuple):
-    """Which features hold what; the first sample tells."""
+    """Names of the features, as the first sample has them."""
 
     image: bytes
     label: bytes
@@ -220,7 +193,7 @@ class _Scan:
         """Add a file's samples.
 
         Raises:
-            DataError: where the row of messages breaks off; with on_error="fail" for any problem.
+            DataError: if the sequence of messages is damaged; with on_error="fail" for any problem.
         """
         at, in_file, names = 0, 0, set[str]()
         while at < stream.size:
@@ -232,7 +205,7 @@ class _Scan:
                 message = data[:length]
                 sample = self._parsed(message, in_file)
                 if sample.name in names:
-                    raise _MalformedError(f"the name {sample.name!r} is another sample's, too")
+                    raise _MalformedError(f"another sample has the name {sample.name!r}, too")
             except _MalformedError as error:
                 self._problems.report(f"{stream.path}: sample {in_file} at offset {at}: {error}")
             else:
@@ -259,7 +232,7 @@ class _Scan:
         label = self._checked_label(message, features, label_key)
         name = _text(message, features, name_key) if name_key else f"{in_file:08d}"
         if not os.path.splitext(name)[1]:
-            name += image_extension(message[begin:end])
+            name += image_extension(message[begin:end]) or ".bin"
         wnid = _text(message, features, _SYNSET) if _SYNSET in features else ""
         if wnid and self._wnids.setdefault(label, wnid) != wnid:
             raise _MalformedError(
@@ -279,7 +252,7 @@ class _Scan:
         return label
 
     def index(self) -> Index:
-        """Return the index of all that was added; labels count from 0 there."""
+        """Return the index of all samples; its labels count from 0."""
         rows = self._rows
         label, first = rows.label, 0
         counts_from_1 = self._keys is not None and self._keys.label == _COUNTS_FROM_1
@@ -298,7 +271,7 @@ class _Scan:
 
 
 def _prefixes(files: Sequence[str]) -> list[str]:
-    """Return what makes names in a file unique among all: its own name, where there are several."""
+    """Return prefixes that make names unique over all files: the files' names, if several."""
     if len(files) == 1:
         return [""]
     names = [os.path.basename(path) for path in files]
@@ -308,7 +281,7 @@ def _prefixes(files: Sequence[str]) -> list[str]:
 
 
 def _label_names(folder: str) -> tuple[str, ...]:
-    """Return the class names that TFDS keeps beside its files; none where it did not."""
+    """Return the class names in the file that TFDS writes beside its own, if it is there."""
     path = os.path.join(folder, _LABEL_NAMES)
     if not os.path.exists(path):
         return ()
@@ -320,10 +293,10 @@ def _label_names(folder: str) -> tuple[str, ...]:
 
 
 def _classes_of_wnids(wnids: dict[int, str], num_classes: int, where: str) -> tuple[str, ...]:
-    """Name the classes of labels whose wnids the samples say.
+    """Name the classes by the wnids that the samples give.
 
     Raises:
-        DataError: where they are in another order than torchvision's, which is that of the wnids.
+        DataError: if labels are not in the order of the wnids, which is torchvision's.
     """
     for (label, wnid), (next_label, next_wnid) in itertools.pairwise(sorted(wnids.items())):
         if wnid >= next_wnid:
@@ -340,21 +313,21 @@ def _classes_of_wnids(wnids: dict[int, str], num_classes: int, where: str) -> tu
 
 
 def _are_imagenets(wnids: dict[int, str]) -> bool:
-    """Tell whether there are wnids, and labels are torchvision's for all of them."""
+    """Whether there are wnids, and all labels are torchvision's."""
     classes = imagenet_classes()
     return bool(wnids) and all(
         label < len(classes) and classes[label] == wnid for label, wnid in wnids.items()
     )
 
 
-# ---- the row of messages -------------------------------------------------------------------------
+# ---- the messages -------------------------------------------------------------------------
 
 
 def _message_length(stream: FileStream, at: int) -> int:
     """Return the bytes of the message whose header is at `at`.
 
     Raises:
-        DataError: where the length is damaged: then it is not known where the next one begins.
+        DataError: if the length is damaged, so that the next message can't be found.
     """
     header = stream.take(at, _HEADER.size)
     length, crc = _HEADER.unpack(header)
@@ -368,7 +341,7 @@ def _message_length(stream: FileStream, at: int) -> int:
 
 
 def _check_crc(data: memoryview) -> None:
-    """Check a message that its CRC follows."""
+    """Check a message against the CRC that follows it."""
     (crc,) = struct.unpack("<I", data[-4:])
     expected = _masked_crc(data[:-4])
     if crc != expected:
@@ -379,22 +352,19 @@ def _check_crc(data: memoryview) -> None:
 
 
 def _masked_crc(data: bytes | memoryview) -> int:
-    """TFRecord stores CRCs turned and shifted, so that a CRC over data with CRCs is a good one."""
+    """Return the CRC as TFRecord stores it: rotated and with a constant added."""
     crc = native.crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 # ---- protobuf ------------------------------------------------------------------------------------
 
-# Tags of the messages' fields: number << 3 | 2, as all of them have a length.
+# Tags of fields with a length: number << 3 | 2.
 _FIRST, _SECOND, _THIRD = 0x0A, 0x12, 0x1A
-
-
 _PLAIN_INT = 0x08
 
-
 _Features = dict[bytes, tuple[int, int]]
-"""Where in a sample's message each interesting feature's value begins and ends."""
+"""Where the value of each feature in `_INTERESTING` begins and ends in the message."""
 
 
 def _features(message: memoryview) -> _Features:
@@ -410,10 +380,9 @@ def _features(message: memoryview) -> _Features:
 
 
 def _take_short_entries(message: memoryview, at: int, end: int, found: _Features) -> int:
-    """Look at entries of a map and return where the first one begins that `_take_entry` must see.
+    """Read short entries of a map, key before value; return where the first other one begins.
 
-    A sample has a dozen, nearly all of which look like this, and _fields costs 1 us a field: short,
-    with the key before the value.
+    Nearly all of the dozen entries of a sample are such, and `_fields` takes 1 us for a field.
     """
     while end - at >= 4:
         tag, length, key_tag, key_length = message[at : at + 4]
@@ -432,7 +401,7 @@ def _take_short_entries(message: memoryview, at: int, end: int, found: _Features
 
 
 def _take_entry(message: memoryview, begin: int, end: int, found: _Features) -> None:
-    """Look at an entry of the map: field 1 is its key, field 2 its value."""
+    """Read an entry of the map: field 1 is its key, field 2 its value."""
     key, value = b"", None
     for tag, field_begin, field_end in _fields(message, begin, end):
         if tag == _FIRST:
@@ -444,7 +413,7 @@ def _take_entry(message: memoryview, begin: int, end: int, found: _Features) -> 
 
 
 def _keys_of(features: _Features, message: memoryview) -> _Keys:
-    """Tell by a sample which features hold what."""
+    """Find out by a sample which features hold image, label and name."""
     image = next((key for key in _IMAGE if key in features), None)
     label = next((key for key in _LABEL if key in features), None)
     name = next((key for key in _NAME if key in features), None)
@@ -461,9 +430,9 @@ def _listed(keys: Sequence[bytes] | _Features) -> str:
 
 
 def _only_bytes(message: memoryview, features: _Features, key: bytes) -> tuple[int, int]:
-    """Return where the only value of a feature that is a BytesList begins and ends."""
+    """Return where the only value of a BytesList begins and ends."""
     begin, end = features.get(key, (0, 0))
-    # Names are as short as the list around them: spares a message in a message, 2 us.
+    # A short value in a list of one, such as a name: saves the 2 us of the general way.
     rest = end - begin - 4
     if 0 <= rest < 0x7E and message[begin : begin + 4] == bytes((_FIRST, rest + 2, _FIRST, rest)):
         return begin + 4, end
@@ -474,7 +443,7 @@ def _only_bytes(message: memoryview, features: _Features, key: bytes) -> tuple[i
         for value_tag, value_begin, value_end in _fields(message, list_begin, list_end)
         if value_tag == _FIRST
     )
-    values = list(itertools.islice(all_values, 2))  # there may be many millions of two bytes
+    values = list(itertools.islice(all_values, 2))  # there may be millions of empty ones
     if len(values) != 1:
         raise _MalformedError(
             f"feature '{key.decode()}': expected one value of bytes, got "
@@ -503,7 +472,7 @@ def _only_int(message: memoryview, features: _Features, key: bytes) -> int:
 
 
 def _ints(message: memoryview, begin: int, end: int) -> Iterator[int]:
-    """Yield the values of a feature that is an Int64List, packed or not."""
+    """Yield the values of an Int64List, packed or not."""
     for tag, list_begin, list_end in _fields(message, begin, end):
         if tag != _THIRD:
             continue

@@ -1,9 +1,9 @@
 """WebDataset shards, and tar archives of class folders.
 
 In a shard, the files of a sample follow each other and share its key: the path up to the first dot
-of the base name, as webdataset's `base_plus_ext` has it. What is behind the dot says what it is:
-`.jpg` and the like an image, `.cls`, `.json` or `.txt` its label. A tar archive without such labels
-is read as the folder that it would be extracted to.
+of the base name, as in webdataset's `base_plus_ext`. The extension behind the dot says what a file
+is: `.jpg` and the like an image, `.cls`, `.json` or `.txt` its label. A tar archive without such
+labels is read like the folder that it would be extracted to.
 """
 
 from __future__ import annotations
@@ -22,53 +22,49 @@ from imagenet_seq.index.cache import Scanned, indexed
 from imagenet_seq.index.classes import MAX_CLASSES, classes_of, is_wnid
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
-from imagenet_seq.sources.formats.imagefolder import IMAGE_EXTENSIONS
 from imagenet_seq.sources.formats.official import DEVKIT, NAMES, split_in
 from imagenet_seq.sources.formats.tar_file import Member, first_members, members
-from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError, split_of
-from imagenet_seq.sources.scan import FileStream, Problems, Rows, Seen, Visit
+from imagenet_seq.sources.images import IMAGE_EXTENSIONS
+from imagenet_seq.sources.place import (
+    Found,
+    Opening,
+    Place,
+    Seen,
+    SplitNeededError,
+    Visit,
+    split_of,
+)
+from imagenet_seq.sources.scan import FileStream, Problems, Rows
 from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = (
     "WebDataset shards: *.tar with .jpg, .jpeg or .png and .cls, .json or .txt of the same name; "
     "or *.tar of class folders"
 )
-
-
 _IMAGES = frozenset(extension[1:] for extension in IMAGE_EXTENSIONS)
-
-
-_LABELS = ("cls", "json", "txt")  # the first of them that says something counts
-
-
+_LABELS = ("cls", "json", "txt")  # the first of them that has a label counts
 _LABEL_KEYS = ("label", "cls", "class")
-
-
 _NAME_KEYS = ("wnid", "class_name")
-
-
 _MAX_LABEL_BYTES = 1 << 20
-
-
 _MAX_NAME_LENGTH = 200
-
 
 _SIDECAR = re.compile(
     r"(readme|licen[cs]e|index|info|meta(data)?|dataset|dataset_infos?|classes|labels|synsets?"
     r"|manifest|checksums?|__[^/]*__)\.",
     re.IGNORECASE,
 )
-"""Files about the data set, not of a sample."""
-
+"""Files about the data set, which belong to no sample."""
 
 _NUM_LOOKED_AT = 64
-
-
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise shards or archives of class folders, by the first files in the first of them."""
+    """Recognise shards or archives of class folders, by the first files in the first of them.
+
+    Raises:
+        SplitNeededError: if there are several splits and none was given.
+    """
     if "pack.json" in place.files:
         return None
     tars = [name for name in place.files if _is_candidate(name, place)]
@@ -85,7 +81,7 @@ def find(place: Place) -> Found | str | None:
         return None
     try:
         kind = _kind_of(paths[0])
-    except (DataError, OSError) as error:  # a link that leads nowhere may lie beside folders
+    except (DataError, OSError) as error:  # a broken link may lie beside folders
         return str(error) if tars else None
     if kind is None:
         without = "holds no images with labels (.cls, .json, .txt) or in class folders"
@@ -122,14 +118,14 @@ def _kind_of(path: str) -> str | None:
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
-    """Split as webdataset does; no key where the base name is hidden or has no extension."""
+    """Split as webdataset does; no key if the base name is hidden or has no extension."""
     base = name.rfind("/") + 1
     dot = name.find(".", base)
     return (name[:dot], name[dot + 1 :]) if dot > base else ("", "")
 
 
 def _folder_of(name: str, path: str) -> str:
-    """Return the folder of an image; without one, the archive is it if it is named by a class."""
+    """Return an image's folder; if it has none, the archive's own name if that is a class."""
     stem = os.path.splitext(os.path.basename(path))[0]
     return name.rpartition("/")[0] or (stem if is_wnid(stem) else "")
 
@@ -169,11 +165,11 @@ def _scan(kind: str, place: Place, paths: list[str], how: Opening) -> Scanned:
 
 
 class _WrongSampleError(Exception):
-    """What is wrong with a sample; becomes a problem that names it."""
+    """Says what is wrong with a sample."""
 
 
 class _Collector:
-    """Samples of archives, one archive after the other; what both layouts share."""
+    """Collects the samples of archives, one after the other; the base of both layouts."""
 
     def __init__(self, place: Place, how: Opening) -> None:
         self.rows, self.problems = Rows(), Problems(how.on_error)
@@ -183,21 +179,24 @@ class _Collector:
         self._names_in_file: set[str] = set()
 
     def begin(self, file: int, path: str, is_one_of_many: bool) -> None:
+        """Start with the archive number `file`."""
         self._file, self._path = file, path
         stem = os.path.splitext(os.path.basename(path))[0]
         self._prefix = f"{stem}/" if is_one_of_many else ""
         self._names_in_file.clear()
 
     def read(self, stream: FileStream) -> None:
+        """Add the samples of an archive."""
         raise NotImplementedError
 
     def labels_and_classes(self) -> tuple[npt.NDArray[np.int32], Sequence[str]]:
+        """Return the label of each sample, and the class names."""
         raise NotImplementedError
 
     def _check(self, name: str, image: Member) -> None:
-        """Check what can be wrong with a sample in both layouts."""
+        """Refuse what can be wrong in both layouts."""
         if image.leads_outside:
-            raise _WrongSampleError("expected a name inside the archive, got one that leads out")
+            raise _WrongSampleError("expected a path inside the archive, got one outside")
         if not image.length:
             raise _WrongSampleError(f"expected an image, got 0 bytes in {image.name!r}")
         if name in self._names_in_file:
@@ -230,10 +229,12 @@ class _Fields:
 
 
 class _Samples(_Collector):
+    """Samples of WebDataset shards."""
+
     def __init__(self, place: Place, how: Opening) -> None:
         super().__init__(place, how)
-        self._numbers: dict[str, int] = {}  # of class names, where labels are names
-        self._named: dict[int, str] = {}  # class names that stand beside numbers
+        self._numbers: dict[str, int] = {}  # by class name, if labels are names
+        self._named: dict[int, str] = {}  # class names that accompany numbers
 
     def read(self, stream: FileStream) -> None:
         fields = _Fields("", 0)
@@ -313,7 +314,7 @@ class _Samples(_Collector):
 
 
 def _label_in(data: dict[str, memoryview]) -> int | str:
-    """Return a label, a number or a class name."""
+    """Return a label: a number or a class name."""
     for extension in _LABELS:
         if extension not in data:
             continue
@@ -353,7 +354,7 @@ def _label_in(data: dict[str, memoryview]) -> int | str:
 
 
 def _class_name(name: str) -> str:
-    shown = name if name.isprintable() else ""  # unpaired surrogates are not, either
+    shown = name if name.isprintable() else ""  # nor are unpaired surrogates
     if not 0 < len(shown) <= _MAX_NAME_LENGTH:
         raise _WrongSampleError(
             f"expected a class name of 1 to {_MAX_NAME_LENGTH} printable characters, got "
@@ -373,7 +374,7 @@ def _json_fields(text: bytes) -> dict[str, object]:
 
 
 def _class_name_in(data: dict[str, memoryview]) -> str:
-    """Return the class name that a .json has beside the number; "" where it has none."""
+    """Return the class name that accompanies the number in a .json; "" if there is none."""
     if "json" not in data:
         return ""
     try:
@@ -388,7 +389,7 @@ def _class_name_in(data: dict[str, memoryview]) -> str:
 
 
 class _ClassFolders(_Collector):
-    """Images of an archived ImageFolder; until all are seen, a label is a folder's number."""
+    """Images of an archived ImageFolder; until all are read, a label is a folder's number."""
 
     def __init__(self, place: Place, how: Opening) -> None:
         super().__init__(place, how)
@@ -405,7 +406,7 @@ class _ClassFolders(_Collector):
                 continue
             try:
                 if not folder:
-                    raise _WrongSampleError("expected an image in a class folder, got one in none")
+                    raise _WrongSampleError("expected an image in a class folder, got one outside")
                 self._check(member.name, member)
             except _WrongSampleError as wrong:
                 self._report(member.name, member.offset, wrong)
@@ -416,7 +417,7 @@ class _ClassFolders(_Collector):
             self._add(member, label, data)
 
     def _is_of_split(self, folder: str) -> bool:
-        """Tell by the first folder that is called "train" or "val" and holds another one."""
+        """Whether a folder is of the split: by the first above it called "train" or "val"."""
         if folder in self._folders:
             return True
         above = folder.split("/")[:-1]
@@ -431,18 +432,18 @@ class _ClassFolders(_Collector):
         return self._split in (None, split)
 
     def labels_and_classes(self) -> tuple[npt.NDArray[np.int32], Sequence[str]]:
-        """Name classes by the folders where the paths part, and sort them as torchvision does."""
+        """Name classes by the first folders in which paths differ, sorted as in torchvision."""
         paths = [folder.split("/") for folder in self._folders]
         levels = zip(*paths, strict=False)
         above = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
         if any(len(path) == above for path in paths):
             above -= 1
-            if len(paths) > 1:  # one image beside them must not make one class of all
+            if len(paths) > 1:  # else an image above the class folders would put all in one class
                 inner = max(self._folders, key=lambda folder: folder.count("/"))
                 raise DataError(
                     f"{self._source}: expected images in class folders alone, found some in "
                     f"{'/'.join(paths[0][: above + 1])}/ and in folders below it, such as {inner}/:"
-                    " make the archive anew without the former"
+                    " make the archive again without the former"
                 )
         names = [path[above] for path in paths]
         classes = sorted(set(names))
