@@ -292,37 +292,19 @@ class Request(Structure):
     ]
 
 
+_ERROR, _RECIPE, _KEY = POINTER(CError), POINTER(CRecipe), POINTER(CKey)
+
 # name -> (result, arguments)
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_abi": (c_int32, []),
     "imseq_build_info": (c_char_p, []),
     "imseq_cpu": (c_char_p, []),
-    "imseq_use_cpu": (c_int32, [c_char_p, POINTER(CError)]),
-    "imseq_read_header": (c_int32, [c_void_p, c_size_t, POINTER(Header), POINTER(CError)]),
-    "imseq_draw": (
-        c_int32,
-        [POINTER(CRecipe), POINTER(CKey), c_int32, c_int32, POINTER(View), POINTER(CError)],
-    ),
-    "imseq_decode": (
-        c_int32,
-        [
-            POINTER(CRecipe),
-            POINTER(CKey),
-            c_void_p,
-            c_size_t,
-            c_uint32,
-            c_void_p,
-            POINTER(CError),
-        ],
-    ),
-    "imseq_decode_group": (
-        c_int32,
-        [POINTER(CRecipe), POINTER(Sample), c_int32, POINTER(Times), POINTER(CError)],
-    ),
-    "imseq_apply": (
-        c_int32,
-        [POINTER(CRecipe), POINTER(CKey), c_void_p, c_int32, c_int32, c_void_p, POINTER(CError)],
-    ),
+    "imseq_use_cpu": (c_int32, [c_char_p, _ERROR]),
+    "imseq_read_header": (c_int32, [c_void_p, c_size_t, POINTER(Header), _ERROR]),
+    "imseq_draw": (c_int32, [_RECIPE, _KEY, c_int32, c_int32, POINTER(View), _ERROR]),
+    "imseq_decode": (c_int32, [_RECIPE, _KEY, c_void_p, c_size_t, c_uint32, c_void_p, _ERROR]),
+    "imseq_decode_group": (c_int32, [_RECIPE, POINTER(Sample), c_int32, POINTER(Times), _ERROR]),
+    "imseq_apply": (c_int32, [_RECIPE, _KEY, c_void_p, c_int32, c_int32, c_void_p, _ERROR]),
     "imseq_transcode": (
         c_int32,
         [
@@ -335,47 +317,31 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
             c_size_t,
             POINTER(c_size_t),
             POINTER(Header),
-            POINTER(CError),
+            _ERROR,
         ],
     ),
-    "imseq_count_symbols": (c_int32, [c_void_p, c_size_t, c_int32, c_void_p, POINTER(CError)]),
-    "imseq_fit_tables": (c_int32, [c_void_p, c_void_p, POINTER(CError)]),
+    "imseq_count_symbols": (c_int32, [c_void_p, c_size_t, c_int32, c_void_p, _ERROR]),
+    "imseq_fit_tables": (c_int32, [c_void_p, c_void_p, _ERROR]),
     "imseq_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
-    "imseq_engine_create": (c_int32, [POINTER(CEngineConfig), POINTER(c_void_p), POINTER(CError)]),
-    "imseq_look_up": (c_int32, [c_char_p, c_void_p, c_void_p, POINTER(CError)]),
-    "imseq_preallocate": (c_int32, [c_int32, c_int64, POINTER(CError)]),
+    "imseq_engine_create": (c_int32, [POINTER(CEngineConfig), POINTER(c_void_p), _ERROR]),
+    "imseq_look_up": (c_int32, [c_char_p, c_void_p, c_void_p, _ERROR]),
+    "imseq_preallocate": (c_int32, [c_int32, c_int64, _ERROR]),
     "imseq_kept_table_bytes": (c_int64, [c_int64]),
-    "imseq_engine_prepare": (c_int32, [c_void_p, POINTER(CPlan), POINTER(CError)]),
-    "imseq_engine_start": (
-        c_int32,
-        [c_void_p, POINTER(CPlan), POINTER(c_void_p), POINTER(CError)],
-    ),
-    "imseq_engine_next": (c_int32, [c_void_p, c_int64, POINTER(Batch), POINTER(CError)]),
-    "imseq_engine_release": (c_int32, [c_void_p, c_int32, c_void_p, POINTER(CError)]),
-    "imseq_engine_cancel": (c_int32, [c_void_p, POINTER(CError)]),
-    "imseq_engine_stats": (c_int32, [c_void_p, POINTER(CStats), POINTER(CError)]),
-    "imseq_engine_pending": (c_int32, [c_void_p, POINTER(Pending), POINTER(CError)]),
-    "imseq_engine_requests": (
-        c_int32,
-        [c_void_p, POINTER(Request), c_int64, c_void_p, POINTER(CError)],
-    ),
-    "imseq_engine_close": (c_int32, [c_void_p, POINTER(CError)]),
+    "imseq_engine_prepare": (c_int32, [c_void_p, POINTER(CPlan), _ERROR]),
+    "imseq_engine_start": (c_int32, [c_void_p, POINTER(CPlan), POINTER(c_void_p), _ERROR]),
+    "imseq_engine_next": (c_int32, [c_void_p, c_int64, POINTER(Batch), _ERROR]),
+    "imseq_engine_release": (c_int32, [c_void_p, c_int32, c_void_p, _ERROR]),
+    "imseq_engine_cancel": (c_int32, [c_void_p, _ERROR]),
+    "imseq_engine_stats": (c_int32, [c_void_p, POINTER(CStats), _ERROR]),
+    "imseq_engine_pending": (c_int32, [c_void_p, POINTER(Pending), _ERROR]),
+    "imseq_engine_requests": (c_int32, [c_void_p, POINTER(Request), c_int64, c_void_p, _ERROR]),
+    "imseq_engine_close": (c_int32, [c_void_p, _ERROR]),
     "imseq_engine_destroy": (None, [c_void_p]),
-    "imseq_engine_take": (c_int32, [c_void_p, c_int64, POINTER(Task), POINTER(CError)]),
-    "imseq_engine_finish_row": (c_int32, [c_void_p, c_int64, c_char_p, POINTER(CError)]),
+    "imseq_engine_take": (c_int32, [c_void_p, c_int64, POINTER(Task), _ERROR]),
+    "imseq_engine_finish_row": (c_int32, [c_void_p, c_int64, c_char_p, _ERROR]),
     "imseq_engine_finish_block": (
         c_int32,
-        [
-            c_void_p,
-            c_int64,
-            c_void_p,
-            c_int64,
-            c_void_p,
-            c_void_p,
-            c_int64,
-            c_char_p,
-            POINTER(CError),
-        ],
+        [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_char_p, _ERROR],
     ),
 }
 
