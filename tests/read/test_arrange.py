@@ -11,7 +11,7 @@ import pytest
 
 from imagenet_seq import cli
 from imagenet_seq.loader import Loader
-from imagenet_seq.pack.packing import pack
+from imagenet_seq.pack.packing import pack_dataset
 from imagenet_seq.read import arrange
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -36,7 +36,7 @@ def paths(
 ) -> dict[str, Path]:
     folder = make_folder(30, 3) / "train"
     packed = tmp_path_factory.mktemp("packs") / "train"
-    pack(folder, packed, progress=False)
+    pack_dataset(folder, packed, progress=False)
     return {**SOURCES, "folder": folder, "pack": packed}
 
 
