@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import resource
 import statistics
@@ -281,7 +282,11 @@ def described(row: dict[str, Any], *rates: str) -> str:
 def measure_source(case: SourceCase) -> dict[str, Any]:
     """Compare a source with the ImageFolder, in this process, which is pinned to as many cores."""
     results.pin_to(results.available_cores()[-case.num_cores :])
-    source, folder = open_source(case.path, "train"), open_source(case.folder, "train")
+    # All are the training images, also where they get the validation transform.
+    source, folder = (
+        dataclasses.replace(open_source(path, "train"), split=None)
+        for path in (case.path, case.folder)
+    )
     if len(source.index) != len(folder.index):
         raise SystemExit(
             f"{case.path}: expected the {len(folder.index)} images of the ImageFolder, got "

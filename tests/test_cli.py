@@ -47,7 +47,7 @@ def test_pack_then_info_then_verify(
     captured = capsys.readouterr()
     assert f"{destination}/train: 12 samples" in captured.out
     assert "12 re-coded losslessly, 0 stored as they are" in captured.out
-    assert "train: read and re-code" in captured.err  # the progress bars
+    assert "pack train: read and encode" in captured.err  # the progress bars
     assert "12/12" in captured.err
     used = captured.out.splitlines()[-1].strip()
     assert used == f'train = Loader("{destination}", "train", batch_size=256, num_workers=8)'

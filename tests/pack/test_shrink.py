@@ -417,7 +417,7 @@ def test_the_command_says_first_what_it_will_do(
     assert "x the CPU time to decode a 100 px training crop" in notice
     shrunk = np.count_nonzero(rows["flags"] & pack_format.FLAG_SHRUNK)
     assert f"{shrunk} encoded anew, {40 - shrunk} re-coded losslessly, 0 stored" in captured.out
-    assert cli.main(["info", destination]) == 0
+    assert cli.main(["info", "--verbose", destination]) == 0
     assert "max_side 100, quality 90, subsampling 420, encoder Pillow" in capsys.readouterr().out
     assert cli.main(["verify", destination, "--against", str(source)]) == 0
 
