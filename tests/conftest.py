@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if missing:
         terminalreporter.write_line(
             f"NOTE: tests were SKIPPED or FAILED for want of {', '.join(missing)}. "
-            'pip install "imagenet-seq[test]" brings all of them.',
+            "pip install '.[test]' brings all of them.",
             red=True,
         )
 
