@@ -16,29 +16,17 @@ from imagenet_seq.plan.order import Order, batch_begins, epoch_size
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The order of a Loader's epochs, for one rank.
-
-    Attributes:
-        index: the dataset.
-        python_blocks: `Source.python_blocks`.
-        order: settings that decide the order, with the index and the epoch's number.
-        batch_size: samples of this rank in a batch.
-        rank: number of this rank.
-        world_size: number of ranks.
-        drop_last: leave out a smaller last batch.
-        sampler: a sampler whose order is executed; None: the order is `order`.
-        batch_sampler: the same of a batch sampler, whose batches may be of any size.
-    """
+    """The order of a Loader's epochs, for one rank."""
 
     index: Index
-    python_blocks: bool
+    python_blocks: bool  # `Source.python_blocks`
     order: Order
-    batch_size: int
+    batch_size: int  # of this rank
     rank: int
     world_size: int
-    drop_last: bool = False
-    sampler: Any = None
-    batch_sampler: Any = None
+    drop_last: bool = False  # leave out a smaller last batch
+    sampler: Any = None  # whose order is executed; None: the order is `order`
+    batch_sampler: Any = None  # the same, with batches of any size
 
     @property
     def is_explicit(self) -> bool:
