@@ -34,7 +34,6 @@ from imagenet_seq.read import arrange
 from imagenet_seq.read.budget import ram_budget
 from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_reading
 from imagenet_seq.read.options import ReadOptions
-from imagenet_seq.read.pool import block_memory_bytes
 
 _DEFAULT_BATCH_SIZE = options.Default(256)
 _LONG_PLAN = 100_000  # samples whose plan takes long enough to be made ahead
@@ -594,4 +593,4 @@ class Loader:
         return Workers(engine, self._num_threads)
 
     def _block_budget(self) -> int:
-        return block_memory_bytes(self._source, self._schedule, self._arranged())
+        return arrange.block_memory_bytes(self._source, self._schedule, self._arranged())
