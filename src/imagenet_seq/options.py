@@ -84,21 +84,16 @@ def _check_order(
 
 
 class Adopted(NamedTuple):
-    """What a sampler says of the order.
+    """What a sampler says of the order; `shuffle` and `seed` are as the Loader's.
 
-    Attributes:
-        executed: the sampler whose order is executed; None: the order is ours.
-        shuffle: as the Loader's argument.
-        seed: as the Loader's argument.
-        followed: a DistributedSampler whose rank, world size and epochs are taken over.
-        drops_rest: in an order that is not shuffled, leave samples over so that all ranks have
-            equally many.
+    `drops_rest`: in an order that is not shuffled, leave samples over so that all ranks have
+    equally many.
     """
 
-    executed: Any
+    executed: Any  # the sampler whose order is executed; None: the order is ours
     shuffle: bool | str | None
     seed: int | None
-    followed: Any = None
+    followed: Any = None  # a DistributedSampler whose rank, world size and epochs are taken over
     drops_rest: bool = False
 
 
