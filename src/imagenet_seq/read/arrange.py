@@ -89,7 +89,6 @@ def choose_strategy(
     by_blocks = order is not None and reads_blocks(index, order)
     in_blocks = by_blocks and (source.python_blocks or index.length is not None)
     data_bytes = disk_bytes(source)
-    index = source.index
     files = [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
     disk = _disk_of([*files[:1], index.root], options.disk)
     speed = speed_of(disk, files if measure and data_bytes >= MEASURED_BYTES else [])

@@ -315,7 +315,7 @@ def _duration(epoch: Epoch) -> str:
 # ---- while it runs -------------------------------------------------------------------------------
 
 
-_HARDLY_WAITS = 0.05  # share of the time; training is then the bottleneck itself
+_HARDLY_WAITS = 0.05  # share of the time that training may wait and still be the bottleneck
 
 
 class Pace:
