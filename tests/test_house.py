@@ -33,7 +33,6 @@ IMPORTS_BY_NAME = {
 
 MOST_LINES = {"src": 600, "core": 600, "tests": 1000}
 LONG_FILES = {
-    "src/imagenet_seq/loader.py": "the Loader, one class; half of it documents its arguments",
     "tests/native/engine_test.cpp": "the engine as a whole, through its C functions",
     "tests/pack/test_pack.py": "packing as a whole: each test runs the command",
     "tests/read/test_read.py": "the read stage as a whole, on one recording engine",

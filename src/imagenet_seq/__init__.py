@@ -13,18 +13,19 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from imagenet_seq.errors import (
+    CollateError,
+    DataError,
+    ForkError,
+    ImagenetSeqError,
+    LoaderClosedError,
+    PackError,
+    SampleError,
+    StateError,
+)
+
 if TYPE_CHECKING:
     from imagenet_seq.data import ImagenetLoader
-    from imagenet_seq.errors import (
-        CollateError,
-        DataError,
-        ForkError,
-        ImagenetSeqError,
-        LoaderClosedError,
-        PackError,
-        SampleError,
-        StateError,
-    )
     from imagenet_seq.loader import Loader
     from imagenet_seq.machine import LoaderNote
     from imagenet_seq.pack.packing import pack_dataset
@@ -43,21 +44,8 @@ _MODULES = {
     "LoaderNote": "machine",
     "open_source": "sources.recognise",
     "pack_dataset": "pack.packing",
-    **dict.fromkeys(
-        (
-            "CollateError",
-            "DataError",
-            "ForkError",
-            "ImagenetSeqError",
-            "LoaderClosedError",
-            "PackError",
-            "SampleError",
-            "StateError",
-        ),
-        "errors",
-    ),
 }
-"""Where each public name is defined; its module is imported when the name is first asked for."""
+"""Where the other public names are defined; a module is imported when its name is asked for."""
 
 __all__ = [
     "CollateError",

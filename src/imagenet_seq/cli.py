@@ -6,7 +6,6 @@ Only `pack --max-side` imports torch, since its forecast decodes some images.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 _SHOWN = 5
 """Failures that a summary names."""
+
+_KEEP_BYTES = "store every file unchanged; it decodes more slowly"
+_ON_ERROR = ("fail", "skip", "keep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,28 +120,17 @@ def _add_pack(commands: Any) -> None:
     command.add_argument(
         "--format",
         choices=("pack", "lmdb"),
-        default=argparse.SUPPRESS,
         help="make a pack (default), or DESTINATION/ILSVRC-train.lmdb and -val.lmdb for tensorpack",
     )
-    command.add_argument(
-        "--reshuffle",
-        action="store_true",
-        help="SOURCE is a pack: copy it in another random order, image bytes unchanged",
-    )
-    command.add_argument(
-        "--seed",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="seed of the random order (default 0; with --reshuffle, one more than the pack's)",
-    )
+    text = "SOURCE is a pack: copy it in another random order, image bytes unchanged"
+    command.add_argument("--reshuffle", action="store_true", help=text)
+    text = "seed of the random order (default 0; with --reshuffle, one more than the pack's)"
+    command.add_argument("--seed", type=int, help=text)
     _add_settings(command)
     _add_selection(command)
     _add_shrink(command)
-    command.add_argument(
-        "--splits",
-        type=_splits,
-        help="of a folder with both, pack train, val or train,val (default)",
-    )
+    text = "of a folder with both, pack train, val or train,val (default)"
+    command.add_argument("--splits", type=_splits, help=text)
     _add_workers(command)
     command.add_argument(
         "--memory",
@@ -155,44 +146,23 @@ def _add_pack(commands: Any) -> None:
 
 def _add_settings(command: Any) -> None:
     """Add the options that decide the bytes of a pack; their defaults are those of `Settings`."""
-    absent = argparse.SUPPRESS
-    command.add_argument(
-        "--keep-bytes",
-        action="store_true",
-        default=absent,
-        help="store every file unchanged; it decodes more slowly",
-    )
-    command.add_argument(
-        "--strip",
-        action="store_true",
-        default=absent,
-        help="drop ICC profiles, Exif thumbnails and comments",
-    )
+    command.add_argument("--keep-bytes", action="store_true", default=None, help=_KEEP_BYTES)
+    text = "drop ICC profiles, Exif thumbnails and comments"
+    command.add_argument("--strip", action="store_true", default=None, help=text)
     command.add_argument(
         "--on-error",
-        choices=("fail", "skip", "keep"),
-        default=absent,
+        choices=_ON_ERROR,
         help="images that cannot be decoded: pack the others, then stop and name them (fail, the "
         "default); leave them out (skip); store their bytes as they are (keep)",
     )
     command.add_argument(
-        "--shard-size",
-        type=_size,
-        default=absent,
-        metavar="SIZE",
-        help="size of a shard (default 1GB)",
+        "--shard-size", type=_size, metavar="SIZE", help="size of a shard (default 1GB)"
     )
-    command.add_argument(
-        "--restart-interval",
-        type=int,
-        default=absent,
-        metavar="MCUS",
-        help="MCUs (8 or 16 pixels wide) between restart markers (default 8)",
-    )
+    text = "MCUs (8 or 16 pixels wide) between restart markers (default 8)"
+    command.add_argument("--restart-interval", type=int, metavar="MCUS", help=text)
     command.add_argument(
         "--tables",
         choices=("pack", "image"),
-        default=absent,
         help="Huffman tables: one set for the pack, fastest to decode (default), or each image its "
         "own, 2 %% fewer bytes",
     )
@@ -205,10 +175,10 @@ def _add_selection(command: Any) -> None:
         "of a shell; commas separate several.",
     )
     group.add_argument(
-        "--include", action="append", type=_names, metavar="GLOB", help="pack only these classes"
+        "--include", action="extend", type=_names, metavar="GLOB", help="pack only these classes"
     )
     group.add_argument(
-        "--exclude", action="append", type=_names, metavar="GLOB", help="leave these classes out"
+        "--exclude", action="extend", type=_names, metavar="GLOB", help="leave these classes out"
     )
     group.add_argument(
         "--classes",
@@ -216,20 +186,16 @@ def _add_selection(command: Any) -> None:
         help="pack only the classes that FILE names, one a line; further words on a line are "
         "ignored, # begins a comment",
     )
-    group.add_argument(
-        "--limit",
-        type=_positive,
-        metavar="N",
-        help="pack at most N images of each class, always the same ones",
-    )
+    text = "pack at most N images of each class, always the same ones"
+    group.add_argument("--limit", type=_positive, metavar="N", help=text)
 
 
 def _selection(options: argparse.Namespace) -> dict[str, Any]:
     from imagenet_seq.pack.selection import read_classes
 
     return {
-        "include": list(itertools.chain(*options.include or ())),
-        "exclude": list(itertools.chain(*options.exclude or ())),
+        "include": options.include or [],
+        "exclude": options.exclude or [],
         "classes": read_classes(options.classes) if options.classes else None,
         "limit": options.limit,
     }
@@ -378,23 +344,12 @@ def _add_preprocess(commands: Any) -> None:
         "  imagenet-seq preprocess /data/imagenet /disk/lmdb\n",
     )
     command.set_defaults(after_interrupt="; run the same command again to continue")
-    command.add_argument(
-        "source",
-        nargs="?",
-        help="folder with train/ and val/, or any data set (default: $IMAGENET)",
-    )
+    text = "folder with train/ and val/, or any data set (default: $IMAGENET)"
+    command.add_argument("source", nargs="?", help=text)
     command.add_argument("destination", nargs="?", help="folder for the files (default: SOURCE)")
-    command.add_argument(
-        "--keep-bytes",
-        action="store_true",
-        help="store every file unchanged; it decodes more slowly",
-    )
-    command.add_argument(
-        "--on-error",
-        choices=("fail", "skip", "keep"),
-        default="fail",
-        help="what to do with images that cannot be decoded, as for pack",
-    )
+    command.add_argument("--keep-bytes", action="store_true", help=_KEEP_BYTES)
+    text = "what to do with images that cannot be decoded, as for pack"
+    command.add_argument("--on-error", choices=_ON_ERROR, default="fail", help=text)
     command.add_argument(
         "--seed", type=int, default=0, help="seed of train's random order (default 0)"
     )
@@ -449,12 +404,8 @@ def _add_info(commands: Any) -> None:
         "No image is decoded; the headers of 200 are read. A disk's speed is measured once in\n"
         "30 days, on data of 2 GB or more: parts of some files are read for a second.",
     )
-    group.add_argument(
-        "--ram",
-        default="auto",
-        metavar="SIZE",
-        help="memory that may keep data, as the Loader's ram: 48GB, 30%%, 0 or auto (default)",
-    )
+    text = "memory that may keep data, as the Loader's ram: 48GB, 30%%, 0 or auto (default)"
+    group.add_argument("--ram", default="auto", metavar="SIZE", help=text)
     group.add_argument(
         "--no-measure", dest="measure", action="store_false", help="don't measure the disk"
     )
@@ -491,18 +442,10 @@ def _info(options: argparse.Namespace) -> int:
 
 def _add_shuffle(command: Any) -> None:
     group = command.add_argument_group("shuffle quality", "See docs/shuffle.md.")
-    group.add_argument(
-        "--shuffle",
-        action="store_true",
-        help="compare the Loader's default training shuffle with a uniform one",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=_positive,
-        default=256,
-        metavar="N",
-        help="samples in a batch of one rank (default 256)",
-    )
+    text = "compare the Loader's default training shuffle with a uniform one"
+    group.add_argument("--shuffle", action="store_true", help=text)
+    text = "samples in a batch of one rank (default 256)"
+    group.add_argument("--batch-size", type=_positive, default=256, metavar="N", help=text)
 
 
 # ---- verify --------------------------------------------------------------------------------------
@@ -518,18 +461,10 @@ def _add_verify(commands: Any) -> None:
         "  imagenet-seq verify /disk/imagenet-pack --against /data/imagenet   # pixels too\n",
     )
     command.add_argument("pack", help="a pack, or a folder with the packs train/ and/or val/")
-    command.add_argument(
-        "--against",
-        metavar="SOURCE",
-        help="compare names, labels and pixels with the original data",
-    )
-    command.add_argument(
-        "--problems",
-        type=_positive,
-        default=20,
-        metavar="N",
-        help="show N problems at most (default 20)",
-    )
+    text = "compare names, labels and pixels with the original data"
+    command.add_argument("--against", metavar="SOURCE", help=text)
+    text = "show N problems at most (default 20)"
+    command.add_argument("--problems", type=_positive, default=20, metavar="N", help=text)
     _add_workers(command)
 
 

@@ -34,14 +34,12 @@ class Dataset(Sequence[Any]):
         target_transform: Callable[[int], Any] | None,
     ) -> None:
         self._source, self._pipeline = source, pipeline
-        self.transform = transform
-        self.target_transform = target_transform
+        self.transform, self.target_transform = transform, target_transform
         index = source.index
         self.root = index.root
         self.classes = list(index.classes)
         self.class_to_idx = index.class_to_idx
-        self.samples = index.samples
-        self.imgs = index.samples
+        self.samples = self.imgs = index.samples
         self.targets = index.targets
 
     def __len__(self) -> int:
@@ -71,9 +69,10 @@ class Dataset(Sequence[Any]):
         return f"Dataset({self._source.kind} at {self.root!r}, {len(self)} samples)"
 
 
-def resolve_dataset(
-    dataset: Any, split: str | None, on_error: OnError
-) -> tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]:
+_Resolved = tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]
+
+
+def resolve_dataset(dataset: Any, split: str | None, on_error: OnError) -> _Resolved:
     """Return (source, split, transform, target_transform) of what the first argument names."""
     if isinstance(dataset, str) and dataset in SPLITS and split is None:
         dataset, split = None, dataset
@@ -93,9 +92,7 @@ def resolve_dataset(
     return _from_torch_dataset(dataset, split, on_error)
 
 
-def _from_torch_dataset(
-    dataset: Any, split: str | None, on_error: OnError
-) -> tuple[Source, str | None, Callable[[Any], Any] | None, Callable[[int], Any] | None]:
+def _from_torch_dataset(dataset: Any, split: str | None, on_error: OnError) -> _Resolved:
     if type(dataset) is torch.utils.data.Subset:
         source, split, transform, target_transform = resolve_dataset(
             dataset.dataset, split, on_error
@@ -122,9 +119,5 @@ def _from_torch_dataset(
             "transform= to the dataset or to the Loader"
         )
     source = from_samples(dataset.samples, dataset.classes, dataset.root)
-    return (
-        source,
-        split or getattr(dataset, "split", None),
-        dataset.transform,
-        dataset.target_transform,
-    )
+    split = split or getattr(dataset, "split", None)
+    return source, split, dataset.transform, dataset.target_transform

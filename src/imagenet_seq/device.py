@@ -48,6 +48,13 @@ def pinned(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
+def stay_on_cpu(batches: Iterator[tuple[Any, Callable[[], None]]], *, pin: bool) -> Iterator[Any]:
+    """Yield batches that stay on the CPU, in page-locked memory if `pin`; see `CudaFeeder`."""
+    for batch, delivered in batches:
+        delivered()
+        yield to_device(batch, pinned) if pin else batch
+
+
 class CudaFeeder:
     """Copies batches to a GPU on a side stream, ahead of the training stream.
 

@@ -23,13 +23,7 @@ from imagenet_seq.index.mixing import label_runs
 from imagenet_seq.index.source import Source
 from imagenet_seq.plan import quality
 from imagenet_seq.plan.order import Order
-from imagenet_seq.read.arrange import (
-    MEASURED_BYTES,
-    ReadStrategy,
-    blocks_of_pool,
-    choose_strategy,
-    source_bytes,
-)
+from imagenet_seq.read import arrange
 from imagenet_seq.read.forecast import Forecast, forecast_reading
 from imagenet_seq.read.options import ReadOptions
 from imagenet_seq.sources.formats import pack as layout
@@ -37,15 +31,9 @@ from imagenet_seq.sources.place import SPLITS, Found, SplitNeededError
 from imagenet_seq.sources.recognise import find_source
 from imagenet_seq.text import format_bytes, format_seconds
 
-_SAMPLED = 200
-"""Images whose headers are read, to estimate how large all of them are."""
-
-_SAMPLED_BLOCKS = 8
-"""Of python blocks, each of which is read whole."""
-
-_HEAD_BYTES, _LONG_HEAD_BYTES = 64 << 10, 4 << 20
-"""Bytes read of an image for its header, and where the first bytes were too few."""
-
+_SAMPLED = 200  # images whose headers are read, to estimate how large all of them are
+_SAMPLED_BLOCKS = 8  # of python blocks, each of which is read whole
+_HEAD_BYTES, _LONG_HEAD_BYTES = 64 << 10, 4 << 20  # read for a header, and where that is too little
 _INTERVALS = re.compile(rb"\xff\xe9..imseq\0", re.DOTALL)
 """The segment by which a JPEG in a pack's canonical form is recognised (docs/format.md)."""
 
@@ -66,12 +54,7 @@ def find_splits(path: str, split: str | None) -> dict[str, Found]:
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a source.
-
-    Attributes:
-        facts: as plain data.
-        forecast: of training on it.
-    """
+    """What is known of a source: facts as plain data, and a forecast of training on it."""
 
     facts: dict[str, Any]
     forecast: Forecast
@@ -83,8 +66,7 @@ class Report:
     def summary(self, path: str) -> str:
         """Return what matters to people, in three to six lines, and the notes.
 
-        Args:
-            path: by which the user calls the source.
+        `path` is what the user calls the source.
         """
         facts = self.facts
         about = "about " * self.forecast.job.is_estimate
@@ -112,17 +94,14 @@ class Report:
 def report(
     source: Source, found: Found, *, ram: str = "auto", num_ranks: int = 1, measure: bool = True
 ) -> Report:
-    """Find out about a source; reads the headers of 200 of its images.
+    """Find out about a source, which was opened from `found`; reads the headers of 200 images.
 
-    Args:
-        source: the data.
-        found: what `source` was opened from.
-        ram: as the Loader's.
-        num_ranks: ranks that train, all on this node.
-        measure: whether to measure the disk, where that was not done lately.
+    All ranks that train are on this node. With `measure`, a disk not measured lately is measured.
     """
     order = training_order(source, num_ranks)
-    strategy = choose_strategy(source, ram, ReadOptions(), order, num_ranks, measure=measure)
+    strategy = arrange.choose_strategy(
+        source, ram, ReadOptions(), order, num_ranks, measure=measure
+    )
     forecast = forecast_reading(source, strategy, order)
     index = source.index
     facts: dict[str, Any] = {
@@ -132,7 +111,7 @@ def report(
         "samples": len(index),
         "classes": len(index.classes),
         "bytes": strategy.data_bytes,
-        "mean_image_bytes": round(source_bytes(source) / max(1, len(index))),
+        "mean_image_bytes": round(arrange.source_bytes(source) / max(1, len(index))),
     }
     if source.kind == "pack":
         facts |= _pack_facts(layout.read_pack(index.root))
@@ -163,15 +142,9 @@ def training_order(source: Source, num_ranks: int) -> Order:
 
 
 def shuffle_quality(source: Source, num_ranks: int, batch_size: int) -> quality.Quality:
-    """Measure that order against a uniform shuffle.
-
-    Args:
-        source: the data.
-        num_ranks: ranks that train.
-        batch_size: samples of one rank in a batch.
-    """
+    """Measure that order against a uniform shuffle, with `batch_size` samples a rank."""
     order = training_order(source, num_ranks)
-    pool = blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
+    pool = arrange.blocks_of_pool(source, order.shuffle_blocks, order.block_bytes)
     order = replace(order, shuffle_blocks=pool)
     return quality.measure(source.index, order, batch_size, source.python_blocks)
 
@@ -294,7 +267,7 @@ def _order_fact(source: Source) -> str:
     return f"not known to be random (label runs: z = {z:.1f})"
 
 
-def _reading_fact(source: Source, strategy: ReadStrategy, order: Order) -> str:
+def _reading_fact(source: Source, strategy: arrange.ReadStrategy, order: Order) -> str:
     if source.python_blocks:
         what = "block by block" if strategy.in_blocks else "a whole block for every image"
         return f"{what}, through Python, which unpacks it"
@@ -319,15 +292,15 @@ def _shuffle_fact(source: Source) -> str:
     return f"uniform: {why}"
 
 
-def _disk_fact(strategy: ReadStrategy, forecast: Forecast, measure: bool) -> str:
+def _disk_fact(strategy: arrange.ReadStrategy, forecast: Forecast, measure: bool) -> str:
     """Return what the disk is; where that was not measured, why, and how to correct it."""
     disk, text = strategy.disk, forecast.disk()
     if strategy.speed or disk.kind == "memory":
         return text
     if not measure:
         text += ": leave out --no-measure to measure it"
-    elif strategy.data_bytes < MEASURED_BYTES:
-        text += f": that takes {format_bytes(MEASURED_BYTES)} of data or more"
+    elif strategy.data_bytes < arrange.MEASURED_BYTES:
+        text += f": that takes {format_bytes(arrange.MEASURED_BYTES)} of data or more"
     else:
         text += ": it did not answer in time, so try again"
     if disk.kind == "hdd" and not disk.chosen:
@@ -378,20 +351,16 @@ def _faster(forecast: Forecast) -> list[str]:
 
 
 def _pack_facts(pack: layout.Pack) -> dict[str, Any]:
+    tables = layout.describe_tables(pack.tables)
     return {
         "shards": len(pack.shard_bytes),
         "bytes": int(pack.shard_bytes.sum()),
         "format_version": pack.about["format_version"],
         "made_by": pack.about.get("created_by"),
         "settings": pack.about.get("settings"),
-        "huffman_tables": _tables_fact(pack),
+        "huffman_tables": f"chosen for the pack (CRC-32C {tables['crc32c']})"
+        if tables
+        else "each image's own",
         "source": pack.about.get("source"),
         "counts": pack.about.get("counts"),
     }
-
-
-def _tables_fact(pack: layout.Pack) -> str:
-    described = layout.describe_tables(pack.tables)
-    if described is None:
-        return "each image's own"
-    return f"chosen for the pack (CRC-32C {described['crc32c']})"

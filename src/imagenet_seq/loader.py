@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagenet_seq import native
+from imagenet_seq import native, options
 from imagenet_seq.batch.iterator import EpochIterator
 from imagenet_seq.batch.memory import Memory, PagedMemory, PinnedMemory
 from imagenet_seq.batch.progress import PlanAhead, Progress
@@ -20,40 +21,21 @@ from imagenet_seq.batch.workers import Workers
 from imagenet_seq.dataset import Dataset, resolve_dataset
 from imagenet_seq.decode.pipeline import memory_shape
 from imagenet_seq.decode.transforms import interpret
-from imagenet_seq.device import CudaFeeder, pinned, to_device
+from imagenet_seq.device import CudaFeeder, stay_on_cpu
 from imagenet_seq.errors import StateError
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.machine import available_cores, find_ranks, node_ranks, note_once, say_once
 from imagenet_seq.native.recipe import Rows
-from imagenet_seq.options import (
-    Default,
-    EpochSampler,
-    Exact,
-    Shuffle,
-    Split,
-    adopt_sampler,
-    check_arguments,
-    cuda_device,
-    is_default_collate,
-    notes_on_order,
-    shuffle_kind,
-)
 from imagenet_seq.plan.epoch import EnginePlan, in_windows
 from imagenet_seq.plan.order import Order
 from imagenet_seq.plan.schedule import Schedule
 from imagenet_seq.plan.state import State, check_state
-from imagenet_seq.read.arrange import (
-    ReadStrategy,
-    blocks_of_pool,
-    choose_strategy,
-    open_reading,
-)
+from imagenet_seq.read import arrange
 from imagenet_seq.read.budget import ram_budget
 from imagenet_seq.read.forecast import FORECAST_BYTES, Forecast, Pace, forecast_reading
 from imagenet_seq.read.options import ReadOptions
-from imagenet_seq.read.pool import block_memory_bytes
 
-_DEFAULT_BATCH_SIZE = Default(256)
+_DEFAULT_BATCH_SIZE = options.Default(256)
 _LONG_PLAN = 100_000  # samples whose plan takes long enough to be made ahead
 
 
@@ -149,11 +131,11 @@ class Loader:
     def __init__(
         self,
         dataset: Any = None,
-        split: Split | None = None,
+        split: options.Split | None = None,
         transform: Callable[[Any], Any] | None = None,
         *,
         batch_size: int | None = _DEFAULT_BATCH_SIZE,
-        shuffle: bool | Shuffle | None = None,
+        shuffle: bool | options.Shuffle | None = None,
         sampler: Any = None,
         batch_sampler: Any = None,
         num_workers: int | None = 0,
@@ -176,7 +158,7 @@ class Loader:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
-        exact: Exact = "crop",
+        exact: options.Exact = "crop",
         pillow: str | None = None,
         shuffle_blocks: int = 64,
         num_streams: int | None = None,
@@ -185,24 +167,7 @@ class Loader:
         on_error: OnError = "fail",
         forecast: bool = True,
     ) -> None:
-        check_arguments(
-            split=split,
-            transform=transform,
-            batch_size=batch_size,
-            batch_sampler=batch_sampler,
-            sampler=sampler,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor,
-            timeout=timeout,
-            memory_format=memory_format,
-            exact=exact,
-            on_error=on_error,
-            shuffle_blocks=shuffle_blocks,
-            num_streams=num_streams,
-            seed=seed,
-        )
+        options.check_arguments(locals())
         self._read_options = reading or ReadOptions()
         if not isinstance(self._read_options, ReadOptions):
             raise TypeError(f"expected ReadOptions(...) for reading, got {reading!r}")
@@ -221,9 +186,9 @@ class Loader:
             )
         self._rank, self._world_size = find_ranks(rank, world_size)
         num_samples = self._source.index.num_samples
-        adopted = adopt_sampler(sampler, batch_sampler, shuffle, seed, num_samples)
-        self._executed_sampler, self._drops_rest = adopted.executed, adopted.drops_rest
-        self._followed_sampler = adopted.followed
+        self._adopted = adopted = options.adopt_sampler(
+            sampler, batch_sampler, shuffle, seed, num_samples
+        )
         self._followed_epoch: int | None = None
         if adopted.followed is not None:
             if rank is not None and (rank, world_size) != (sampler.rank, sampler.num_replicas):
@@ -233,8 +198,8 @@ class Loader:
                 )
             self._rank, self._world_size = sampler.rank, sampler.num_replicas
         shuffled = found_split == "train" if adopted.shuffle is None else adopted.shuffle
-        self._shuffle = shuffle_kind(shuffled, self._source)
-        for note in (*self._source.notes, *notes_on_order(self._shuffle, self._source)):
+        self._shuffle = options.shuffle_kind(shuffled, self._source)
+        for note in (*self._source.notes, *options.notes_on_order(self._shuffle, self._source)):
             note_once(note)
         seed = adopted.seed
         if seed is None:
@@ -243,7 +208,7 @@ class Loader:
         self._num_streams = num_streams if num_streams is not None else self._world_size
         self._block_bytes = self._read_options.block_bytes
         self._shuffle_blocks = self._pooled_blocks(int(shuffle_blocks))
-        self._device = cuda_device(device)
+        self._device = options.cuda_device(device)
         self._channels_last = memory_format == torch.channels_last
         self._pipeline = interpret(
             transform,
@@ -255,18 +220,17 @@ class Loader:
         )
         if self._pipeline.notes:
             note_once("; ".join(self._pipeline.notes))
-        decoded = self._pipeline.rows == Rows.DECODED
+        self._collate_fn = None if options.is_default_collate(collate_fn) else collate_fn
         self._table_on_device = (
             self._device is not None
-            and decoded
+            and self._pipeline.rows == Rows.DECODED
             and self._pipeline.table is not None
-            and is_default_collate(collate_fn)
+            and self._collate_fn is None
         )
         self._recipe = (
             self._pipeline.uint8_recipe if self._table_on_device else self._pipeline.recipe
         )
         self._target_transform = target_transform or own_target_transform
-        self._collate_fn = None if is_default_collate(collate_fn) else collate_fn
         self._num_threads = num_workers or available_cores()
         self._num_slots = prefetch_factor or 3
         self._timeout_s = timeout
@@ -282,7 +246,7 @@ class Loader:
         self.generator = generator
         self.prefetch_factor = prefetch_factor
         self.persistent_workers = persistent_workers
-        self.sampler = sampler if sampler is not None else EpochSampler(self)
+        self.sampler = sampler if sampler is not None else options.EpochSampler(self)
         self.dataset = Dataset(self._source, self._pipeline, transform, self._target_transform)
 
         self._progress = Progress(epoch=0, ended=False)
@@ -292,8 +256,7 @@ class Loader:
         self._memory: Memory | None = None
         self._memory_rows = 0
         self._pins = torch.cuda.is_available() and (pin_memory or self._device is not None)
-        self._on_device: tuple[torch.cuda.Stream, Tensor | None] | None = None
-        self._strategy: ReadStrategy | None = None
+        self._strategy: arrange.ReadStrategy | None = None
         self._reading: tuple[native.ReadConfig, tuple[str, ...]] | None = None
         self._ahead: PlanAhead | None = None
         self._forecast = forecast
@@ -304,7 +267,7 @@ class Loader:
 
     def _pooled_blocks(self, shuffle_blocks: int) -> int:
         """Return how many of the source's own blocks a block shuffle pools."""
-        return blocks_of_pool(self._source, shuffle_blocks, self._block_bytes)
+        return arrange.blocks_of_pool(self._source, shuffle_blocks, self._block_bytes)
 
     # ---- the DataLoader surface ----
 
@@ -372,9 +335,8 @@ class Loader:
         self._progress, self._resumed = progress, False
         self._iterators.add(iterator)
         if self._device is None:
-            return _delivering(iterator, pin=self._pins)
-        stream, table = self._device_state(self._device)
-        return CudaFeeder(iterator, stream, table, depth=2)
+            return stay_on_cpu(iterator, pin=self._pins)
+        return CudaFeeder(iterator, *self._on_device, depth=2)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iter() epoch number `epoch`; a resumed position in that epoch is kept.
@@ -497,7 +459,7 @@ class Loader:
 
     def _follow_sampler(self) -> None:
         """A DistributedSampler's set_epoch decides, where the script calls it."""
-        sampler = self._followed_sampler
+        sampler = self._adopted.followed
         if sampler is not None and sampler.epoch != self._followed_epoch:
             if self._followed_epoch is not None or sampler.epoch != 0:
                 self.set_epoch(sampler.epoch)
@@ -519,7 +481,7 @@ class Loader:
             block_bytes=self._block_bytes,
             shuffle_blocks=self._shuffle_blocks,
             num_streams=self._num_streams,
-            exact=self._shuffle == "none" and not self._drops_rest,
+            exact=self._shuffle == "none" and not self._adopted.drops_rest,
         )
         return Schedule(
             self._source.index,
@@ -529,12 +491,13 @@ class Loader:
             self._rank,
             self._world_size,
             self.drop_last,
-            self._executed_sampler,
+            self._adopted.executed,
             self.batch_sampler,
         )
 
     def _state(self, epoch: int, samples_done: int) -> State:
-        return self._schedule.state(self._pipeline.recipe.passes.name, epoch, samples_done)
+        pillow, order = self._pipeline.recipe.passes.name, self._schedule.order
+        return State.of(self._source.index, order, pillow, epoch, samples_done)
 
     def _announce(self) -> None:
         """Tell the user how the source is read and what the disk allows, once."""
@@ -545,12 +508,12 @@ class Loader:
         if self._forecast and strategy.data_bytes >= FORECAST_BYTES:
             say_once(self.forecast().line())
 
-    def _arranged(self) -> ReadStrategy:
+    def _arranged(self) -> arrange.ReadStrategy:
         """Decide how the source is read."""
         if self._strategy is None:
             order = None if self._schedule.is_explicit else self._schedule.order
             num_ranks = node_ranks(self._world_size)
-            self._strategy = choose_strategy(
+            self._strategy = arrange.choose_strategy(
                 self._source, self._ram, self._read_options, order, num_ranks
             )
         return self._strategy
@@ -558,7 +521,7 @@ class Loader:
     def _opened(self) -> tuple[native.ReadConfig, tuple[str, ...]]:
         """Open what the strategy needs; return what the engine is told, and notes."""
         if self._reading is None:
-            self._reading = open_reading(self._source, self._arranged())
+            self._reading = arrange.open_reading(self._source, self._arranged())
         return self._reading
 
     def _plan(self, progress: Progress) -> EnginePlan:
@@ -605,18 +568,15 @@ class Loader:
             self._memory_rows = rows
         return self._memory
 
-    def _device_state(self, device: torch.device) -> tuple[torch.cuda.Stream, Tensor | None]:
-        """Return the side stream and the table on the GPU.
+    @functools.cached_property
+    def _on_device(self) -> tuple[torch.cuda.Stream, Tensor | None]:
+        """The side stream and the table on the GPU.
 
         One stream for all epochs: torch's allocator keeps freed memory for the stream that used it.
         """
-        if self._on_device is None:
-            table = self._pipeline.table if self._table_on_device else None
-            self._on_device = (
-                torch.cuda.Stream(device),  # type: ignore[no-untyped-call]
-                None if table is None else table.to(device),
-            )
-        return self._on_device
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        table = self._pipeline.table if self._table_on_device else None
+        return stream, None if table is None else table.to(self._device)
 
     def _new_workers(self) -> Workers:
         shape, dtype = memory_shape(self._pipeline, self._recipe)
@@ -633,10 +593,4 @@ class Loader:
         return Workers(engine, self._num_threads)
 
     def _block_budget(self) -> int:
-        return block_memory_bytes(self._source, self._schedule, self._arranged())
-
-
-def _delivering(iterator: EpochIterator, pin: bool) -> Iterator[Any]:
-    for prepared, delivered in iterator:
-        delivered()
-        yield to_device(prepared, pinned) if pin else prepared
+        return arrange.block_memory_bytes(self._source, self._schedule, self._arranged())

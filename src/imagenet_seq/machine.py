@@ -180,7 +180,10 @@ def available_cores(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
 
     Those of its CPU affinity and its cgroups' quotas, divided among the ranks of the node.
     """
-    num_cpus = shared = _num_affine()
+    num_cpus = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        num_cpus = len(os.sched_getaffinity(0))
+    shared = num_cpus
     num_ranks = max(1, _launched_node_ranks() or 1)
     # torchrun's ranks share one affinity; those of mpirun and srun may each have their own part.
     if not os.environ.get("LOCAL_WORLD_SIZE"):
@@ -189,13 +192,6 @@ def available_cores(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
         shared = max(shared, min(cpusets, default=os.cpu_count() or 1))
     quota = min(map(_quota_cores, _cgroups("cpu", proc, cgroup)), default=math.inf)
     return max(1, min(num_cpus, int(min(shared, quota)) // num_ranks))
-
-
-def _num_affine() -> int:
-    """Return the number of CPUs that the scheduler may run this process on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpuset_cores(folder: Path) -> int:
@@ -221,21 +217,13 @@ def _quota_cores(folder: Path) -> float:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this process may use of the node's memory.
+    """What this process may use of the node's memory."""
 
-    Attributes:
-        total_bytes: the node's memory, or the least limit of this process's cgroups.
-        available_bytes: what can be used now without swapping, as /proc/meminfo or a cgroup says.
-        memlock_bytes: the limit of locked memory (RLIMIT_MEMLOCK, soft); -1: none.
-        has_swap: the machine has swap space.
-        cgroup: folder of the cgroup that sets `available_bytes`; None: none does.
-    """
-
-    total_bytes: int
-    available_bytes: int
-    memlock_bytes: int = -1
+    total_bytes: int  # of the node, or the least limit of this process's cgroups
+    available_bytes: int  # can be used now without swapping, as /proc/meminfo or a cgroup says
+    memlock_bytes: int = -1  # the limit of locked memory (RLIMIT_MEMLOCK, soft); -1: none
     has_swap: bool = False
-    cgroup: str | None = None
+    cgroup: str | None = None  # folder of the one that sets `available_bytes`
 
 
 def limits(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Limits:
@@ -256,22 +244,17 @@ def limits(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Limits:
         if left < available:
             available, limiting = int(max(left, 0)), str(folder)
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return Limits(
-        total_bytes=total,
-        available_bytes=available,
-        memlock_bytes=-1 if memlock == resource.RLIM_INFINITY else memlock,
-        has_swap=meminfo.get("SwapTotal:", 0) > 0,
-        cgroup=limiting,
-    )
+    memlock = -1 if memlock == resource.RLIM_INFINITY else memlock
+    has_swap = meminfo.get("SwapTotal:", 0) > 0
+    return Limits(total, available, memlock, has_swap, limiting)
 
 
 def _cgroup_memory(folder: Path) -> tuple[float, float]:
     """Return the limit of a cgroup and what is left of it in bytes; infinity where it has none."""
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
     limit = min(read_number(folder / name, math.inf) for name in names)
-    used = read_number(folder / "memory.current", 0) or read_number(
-        folder / "memory.usage_in_bytes", 0
-    )
+    used_in_version_1 = read_number(folder / "memory.usage_in_bytes", 0)
+    used = read_number(folder / "memory.current", 0) or used_in_version_1
     stat = _fields(folder / "memory.stat")
     # Version 1 has both, where the plain one leaves out the cgroups below.
     droppable = stat.get("total_inactive_file", stat.get("inactive_file", 0))

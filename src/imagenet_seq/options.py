@@ -29,7 +29,7 @@ class Default(int):
     """The default of an argument that another one excludes: told from the same number, given."""
 
 
-def check_arguments(**given: Any) -> None:
+def check_arguments(given: dict[str, Any]) -> None:
     """Raise for arguments outside their domain, or beside one that excludes them."""
     split, transform = given["split"], given["transform"]
     if isinstance(split, int):
@@ -53,10 +53,9 @@ def check_arguments(**given: Any) -> None:
             "expected memory_format torch.contiguous_format or torch.channels_last, got "
             f"{given['memory_format']}"
         )
-    if given["on_error"] not in get_args(OnError):
-        raise ValueError(f"expected on_error 'fail' or 'skip', got {given['on_error']!r}")
-    if given["exact"] not in get_args(Exact):
-        raise ValueError(f"expected exact 'crop' or 'strict', got {given['exact']!r}")
+    for name, (first, second) in (("on_error", get_args(OnError)), ("exact", get_args(Exact))):
+        if given[name] not in (first, second):
+            raise ValueError(f"expected {name} {first!r} or {second!r}, got {given[name]!r}")
 
 
 def _check_order(
@@ -85,21 +84,16 @@ def _check_order(
 
 
 class Adopted(NamedTuple):
-    """What a sampler says of the order.
+    """What a sampler says of the order; `shuffle` and `seed` are as the Loader's.
 
-    Attributes:
-        executed: the sampler whose order is executed; None: the order is ours.
-        shuffle: as the Loader's argument.
-        seed: as the Loader's argument.
-        followed: a DistributedSampler whose rank, world size and epochs are taken over.
-        drops_rest: in an order that is not shuffled, leave samples over so that all ranks have
-            equally many.
+    `drops_rest`: in an order that is not shuffled, leave samples over so that all ranks have
+    equally many.
     """
 
-    executed: Any
+    executed: Any  # the sampler whose order is executed; None: the order is ours
     shuffle: bool | str | None
     seed: int | None
-    followed: Any = None
+    followed: Any = None  # a DistributedSampler whose rank, world size and epochs are taken over
     drops_rest: bool = False
 
 
@@ -111,15 +105,12 @@ def adopt_sampler(
     num_samples: int,
 ) -> Adopted:
     """Return what torch's samplers say, where they sample all of the dataset."""
-    if batch_sampler is not None:
-        return Adopted(None, False, seed)
     if sampler is None:
-        return Adopted(None, shuffle, seed)
+        return Adopted(None, shuffle if batch_sampler is None else False, seed)
     executed = Adopted(sampler, False, seed)
     kind = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
     data = getattr(sampler, _NATIVE_SAMPLERS.get(kind, ""), ())
-    if len(data) != num_samples:
-        # Not one we know, or made for something else: a subset, say.
+    if len(data) != num_samples:  # not one we know, or made for something else: a subset, say
         return executed
     if kind == "torch.utils.data.distributed.DistributedSampler":
         seed = sampler.seed if seed is None else seed
@@ -181,9 +172,8 @@ def cuda_device(device: torch.device | str | int | None) -> torch.device | None:
         raise ValueError(f"expected device 'cpu' or 'cuda', got {device!r}")
     if not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: this PyTorch sees no CUDA device")
-    return torch.device(
-        "cuda", resolved.index if resolved.index is not None else torch.cuda.current_device()
-    )
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    return torch.device("cuda", index)
 
 
 def is_default_collate(collate_fn: Any) -> bool:

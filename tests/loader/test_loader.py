@@ -949,7 +949,7 @@ def test_the_device_stage_gives_the_same_bits_and_an_exact_state(
     )
     settings = {"batch_size": 10, "memory_format": memory_format}
     expected = epoch_of(Loader(root, "train", transform, **settings))
-    monkeypatch.setattr("imagenet_seq.loader.cuda_device", lambda device: device)
+    monkeypatch.setattr("imagenet_seq.options.cuda_device", lambda device: device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
     loader = Loader(root, "train", transform, device=torch.device("cpu"), **settings)
     assert loader._table_on_device

@@ -11,21 +11,13 @@ from imagenet_seq.plan.arrays import Int32Array, Int64Array, changes, index_dtyp
 
 
 class Blocks(NamedTuple):
-    """The blocks of an index in the order they lie on disk.
+    """The blocks of an index in the order they lie on disk."""
 
-    Attributes:
-        begin: place in `sample` of the first sample of each block, and the end (num_blocks + 1).
-        sample: all samples as they lie on disk; None where that is the order of the index.
-        file: file of each block (python_blocks: number of the block).
-        offset: byte where it begins in the file.
-        length: bytes; -1: unknown, up to the end of the file.
-    """
-
-    begin: IntArray
-    sample: IntArray | None
-    file: Int32Array
-    offset: Int64Array
-    length: IntArray
+    begin: IntArray  # place in `sample` where each block begins, and the end (num_blocks + 1)
+    sample: IntArray | None  # all samples as they lie on disk; None: in the order of the index
+    file: Int32Array  # of each block (python_blocks: number of the block)
+    offset: Int64Array  # byte where it begins in the file
+    length: IntArray  # bytes; -1: unknown, up to the end of the file
 
 
 def blocks_of(index: Index, block_bytes: int, python_blocks: bool = False) -> Blocks:

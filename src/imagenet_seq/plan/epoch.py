@@ -13,24 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.index.columns import Index, IntArray, Names
-from imagenet_seq.plan.arrays import (
-    Int32Array,
-    Int64Array,
-    changes,
-    gather,
-    index_dtype,
-    slices,
-)
+from imagenet_seq.plan import order as orders
+from imagenet_seq.plan.arrays import Int32Array, Int64Array, changes, gather, index_dtype, slices
 from imagenet_seq.plan.blocks import Blocks, is_in_disk_order
-from imagenet_seq.plan.order import (
-    MB,
-    Order,
-    batch_begins,
-    epoch_size,
-    samples_of_rank,
-    sequence_of,
-    shares,
-)
+from imagenet_seq.plan.order import MB, Order
 from imagenet_seq.plan.splitmix import hash_words, mixed
 
 MAX_GAP_BYTES = MB // 8
@@ -45,51 +31,30 @@ class EnginePlan:
     A position is a place in the rank's order of delivery. Arrays are narrower than `imseq_plan`'s
     where values allow: a position takes 16 bytes (sample, block, offset, length) and 5 more with
     checksums and flags, a block 20. The engine's own copy takes 28 to 33 bytes a position.
-
-    Attributes:
-        seed: seed of the epoch's random draws.
-        epoch: number of the epoch.
-        samples_done: samples of the epoch that all ranks have had before each batch, and after the
-            last one (int64, num_batches + 1); a saved state has this count.
-        batch_begin: first position of each batch, and the end of the last (int64, num_batches + 1).
-        sample: sample at each position.
-        block: its block, a place in the block columns.
-        offset: where it begins in the block, bytes; python block: its ordinal.
-        length: its bytes; -1: up to the end of the block.
-        checksum: CRC-32C, or None.
-        flags: IMSEQ_SAMPLE_..., or None.
-        block_file: file of each block, a place in the paths; -1: python block. Blocks are in the
-            order of reading.
-        block_offset: where it begins in the file, bytes; python block: its number in the source.
-        block_length: its bytes; -1: up to the end of the file (python_blocks: unknown).
-        root: folder that the paths are relative to.
-        paths: bytes of the paths of the files used, one after the other (uint8).
-        path_begin: where each path begins, and the end of the last (int64, num_files + 1).
-        draw: number that takes the sample's place in the key of its random draws; None: the sample.
-        block_key: number of a block, the same in all plans with the same index, block_bytes and
-            `reads_blocks`; -1: none.
-        window_begin: first block of each window, and the number of blocks; None: no windows.
+    `samples_done` counts the samples of the epoch that all ranks have had before each batch, and
+    after the last one; a saved state has this count. Blocks are in the order of reading. A
+    `block_key` is the same in all plans with the same index, block_bytes and `reads_blocks`.
     """
 
-    seed: int
+    seed: int  # of the epoch's random draws
     epoch: int
-    samples_done: Int64Array
-    batch_begin: Int64Array
-    sample: IntArray
-    block: Int32Array
-    offset: IntArray
-    length: IntArray
-    checksum: npt.NDArray[np.uint32] | None
-    flags: npt.NDArray[np.uint8] | None
-    block_file: IntArray
-    block_offset: IntArray
-    block_length: IntArray
-    root: str
-    paths: npt.NDArray[np.uint8]
-    path_begin: Int64Array
-    block_key: IntArray
-    draw: Int64Array | None = None
-    window_begin: Int64Array | None = None
+    samples_done: Int64Array  # num_batches + 1
+    batch_begin: Int64Array  # first position of each batch, and the end of the last
+    sample: IntArray  # at each position
+    block: Int32Array  # of each position: a place in the block columns
+    offset: IntArray  # where it begins in the block, bytes; python block: its ordinal
+    length: IntArray  # its bytes; -1: up to the end of the block
+    checksum: npt.NDArray[np.uint32] | None  # CRC-32C
+    flags: npt.NDArray[np.uint8] | None  # IMSEQ_SAMPLE_...
+    block_file: IntArray  # of each block: a place in the paths; -1: python block
+    block_offset: IntArray  # where it begins in the file; python block: its number in the source
+    block_length: IntArray  # its bytes; -1: up to the end of the file (python_blocks: unknown)
+    root: str  # folder that the paths are relative to
+    paths: npt.NDArray[np.uint8]  # bytes of the paths of the files used, one after the other
+    path_begin: Int64Array  # where each path begins, and the end of the last
+    block_key: IntArray  # number of a block; -1: none
+    draw: Int64Array | None = None  # takes the sample's place in the key of its random draws
+    window_begin: Int64Array | None = None  # first block of each window, and the number of blocks
 
 
 def reads_blocks(index: Index, order: Order) -> bool:
@@ -118,17 +83,9 @@ def rank_plan(
 
     Takes 0.05 to 0.2 s of one core for 1.28 million samples, 0.4 to 5 s for 14 million (a rank of
     eight with blocks, one rank with a uniform permutation of a pack; benchmarks/bench_plan.py).
-
-    Args:
-        index: the dataset.
-        order: settings of the order; its `num_streams` need not be `world_size`.
-        epoch: number of the epoch, from 0.
-        batch_size: samples of this rank in a batch.
-        rank: number of this rank.
-        world_size: number of ranks.
-        drop_last: whether to leave out a smaller last global batch.
-        samples_done: samples of the epoch that were delivered before, over all ranks.
-        python_blocks: `Source.python_blocks`.
+    `batch_size` is that of this rank; `samples_done` of the epoch were delivered before, over all
+    ranks; `drop_last` leaves out a smaller last global batch. `order.num_streams` need not be
+    `world_size`.
 
     Raises:
         ValueError: where an argument is outside its domain.
@@ -137,20 +94,20 @@ def rank_plan(
         raise ValueError(f"rank: expected a value in [0, {world_size}), got {rank}")
     if epoch < 0:
         raise ValueError(f"epoch: expected a value >= 0, got {epoch}")
-    size = epoch_size(len(index), order)
-    begins = batch_begins(size, batch_size, world_size, drop_last, samples_done)
+    size = orders.epoch_size(len(index), order)
+    begins = orders.batch_begins(size, batch_size, world_size, drop_last, samples_done)
     batch_begin = np.zeros(len(begins), np.int64)
-    np.cumsum(shares(np.diff(begins), rank, world_size), out=batch_begin[1:])
-    sequence = sequence_of(index, order, epoch, python_blocks)
-    sample, entry = samples_of_rank(sequence, order, begins, rank, world_size)
-    extents = _extents(index, sample)
+    np.cumsum(orders.shares(np.diff(begins), rank, world_size), out=batch_begin[1:])
+    sequence = orders.sequence_of(index, order, epoch, python_blocks)
+    sample, entry = orders.samples_of_rank(sequence, order, begins, rank, world_size)
+    offset, length = _extents(index, sample)
     if sequence.blocks is None:
         file = gather(index.file, sample, np.int32)
-        reads = _reads_in_order(sample, file, extents, order.block_bytes, python_blocks)
+        reads = _reads_in_order(sample, file, offset, length, order.block_bytes, python_blocks)
     else:
-        reads = _reads_of_blocks(sequence.blocks, sequence.block, entry, extents, python_blocks)
+        reads = _reads_of_blocks(sequence.blocks, sequence.block, entry, offset, python_blocks)
     return _engine_plan(
-        index, sample, extents.length, reads, batch_begin, begins, order.seed, epoch, python_blocks
+        index, sample, length, reads, batch_begin, begins, order.seed, epoch, python_blocks
     )
 
 
@@ -171,17 +128,8 @@ def explicit_plan(
     are read as one block of about block_bytes; every other sample is read alone.
 
     A sample that comes again, in this order or on another rank, is augmented differently each time:
-    samplers that repeat samples (repeated augmentation, weights) are meant that way.
-
-    Args:
-        index: the dataset.
-        sample: samples in the order of delivery; may repeat.
-        batch_begin: place in `sample` where each batch begins, and the end of the last.
-        seed: seed of the epoch's random draws.
-        epoch: number of the epoch.
-        rank: number of this rank.
-        block_bytes: approximate size of a block.
-        python_blocks: `Source.python_blocks`.
+    samplers that repeat samples (repeated augmentation, weights) are meant that way. `batch_begin`
+    has the place in `sample` where each batch begins, and the end of the last.
 
     Raises:
         ValueError: where `batch_begin` does not rise from 0 to the number of samples.
@@ -197,11 +145,10 @@ def explicit_plan(
     if not len(begins) or begins[0] or begins[-1] != len(chosen) or np.any(np.diff(begins) < 0):
         raise ValueError(f"batch_begin: expected to rise from 0 to {len(chosen)}, got {begins}")
     chosen = chosen.astype(index_dtype(len(index)))
-    extents = _extents(index, chosen)
-    reads = _reads_in_order(chosen, index.file[chosen], extents, block_bytes, python_blocks)
-    made = _engine_plan(
-        index, chosen, extents.length, reads, begins, begins, seed, epoch, python_blocks
-    )
+    offset, length = _extents(index, chosen)
+    file = index.file[chosen]
+    reads = _reads_in_order(chosen, file, offset, length, block_bytes, python_blocks)
+    made = _engine_plan(index, chosen, length, reads, begins, begins, seed, epoch, python_blocks)
     return replace(made, draw=_draws(chosen, rank))
 
 
@@ -227,10 +174,6 @@ def in_windows(plan: EnginePlan, window_blocks: int) -> EnginePlan:
     A window's blocks are sorted by file and offset; the engine then reads them in the order in
     which they lie on the disk. The order of delivery stays the same. Windows grow from 256 blocks,
     so that the first batch does not wait for a whole one.
-
-    Args:
-        plan: a plan of samples that are read one by one.
-        window_blocks: largest number of blocks in a window.
     """
     num_blocks = len(plan.block_file)
     ramp = [1 << i for i in range(8, 63) if 1 << i < window_blocks]
@@ -257,11 +200,8 @@ def in_windows(plan: EnginePlan, window_blocks: int) -> EnginePlan:
 def peak_block_bytes(plan: EnginePlan, unknown_bytes: int = 0) -> int:
     """Return the largest number of bytes of blocks that a plan needs in memory at once.
 
-    A block is needed from its first sample in the order of delivery to its last.
-
-    Args:
-        plan: the plan.
-        unknown_bytes: length to assume for a block of unknown length.
+    A block is needed from its first sample in the order of delivery to its last. One of unknown
+    length is taken to have `unknown_bytes`.
     """
     size = len(plan.sample)
     if not size:
@@ -278,13 +218,6 @@ def peak_block_bytes(plan: EnginePlan, unknown_bytes: int = 0) -> int:
 # ---- reads ---------------------------------------------------------------------------------------
 
 
-class _Extents(NamedTuple):
-    """Where the sample of each position lies in its file."""
-
-    offset: IntArray
-    length: IntArray
-
-
 class _Reads(NamedTuple):
     """The blocks a rank reads, in the order of first use, and where each position's sample lies."""
 
@@ -296,18 +229,19 @@ class _Reads(NamedTuple):
     key: IntArray
 
 
-def _extents(index: Index, sample: IntArray) -> _Extents:
+def _extents(index: Index, sample: IntArray) -> tuple[IntArray, IntArray]:
+    """Return where the sample of each position lies in its file: offset and length."""
     length = np.broadcast_to(np.int64(-1), len(index)) if index.length is None else index.length
     longest_file = int(index.offset.max(initial=0)) + int(length.max(initial=0))
     dtype = index_dtype(longest_file + 1)
-    return _Extents(gather(index.offset, sample, dtype), gather(length, sample, dtype))
+    return gather(index.offset, sample, dtype), gather(length, sample, dtype)
 
 
 def _reads_of_blocks(
     blocks: Blocks,
     block_of_entry: IntArray,
     entry: Int32Array,
-    extents: _Extents,
+    sample_offset: IntArray,
     python_blocks: bool,
 ) -> _Reads:
     """Read every entry once, in the order in which first samples are delivered."""
@@ -319,12 +253,9 @@ def _reads_of_blocks(
     block = place[entry]
     number = block_of_entry[used]
     offset = blocks.offset[number]
-    offset_in_block = extents.offset
     if not python_blocks:
-        offset_in_block = offset_in_block - offset.astype(offset_in_block.dtype)[block]
-    return _Reads(
-        block, offset_in_block, blocks.file[number], offset, blocks.length[number], number
-    )
+        sample_offset = sample_offset - offset.astype(sample_offset.dtype)[block]
+    return _Reads(block, sample_offset, blocks.file[number], offset, blocks.length[number], number)
 
 
 def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
@@ -336,13 +267,17 @@ def _first_uses(block: Int32Array, num_blocks: int) -> IntArray:
 
 
 def _reads_in_order(
-    sample: IntArray, file: IntArray, extents: _Extents, block_bytes: int, python_blocks: bool
+    sample: IntArray,
+    file: IntArray,
+    offset: IntArray,
+    length: IntArray,
+    block_bytes: int,
+    python_blocks: bool,
 ) -> _Reads:
     """Read neighbours on disk that follow each other together, and other samples alone."""
-    offset, length = extents
     begins_read = changes(file)
     if not python_blocks:
-        _split_at_gaps(begins_read, extents)
+        _split_at_gaps(begins_read, offset, length)
     if np.all(begins_read) and not python_blocks:
         alone = np.arange(len(file), dtype=np.int32)
         return _Reads(alone, np.broadcast_to(np.int32(0), len(file)), file, offset, length, sample)
@@ -364,12 +299,12 @@ def _reads_in_order(
     )
 
 
-def _split_at_gaps(begins_read: npt.NDArray[np.bool_], extents: _Extents) -> None:
+def _split_at_gaps(begins_read: npt.NDArray[np.bool_], offset: IntArray, length: IntArray) -> None:
     """Begin a read at every sample that does not lie closely behind the one before it."""
     for part in slices(len(begins_read), overlap=1):
-        offset, length = extents.offset[part], extents.length[part]
-        gap = offset[1:] - offset[:-1] - length[:-1]
-        cut = (gap < 0) | (gap > MAX_GAP_BYTES) | (length[1:] < 0) | (length[:-1] < 0)
+        begin, size = offset[part], length[part]
+        gap = begin[1:] - begin[:-1] - size[:-1]
+        cut = (gap < 0) | (gap > MAX_GAP_BYTES) | (size[1:] < 0) | (size[:-1] < 0)
         begins_read[part.start + 1 : part.stop] |= cut
 
 

@@ -37,25 +37,18 @@ _UNIFORM, _BLOCKS, _POOLS = 1, 2, 3
 class Order:
     """Settings that decide the order of an epoch, together with the index and the epoch's number.
 
-    Args:
-        shuffle: "none", "uniform" (a permutation of all samples) or "block" (blocks in random
-            order, the samples drawn from a pool of the last blocks).
-        seed: in [0, 2**64).
-        block_bytes: approximate size of a block; a block holds whole samples of one file.
-        shuffle_blocks: blocks pooled at once, over all streams.
-        num_streams: runs that the epoch is cut into: the world size of the run that began.
-        exact: whether an epoch has every sample exactly once. Otherwise all streams have the same
-            size, and each epoch leaves out up to num_streams - 1 samples, different ones each time.
+    `exact`: an epoch has every sample exactly once. Otherwise all streams have the same size, and
+    each epoch leaves out up to num_streams - 1 samples, different ones each time.
 
     Raises:
         ValueError: where a value is outside its domain.
     """
 
-    shuffle: str = "uniform"
-    seed: int = 0
-    block_bytes: int = 16 * MB
-    shuffle_blocks: int = 64
-    num_streams: int = 1
+    shuffle: str = "uniform"  # "none", "uniform" or "block"
+    seed: int = 0  # in [0, 2**64)
+    block_bytes: int = 16 * MB  # approximate size of a block: whole samples of one file
+    shuffle_blocks: int = 64  # pooled at once, over all streams
+    num_streams: int = 1  # the world size of the run that began
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -89,15 +82,9 @@ def batch_begins(
     ranks, it takes the missing ones from the batch before, so that every rank has a sample in every
     batch. If that is impossible (no batch before, or batch_size = 1), some ranks' batch is empty.
 
-    Args:
-        size: samples in the epoch (`epoch_size`).
-        batch_size: samples of one rank in a batch.
-        world_size: number of ranks.
-        drop_last: whether to leave out a smaller last batch.
-        samples_done: samples the epoch has already had.
-
     Returns:
-        int64 array: global position where each batch begins, and the end of the last.
+        Global position where each batch begins, and the end of the last, of an epoch of `size`
+        samples that has had `samples_done` of them.
     """
     if batch_size < 1 or world_size < 1:
         raise ValueError(f"expected batch_size and world_size >= 1, got {batch_size}, {world_size}")
@@ -206,12 +193,6 @@ def _mixed_runs(begin: IntArray, run: Int32Array, pool_blocks: int, key: int) ->
     and w = pool_blocks. So samples come from the last pool_blocks runs, and each run is delivered
     evenly while it is in memory. At the start of an epoch w = i + 1, so that the first batch waits
     for two or three blocks only.
-
-    Args:
-        begin: place where each run begins, and the end of the last.
-        run: run of each place.
-        pool_blocks: runs held at once, at most.
-        key: of the random draws.
     """
     size, num_runs = int(begin[-1]), len(begin) - 1
     place_bits = max(size - 1, 0).bit_length()

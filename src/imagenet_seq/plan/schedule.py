@@ -1,55 +1,37 @@
-"""The order of a Loader's epochs on one rank: their length, plans and states."""
+"""The order of a Loader's epochs on one rank: their length and plans."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from imagenet_seq.index.columns import Index
-from imagenet_seq.plan.epoch import EnginePlan, explicit_plan, rank_plan, reads_blocks
+from imagenet_seq.plan.arrays import Int64Array
+from imagenet_seq.plan.epoch import EnginePlan, explicit_plan, rank_plan
 from imagenet_seq.plan.order import Order, batch_begins, epoch_size
-from imagenet_seq.plan.state import State
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The order of a Loader's epochs, for one rank.
-
-    Attributes:
-        index: the dataset.
-        python_blocks: `Source.python_blocks`.
-        order: settings that decide the order, with the index and the epoch's number.
-        batch_size: samples of this rank in a batch.
-        rank: number of this rank.
-        world_size: number of ranks.
-        drop_last: leave out a smaller last batch.
-        sampler: a sampler whose order is executed; None: the order is `order`.
-        batch_sampler: the same of a batch sampler, whose batches may be of any size.
-    """
+    """The order of a Loader's epochs, for one rank."""
 
     index: Index
-    python_blocks: bool
+    python_blocks: bool  # `Source.python_blocks`
     order: Order
-    batch_size: int
+    batch_size: int  # of this rank
     rank: int
     world_size: int
-    drop_last: bool = False
-    sampler: Any = None
-    batch_sampler: Any = None
+    drop_last: bool = False  # leave out a smaller last batch
+    sampler: Any = None  # whose order is executed; None: the order is `order`
+    batch_sampler: Any = None  # the same, with batches of any size
 
     @property
     def is_explicit(self) -> bool:
         """Whether the order is a sampler's, and so there is no state to resume from."""
         return self.sampler is not None or self.batch_sampler is not None
-
-    @property
-    def reads_samples(self) -> bool:
-        """Whether samples are read one by one, and not in blocks."""
-        return self.is_explicit or not reads_blocks(self.index, self.order)
 
     @property
     def epoch_samples(self) -> int:
@@ -87,14 +69,9 @@ class Schedule:
                 samples_done=samples_done,
                 python_blocks=self.python_blocks,
             )
-        if self.batch_sampler is not None:
-            samples, begins = _in_given_batches(self.batch_sampler)
-        else:
-            samples, begins = _in_batches_of(self.batch_size, self.sampler, self.drop_last)
         return explicit_plan(
             self.index,
-            samples,
-            begins,
+            *self._given_samples(),
             seed=self.order.seed,
             epoch=epoch,
             rank=self.rank,
@@ -102,24 +79,14 @@ class Schedule:
             python_blocks=self.python_blocks,
         )
 
-    def state(self, pillow_rule: str, epoch: int, samples_done: int) -> State:
-        """Return the state of a run that is at this position."""
-        return State.of(self.index, self.order, pillow_rule, epoch, samples_done)
-
-
-def _in_given_batches(
-    batch_sampler: Iterable[Iterable[int]],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    batches = [list(indices) for indices in batch_sampler]
-    samples = np.fromiter((i for indices in batches for i in indices), np.int64)
-    return samples, np.cumsum([0, *map(len, batches)])
-
-
-def _in_batches_of(
-    batch_size: int, sampler: Iterable[int], drop_last: bool
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    samples = np.fromiter(sampler, np.int64)
-    if drop_last:
-        begins = np.arange(0, len(samples) + 1, batch_size)
-        return samples[: begins[-1]], begins
-    return samples, np.append(np.arange(0, len(samples), batch_size), len(samples))
+    def _given_samples(self) -> tuple[Int64Array, Int64Array]:
+        """Return the samples that the sampler gives, and where their batches begin and end."""
+        if self.batch_sampler is not None:
+            batches = [list(indices) for indices in self.batch_sampler]
+            samples = np.fromiter(itertools.chain.from_iterable(batches), np.int64)
+            return samples, np.cumsum([0, *map(len, batches)])
+        samples = np.fromiter(self.sampler, np.int64)
+        if self.drop_last:
+            begins = np.arange(0, len(samples) + 1, self.batch_size)
+            return samples[: begins[-1]], begins
+        return samples, np.append(np.arange(0, len(samples), self.batch_size), len(samples))

@@ -13,28 +13,19 @@ from imagenet_seq.plan.order import Order
 
 @dataclass(frozen=True)
 class State:
-    """A position in a run, from which any number of ranks delivers exactly the rest.
-
-    Args:
-        index_id: `Index.id` of the dataset.
-        pillow: Pillow's resize rule that is followed.
-        epoch: number of the epoch.
-        samples_done: samples of the epoch that were delivered, over all ranks.
-        shuffle, seed, block_bytes, shuffle_blocks, num_streams, exact: see `Order`.
-        format_version: of the state itself.
-    """
+    """A position in a run, from which any number of ranks delivers exactly the rest."""
 
     index_id: str
-    pillow: str
+    pillow: str  # whose resize rule is followed
     epoch: int
-    samples_done: int
-    shuffle: str
+    samples_done: int  # over all ranks
+    shuffle: str  # this and those below: see `Order`
     seed: int
     block_bytes: int
     shuffle_blocks: int
     num_streams: int
     exact: bool
-    format_version: int = 2
+    format_version: int = 2  # of the state itself
 
     @classmethod
     def of(cls, index: Index, order: Order, pillow: str, epoch: int, samples_done: int) -> State:
@@ -85,12 +76,9 @@ _REMEDIES = {
 
 
 def check_state(expected: State, got: State) -> None:
-    """Refuse a saved state of another run.
+    """Refuse a saved state of another run than the loader's own, `expected`.
 
-    Args:
-        expected: the loader's own state; its position and num_streams don't matter, because they
-            are taken over from the saved one.
-        got: the saved state.
+    Position and num_streams may differ: they are taken over from the saved one.
 
     Raises:
         StateError: naming everything that differs.

@@ -8,6 +8,7 @@ Loader and `imagenet-seq info` both ask it, so that a forecast is of what a Load
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from imagenet_seq import native
 from imagenet_seq.machine import limits
 from imagenet_seq.plan.epoch import reads_blocks
 from imagenet_seq.plan.order import Order
+from imagenet_seq.plan.schedule import Schedule
 from imagenet_seq.read.budget import Budget, ram_budget
 from imagenet_seq.read.disk import Disk, choose_disk
 from imagenet_seq.read.kept import KeptMemory, open_kept
@@ -38,6 +40,10 @@ WINDOW_SAMPLES = 4096
 """Shared by a node's ranks; two windows are held, 450 MB each for ImageNet. A hard disk reads files
 2.9 times as fast in windows as in random order (docs/hard-disk.md)."""
 
+_READ_AHEAD_BYTES = 64 << 20  # beyond what the shuffle itself keeps in memory
+_FILE_OVERHEAD_BYTES = 16 * 1024  # approximate overhead per open file
+_BLOCK_OVERHEAD_BYTES = 32 * 1024  # per block: partial pages at both ends, rounded to 16 KB
+_MEAN_FILE_BYTES = 128 * 1024  # assumed where file sizes are not known; ImageNet's mean is 110 KB
 _HEAD_READERS = 2  # the second request waits in the disk's queue; 3 % more than with one
 _BLOCK_READERS = 4  # several large requests in flight keep an SSD or a network busy
 _FILE_READERS = 2  # one waits for the disk while the other opens the next file
@@ -47,35 +53,20 @@ _KEPT_FLOOR = 16  # blocks are kept only while 1/16 of the machine's memory is s
 
 @dataclass(frozen=True)
 class ReadStrategy:
-    """How a source is read.
-
-    Attributes:
-        disk: what the source lies on.
-        speed: of the disk, where it was measured.
-        budget: what stays in memory.
-        data_bytes: bytes of the source on its disk; of a folder an estimate.
-        in_blocks: whether blocks of many samples are read, not sample by sample.
-        block_keys: what the keys of a plan's blocks number, in words.
-        direct: whether to read past the page cache.
-        num_readers: threads that read.
-        window: samples that are read in the order they lie on the disk; 0: none.
-        reads_on: whether the next epoch's first blocks are read before the present one ends.
-        num_ranks: ranks of this node, which share disk and memory.
-        notes: what the user should know.
-    """
+    """How a source is read."""
 
     disk: Disk
-    speed: Speed | None
+    speed: Speed | None  # where it was measured
     budget: Budget
-    data_bytes: int
-    in_blocks: bool
-    block_keys: str
-    direct: bool
+    data_bytes: int  # on the disk; of a folder an estimate
+    in_blocks: bool  # blocks of many samples are read, not sample by sample
+    block_keys: str  # what the keys of a plan's blocks number, in words
+    direct: bool  # read past the page cache
     num_readers: int
-    window: int
-    reads_on: bool
-    num_ranks: int
-    notes: tuple[str, ...]
+    window: int  # samples that are read in the order they lie on the disk; 0: none
+    reads_on: bool  # the next epoch's first blocks are read before the present one ends
+    num_ranks: int  # of this node, which share disk and memory
+    notes: tuple[str, ...]  # what the user should know
 
 
 def choose_strategy(
@@ -87,29 +78,27 @@ def choose_strategy(
     *,
     measure: bool = True,
 ) -> ReadStrategy:
-    """Decide how a source is read.
+    """Decide how a source is read, in this order of an epoch (None: a sampler decides it).
 
-    Args:
-        source: the data.
-        ram: as the Loader's.
-        options: as the Loader's `reading`.
-        order: of an epoch; None: a sampler decides it.
-        num_ranks: ranks of this node.
-        measure: whether to measure the disk where its speed is not known.
+    All `num_ranks` are of this node. With `measure`, a disk whose speed is not known is measured.
 
     Raises:
         ValueError, TypeError: `ram` is not what it should be.
     """
-    by_blocks = order is not None and reads_blocks(source.index, order)
-    in_blocks = by_blocks and (source.python_blocks or source.index.length is not None)
+    index = source.index
+    by_blocks = order is not None and reads_blocks(index, order)
+    in_blocks = by_blocks and (source.python_blocks or index.length is not None)
     data_bytes = disk_bytes(source)
-    files = _some_files(source.index)
-    disk = _disk_of([*files[:1], source.index.root], options.disk)
+    files = [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
+    disk = _disk_of([*files[:1], index.root], options.disk)
     speed = speed_of(disk, files if measure and data_bytes >= MEASURED_BYTES else [])
     disk = effective(disk, speed)
     budget = ram_budget(ram, data_bytes)
     if source.python_blocks:  # the core does not read them; the page cache may keep their files
         budget = replace(budget, kept_bytes=0, notes=())
+    num_readers = _BLOCK_READERS if in_blocks else _FILE_READERS
+    if disk.has_one_head:
+        num_readers = _HEAD_READERS
     notes = list(budget.notes)
     reads_past_cache = in_blocks and not budget.page_cache
     direct = reads_past_cache if options.direct is None else options.direct
@@ -121,7 +110,7 @@ def choose_strategy(
         in_blocks=in_blocks,
         block_keys=f"blocks of {order.block_bytes}" if order and by_blocks else "samples",
         direct=direct and not source.python_blocks and _can_read_direct(files, notes),
-        num_readers=options.num_readers or _num_readers(disk, in_blocks),
+        num_readers=options.num_readers or num_readers,
         window=0 if in_blocks or source.python_blocks else _window(disk, options, num_ranks),
         reads_on=not (budget.page_cache or source.python_blocks),
         num_ranks=num_ranks,
@@ -134,8 +123,7 @@ def open_reading(
 ) -> tuple[native.ReadConfig, tuple[str, ...]]:
     """Open the memory for kept blocks and the disk's lock.
 
-    Returns:
-        What the engine is told, and what the user should know.
+    Returns what the engine is told, and what the user should know.
     """
     if source.python_blocks:
         return native.ReadConfig(), ()
@@ -159,12 +147,6 @@ def open_reading(
 
 
 # ---- the disk ------------------------------------------------------------------------------------
-
-
-def _num_readers(disk: Disk, in_blocks: bool) -> int:
-    if disk.has_one_head:
-        return _HEAD_READERS
-    return _BLOCK_READERS if in_blocks else _FILE_READERS
 
 
 def _window(disk: Disk, options: ReadOptions, num_ranks: int) -> int:
@@ -241,11 +223,6 @@ def blocks_of_pool(source: Source, shuffle_blocks: int, block_bytes: int) -> int
     return max(1, shuffle_blocks * block_bytes // mean_block_bytes(source, block_bytes))
 
 
-def _some_files(index: Index) -> list[str]:
-    """Return paths of some files from all over an index, to try and to measure."""
-    return [os.path.join(index.root, index.files[i]) for i in _spread(len(index.files))]
-
-
 def _sizes(index: Index, names: Iterable[str]) -> list[int]:
     """Return the sizes of those files that exist; reading reports the others."""
     sizes = []
@@ -261,7 +238,25 @@ def _spread(size: int) -> Sequence[int]:
     return [i * size // number for i in range(number)]
 
 
-# ---- memory for kept blocks ----------------------------------------------------------------------
+# ---- memory for blocks ---------------------------------------------------------------------------
+
+
+def block_memory_bytes(source: Source, schedule: Schedule, strategy: ReadStrategy) -> int:
+    """Return the bound of the memory of one rank's blocks: those drawn from, those read ahead.
+
+    A block shuffle has a pool, and half as many blocks read ahead of it. Windows are two: one in
+    use and one being read.
+    """
+    order = schedule.order
+    if order.shuffle != "block" or (source.index.length is None and not source.python_blocks):
+        num_samples = len(source.index)
+        mean_bytes = strategy.data_bytes // max(1, num_samples) or _MEAN_FILE_BYTES
+        window = min(strategy.window, num_samples)
+        return max(_READ_AHEAD_BYTES, 2 * window * (mean_bytes + _FILE_OVERHEAD_BYTES))
+    # Global positions go to streams and to ranks in turn, so this many streams meet a rank.
+    streams = order.num_streams // math.gcd(order.num_streams, schedule.world_size)
+    num_blocks = streams * (order.pool_blocks + max(2, order.pool_blocks // 2))
+    return num_blocks * (mean_block_bytes(source, order.block_bytes) + _BLOCK_OVERHEAD_BYTES)
 
 
 def _kept_memory(source: Source, strategy: ReadStrategy, notes: list[str]) -> KeptMemory | None:
@@ -289,11 +284,9 @@ def _kept_key(source: Source, block_keys: str) -> str:
     stat = os.stat(root)
     with contextlib.suppress(OSError):
         block_keys += f" {os.stat('/proc/self/ns/pid').st_ino}"
-    job = "" if source.kind == "pack" else _job()
+    job = ""
+    if source.kind != "pack":
+        names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+        job = " ".join([*(os.environ.get(name, "") for name in names), str(os.getppid())])
     place = f"{root} {stat.st_dev} {stat.st_ino} {stat.st_mtime_ns}"
     return f"{place} {source.index.id} {block_keys} {job}"
-
-
-def _job() -> str:
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
-    return " ".join([*(os.environ.get(name, "") for name in names), str(os.getppid())])

@@ -13,24 +13,16 @@ from imagenet_seq.read.kept import unfilled_bytes
 from imagenet_seq.text import format_bytes, parse_bytes
 
 _MOST_OF_AVAILABLE = 0.9  # what an explicit ram= may take; training needs memory, too
-_SHARE = r"(\d+(?:\.\d+)?)\s*%"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How a dataset is kept in memory.
+    """How a dataset is kept in memory."""
 
-    Attributes:
-        page_cache: the whole source fits, so it is read buffered and the kernel keeps it.
-        kept_bytes: bytes of blocks to keep in `KeptMemory`, for the whole node; 0: none.
-        notes: what the user should know, such as what limited it; () normally.
-        reason: where the number comes from, as `describe` says it.
-    """
-
-    page_cache: bool
-    kept_bytes: int
-    notes: tuple[str, ...] = ()
-    reason: str = ""
+    page_cache: bool  # the whole source fits, so it is read buffered and the kernel keeps it
+    kept_bytes: int  # of blocks to keep in `KeptMemory`, for the whole node; 0: none
+    notes: tuple[str, ...] = ()  # what the user should know, such as what limited it
+    reason: str = ""  # where the number comes from, as `describe` says it
 
 
 def ram_budget(
@@ -42,14 +34,10 @@ def ram_budget(
     result depends on what is available now, so ranks that start at different times may get
     different numbers; the first to call `open_kept` decides for all.
 
-    Args:
-        ram: "auto" (or None): a dataset that fits in half of the available memory is left to
-            the page cache; of a larger one, half of the available memory is filled with its
-            blocks. A size ("48GB", "512MiB", a number of bytes) or a share of the memory that
-            this process's cgroup may use ("30%"): so much is filled, at most 90 % of what is
-            available. 0: nothing is kept.
-        dataset_bytes: size of all blocks of the dataset.
-        limits: the machine's memory limits; None: measure them.
+    `ram` is "auto" (or None): a dataset that fits in half of the available memory is left to the
+    page cache; of a larger one, half of the available memory is filled with its blocks. A size
+    ("48GB", "512MiB", a number of bytes) or a share of the memory that this process's cgroup may
+    use ("30%"): so much is filled, at most 90 % of what is available. 0: nothing is kept.
 
     Raises:
         ValueError: `ram` is no size, or one of less than a page.
@@ -96,7 +84,7 @@ def _wanted_bytes(ram: str | int | float | None, total_bytes: int) -> int | None
         wanted = float(ram)
     elif ram.strip().lower() == "auto":
         return None
-    elif (share := re.fullmatch(_SHARE, ram.strip())) and float(share[1]) <= 100:
+    elif (share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", ram.strip())) and float(share[1]) <= 100:
         wanted = float(share[1]) * (total_bytes / 100)
     else:
         try:

@@ -7,6 +7,7 @@ it is wrong, and the user overrules both.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -30,19 +31,15 @@ cycle."""
 class Disk:
     """What a path lies on.
 
-    Args:
-        kind: "hdd", "ssd", "network", "fuse", "memory" or "unknown".
-        name: for messages: "sda", "md0 (sda, sdb)", "nfs server:/export", "fuse.sshfs", "tmpfs".
-        device: names the physical disk for locks and measurements: "8:0", or "8:0+8:16" for
-            several. For what is not a disk of this machine: what is mounted, in characters that are
-            safe in a file name. "" where there is nothing to measure.
-        chosen: the user chose the kind, so no measurement overrules it.
+    `device` names the physical disk for locks and measurements: "8:0", or "8:0+8:16" for several.
+    For what is not a disk of this machine: what is mounted, in characters that are safe in a file
+    name. "" where there is nothing to measure.
     """
 
-    kind: str
-    name: str
+    kind: str  # "hdd", "ssd", "network", "fuse", "memory" or "unknown"
+    name: str  # for messages: "sda", "md0 (sda, sdb)", "nfs server:/export", "fuse.sshfs", "tmpfs"
     device: str
-    chosen: bool = False
+    chosen: bool = False  # the user chose the kind, so no measurement overrules it
 
     @property
     def has_one_head(self) -> bool:
@@ -51,23 +48,19 @@ class Disk:
 
 
 def choose_disk(path: str | os.PathLike[str], wish: str = "auto") -> Disk:
-    """Return the disk of `path`, of the kind that the user chose.
+    """Return the disk of a file or folder, of the kind that the user chose.
 
-    Args:
-        path: a file or folder.
-        wish: "hdd", "ssd", or "auto": what $IMAGENET_SEQ_DISK says, else what `find_disk` finds.
+    `wish` is "hdd", "ssd", or "auto": what $IMAGENET_SEQ_DISK says, else what `find_disk` finds.
 
     Raises:
         ValueError: `wish` or $IMAGENET_SEQ_DISK is another word.
         FileNotFoundError: `path` does not exist.
     """
-    words = ("auto", "hdd", "ssd")
-    if wish not in words:
-        raise ValueError(f"disk: expected one of {', '.join(words)}, got {wish!r}")
+    words, said_by = ("auto", "hdd", "ssd"), "disk"
     if wish == "auto":
-        wish = os.environ.get("IMAGENET_SEQ_DISK") or "auto"
-        if wish not in words:
-            raise ValueError(f"IMAGENET_SEQ_DISK: expected one of {', '.join(words)}, got {wish!r}")
+        wish, said_by = os.environ.get("IMAGENET_SEQ_DISK") or "auto", "IMAGENET_SEQ_DISK"
+    if wish not in words:
+        raise ValueError(f"{said_by}: expected one of {', '.join(words)}, got {wish!r}")
     found = find_disk(path)
     if wish == "auto":
         return found
@@ -81,11 +74,7 @@ def find_disk(
 
     A disk behind a faster cache (bcache, dm-cache) has its own kind; `speed.effective` takes the
     cache into account. Where the kernel does not say (or is not Linux), the kind is "unknown".
-
-    Args:
-        path: a file or folder.
-        sys: where sysfs is mounted.
-        mountinfo: the list of mounts, see proc(5).
+    `sys` is where sysfs is mounted, `mountinfo` the list of mounts: see proc(5).
 
     Raises:
         FileNotFoundError: `path` does not exist.
@@ -151,14 +140,9 @@ class _Finder:
         for source in sources:
             folder = blocks / os.path.basename(os.path.realpath(source))
             if not folder.exists():  # /dev/mapper/NAME that is no link, as in some containers
-                folder = next(
-                    (
-                        name.parent.parent
-                        for name in blocks.glob("dm-*/dm/name")
-                        if read_text(name) == os.path.basename(source)
-                    ),
-                    folder,
-                )
+                mapped, name = blocks.glob("dm-*/dm/name"), os.path.basename(source)
+                named = (file.parent.parent for file in mapped if read_text(file) == name)
+                folder = next(named, folder)
             folders.append(folder)
         if mount.type == "btrfs":
             for member in self._sys.glob(f"fs/btrfs/*/devices/{folders[0].name}"):
@@ -176,9 +160,7 @@ class _Finder:
                 disks += self._below(folder, layers)
         except (OSError, RuntimeError, ValueError):  # RuntimeError: a cycle of links
             return Disk("unknown", label, number)
-        if len(folders) == 1:
-            return _merge(labels[0], disks)
-        return _merge("", disks)
+        return _merge(labels[0] if len(folders) == 1 else "", disks)
 
     def _below(self, folder: Path, layers: int) -> list[Disk]:
         """Return the physical disks below a block device."""
@@ -192,12 +174,12 @@ class _Finder:
             return [self._of_layer(read_text(folder / "loop" / "backing_file"), layers)]
         slaves = folder / "slaves"
         if slaves.is_dir() and (below := sorted(slaves.iterdir())):
-            return [
-                disk
-                for slave in below
-                for disk in self._below(slave.resolve(strict=True), layers + 1)
-            ]
-        kind = {"0": "ssd", "1": "hdd"}[_one_of(folder / "queue" / "rotational", ("0", "1"))]
+            found = (self._below(slave.resolve(strict=True), layers + 1) for slave in below)
+            return list(itertools.chain.from_iterable(found))
+        rotational = read_text(folder / "queue" / "rotational")
+        if rotational not in ("0", "1"):
+            raise ValueError(f"{folder}: expected queue/rotational 0 or 1, got {rotational!r}")
+        kind = "hdd" if rotational == "1" else "ssd"
         return [Disk(kind, folder.name, read_text(folder / "dev"))]
 
 
@@ -230,13 +212,6 @@ def _label(folder: Path) -> str:
 def read_text(path: Path) -> str:
     """Return the text of a file in sysfs, without the newline."""
     return os.fsdecode(path.read_bytes()).strip()
-
-
-def _one_of(path: Path, expected: Sequence[str]) -> str:
-    text = read_text(path)
-    if text not in expected:
-        raise ValueError(f"{path}: expected one of {expected}, got {text!r}")
-    return text
 
 
 def _number(path: str | os.PathLike[str]) -> str:

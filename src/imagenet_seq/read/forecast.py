@@ -36,7 +36,6 @@ makes 8 ms a file, as measured with windows of 4096 of 1.28 million files (docs/
 SMALLER_RATIO = 54.5 / 109.6
 """Share of the bytes that `pack --max-side 500 --quality 90` leaves of ImageNet's photos."""
 
-_SMALLER = "pack --max-side 500 --quality 90"
 _LEAST_TO_SHRINK_BYTES = 80_000
 """Below this mean size shrinking no longer saves half, so it is not offered."""
 
@@ -52,39 +51,25 @@ _KINDS = {
 class Job:
     """What is to be read, and from what.
 
-    Args:
-        name: for messages, such as "train".
-        kind: of the source: "pack", "imagefolder", ...
-        num_samples: samples of an epoch, over all ranks of the node.
-        data_bytes: bytes of those samples on the disk.
-        order: "blocks" in random order; "sequence": blocks as they lie; "files" in random order;
-            "window": files in random order, but read by the thousand as they lie; "block per
-            sample": a whole block for every sample.
-        disk: what the data lies on.
-        speed: of the disk; None: unknown, and no time is forecast.
-        block_bytes: bytes of a block.
-        num_blocks: blocks of a source that decides how large they are; 0: it does not.
-        kept_bytes: bytes that stay in memory from epoch to epoch.
-        page_cache: whether everything stays in memory.
-        num_readers: requests under way at once, on a disk without a head.
-        num_ranks: ranks on the node.
-        is_estimate: whether `data_bytes` was estimated from some of the files.
+    `order` is "blocks" in random order; "sequence": blocks as they lie; "files" in random order;
+    "window": files in random order, but read by the thousand as they lie; "block per sample": a
+    whole block for every sample.
     """
 
-    name: str
-    kind: str
-    num_samples: int
-    data_bytes: int
+    name: str  # for messages, such as "train"
+    kind: str  # of the source: "pack", "imagefolder", ...
+    num_samples: int  # of an epoch, over all ranks of the node
+    data_bytes: int  # of those samples on the disk
     order: str
     disk: Disk
-    speed: Speed | None = None
+    speed: Speed | None = None  # None: unknown, and no time is forecast
     block_bytes: int = 16 << 20
-    num_blocks: int = 0
-    kept_bytes: int = 0
-    page_cache: bool = False
-    num_readers: int = 1
-    num_ranks: int = 1
-    is_estimate: bool = False
+    num_blocks: int = 0  # of a source that decides how large they are; 0: it does not
+    kept_bytes: int = 0  # that stay in memory from epoch to epoch
+    page_cache: bool = False  # everything stays in memory
+    num_readers: int = 1  # requests under way at once, on a disk without a head
+    num_ranks: int = 1  # on the node
+    is_estimate: bool = False  # `data_bytes` was estimated from some of the files
 
     @property
     def num_requests(self) -> int:
@@ -106,21 +91,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch costs.
+    """What an epoch costs."""
 
-    Attributes:
-        bytes_from_disk: over all ranks.
-        bytes_from_memory: the rest.
-        seeks: requests that don't begin where the last one ended.
-        minutes: that the disk takes; None: unknown.
-        images_per_s: over all ranks; None: unknown, or the disk is not read.
-    """
-
-    bytes_from_disk: int
-    bytes_from_memory: int
-    seeks: int
-    minutes: float | None
-    images_per_s: float | None
+    bytes_from_disk: int  # over all ranks
+    bytes_from_memory: int  # the rest
+    seeks: int  # requests that don't begin where the last one ended
+    minutes: float | None  # that the disk takes; None: unknown
+    images_per_s: float | None  # over all ranks; None: unknown, or the disk is not read
 
 
 @dataclass(frozen=True)
@@ -135,19 +112,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What disk and memory allow.
-
-    Attributes:
-        job: what it is about.
-        first: the first epoch, with nothing in memory yet.
-        later: each epoch after it.
-        choices: what the user could do about it.
-    """
+    """What disk and memory allow."""
 
     job: Job
-    first: Epoch
-    later: Epoch
-    choices: tuple[Choice, ...]
+    first: Epoch  # with nothing in memory yet
+    later: Epoch  # each one after it
+    choices: tuple[Choice, ...]  # what the user could do about it
 
     def line(self) -> str:
         """Return what matters, in one line."""
@@ -197,30 +167,21 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data."""
-        job = self.job
-        return {
-            **asdict(job),
-            "first_epoch": asdict(self.first),
-            "later_epochs": asdict(self.later),
-            "choices": [
-                {
-                    "what": choice.what,
-                    "first_epoch": asdict(choice.first),
-                    "later_epochs": asdict(choice.later),
-                }
-                for choice in self.choices
-            ],
-        }
+        choices = [{"what": choice.what, **_epochs_of(choice)} for choice in self.choices]
+        return {**asdict(self.job), **_epochs_of(self), "choices": choices}
+
+
+def _epochs_of(made: Forecast | Choice) -> dict[str, Any]:
+    return {"first_epoch": asdict(made.first), "later_epochs": asdict(made.later)}
 
 
 def forecast_job(job: Job) -> Forecast:
     """Forecast a job's epochs, also with more memory, with a pack and with a smaller pack."""
     later = _later(job)
     choices: dict[str, Job] = {}
+    packed = job
     if job.kind != "pack":
         choices["a pack"] = packed = replace(job, kind="pack", order="blocks", num_blocks=0)
-    else:
-        packed = job
     if later.bytes_from_disk and job.order != "block per sample":
         missing = later.bytes_from_disk
         if missing > _MORE_RAM_BYTES:
@@ -228,21 +189,17 @@ def forecast_job(job: Job) -> Forecast:
         choices[f"{format_bytes(missing)} more RAM"] = _with_more_ram(job, missing)
     if job.num_samples and job.data_bytes / job.num_samples >= _LEAST_TO_SHRINK_BYTES:
         small_bytes = round(job.data_bytes * SMALLER_RATIO)
-        smaller = replace(packed, data_bytes=small_bytes, is_estimate=True)
-        choices[_SMALLER] = smaller
+        choices["pack --max-side 500 --quality 90"] = replace(
+            packed, data_bytes=small_bytes, is_estimate=True
+        )
     if job.disk.kind == "memory" or (job.kind == "pack" and not later.bytes_from_disk):
         choices = {}
-    return Forecast(
-        job,
-        _first(job),
-        later,
-        tuple(Choice(what, other, _first(other), _later(other)) for what, other in choices.items()),
-    )
+    made = (Choice(what, other, _first(other), _later(other)) for what, other in choices.items())
+    return Forecast(job, _first(job), later, tuple(made))
 
 
 def _with_more_ram(job: Job, more_bytes: int) -> Job:
-    kept_bytes = min(job.kept_bytes, job.data_bytes)
-    return replace(job, kept_bytes=kept_bytes + more_bytes)
+    return replace(job, kept_bytes=min(job.kept_bytes, job.data_bytes) + more_bytes)
 
 
 def _first(job: Job) -> Epoch:
@@ -285,13 +242,7 @@ def _seconds(job: Job, num_bytes: int, seeks: int) -> float | None:
 
 
 def forecast_reading(source: Source, strategy: ReadStrategy, order: Order) -> Forecast:
-    """Forecast training on a source.
-
-    Args:
-        source: the data.
-        strategy: how it is read.
-        order: of the epochs.
-    """
+    """Forecast training on a source that is read in this way and order."""
     index = source.index
     num_samples = epoch_size(len(index), order)
     data_bytes = strategy.data_bytes * num_samples // max(1, len(index))
@@ -364,8 +315,7 @@ def _duration(epoch: Epoch) -> str:
 # ---- while it runs -------------------------------------------------------------------------------
 
 
-_HARDLY_WAITS = 0.05
-"""Share of the time that training may wait for data and still be the bottleneck itself."""
+_HARDLY_WAITS = 0.05  # share of the time that training may wait and still be the bottleneck
 
 
 class Pace:
@@ -378,10 +328,7 @@ class Pace:
     def line(self, stats: dict[str, float], speed: Speed | None, num_decoders: int) -> str:
         """Return one line on the time since the last call, such as "bottleneck: ... | read ...".
 
-        Args:
-            stats: the counters, as `Loader.stats` gives them.
-            speed: of the disk, where it is known.
-            num_decoders: threads that decode.
+        `stats` are the counters, as `Loader.stats` gives them.
         """
         now_s = time.monotonic()
         elapsed_s, self._looked_s = max(1e-9, now_s - self._looked_s), now_s
@@ -411,10 +358,7 @@ def bottleneck(counts: dict[str, float], elapsed_s: float, num_decoders: int) ->
       unevenly;
     * they decode: decoding.
 
-    Args:
-        counts: how far the counters of `Loader.stats` have moved.
-        elapsed_s: in this time.
-        num_decoders: threads that decode.
+    `counts` say how far the counters of `Loader.stats` have moved in this time.
     """
     waits = counts["batch_wait_s"] / elapsed_s
     for_blocks = counts["decode_wait_read_s"] / elapsed_s / num_decoders

@@ -43,19 +43,14 @@ class KeptMemory:
 
     Made by `open_kept`. It is zero at first, and a page uses memory once it is written. A forked
     child shares the same memory. The kernel frees it when every process has closed it or ended.
-
-    Attributes:
-        size_bytes: its size; 0: there is no memory, and `notes` says why.
-        is_shared: whether other processes with the same key get this memory.
-        notes: what the user should know; () normally.
     """
 
     def __init__(
         self, memory: mmap.mmap | None, file: int, giver: _Giver | None, notes: tuple[str, ...]
     ) -> None:
-        self.size_bytes = len(memory) if memory else 0
-        self.is_shared = file >= 0
-        self.notes = notes
+        self.size_bytes = len(memory) if memory else 0  # 0: none, and `notes` says why
+        self.is_shared = file >= 0  # other processes with the same key get this memory
+        self.notes = notes  # what the user should know
         self._address = np.frombuffer(memory, np.uint8).ctypes.data if memory else 0
         reservation = _Reservation(self.size_bytes, file)
         with _lock:
@@ -90,15 +85,10 @@ def open_kept(key: str, size_bytes: int, *, num_ranks: int = 1) -> KeptMemory:
     (one container each) don't see each other, so each makes the whole size: set ``ram=`` there.
 
     Where sharing is not possible, this process gets its share of the size for itself. Where the
-    machine has swap, pages are locked as they are filled, if the limits allow it.
+    machine has swap, pages are locked as they are filled, if the limits allow it. Where no memory
+    can be had, its `size_bytes` is 0, and a note says why.
 
-    Args:
-        key: text of any length that says what the memory holds.
-        size_bytes: the size if this process is the first.
-        num_ranks: number of processes of this node that will open it.
-
-    Returns:
-        The memory. Where none can be had, its `size_bytes` is 0, and a note says why.
+    `num_ranks` processes of this node will open it.
     """
     if size_bytes < 1 or num_ranks < 1:
         raise ValueError(f"expected a positive size and ranks, got {size_bytes} and {num_ranks}")
@@ -366,9 +356,8 @@ def _check_memory(file: int, greeting: bytes) -> None:
 def _uid_of_peer(connection: socket.socket) -> int:
     """Return the effective user id of the process on the other side, from the kernel."""
     layout = struct.Struct("3i")  # struct ucred: pid, uid, gid
-    return int(
-        layout.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size))[1]
-    )
+    ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
+    return int(layout.unpack(ucred)[1])
 
 
 def _text(name: bytes) -> str:

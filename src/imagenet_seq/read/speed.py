@@ -12,9 +12,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from imagenet_seq.machine import cache_folder
@@ -27,17 +28,11 @@ _FASTEST_HEAD_MS = 2.0
 
 @dataclass(frozen=True)
 class Speed:
-    """The measured speed of a disk.
+    """The measured speed of a disk."""
 
-    Args:
-        sequential_mb_s: rate of large reads, MB = 10**6 bytes.
-        positioning_ms: median time of a 4 KB read at a random place of the data.
-        measured_at: day of the measurement, ISO 8601.
-    """
-
-    sequential_mb_s: float
-    positioning_ms: float
-    measured_at: str
+    sequential_mb_s: float  # rate of large reads, MB = 10**6 bytes
+    positioning_ms: float  # median time of a 4 KB read at a random place of the data
+    measured_at: str  # day, ISO 8601
 
 
 def effective(disk: Disk, speed: Speed | None) -> Disk:
@@ -84,12 +79,9 @@ def measure(files: Sequence[str], seed: int = 0, seconds: float = 1.0) -> Speed 
     first read gives the positioning time, the second the sequential rate. Small files are read to
     their end, which measures the rate less well. Data of less than about 100 MB, or data that has
     just been read, can't be measured: it may come from the disk's own cache.
-
-    Args:
-        files: files from all over the data; of many, 8 are read.
-        seed: of the choice of files and places.
-        seconds: when to stop. A read that is under way then gets the same time again. If the disk
-            does not answer, this function returns, and its thread stays behind.
+    Of many files 8 are read, which `seed` chooses. A read that is under way after so many seconds
+    gets the same time again. If the disk does not answer, this function returns, and its thread
+    stays behind.
 
     Returns:
         None where nothing was measured: no file of at least 8 KB, no answer in time, or reads so
@@ -204,14 +196,8 @@ def speed_of(disk: Disk, files: Sequence[str], *, remeasure: bool = False) -> Sp
 
     Of processes that ask at once (the ranks of a node), the first measures, and the others wait for
     its result. A disk whose lock stays taken for 3 s is not measured.
-
-    Args:
-        disk: the disk of the files.
-        files: files to measure with (see `measure`); none: don't measure.
-        remeasure: measure even if there is a result.
-
-    Returns:
-        None where the disk is memory, or could not be measured.
+    None where the disk is memory or could not be measured, or there are no `files` to measure with.
+    With `remeasure` it is measured even if there is a result.
     """
     if not disk.device:
         return None
@@ -245,35 +231,27 @@ def _key(disk: Disk) -> str:
     return " + ".join(parts)
 
 
-def _speeds_file() -> str:
-    return os.path.join(cache_folder(), "disks.json")
+def _speeds_file() -> Path:
+    return Path(cache_folder(), "disks.json")
 
 
 def _kept_speeds() -> dict[str, Speed]:
     """Read the results that are not too old; from a damaged file, those that can be read."""
     try:
-        with open(_speeds_file(), encoding="utf-8") as file:
-            entries = json.load(file)
+        entries = json.loads(_speeds_file().read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     speeds = {}
     for key, entry in entries.items() if isinstance(entries, dict) else ():
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            speed = _parsed(entry)
-            if 0 <= (date.today() - date.fromisoformat(speed.measured_at)).days < _KEPT_DAYS:
-                speeds[key] = speed
+            rate, positioning = (
+                float(str(entry[name])) for name in ("sequential_mb_s", "positioning_ms")
+            )
+            age = date.today() - date.fromisoformat(str(entry["measured_at"]))
+            are_valid = 0 < rate < math.inf and 0 < positioning < math.inf
+            if are_valid and 0 <= age.days < _KEPT_DAYS:
+                speeds[key] = Speed(rate, positioning, str(entry["measured_at"]))
     return speeds
-
-
-def _parsed(entry: Mapping[str, object]) -> Speed:
-    speed = Speed(
-        float(str(entry["sequential_mb_s"])),
-        float(str(entry["positioning_ms"])),
-        str(entry["measured_at"]),
-    )
-    if not all(0 < value < math.inf for value in (speed.sequential_mb_s, speed.positioning_ms)):
-        raise ValueError(f"expected two positive numbers, got {speed}")
-    return speed
 
 
 def _keep_speed(key: str, speed: Speed) -> None:
@@ -281,8 +259,8 @@ def _keep_speed(key: str, speed: Speed) -> None:
     entries = {key: asdict(speed) for key, speed in {**_kept_speeds(), key: speed}.items()}
     path = _speeds_file()
     with contextlib.suppress(OSError):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix="disks.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix="disks.")
         try:
             with open(handle, "w", encoding="utf-8") as file:
                 json.dump(entries, file, indent=1)
