@@ -99,12 +99,8 @@ def decode(
 ) -> bool:
     """Decode one JPEG into the memory at address `row`; return False if Pillow must decode it.
 
-    Args:
-        recipe: what to do; `row` must hold out_height * out_width * 3 values of its dtype.
-        key: (seed, epoch, sample).
-        data: the whole file.
-        row: address of the output.
-        flags: SAMPLE_CLEAN or 0.
+    `row` must hold out_height * out_width * 3 values of the recipe's dtype; `data` is the whole
+    file, `flags` SAMPLE_CLEAN or 0.
     """
     address, size, _keep = address_of(data)
     native, c_key = byref(c_recipe(recipe)), byref(CKey(*key))
@@ -121,13 +117,8 @@ def decode_group(
 ) -> list[bool]:
     """Decode up to MAX_GROUP JPEGs together: faster than one by one, with the same results.
 
-    Args:
-        recipe: what to do; each row must hold out_height * out_width * 3 values of its dtype.
-        keys: (seed, epoch, sample) of each.
-        data: the whole files.
-        rows: addresses of the memory to fill.
-        flags: SAMPLE_CLEAN if all were decoded once in full without any anomaly.
-        times: the time of each step is added to it.
+    It takes what `decode` takes, for each sample. `flags` may be SAMPLE_CLEAN if all were decoded
+    once in full without any anomaly. The time of each step is added to `times`.
 
     Returns:
         For each sample whether its row was filled; if not, Pillow must decode it.
@@ -151,11 +142,8 @@ def decode_group(
 def apply(recipe: Recipe, key: Key, pixels: np.ndarray, row: int) -> bool:
     """Crop, resize, flip and convert decoded pixels into the memory at address `row`.
 
-    Args:
-        recipe: what to do.
-        key: (seed, epoch, sample).
-        pixels: uint8 array of shape (height, width, 3), C-contiguous.
-        row: address of the output.
+    `pixels` are a C-contiguous uint8 array of shape (height, width, 3). False: the core can't apply
+    the recipe to this size.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(
