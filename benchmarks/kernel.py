@@ -33,7 +33,7 @@ def cpu_levels() -> list[str]:
 
 
 class _Group(NamedTuple):
-    samples: ctypes.Array[native.Sample]
+    samples: ctypes.Array[abi.Sample]
     first: int  # place of its first sample in the order of decoding
 
 
@@ -72,7 +72,7 @@ class Kernel:
         ]
 
     def _prepare(self, samples: Sequence[Encoded], first: int, epoch: int) -> _Group:
-        prepared = (native.Sample * len(samples))()
+        prepared = (abi.Sample * len(samples))()
         for place, (slot, sample) in enumerate(zip(prepared, samples, strict=True), first):
             slot.key = abi.CKey(0, epoch, sample.sample)
             slot.bytes = ctypes.cast(ctypes.c_char_p(sample.data), ctypes.c_void_p).value
@@ -95,12 +95,12 @@ class Kernel:
         stages = ctypes.byref(times) if times is not None else None
         decode = abi.lib.imseq_decode_group
         for samples, _ in self._groups:
-            if decode(recipe, samples, len(samples), stages, error) != native.OK:
+            if decode(recipe, samples, len(samples), stages, error) != abi.OK:
                 self._fail()
 
     def _run_single(self) -> None:
         recipe, error = ctypes.byref(self._native_recipe), ctypes.byref(self._error)
-        decode, ok = abi.lib.imseq_decode, native.OK
+        decode, ok = abi.lib.imseq_decode, abi.OK
         for (sample,), _ in self._groups:
             key = ctypes.byref(sample.key)
             sample.status = decode(
@@ -123,7 +123,7 @@ class Kernel:
                 self._groups = [group]
                 self.run()
                 for place, sample in enumerate(group.samples, group.first):
-                    decoded = sample.status == native.OK
+                    decoded = sample.status == abi.OK
                     yield self._pixels(place) if decoded else None
         finally:
             self._groups = groups

@@ -328,7 +328,6 @@ class Loader:
             on_delivered=delivered,
             on_end=ended,
             on_taken=taken,
-            on_stall=note_once,
             prepared=ahead is not None and fits and ahead.is_prepared(workers),
         )
         # Only now: an epoch that could not begin is not an epoch that was begun.

@@ -14,6 +14,7 @@ from imagenet_seq.batch.work import Work
 from imagenet_seq.batch.workers import Workers
 from imagenet_seq.decode.pipeline import images_of
 from imagenet_seq.errors import ForkError, LoaderClosedError, SampleError
+from imagenet_seq.machine import note_once
 from imagenet_seq.native.recipe import Rows
 
 _POLL_S = 0.1  # a wait for a batch is cut into pieces of this, so that Ctrl-C is seen
@@ -36,7 +37,6 @@ class EpochIterator:
         on_delivered: Callable[[int], None],
         on_end: Callable[[Workers | None, dict[str, int]], None],
         on_taken: Callable[[Workers, int], None],
-        on_stall: Callable[[str], None],
         prepared: bool,
     ) -> None:
         """Begin the epoch.
@@ -49,7 +49,6 @@ class EpochIterator:
             on_end: called once with the counters; and with `workers` after the last batch, or with
                 None after an error or `close`, when they are closed.
             on_taken: called with `workers` and a batch's number when it leaves the engine.
-            on_stall: called with a message for the user when the disk does not answer.
             prepared: whether `workers` have the plan already.
         """
         self._workers: Workers | None = workers
@@ -58,7 +57,6 @@ class EpochIterator:
         self._on_delivered = on_delivered
         self._on_end = on_end
         self._on_taken = on_taken
-        self._on_stall = on_stall
         self._complete = False
         try:
             workers.start(work, prepared)
@@ -93,11 +91,11 @@ class EpochIterator:
 
     def _wait(self, workers: Workers) -> native.Batch | None:
         began, stalled = time.monotonic(), False
-        while (batch := workers.next(_POLL_S, self._work.name_of)) is False:
+        while (batch := workers.engine.next(_POLL_S, self._work.name_of)) is False:
             waited_s = time.monotonic() - began
             if not stalled and waited_s > _STALL_S and (text := _stall(workers)):
                 stalled = True
-                self._on_stall(text)
+                note_once(text)
             if 0 < self._timeout_s < waited_s:
                 raise RuntimeError(
                     f"no batch came within timeout={self._timeout_s:g} s; "
@@ -109,7 +107,7 @@ class EpochIterator:
         work = self._work
         memory = work.slots[batch.slot]
         work.slots[batch.slot] = work.memory.allocate()
-        workers.release(batch.slot, work.slots[batch.slot].data_ptr())
+        workers.engine.release(batch.slot, work.slots[batch.slot].data_ptr())
         if work.pipeline.rows != Rows.DECODED and batch.end > batch.begin:
             work.num_missing.pop(batch.batch, None)
             return work.results.pop(batch.batch)[0]
@@ -123,14 +121,14 @@ class EpochIterator:
 
     def stats(self) -> dict[str, int] | None:
         """Return the engine's counters; None after the end."""
-        return None if self._workers is None else self._workers.stats()
+        return None if self._workers is None else self._workers.engine.stats()
 
     def _end(self, workers: Workers) -> None:
         self._complete = True
         self._workers = None
         self._work.slots.clear()
         workers.rest()
-        self._on_end(workers, workers.stats())
+        self._on_end(workers, workers.engine.stats())
 
     def close(self) -> None:
         """End the epoch and close its workers; no more batches come. Idempotent."""
@@ -138,7 +136,7 @@ class EpochIterator:
         if workers is None:
             return
         try:
-            stats = workers.stats()
+            stats = workers.engine.stats()
         except (ForkError, LoaderClosedError):
             stats = {}
         workers.close()
@@ -152,7 +150,7 @@ class EpochIterator:
 
 def _stall(workers: Workers) -> str:
     """Name the request that the disk has not answered for long; "": there is none."""
-    pending = workers.pending()
+    pending = workers.engine.pending()
     if pending is None or pending[0] < _STALL_S / 2:
         return ""
     seconds, path, offset = pending

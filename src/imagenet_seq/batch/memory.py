@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-class Memory(Protocol):
-    """Allocates the memory of batches."""
-
-    def allocate(self) -> Tensor:
-        """Return a batch with arbitrary content."""
-
 
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector a kernel stores
 
@@ -76,3 +68,6 @@ class PinnedMemory:
     def allocate(self) -> Tensor:
         """Return a batch with arbitrary content."""
         return torch.empty(self._shape, dtype=self._dtype, pin_memory=True)
+
+
+Memory: TypeAlias = PagedMemory | PinnedMemory

@@ -61,7 +61,7 @@ class PlanAhead:
         with contextlib.suppress(Exception):  # the error is raised when the epoch begins
             plan = make_plan(self._progress)
             if prepare_rows is not None and (workers := self._workers()) is not None:
-                workers.prepare(plan, prepare_rows)
+                workers.engine.prepare(plan, prepare_rows)
                 self._in_engine = True
             self.plan = plan
 

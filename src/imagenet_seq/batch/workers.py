@@ -12,15 +12,12 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
 from imagenet_seq import native
 from imagenet_seq.batch.work import Work
 from imagenet_seq.errors import LoaderClosedError
-from imagenet_seq.plan.epoch import EnginePlan
 
 _IDLE_S = 1.0  # an idle thread checks this often whether its Workers are gone
 _EXIT_JOIN_S = 5.0  # the interpreter's exit waits no longer for a transform
@@ -40,40 +37,23 @@ class Workers:
         for number in range(num_threads):
             self._shared.add_thread(f"imagenet-seq-{number}")
 
-    def prepare(self, plan: EnginePlan, slot_rows: int) -> None:
-        """See `native.Engine.prepare`."""
-        self._shared.engine().prepare(plan, slot_rows)
+    @property
+    def engine(self) -> native.Engine:
+        """The engine; a LoaderClosedError once it is closed."""
+        return self._shared.engine()
 
     def start(self, work: Work, prepared: bool = False) -> None:
         """Begin an epoch; all batches of the one before must have been delivered.
 
         Args:
             work: the epoch.
-            prepared: whether `prepare` was given its plan.
+            prepared: whether the engine has its plan.
         """
         work.slots = [work.memory.allocate() for _ in range(self.num_slots)]
         addresses = [slot.data_ptr() for slot in work.slots]
-        engine = self._shared.engine()
+        engine = self.engine
         self._shared.work = work
         engine.start(None if prepared else work.plan, addresses, len(work.slots[0]))
-
-    def next(
-        self, timeout_s: float, name_of: Callable[[int], str]
-    ) -> native.Batch | Literal[False] | None:
-        """See `native.Engine.next`."""
-        return self._shared.engine().next(timeout_s, name_of)
-
-    def release(self, slot: int, address: int) -> None:
-        """See `native.Engine.release`."""
-        self._shared.engine().release(slot, address)
-
-    def stats(self) -> dict[str, int]:
-        """See `native.Engine.stats`."""
-        return self._shared.engine().stats()
-
-    def pending(self) -> tuple[float, str, int] | None:
-        """See `native.Engine.pending`."""
-        return self._shared.engine().pending()
 
     def rest(self) -> None:
         """Drop the memory of an epoch whose batches have all been delivered."""

@@ -78,11 +78,7 @@ class Pipeline:
     def decode_with_pillow(self, recipe: Recipe, data: bytes, key: Key, row: int) -> None:
         """Fill the row at address `row` from an image that the core does not decode.
 
-        Args:
-            recipe: `recipe` or `uint8_recipe`.
-            data: the encoded image.
-            key: (seed, epoch, sample).
-            row: address of the row's memory.
+        `recipe` is the attribute of that name, or `uint8_recipe`.
 
         Raises:
             ValueError: the transform gives another size than that of the other images.
@@ -98,16 +94,9 @@ class Pipeline:
             )
 
     def finish(self, row: torch.Tensor, key: Key) -> Any:
-        """Run the Python part on a row that the core has written.
+        """Run the Python part on a row that the core has written; the row is not changed.
 
         Deterministic: a function of row and key (`reproducible` states the limits).
-
-        Args:
-            row: tensor of shape `out_shape`, dtype and layout as the recipe says. Not changed.
-            key: (seed, epoch, sample).
-
-        Returns:
-            The result of the transform's last member, in the dtype asked for.
         """
         value: Any
         if self._tail_type is Image.Image:
@@ -123,10 +112,6 @@ class Pipeline:
         """Decode with Pillow and run the whole transform in Python.
 
         Deterministic as `finish`; the random numbers differ from those of the core's recipe.
-
-        Args:
-            data: the encoded image.
-            key: (seed, epoch, sample).
 
         Raises:
             ValueError: the transform is the standard one, which has no Python objects.

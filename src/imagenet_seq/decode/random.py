@@ -82,7 +82,7 @@ class _InjectGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not _is_random(func) or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         if func.overloadpacket in _FILLS:
-            return _FILLS[func.overloadpacket](self._generator, *args, **kwargs)
+            return _filled(_FILLS[func.overloadpacket], self._generator, *args, **kwargs)
         return _overload_with_generator(func)(*args, **{**kwargs, "generator": self._generator})
 
 
@@ -107,27 +107,20 @@ class _FilteredInjection(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-def _rand_like(generator: torch.Generator, like: torch.Tensor, **options: Any) -> torch.Tensor:
-    return torch.empty_like(like, **options).uniform_(generator=generator)
-
-
-def _randn_like(generator: torch.Generator, like: torch.Tensor, **options: Any) -> torch.Tensor:
-    return torch.empty_like(like, **options).normal_(generator=generator)
-
-
-def _randint_like(
-    generator: torch.Generator, like: torch.Tensor, *bounds: Any, **options: Any
-) -> torch.Tensor:
-    low, high = (0, *map(int, bounds))[-2:]
-    return torch.empty_like(like, **options).random_(low, high, generator=generator)
-
-
-# In older torch these take no generator; torch itself computes them in this way.
-_FILLS: dict[Any, Callable[..., torch.Tensor]] = {
-    torch.ops.aten.rand_like: _rand_like,
-    torch.ops.aten.randn_like: _randn_like,
-    torch.ops.aten.randint_like: _randint_like,
+# In older torch these take no generator; torch itself computes them by these methods.
+_FILLS = {
+    torch.ops.aten.rand_like: "uniform_",
+    torch.ops.aten.randn_like: "normal_",
+    torch.ops.aten.randint_like: "random_",
 }
+
+
+def _filled(
+    method: str, generator: torch.Generator, like: torch.Tensor, *bounds: Any, **options: Any
+) -> torch.Tensor:
+    fill: Callable[..., torch.Tensor] = getattr(torch.empty_like(like, **options), method)
+    low_high = (0, *map(int, bounds))[-2:] if bounds else ()
+    return fill(*low_high, generator=generator)
 
 
 def _is_random(operator: Any) -> bool:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import PIL
@@ -126,7 +126,7 @@ def _require_image(prefix: _Prefix, name: str) -> None:
 def _random_resized_crop(prefix: _Prefix, member: Any) -> _Prefix:
     _require_image(prefix, "RandomResizedCrop")
     _require(not prefix.has_geometry, "the image has been resized or cropped before")
-    height, width = _height_and_width(member.size)
+    size = _height_and_width(member.size)
     for name, lowest in (("scale", 0.0), ("ratio", 1e-9)):
         bounds = getattr(member, name)
         _require(
@@ -144,7 +144,7 @@ def _random_resized_crop(prefix: _Prefix, member: Any) -> _Prefix:
         "ratio_min": float(member.ratio[0]),
         "ratio_max": float(member.ratio[1]),
     }
-    return replace(prefix, fields=fields, size=(height, width), has_geometry=True, has_crop=True)
+    return replace(prefix, fields=fields, size=size, has_geometry=True, has_crop=True)
 
 
 def _resize(prefix: _Prefix, member: Any) -> _Prefix:
@@ -163,10 +163,8 @@ def _resize(prefix: _Prefix, member: Any) -> _Prefix:
         fields["resize_width"] = sides[1]
         return replace(prefix, fields=fields, size=(sides[0], sides[1]), has_geometry=True)
     if limit is not None:
-        _require(
-            type(limit) is int and sides[0] < limit <= _MAX_SIDE,
-            f"max_size={limit!r} is not an integer above size",
-        )
+        is_above = type(limit) is int and sides[0] < limit <= _MAX_SIDE
+        _require(is_above, f"max_size={limit!r} is not an integer above size")
         fields["resize_max"] = limit
     return replace(prefix, fields=fields, has_geometry=True)
 
@@ -174,15 +172,15 @@ def _resize(prefix: _Prefix, member: Any) -> _Prefix:
 def _center_crop(prefix: _Prefix, member: Any) -> _Prefix:
     _require_image(prefix, "CenterCrop")
     _require(not prefix.has_crop, "the image has been cropped before")
-    height, width = _height_and_width(member.size)
+    size = _height_and_width(member.size)
     fields = {
         **prefix.fields,
         "geometry": Geometry.RESIZE_CROP,
-        "crop_height": height,
-        "crop_width": width,
+        "crop_height": size[0],
+        "crop_width": size[1],
         "center_rule": _center_rule(type(member)),
     }
-    return replace(prefix, fields=fields, size=(height, width), has_geometry=True, has_crop=True)
+    return replace(prefix, fields=fields, size=size, has_geometry=True, has_crop=True)
 
 
 def _center_rule(center_crop: Callable[[int], Callable[[Any], Any]]) -> Center:
@@ -192,24 +190,19 @@ def _center_rule(center_crop: Callable[[int], Callable[[Any], Any]]) -> Center:
     and 0.9 rounded up, and rounding down is proposed from time to time.
     """
     probe = Image.fromarray(np.arange(8, dtype=np.uint8).reshape(2, 4))
-    top, left = divmod(int(np.asarray(center_crop(1)(probe))[0, 0]), 4)
-    for rule, offsets in ((Center.ROUND, (0, 2)), (Center.FLOOR, (0, 1))):
-        if (top, left) == offsets:
-            return rule
-    raise _NotInCoreError(
-        "this torchvision's CenterCrop rounds in a way that the core does not know"
+    kept = int(np.asarray(center_crop(1)(probe))[0, 0])  # 4 * top + left
+    _require(
+        kept in (1, 2), "this torchvision's CenterCrop rounds in a way that the core does not know"
     )
+    return Center.ROUND if kept == 2 else Center.FLOOR
 
 
 def _horizontal_flip(prefix: _Prefix, member: Any) -> _Prefix:
     # A flip commutes with everything elementwise, and two flips in a row are one flip or none.
     p, q = member.p, prefix.flip_probability
     _require(_is_number(p) and 0 <= p <= 1, f"p={p!r} is not a number from 0 to 1")
-    return replace(
-        prefix,
-        flip_probability=p * (1.0 - q) + q * (1.0 - p),
-        num_flips=prefix.num_flips + 1,
-    )
+    either = p * (1.0 - q) + q * (1.0 - p)
+    return replace(prefix, flip_probability=either, num_flips=prefix.num_flips + 1)
 
 
 def _elementwise(prefix: _Prefix, member: Any) -> _Prefix:
@@ -219,29 +212,22 @@ def _elementwise(prefix: _Prefix, member: Any) -> _Prefix:
         raise _NotInCoreError(
             f"it raises {type(error).__name__} ({error}) on what it receives"
         ) from error
-    if not isinstance(value, Image.Image):
-        _require(
-            isinstance(value, torch.Tensor) and value.shape == (3, 1, 256),
-            "it returns no image tensor",
-        )
+    is_tensor = isinstance(value, torch.Tensor) and value.shape == (3, 1, 256)
+    _require(is_tensor or isinstance(value, Image.Image), "it returns no image tensor")
     return replace(prefix, value=value)
 
 
 def _normalize(prefix: _Prefix, member: Any) -> _Prefix:
     for name in ("mean", "std"):
         value = torch.as_tensor(getattr(member, name))
-        _require(
-            value.ndim <= 1 and value.numel() in (1, 3), f"{name} is not one number per channel"
-        )
+        is_per_channel = value.ndim <= 1 and value.numel() in (1, 3)
+        _require(is_per_channel, f"{name} is not one number per channel")
     return _elementwise(prefix, member)
-
-
-_Reader: TypeAlias = Callable[[_Prefix, Any], _Prefix]
 
 
 # Class name in torchvision.transforms and torchvision.transforms.v2 -> the function that reads a
 # member, and the attributes of a member that nobody has modified.
-_KNOWN: dict[str, tuple[_Reader, str]] = {
+_KNOWN: dict[str, tuple[Callable[[_Prefix, Any], _Prefix], str]] = {
     "RandomResizedCrop": (
         _random_resized_crop,
         "size scale ratio interpolation antialias _log_ratio",
@@ -363,26 +349,26 @@ def interpret(
         num_core, prefix, reason = _longest_prefix(members, dtype)
     in_python = tuple(members[num_core:])
     notes = _notes(members, num_core, reason)
-    one_at_a_time = not all(map(_draws_from_torch_only, in_python))
+    from_bytes = Pipeline(
+        recipe=Recipe(Geometry.RESIZE_CROP, 1, 1, passes=passes, crop_height=1, crop_width=1),
+        rows=Rows.FROM_BYTES,
+        out_shape=None,
+        dtype=dtype,
+        channels_last=channels_last,
+        table=None,
+        tail=(),
+        notes=notes,
+        _transform=transform,
+        _tail_type=Image.Image,
+        _one_at_a_time=not all(map(_draws_from_torch_only, in_python)),
+    )
     if prefix is None:
         if passes != pass_order():
             raise ValueError(
                 f"pillow={pillow!r} can't be honoured, because Pillow {PIL.__version__} does it: "
                 + notes[0]
             )
-        return Pipeline(
-            recipe=Recipe(Geometry.RESIZE_CROP, 1, 1, passes=passes, crop_height=1, crop_width=1),
-            rows=Rows.FROM_BYTES,
-            out_shape=None,
-            dtype=dtype,
-            channels_last=channels_last,
-            table=None,
-            tail=(),
-            notes=notes,
-            _transform=transform,
-            _tail_type=Image.Image,
-            _one_at_a_time=one_at_a_time,
-        )
+        return from_bytes
     if prefix.is_image and not in_python and dtype is not None:
         raise ValueError(
             f"dtype={dtype} needs a transform that ends in a tensor; this one ends in a PIL image. "
@@ -390,18 +376,15 @@ def interpret(
         )
     rows = Rows.FINISHED_BY_PYTHON if in_python or prefix.is_image else Rows.DECODED
     recipe = _recipe(prefix, passes, _layout(rows, prefix, channels_last), strict)
-    return Pipeline(
+    return replace(
+        from_bytes,
         recipe=recipe,
         rows=rows,
         out_shape=(3, recipe.out_height, recipe.out_width),
         dtype=prefix.value.dtype if rows is Rows.DECODED else dtype,
-        channels_last=channels_last,
         table=prefix.table,
         tail=in_python,
-        notes=notes,
-        _transform=transform,
         _tail_type=Image.Image if prefix.is_image else type(prefix.value),
-        _one_at_a_time=one_at_a_time,
     )
 
 
@@ -456,8 +439,7 @@ def _standard(train: bool, dtype: torch.dtype | None) -> _Prefix:
             f"the standard transform gives torch's default dtype, {value.dtype}, which is not "
             "implemented; pass dtype=torch.float32"
         )
-    flip_probability = 0.5 if train else 0.0
-    return _Prefix(fields, size=(224, 224), flip_probability=flip_probability, value=value)
+    return _Prefix(fields, size=(224, 224), flip_probability=0.5 if train else 0.0, value=value)
 
 
 def _longest_prefix(
@@ -484,12 +466,10 @@ def _longest_prefix(
 
 
 def _layout(rows: Rows, prefix: _Prefix, channels_last: bool) -> Layout:
-    if rows is Rows.DECODED:
-        is_hwc = channels_last
-    else:
+    if rows is not Rows.DECODED:
         # The Python part gets the strides it would have got: PILToTensor permutes, ToTensor copies.
-        is_hwc = prefix.is_image or prefix.value.stride(-1) == 3
-    return Layout.HWC if is_hwc else Layout.CHW
+        channels_last = prefix.is_image or prefix.value.stride(-1) == 3
+    return Layout.HWC if channels_last else Layout.CHW
 
 
 def _recipe(prefix: _Prefix, passes: Passes, layout: Layout, strict: bool) -> Recipe:

@@ -11,6 +11,7 @@ import sys
 from ctypes import (
     POINTER,
     Structure,
+    byref,
     c_char,
     c_char_p,
     c_double,
@@ -38,14 +39,17 @@ TASK_ROW, TASK_BLOCK = 1, 2
 ROWS_READ = 3
 
 
+def _all(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Return fields of one type, as C declares several of them at once."""
+    return [(name, kind) for name in names.split()]
+
+
 class CError(Structure):
     """What went wrong in a call; fields as ``imseq_error``."""
 
     _fields_ = [
-        ("code", c_int32),
-        ("os_errno", c_int32),
-        ("sample", c_int64),
-        ("offset", c_int64),
+        *_all(c_int32, "code os_errno"),
+        *_all(c_int64, "sample offset"),
         ("message", c_char * 512),
     ]
 
@@ -54,29 +58,11 @@ class CRecipe(Structure):
     """What is done to every sample; fields as ``imseq_recipe``."""
 
     _fields_ = [
-        ("geometry", c_int32),
-        ("out_height", c_int32),
-        ("out_width", c_int32),
-        ("filter", c_int32),
-        ("passes", c_int32),
-        ("dtype", c_int32),
-        ("layout", c_int32),
-        ("strict", c_int32),
-        ("scale_min", c_double),
-        ("scale_max", c_double),
-        ("ratio_min", c_double),
-        ("ratio_max", c_double),
-        ("resize_height", c_int32),
-        ("resize_width", c_int32),
-        ("resize_max", c_int32),
-        ("crop_height", c_int32),
-        ("crop_width", c_int32),
-        ("center_rule", c_int32),
-        ("fixed_top", c_int32),
-        ("fixed_left", c_int32),
-        ("fixed_height", c_int32),
-        ("fixed_width", c_int32),
-        ("fixed_flip", c_int32),
+        *_all(c_int32, "geometry out_height out_width filter passes dtype layout strict"),
+        *_all(c_double, "scale_min scale_max ratio_min ratio_max"),
+        *_all(c_int32, "resize_height resize_width resize_max"),
+        *_all(c_int32, "crop_height crop_width center_rule"),
+        *_all(c_int32, "fixed_top fixed_left fixed_height fixed_width fixed_flip"),
         ("flip_probability", c_double),
         ("max_pixels", c_int64),
         ("table", c_void_p),
@@ -105,45 +91,25 @@ class Sample(Structure):
 class Times(Structure):
     """Time of each step of decoding, in ticks of the processor's counter; as ``imseq_times``."""
 
-    _fields_ = [
-        ("header", c_int64),
-        ("markers", c_int64),
-        ("entropy", c_int64),
-        ("idct", c_int64),
-        ("colour", c_int64),
-        ("resize", c_int64),
-        ("store", c_int64),
-    ]
+    _fields_ = _all(c_int64, "header markers entropy idct colour resize store")
 
 
 class View(Structure):
     """The geometry drawn for one image; fields as ``imseq_view``, in pixels."""
 
-    _fields_ = [
-        ("top", c_int32),
-        ("left", c_int32),
-        ("height", c_int32),
-        ("width", c_int32),
-        ("resized_height", c_int32),
-        ("resized_width", c_int32),
-        ("window_top", c_int32),
-        ("window_left", c_int32),
-        ("flip", c_int32),
-    ]
+    _fields_ = _all(
+        c_int32,
+        "top left height width resized_height resized_width window_top window_left flip",
+    )
 
 
 class Header(Structure):
     """A JPEG's header; fields as ``imseq_header``."""
 
     _fields_ = [
-        ("width", c_int32),
-        ("height", c_int32),
-        ("num_components", c_int32),
-        ("h_sampling", c_int32 * 4),
-        ("v_sampling", c_int32 * 4),
-        ("restart_interval", c_int32),
-        ("progressive", c_int32),
-        ("supported", c_int32),
+        *_all(c_int32, "width height num_components"),
+        *_all(c_int32 * 4, "h_sampling v_sampling"),
+        *_all(c_int32, "restart_interval progressive supported"),
         ("entropy_offset", c_int64),
     ]
 
@@ -152,21 +118,12 @@ class CEngineConfig(Structure):
     """The settings of an engine; fields as ``imseq_engine_config``."""
 
     _fields_ = [
-        ("num_decoders", c_int32),
-        ("num_readers", c_int32),
-        ("num_slots", c_int32),
-        ("rows", c_int32),
-        ("verify_checksums", c_int32),
-        ("direct", c_int32),
-        ("row_bytes", c_int64),
-        ("block_budget_bytes", c_int64),
+        *_all(c_int32, "num_decoders num_readers num_slots rows verify_checksums direct"),
+        *_all(c_int64, "row_bytes block_budget_bytes"),
         ("disk_lock", c_char_p),
         ("kept", c_void_p),
-        ("kept_bytes", c_int64),
-        ("kept_keys", c_int64),
-        ("kept_floor_bytes", c_int64),
-        ("record_requests", c_int32),
-        ("reserved", c_int32),
+        *_all(c_int64, "kept_bytes kept_keys kept_floor_bytes"),
+        *_all(c_int32, "record_requests reserved"),
         ("recipe", CRecipe),
     ]
 
@@ -176,61 +133,30 @@ class CPlan(Structure):
 
     _fields_ = [
         ("seed", c_uint64),
-        ("epoch", c_int64),
-        ("num_positions", c_int64),
-        ("num_batches", c_int64),
-        ("num_blocks", c_int64),
-        ("num_files", c_int64),
-        ("slot_rows", c_int64),
-        ("batch_begin", c_void_p),
-        ("sample", c_void_p),
-        ("draw", c_void_p),
-        ("block", c_void_p),
-        ("offset", c_void_p),
-        ("length", c_void_p),
-        ("checksum", c_void_p),
-        ("flags", c_void_p),
-        ("block_file", c_void_p),
-        ("block_offset", c_void_p),
-        ("block_length", c_void_p),
-        ("block_key", c_void_p),
-        ("window_begin", c_void_p),
+        *_all(c_int64, "epoch num_positions num_batches num_blocks num_files slot_rows"),
+        *_all(c_void_p, "batch_begin sample draw block offset length checksum flags"),
+        *_all(c_void_p, "block_file block_offset block_length block_key window_begin"),
         ("num_windows", c_int64),
         ("root", c_char_p),
-        ("paths", c_void_p),
-        ("path_begin", c_void_p),
+        *_all(c_void_p, "paths path_begin"),
     ]
 
 
 class Batch(Structure):
     """A finished batch; fields as ``imseq_batch``."""
 
-    _fields_ = [
-        ("batch", c_int64),
-        ("begin", c_int64),
-        ("end", c_int64),
-        ("slot", c_int32),
-        ("reserved", c_int32),
-    ]
+    _fields_ = [*_all(c_int64, "batch begin end"), *_all(c_int32, "slot reserved")]
 
 
 class Task(Structure):
     """A python row or block; fields as ``imseq_task``."""
 
     _fields_ = [
-        ("kind", c_int32),
-        ("slot", c_int32),
-        ("ticket", c_int64),
-        ("position", c_int64),
-        ("sample", c_int64),
-        ("draw", c_int64),
-        ("batch", c_int64),
-        ("row_index", c_int64),
-        ("row", c_void_p),
-        ("bytes", c_void_p),
+        *_all(c_int32, "kind slot"),
+        *_all(c_int64, "ticket position sample draw batch row_index"),
+        *_all(c_void_p, "row bytes"),
         ("size", c_int64),
-        ("prefix_done", c_int32),
-        ("reserved", c_int32),
+        *_all(c_int32, "prefix_done reserved"),
     ]
 
     def encoded(self) -> bytes:
@@ -241,58 +167,33 @@ class Task(Structure):
 class CStats(Structure):
     """An engine's counters; fields as ``imseq_stats``."""
 
-    _fields_ = [
-        (name, c_int64)
-        for name in (
-            "read_bytes",
-            "read_requests",
-            "read_seeks",
-            "read_ns",
-            "read_wait_ns",
-            "read_lock_wait_ns",
-            "read_direct_requests",
-            "read_lookups",
-            "read_cached_bytes",
-            "read_kept_bytes",
-            "decode_samples",
-            "decode_ns",
-            "decode_wait_read_ns",
-            "decode_wait_batch_ns",
-            "python_rows",
-            "python_blocks",
-            "batch_count",
-            "batch_wait_ns",
-            "block_bytes",
-            "block_bytes_peak",
-            "kept_bytes",
-            "kept_blocks",
-            "block_budget_bytes",
-        )
-    ]
+    _fields_ = _all(
+        c_int64,
+        "read_bytes read_requests read_seeks read_ns read_wait_ns read_lock_wait_ns "
+        "read_direct_requests read_lookups read_cached_bytes read_kept_bytes "
+        "decode_samples decode_ns decode_wait_read_ns decode_wait_batch_ns "
+        "python_rows python_blocks batch_count batch_wait_ns "
+        "block_bytes block_bytes_peak kept_bytes kept_blocks block_budget_bytes",
+    )
 
 
 class Pending(Structure):
     """A read that the operating system has not answered; fields as ``imseq_pending``."""
 
-    _fields_ = [("age_ns", c_int64), ("offset", c_int64), ("path", c_char * 512)]
+    _fields_ = [*_all(c_int64, "age_ns offset"), ("path", c_char * 512)]
 
 
 class Request(Structure):
     """A range that was read from a file; fields as ``imseq_request``."""
 
     _fields_ = [
-        ("epoch", c_int64),
-        ("file", c_int64),
-        ("offset", c_int64),
-        ("length", c_int64),
-        ("direct", c_int32),
-        ("locked", c_int32),
-        ("cached", c_int32),
-        ("reserved", c_int32),
+        *_all(c_int64, "epoch file offset length"),
+        *_all(c_int32, "direct locked cached reserved"),
     ]
 
 
 _ERROR, _RECIPE, _KEY = POINTER(CError), POINTER(CRecipe), POINTER(CKey)
+_BYTES: list[Any] = [c_void_p, c_size_t]
 
 # name -> (result, arguments)
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
@@ -300,29 +201,18 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "imseq_build_info": (c_char_p, []),
     "imseq_cpu": (c_char_p, []),
     "imseq_use_cpu": (c_int32, [c_char_p, _ERROR]),
-    "imseq_read_header": (c_int32, [c_void_p, c_size_t, POINTER(Header), _ERROR]),
+    "imseq_read_header": (c_int32, [*_BYTES, POINTER(Header), _ERROR]),
     "imseq_draw": (c_int32, [_RECIPE, _KEY, c_int32, c_int32, POINTER(View), _ERROR]),
-    "imseq_decode": (c_int32, [_RECIPE, _KEY, c_void_p, c_size_t, c_uint32, c_void_p, _ERROR]),
+    "imseq_decode": (c_int32, [_RECIPE, _KEY, *_BYTES, c_uint32, c_void_p, _ERROR]),
     "imseq_decode_group": (c_int32, [_RECIPE, POINTER(Sample), c_int32, POINTER(Times), _ERROR]),
     "imseq_apply": (c_int32, [_RECIPE, _KEY, c_void_p, c_int32, c_int32, c_void_p, _ERROR]),
     "imseq_transcode": (
         c_int32,
-        [
-            c_void_p,
-            c_size_t,
-            c_int32,
-            c_uint32,
-            c_void_p,
-            c_void_p,
-            c_size_t,
-            POINTER(c_size_t),
-            POINTER(Header),
-            _ERROR,
-        ],
+        [*_BYTES, c_int32, c_uint32, c_void_p, *_BYTES, POINTER(c_size_t), POINTER(Header), _ERROR],
     ),
-    "imseq_count_symbols": (c_int32, [c_void_p, c_size_t, c_int32, c_void_p, _ERROR]),
+    "imseq_count_symbols": (c_int32, [*_BYTES, c_int32, c_void_p, _ERROR]),
     "imseq_fit_tables": (c_int32, [c_void_p, c_void_p, _ERROR]),
-    "imseq_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
+    "imseq_crc32c": (c_uint32, [c_uint32, *_BYTES]),
     "imseq_engine_create": (c_int32, [POINTER(CEngineConfig), POINTER(c_void_p), _ERROR]),
     "imseq_look_up": (c_int32, [c_char_p, c_void_p, c_void_p, _ERROR]),
     "imseq_preallocate": (c_int32, [c_int32, c_int64, _ERROR]),
@@ -382,13 +272,10 @@ _EXCEPTIONS: dict[int, type[Exception]] = {
 }
 
 
-def check(status: int, error: CError, name_of_sample: Any = None) -> int:
+def check(status: int, error: CError, name_of: Any = None) -> int:
     """Return a status of zero or above; raise an exception for a negative one.
 
-    Args:
-        status: result of a native function.
-        error: the error struct that was passed to the function.
-        name_of_sample: function from a sample's number to its name, for the message; may be None.
+    `name_of`, if given, names the sample in the message.
 
     Raises:
         OSError: the operating system reported an error.
@@ -399,7 +286,7 @@ def check(status: int, error: CError, name_of_sample: Any = None) -> int:
     message = error.message.decode("utf-8", "replace")
     sample, name = error.sample, ""
     if sample >= 0:
-        name = name_of_sample(sample) if name_of_sample else ""
+        name = name_of(sample) if name_of else ""
         message = f"sample {sample}{f' ({name})' if name else ''}: {message}"
     if status == ERROR_READ and error.os_errno:
         raise OSError(error.os_errno, f"{message}: {os.strerror(error.os_errno)}")
@@ -407,3 +294,9 @@ def check(status: int, error: CError, name_of_sample: Any = None) -> int:
     if sample >= 0 and issubclass(exception, DataError):
         raise SampleError(message, sample, name)
     raise exception(message)
+
+
+def call(function: Any, *arguments: Any, name_of: Any = None) -> int:
+    """Call a function of the core, whose last argument is the error, and `check` its status."""
+    error = CError()
+    return check(function(*arguments, byref(error)), error, name_of)

@@ -25,6 +25,7 @@ from imagenet_seq.native.abi import (
     Sample,
     Times,
     View,
+    call,
     check,
     lib,
 )
@@ -47,21 +48,14 @@ def use_cpu(level: str) -> None:
     Raises:
         ValueError: this processor has no such kernels; the message names those it has.
     """
-    error = CError()
-    check(lib.imseq_use_cpu(level.encode(), byref(error)), error)
+    call(lib.imseq_use_cpu, level.encode())
 
 
-def _use_cpu_of_environment() -> None:
-    level = os.environ.get("IMAGENET_SEQ_CPU")
-    if not level:
-        return
+if _level := os.environ.get("IMAGENET_SEQ_CPU"):
     try:
-        use_cpu(level)
+        use_cpu(_level)
     except ValueError as error:
         raise ImportError(f"the environment variable IMAGENET_SEQ_CPU: {error}") from None
-
-
-_use_cpu_of_environment()
 
 
 def address_of(data: bytes | bytearray | memoryview | np.ndarray) -> tuple[int, int, object]:
@@ -76,19 +70,15 @@ def address_of(data: bytes | bytearray | memoryview | np.ndarray) -> tuple[int, 
 
 def c_recipe(recipe: Recipe) -> CRecipe:
     """Copy a recipe; its table must outlive the result."""
-    native = CRecipe()
-    for name in (field[0] for field in CRecipe._fields_):
-        if name != "table":
-            setattr(native, name, getattr(recipe, name))
-    native.table = recipe.table.ctypes.data if recipe.table is not None else None
-    return native
+    table = None if recipe.table is None else recipe.table.ctypes.data
+    return CRecipe(**{**vars(recipe), "table": table})
 
 
 def read_header(data: bytes | memoryview | np.ndarray) -> Header | None:
     """Read a JPEG's header; None if the bytes are no JPEG or the header is damaged."""
-    header, error = Header(), CError()
+    header = Header()
     address, size, _keep = address_of(data)
-    status = check(lib.imseq_read_header(address, size, byref(header), byref(error)), error)
+    status = call(lib.imseq_read_header, address, size, byref(header))
     return header if status == OK else None
 
 
@@ -99,35 +89,22 @@ def draw(
 
     Pure: a function of its arguments alone, the same on every platform.
     """
-    view, error = View(), CError()
-    native, key = c_recipe(recipe), CKey(seed, epoch, sample)
-    status = lib.imseq_draw(byref(native), byref(key), width, height, byref(view), byref(error))
-    return view if check(status, error) == OK else None
+    native, key, view = c_recipe(recipe), CKey(seed, epoch, sample), View()
+    status = call(lib.imseq_draw, byref(native), byref(key), width, height, byref(view))
+    return view if status == OK else None
 
 
 def decode(
-    recipe: Recipe,
-    key: Key,
-    data: bytes | memoryview | np.ndarray,
-    row: int,
-    flags: int = 0,
+    recipe: Recipe, key: Key, data: bytes | memoryview | np.ndarray, row: int, flags: int = 0
 ) -> bool:
     """Decode one JPEG into the memory at address `row`; return False if Pillow must decode it.
 
-    Args:
-        recipe: what to do; `row` must hold out_height * out_width * 3 values of its dtype.
-        key: (seed, epoch, sample).
-        data: the whole file.
-        row: address of the output.
-        flags: SAMPLE_CLEAN or 0.
+    `row` must hold out_height * out_width * 3 values of the recipe's dtype; `data` is the whole
+    file, `flags` SAMPLE_CLEAN or 0.
     """
-    error = CError()
     address, size, _keep = address_of(data)
-    native, native_key = c_recipe(recipe), CKey(*key)
-    status = lib.imseq_decode(
-        byref(native), byref(native_key), address, size, flags, row, byref(error)
-    )
-    return check(status, error) == OK
+    native, c_key = byref(c_recipe(recipe)), byref(CKey(*key))
+    return call(lib.imseq_decode, native, c_key, address, size, flags, row) == OK
 
 
 def decode_group(
@@ -140,13 +117,8 @@ def decode_group(
 ) -> list[bool]:
     """Decode up to MAX_GROUP JPEGs together: faster than one by one, with the same results.
 
-    Args:
-        recipe: what to do; each row must hold out_height * out_width * 3 values of its dtype.
-        keys: (seed, epoch, sample) of each.
-        data: the whole files.
-        rows: addresses of the memory to fill.
-        flags: SAMPLE_CLEAN if all were decoded once in full without any anomaly.
-        times: the time of each step is added to it.
+    It takes what `decode` takes, for each sample. `flags` may be SAMPLE_CLEAN if all were decoded
+    once in full without any anomaly. The time of each step is added to `times`.
 
     Returns:
         For each sample whether its row was filled; if not, Pillow must decode it.
@@ -162,35 +134,25 @@ def decode_group(
         keep.append(kept)
         sample.key, sample.bytes, sample.size = CKey(*key), address, size
         sample.row, sample.flags = row, flags
-    native, error = c_recipe(recipe), CError()
-    status = lib.imseq_decode_group(
-        byref(native), samples, len(samples), byref(times) if times else None, byref(error)
-    )
-    check(status, error)
+    native, measured = byref(c_recipe(recipe)), byref(times) if times else None
+    call(lib.imseq_decode_group, native, samples, len(samples), measured)
     return [sample.status == OK for sample in samples]
 
 
 def apply(recipe: Recipe, key: Key, pixels: np.ndarray, row: int) -> bool:
     """Crop, resize, flip and convert decoded pixels into the memory at address `row`.
 
-    Args:
-        recipe: what to do.
-        key: (seed, epoch, sample).
-        pixels: uint8 array of shape (height, width, 3), C-contiguous.
-        row: address of the output.
+    `pixels` are a C-contiguous uint8 array of shape (height, width, 3). False: the core can't apply
+    the recipe to this size.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(
             f"expected uint8 pixels of shape (height, width, 3), got {pixels.dtype} {pixels.shape}"
         )
-    error = CError()
     address, _, _keep = address_of(pixels)
     height, width, _ = pixels.shape
-    native, native_key = c_recipe(recipe), CKey(*key)
-    status = lib.imseq_apply(
-        byref(native), byref(native_key), address, width, height, row, byref(error)
-    )
-    return check(status, error) == OK
+    native, c_key = byref(c_recipe(recipe)), byref(CKey(*key))
+    return call(lib.imseq_apply, native, c_key, address, width, height, row) == OK
 
 
 def transcode(
@@ -215,23 +177,13 @@ def transcode(
     header, error, size_out = Header(), CError(), c_size_t(0)
     address, size, _keep = address_of(data)
     out = np.empty(size + size // 4 + 4096, np.uint8)
+    how = (restart_interval, STRIP_METADATA if strip else 0, tables)
+    results = (byref(size_out), byref(header), byref(error))
     while True:
-        status = lib.imseq_transcode(
-            address,
-            size,
-            restart_interval,
-            STRIP_METADATA if strip else 0,
-            tables,
-            out.ctypes.data,
-            out.nbytes,
-            byref(size_out),
-            byref(header),
-            byref(error),
-        )
-        if status == ERROR_CAPACITY and size_out.value > out.nbytes:
-            out = np.empty(size_out.value, np.uint8)
-            continue
-        return (out[: size_out.value], header) if check(status, error) == OK else None
+        status = lib.imseq_transcode(address, size, *how, out.ctypes.data, out.nbytes, *results)
+        if status != ERROR_CAPACITY or size_out.value <= out.nbytes:
+            return (out[: size_out.value], header) if check(status, error) == OK else None
+        out = np.empty(size_out.value, np.uint8)
 
 
 def count_symbols(
@@ -243,12 +195,10 @@ def count_symbols(
         A uint64 array of shape (4, 256): DC and AC table of the first component, DC and AC table of
         the others; None if the input is damaged or unsupported.
     """
-    counts, error = np.zeros((4, 256), np.uint64), CError()
+    counts = np.zeros((4, 256), np.uint64)
     address, size, _keep = address_of(data)
-    status = lib.imseq_count_symbols(
-        address, size, restart_interval, counts.ctypes.data, byref(error)
-    )
-    return counts if check(status, error) == OK else None
+    status = call(lib.imseq_count_symbols, address, size, restart_interval, counts.ctypes.data)
+    return counts if status == OK else None
 
 
 def fit_tables(counts: np.ndarray) -> bytes:
@@ -266,9 +216,8 @@ def fit_tables(counts: np.ndarray) -> bytes:
         raise ValueError(
             f"counts: expected (4, 256) of uint64, got {counts.shape} of {counts.dtype}"
         )
-    table, error = np.ascontiguousarray(counts), CError()
-    out = np.empty(TABLES_BYTES, np.uint8)
-    check(lib.imseq_fit_tables(table.ctypes.data, out.ctypes.data, byref(error)), error)
+    table, out = np.ascontiguousarray(counts), np.empty(TABLES_BYTES, np.uint8)
+    call(lib.imseq_fit_tables, table.ctypes.data, out.ctypes.data)
     return out.tobytes()
 
 
@@ -288,9 +237,8 @@ def look_up(path: str) -> tuple[int, int]:
     Raises:
         OSError: the file can't be opened.
     """
-    size, address, error = c_int64(), c_int64(), CError()
-    status = lib.imseq_look_up(os.fsencode(path), byref(size), byref(address), byref(error))
-    check(status, error)
+    size, address = c_int64(), c_int64()
+    call(lib.imseq_look_up, os.fsencode(path), byref(size), byref(address))
     return size.value, address.value
 
 
@@ -302,8 +250,7 @@ def preallocate(fd: int, size_bytes: int) -> None:
     Raises:
         OSError: the disk is full.
     """
-    error = CError()
-    check(lib.imseq_preallocate(fd, size_bytes, byref(error)), error)
+    call(lib.imseq_preallocate, fd, size_bytes)
 
 
 def kept_table_bytes(num_keys: int) -> int:

@@ -17,13 +17,12 @@ from imagenet_seq.native.abi import (
     TIMEOUT,
     Batch,
     CEngineConfig,
-    CError,
     CPlan,
     CStats,
     Pending,
     Request,
     Task,
-    check,
+    call,
     lib,
 )
 from imagenet_seq.native.core import address_of, c_recipe
@@ -105,8 +104,8 @@ class Engine:
         self.num_slots = num_slots
         self._reading = reading  # its memory must outlive the core's threads
         # The core writes the handle into it: Ctrl-C can't come between creation and assignment.
-        self._handle, error = c_void_p(), CError()
-        check(lib.imseq_engine_create(byref(config), byref(self._handle), byref(error)), error)
+        self._handle = c_void_p()
+        call(lib.imseq_engine_create, byref(config), byref(self._handle))
 
     def prepare(self, plan: EnginePlan, slot_rows: int) -> None:
         """Announce the next plan: it is read ahead once the present one has been read.
@@ -116,8 +115,7 @@ class Engine:
             slot_rows: as in `start`.
         """
         native, _keep = _c_plan(plan, slot_rows)
-        error = CError()
-        check(lib.imseq_engine_prepare(self._handle, byref(native), byref(error)), error)
+        call(lib.imseq_engine_prepare, self._handle, byref(native))
 
     def start(self, plan: EnginePlan | None, rows: Sequence[int], slot_rows: int) -> None:
         """Begin a plan.
@@ -129,44 +127,37 @@ class Engine:
         """
         if len(rows) != self.num_slots:
             raise ValueError(f"expected memory for {self.num_slots} slots, got {len(rows)}")
-        error = CError()
+        native, _keep = (None, []) if plan is None else _c_plan(plan, slot_rows)
         addresses = (c_void_p * len(rows))(*rows)
-        if plan is None:
-            check(lib.imseq_engine_start(self._handle, None, addresses, byref(error)), error)
-            return
-        native, _keep = _c_plan(plan, slot_rows)
-        check(lib.imseq_engine_start(self._handle, byref(native), addresses, byref(error)), error)
+        announced = byref(native) if native else None
+        call(lib.imseq_engine_start, self._handle, announced, addresses)
 
-    def next(self, timeout_s: float, name_of_sample: Any = None) -> Batch | Literal[False] | None:
+    def next(self, timeout_s: float, name_of: Any = None) -> Batch | Literal[False] | None:
         """Return the next batch, None at the end of the plan, False when the time-out passed.
 
         Raises:
             LoaderClosedError: the plan was cancelled meanwhile.
         """
-        batch, error = Batch(), CError()
-        status = lib.imseq_engine_next(
-            self._handle, int(timeout_s * 1e9), byref(batch), byref(error)
-        )
-        check(status, error, name_of_sample)
+        batch, wait_ns = Batch(), int(timeout_s * 1e9)
+        status = call(lib.imseq_engine_next, self._handle, wait_ns, byref(batch), name_of=name_of)
         if status == CANCELLED:
             raise LoaderClosedError("the loader was closed while it was iterated")
         return batch if status == OK else False if status == TIMEOUT else None
 
     def release(self, slot: int, row: int) -> None:
         """Lend the memory at address `row` for the slot's next batch."""
-        error = CError()
-        check(lib.imseq_engine_release(self._handle, slot, row, byref(error)), error)
+        call(lib.imseq_engine_release, self._handle, slot, row)
 
     def stats(self) -> dict[str, int]:
         """Return the counters; names begin with their stage, times are in ns."""
-        stats, error = CStats(), CError()
-        check(lib.imseq_engine_stats(self._handle, byref(stats), byref(error)), error)
+        stats = CStats()
+        call(lib.imseq_engine_stats, self._handle, byref(stats))
         return {field[0]: int(getattr(stats, field[0])) for field in CStats._fields_}
 
     def pending(self) -> tuple[float, str, int] | None:
         """Return the oldest unanswered read: seconds so far, path and offset in bytes; or None."""
-        pending, error = Pending(), CError()
-        check(lib.imseq_engine_pending(self._handle, byref(pending), byref(error)), error)
+        pending = Pending()
+        call(lib.imseq_engine_pending, self._handle, byref(pending))
         if pending.age_ns < 0:
             return None
         return pending.age_ns / 1e9, os.fsdecode(pending.path), int(pending.offset)
@@ -174,32 +165,22 @@ class Engine:
     def requests(self) -> list[Request]:
         """Return the reads since the last call, if `ReadConfig.record_requests` is set."""
         found: list[Request] = []
-        part, error = (Request * 1024)(), CError()
+        part = (Request * 1024)()
         count = c_int64(len(part))
         while count.value == len(part):
-            status = lib.imseq_engine_requests(
-                self._handle, part, len(part), byref(count), byref(error)
-            )
-            check(status, error)
+            call(lib.imseq_engine_requests, self._handle, part, len(part), byref(count))
             found += [Request.from_buffer_copy(request) for request in part[: count.value]]
         return found
 
     def take(self, timeout_s: float) -> Task | Literal[False] | None:
         """Return a task for Python, None after `close`, False when the time-out passed."""
-        task, error = Task(), CError()
-        status = lib.imseq_engine_take(
-            self._handle, int(timeout_s * 1e9), byref(task), byref(error)
-        )
-        check(status, error)
+        task = Task()
+        status = call(lib.imseq_engine_take, self._handle, int(timeout_s * 1e9), byref(task))
         return task if status == OK else False if status == TIMEOUT else None
 
     def finish_row(self, ticket: int, failure: str | None = None) -> None:
         """Report that a python row is filled, or why it can't be."""
-        error = CError()
-        check(
-            lib.imseq_engine_finish_row(self._handle, ticket, _text(failure), byref(error)),
-            error,
-        )
+        call(lib.imseq_engine_finish_row, self._handle, ticket, _text(failure))
 
     def finish_block(
         self,
@@ -210,34 +191,21 @@ class Engine:
         failure: str | None = None,
     ) -> None:
         """Hand in the bytes of a python block; sample i is data[offsets[i]:][:lengths[i]]."""
-        error = CError()
         address, size, _keep = address_of(data)
         begins = np.ascontiguousarray(offsets, np.int64)
         sizes = np.ascontiguousarray(lengths, np.int64)
         if begins.shape != sizes.shape:
             raise ValueError(f"{len(begins)} offsets but {len(sizes)} lengths")
-        check(
-            lib.imseq_engine_finish_block(
-                self._handle,
-                ticket,
-                address,
-                size,
-                begins.ctypes.data,
-                sizes.ctypes.data,
-                len(begins),
-                _text(failure),
-                byref(error),
-            ),
-            error,
-        )
+        samples = (begins.ctypes.data, sizes.ctypes.data, len(begins))
+        block = (self._handle, ticket, address, size)
+        call(lib.imseq_engine_finish_block, *block, *samples, _text(failure))
 
     def close(self) -> None:
         """End the plan and the core's threads; every `take` returns None from now on.
 
         After it no thread of the core touches lent memory. Idempotent.
         """
-        error = CError()
-        check(lib.imseq_engine_close(self._handle, byref(error)), error)
+        call(lib.imseq_engine_close, self._handle)
 
     def __del__(self) -> None:
         """Close and free; no other call can run, because nothing refers to the engine."""
@@ -245,23 +213,13 @@ class Engine:
             lib.imseq_engine_destroy(self._handle)
 
 
-_PLAN_DTYPES: dict[str, type] = {
-    "batch_begin": np.int64,
-    "sample": np.int64,
-    "draw": np.int64,
-    "block": np.int32,
-    "offset": np.int64,
-    "length": np.int64,
-    "checksum": np.uint32,
-    "flags": np.uint8,
-    "block_file": np.int32,
-    "block_offset": np.int64,
-    "block_length": np.int64,
-    "block_key": np.int64,
-    "window_begin": np.int64,
-    "paths": np.uint8,
-    "path_begin": np.int64,
-}
+_PLAN_COLUMNS: tuple[tuple[type, str], ...] = (
+    (np.int64, "batch_begin sample draw offset length block_offset block_length block_key"),
+    (np.int64, "window_begin path_begin"),
+    (np.int32, "block block_file"),
+    (np.uint32, "checksum"),
+    (np.uint8, "flags paths"),
+)
 
 
 def _c_plan(plan: EnginePlan, slot_rows: int) -> tuple[CPlan, list[np.ndarray]]:
@@ -277,14 +235,12 @@ def _c_plan(plan: EnginePlan, slot_rows: int) -> tuple[CPlan, list[np.ndarray]]:
         slot_rows=slot_rows,
         root=os.fsencode(plan.root),
     )
-    keep = []
-    for name, dtype in _PLAN_DTYPES.items():
-        column = getattr(plan, name)
-        if column is None:
-            continue
-        array: np.ndarray = np.ascontiguousarray(column, dtype)
-        keep.append(array)
-        setattr(native, name, array.ctypes.data)
+    keep: list[np.ndarray] = []
+    for dtype, names in _PLAN_COLUMNS:
+        for name in names.split():
+            if (column := getattr(plan, name)) is not None:
+                keep.append(np.ascontiguousarray(column, dtype))
+                setattr(native, name, keep[-1].ctypes.data)
     return native, keep
 
 
