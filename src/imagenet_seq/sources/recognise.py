@@ -6,6 +6,8 @@ line for messages, and `find(place)`, which looks at names and a few first bytes
 * a `Found`, which `open_source` opens,
 * a string: why something that resembles this format is not it,
 * None: nothing like it.
+
+It raises `SplitNeededError` if there are several splits and none was given.
 """
 
 from __future__ import annotations
