@@ -232,11 +232,8 @@ def _open_kept(path: str, place: str) -> Scanned | None:
         header, columns = read_columns(path)
         if header["format"] != _FORMAT:
             return None
-        stamps = FileStamps(
-            Names(columns["stamps.blob"], columns["stamps.begin"]),
-            columns["stamps.size"],
-            columns["stamps.mtime_ns"],
-        )
+        paths = Names(columns["stamps.blob"], columns["stamps.begin"])
+        stamps = FileStamps(paths, columns["stamps.size"], columns["stamps.mtime_ns"])
         if stamps.first_changed(place):
             return None
         root = os.path.normpath(os.path.join(_folder_of(place), header["root"]))

@@ -454,11 +454,11 @@ def _digest(index: Index) -> str:
 
 def _validate_names(names: Names, column: str, where: str) -> None:
     begin, size = names.begin, len(names.blob)
-    if begin[0] < 0 or begin[-1] > size or np.any(begin[1:] < begin[:-1]):
+    descending = ", descending somewhere" if np.any(begin[1:] < begin[:-1]) else ""
+    if begin[0] < 0 or begin[-1] > size or descending:
         raise DataError(
             f"{where}: '{column}': expected positions ascending in [0, {size}], "
-            f"got {begin[0]} to {begin[-1]}"
-            + ("" if np.all(begin[1:] >= begin[:-1]) else ", descending somewhere")
+            f"got {begin[0]} to {begin[-1]}{descending}"
         )
 
 

@@ -23,15 +23,7 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats import imagefolder
 from imagenet_seq.sources.images import is_image_name
-from imagenet_seq.sources.place import (
-    SPLITS,
-    Found,
-    Opening,
-    Place,
-    is_directory,
-    split_needed,
-    split_of,
-)
+from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, split_needed, split_of
 from imagenet_seq.sources.scan import Problems
 
 LOOKS_FOR = (
@@ -93,8 +85,9 @@ def _find_in_kaggle(place: Place, *names: str) -> Found | str | None:
 
 
 def _open(folder: str, lists: Sequence[str], how: Opening) -> Source:
-    classes_from = filter(None, [_class_list(folder, lists), _train_folder(folder)])
-    depends_on = [folder, *lists, *classes_from]
+    depends_on = [folder, *lists, *filter(None, [_class_list(folder, lists)])]
+    if train := _train_folder(folder):
+        depends_on.append(train.path)
     scanned = indexed("flat", folder, depends_on, lambda: _scan(folder, lists, how), how.on_error)
     return Source("flat", scanned.index, notes=scanned.notes)
 
@@ -309,7 +302,7 @@ def _classes(
     if path := _class_list(folder, lists):
         return sorted(_wnids_in(path)), path
     if train := _train_folder(folder):
-        return _folders_in(train), train
+        return list(train.folders), train.path
     texts = {entry.label for entries in told for entry in entries.values()}
     if 2 * sum(1 for text in texts if _NUMBER.fullmatch(text)) > len(texts):
         return [], ""  # the few that are not numbers are mistakes
@@ -345,23 +338,19 @@ def _class_list(folder: str, lists: Sequence[str]) -> str | None:
     return next(filter(os.path.isfile, places), None)
 
 
-def _train_folder(folder: str) -> str | None:
+def _train_folder(folder: str) -> Place | None:
     """Return the folder train/ beside a folder, if it holds class folders."""
     train = os.path.join(os.path.dirname(os.path.abspath(folder)), "train")
     place = Place.at(train, None) if os.path.isdir(train) else None
-    return train if place is not None and imagefolder.has_classes(place) else None
-
-
-def _folders_in(path: str) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if is_directory(entry))
+    return place if place is not None and imagefolder.has_classes(place) else None
 
 
 def _remarks(folder: str, classes: Sequence[str], from_where: str) -> tuple[str, ...]:
     train = _train_folder(folder)
-    if train is None or (folders := tuple(_folders_in(train))) == tuple(classes):
+    if train is None or train.folders == tuple(classes):
         return ()
     return (
-        f"{from_where or folder} has {len(classes)} classes, and they are not the {len(folders)} "
-        f"class folders of {train}: one label means different things in the two",
+        f"{from_where or folder} has {len(classes)} classes, and they are not the "
+        f"{len(train.folders)} class folders of {train.path}: one label means different things in "
+        "the two",
     )

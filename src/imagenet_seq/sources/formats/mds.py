@@ -107,11 +107,10 @@ def _decompressed(shard: Shard, data: bytes) -> npt.NDArray[np.uint8]:
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if shard.compression == "zstd":
         errors = (_zstandard().ZstdError,)
-    raw, num_bytes = np.empty(shard.raw_bytes, np.uint8), 0
+    raw = np.empty(shard.raw_bytes, np.uint8)
     try:
         with _decompressor(shard.compression, data) as file:
-            while count := file.readinto(raw.data[num_bytes:]):
-                num_bytes += count
+            num_bytes = _fill(raw, file)
             has_more = bool(file.read(1))
     except errors as error:
         raise DataError(
@@ -124,6 +123,14 @@ def _decompressed(shard: Shard, data: bytes) -> npt.NDArray[np.uint8]:
             f"{'more' if has_more else num_bytes}: download the shard again"
         )
     return raw
+
+
+def _fill(data: npt.NDArray[np.uint8], file: Any) -> int:
+    """Read into `data` until it is full or the file ends; return the number of bytes read."""
+    num_bytes = 0
+    while count := file.readinto(data.data[num_bytes:]):
+        num_bytes += count
+    return num_bytes
 
 
 # ---- scanning ------------------------------------------------------------------------------------
@@ -362,17 +369,11 @@ class _Blocks:
     """Where the samples of all shards lie.
 
     The source's own index may be a selection; this one is whole.
-
-    Attributes:
-        shards: the shards, one for each block.
-        first: the first sample of each shard, and the end of the last.
-        begin: offset of each image in its shard.
-        index: all samples.
     """
 
-    shards: Sequence[Shard]
-    first: npt.NDArray[np.int64]
-    begin: npt.NDArray[np.int64]
+    shards: Sequence[Shard]  # one for each block
+    first: npt.NDArray[np.int64]  # the first sample of each shard, and the end of the last
+    begin: npt.NDArray[np.int64]  # offset of each image in its shard
     index: Index
 
     def check(self) -> None:
@@ -418,15 +419,9 @@ class _ShardSource(Source):
         """Return the bytes of a shard, decompressed."""
         with self.turns, open(shard.path, "rb", buffering=0) as file:
             if shard.compression is None:
-                return _filled(file, shard.raw_bytes)
+                data = np.empty(shard.raw_bytes, np.uint8)
+                if (num_bytes := _fill(data, file)) < len(data):
+                    raise DataError(f"{shard.path}: expected {len(data)} bytes, got {num_bytes}")
+                return data
             compressed = file.readall()
         return _decompressed(shard, compressed)
-
-
-def _filled(file: io.FileIO, num_bytes: int) -> npt.NDArray[np.uint8]:
-    data, num_read = np.empty(num_bytes, np.uint8), 0
-    while count := file.readinto(data.data[num_read:]):
-        num_read += count
-    if num_read < num_bytes:
-        raise DataError(f"{file.name}: expected {num_bytes} bytes, got {num_read}")
-    return data

@@ -341,10 +341,8 @@ def _json_fields(text: bytes) -> dict[str, object]:
 
 def _class_name_in(data: dict[str, memoryview]) -> str:
     """Return the class name that accompanies the number in a .json; "" if there is none."""
-    if "json" not in data:
-        return ""
     try:
-        fields = _json_fields(bytes(data["json"]))
+        fields = _json_fields(bytes(data.get("json", b"{}")))
         names = [fields[key] for key in _NAME_KEYS if isinstance(fields.get(key), str)]
         return _class_name(str(names[0])) if names else ""
     except _WrongSampleError:
