@@ -56,9 +56,9 @@ class FileStamps(NamedTuple):
     def of(cls, files: Iterable[str], place: str) -> FileStamps:
         """Record the present state of files and folders of the source at `place`."""
         folder, paths = _folder_of(place), list(files)
-        stamps = np.array([_stamp(path) for path in paths], np.int64).reshape(-1, 2)
+        size, mtime_ns = np.array([_stamp(path) for path in paths], np.int64).reshape(-1, 2).T
         names = Names.from_strings(os.path.relpath(path, folder) for path in paths)
-        return cls(names, stamps[:, 0].copy(), stamps[:, 1].copy())
+        return cls(names, size, mtime_ns)
 
     def first_changed(self, place: str) -> str | None:
         """Return the first path whose size or time differs, or None."""
@@ -115,7 +115,7 @@ class Scanned:
         if not self.num_problems:
             return remarks
         more = self.num_problems - len(self.problems)
-        shown = "\n  ".join([*self.problems, *([f"and {more} more"] if more else [])])
+        shown = "\n  ".join([*self.problems, f"and {more} more"] if more else self.problems)
         left_out = f"left out {self.num_problems} of {self.num_problems + len(self.index)}"
         return (*remarks, f"{self.index.root}: {left_out}:\n  {shown}")
 

@@ -50,7 +50,7 @@ def classes_of(label: npt.NDArray[np.int32], names: Names) -> tuple[str, ...]:
 def sorted_classes(
     names: Sequence[str], label: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
-    """Renumber labels that are places in `names` by the sorted names; return both."""
+    """Renumber labels, which are places in `names`, by the sorted names; return both."""
     classes = sorted(set(names))
     places = {name: place for place, name in enumerate(classes)}
     return np.array([places[name] for name in names], np.int32)[label], tuple(classes)

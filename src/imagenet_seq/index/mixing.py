@@ -75,7 +75,7 @@ def is_permuted(index: Index) -> bool:
     if label is None or len(label) < MIN_PERMUTED or int(label.min()) < 0:
         return False
     in_disk_order = label[np.lexsort((index.offset, index.file))]
-    if max(abs(label_runs(in_disk_order).z), abs(_places_z(in_disk_order))) > _MAX_Z:
+    if abs(label_runs(in_disk_order).z) > _MAX_Z or abs(_places_z(in_disk_order)) > _MAX_Z:
         return False
     return label_runs(np.sort(label)).z > _SORTED_Z
 

@@ -229,7 +229,7 @@ def _remarks(root: str, seen: Sequence[_Directory]) -> tuple[str, ...]:
 
 
 def _scan_class(root: str, name: str, on_error: OnError) -> tuple[Names, list[_Directory]]:
-    """Return a class's images in torchvision's order, sorted in sorted directories, and these."""
+    """Return a class's images and directories, in torchvision's order: both are sorted."""
     found = sorted(_walk(root, name, frozenset(), on_error))
     names = Names.from_strings(f"{seen.path}/{file}" for seen in found for file in seen.files)
     return names, [seen._replace(files=[]) for seen in found]

@@ -409,7 +409,7 @@ class _ShardSource(Source):
             assert index.width is not None
             assert index.height is not None
             columns = (index.width[samples], index.height[samples], begin, length)
-            for width, height, at, size in zip(*(c.tolist() for c in columns), strict=True):
+            for width, height, at, size in np.transpose(columns).tolist():
                 is_rgb = size == 3 * width * height + len(ppm_header(width, height, True))
                 header = np.frombuffer(ppm_header(width, height, is_rgb), np.uint8)
                 data[at : at + len(header)] = header
