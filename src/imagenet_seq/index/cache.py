@@ -54,22 +54,11 @@ class FileStamps(NamedTuple):
 
     @classmethod
     def of(cls, files: Iterable[str], place: str) -> FileStamps:
-        """Record the present state of files and folders.
-
-        Args:
-            files: their paths.
-            place: path of the source.
-
-        Raises:
-            OSError: if one of them can't be accessed.
-        """
-        folder, names, sizes, times = _folder_of(place), [], [], []
-        for path in files:
-            found = os.stat(path)
-            names.append(os.path.relpath(path, folder))
-            sizes.append(-1 if stat.S_ISDIR(found.st_mode) else found.st_size)
-            times.append(found.st_mtime_ns)
-        return cls(Names.from_strings(names), np.array(sizes, np.int64), np.array(times, np.int64))
+        """Record the present state of files and folders of the source at `place`."""
+        folder, paths = _folder_of(place), list(files)
+        size, mtime_ns = np.array([_stamp(path) for path in paths], np.int64).reshape(-1, 2).T
+        names = Names.from_strings(os.path.relpath(path, folder) for path in paths)
+        return cls(names, size, mtime_ns)
 
     def first_changed(self, place: str) -> str | None:
         """Return the first path whose size or time differs, or None."""
@@ -78,13 +67,16 @@ class FileStamps(NamedTuple):
         for name, size, mtime_ns in recorded:
             path = os.path.join(folder, name)
             try:
-                found = os.stat(path)
+                if _stamp(path) != (size, mtime_ns):
+                    return path
             except OSError:
                 return path
-            now = -1 if stat.S_ISDIR(found.st_mode) else found.st_size
-            if (now, found.st_mtime_ns) != (size, mtime_ns):
-                return path
         return None
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return -1 if stat.S_ISDIR(found.st_mode) else found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -122,12 +114,10 @@ class Scanned:
         remarks = (*self.remarks, *_notes_on_labels(self.index))
         if not self.num_problems:
             return remarks
-        total = self.num_problems + len(self.index)
-        shown = "\n  ".join(self.problems)
         more = self.num_problems - len(self.problems)
-        tail = f"\n  and {more} more" if more else ""
-        left_out = f"left out {self.num_problems} of {total}:\n  {shown}{tail}"
-        return (*remarks, f"{self.index.root}: {left_out}")
+        shown = "\n  ".join([*self.problems, f"and {more} more"] if more else self.problems)
+        left_out = f"left out {self.num_problems} of {self.num_problems + len(self.index)}"
+        return (*remarks, f"{self.index.root}: {left_out}:\n  {shown}")
 
 
 def _notes_on_labels(index: Index) -> Iterator[str]:
@@ -154,15 +144,9 @@ def indexed(
 
     The cached file lies beside the data (in the folder that holds `place`), or in the cache folder
     if that can't be written or IMAGENET_SEQ_CACHE is set. If several processes want the same index,
-    one scans and the others wait.
-
-    Args:
-        kind: format of the source; two formats never share a cached file.
-        place: path of the file or folder that is the source.
-        files: paths of the files that the index depends on. If only the scan can tell, a path that
-            identifies the source; then the result of the scan has `stamps`.
-        scan: makes the index.
-        on_error: how the scan treats samples that can't be indexed.
+    one scans and the others wait. Two formats (`kind`) never share a cached file. `files` are those
+    that the index depends on; if only the scan can tell, it is a path that identifies the source,
+    and the result of the scan has `stamps`.
 
     Raises:
         DataError: if the scan raises it; if a file changed meanwhile; with on_error="fail" also if
@@ -248,11 +232,8 @@ def _open_kept(path: str, place: str) -> Scanned | None:
         header, columns = read_columns(path)
         if header["format"] != _FORMAT:
             return None
-        stamps = FileStamps(
-            Names(columns["stamps.blob"], columns["stamps.begin"]),
-            columns["stamps.size"],
-            columns["stamps.mtime_ns"],
-        )
+        paths = Names(columns["stamps.blob"], columns["stamps.begin"])
+        stamps = FileStamps(paths, columns["stamps.size"], columns["stamps.mtime_ns"])
         if stamps.first_changed(place):
             return None
         root = os.path.normpath(os.path.join(_folder_of(place), header["root"]))
@@ -294,10 +275,8 @@ def _keep(path: str, scanned: Scanned, stamps: FileStamps, place: str) -> bool:
 def _alone(path: str) -> Iterator[None]:
     """Let one process of this machine scan at a time, if the file system has locks.
 
-    Waits while another one scans; the kernel releases the lock of a process that ends.
-
-    Args:
-        path: path of the index in the cache folder.
+    Waits while another one scans; the kernel releases the lock of a process that ends. `path` is
+    that of the index in the cache folder.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
@@ -20,14 +21,9 @@ _WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
 @functools.cache
 def imagenet_classes() -> tuple[str, ...]:
-    """Return the 1000 classes of ILSVRC2012 as wnids, in the order of torchvision's labels.
-
-    It is their sorted order, in which torchvision numbers class folders.
-    """
-    text = (
-        resources.files("imagenet_seq").joinpath("index", "imagenet_classes.txt").read_text("ascii")
-    )
-    return tuple(text.split())
+    """Return the 1000 classes of ILSVRC2012 as sorted wnids, the order of torchvision's labels."""
+    file = resources.files("imagenet_seq").joinpath("index", "imagenet_classes.txt")
+    return tuple(file.read_text("ascii").split())
 
 
 def is_wnid(name: str) -> bool:
@@ -39,21 +35,25 @@ def classes_of(label: npt.NDArray[np.int32], names: Names) -> tuple[str, ...]:
     """Name the classes of labels that come without names.
 
     They are the wnids in the samples' names if each label has one and each wnid one label; those of
-    ImageNet if the largest label is 999; else the labels' numbers.
-
-    Args:
-        label: class of each sample; -1: unknown.
-        names: name of each sample.
+    ImageNet if the largest label is 999; else the labels' numbers. A label of -1 is unknown.
     """
     num_classes = int(label.max(initial=-1)) + 1
-    wnids = _wnids(label, names)
-    if wnids is not None:
+    if (wnids := _wnids(label, names)) is not None:
         found = [wnids.get(number, str(number)) for number in range(num_classes)]
         if len(set(found)) == num_classes:
             return tuple(found)
     if num_classes == len(imagenet_classes()):
         return imagenet_classes()
     return tuple(map(str, range(num_classes)))
+
+
+def sorted_classes(
+    names: Sequence[str], label: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
+    """Renumber labels, which are places in `names`, by the sorted names; return both."""
+    classes = sorted(set(names))
+    places = {name: place for place, name in enumerate(classes)}
+    return np.array([places[name] for name in names], np.int32)[label], tuple(classes)
 
 
 def _wnids(label: npt.NDArray[np.int32], names: Names) -> dict[int, str] | None:

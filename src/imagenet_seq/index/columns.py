@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -29,19 +29,19 @@ class Names(Sequence[str]):
 
     String i is `os.fsdecode(blob[begin[i]:begin[i + 1]])`, so file names need not be UTF-8.
 
-    Args:
-        blob: uint8 array of the bytes of all strings.
-        begin: int64 array of `len + 1` ascending positions in `blob`; need not start at 0.
+    Attributes:
+        blob: bytes of all strings (uint8, read-only).
+        begin: `len + 1` ascending positions in `blob` (int64, read-only); need not start at 0.
 
     Raises:
         TypeError: if an array has another dtype or shape.
     """
 
-    __slots__ = ("_begin", "_blob")
+    __slots__ = ("begin", "blob")
 
     def __init__(self, blob: npt.NDArray[np.uint8], begin: npt.NDArray[np.int64]) -> None:
-        self._blob = _column("blob of names", blob, np.uint8)
-        self._begin = _column("begin of names", begin, np.int64)
+        self.blob: npt.NDArray[np.uint8] = _column("blob of names", blob, np.uint8)
+        self.begin: npt.NDArray[np.int64] = _column("begin of names", begin, np.int64)
         if not len(begin):
             raise TypeError("begin of names: expected len + 1 positions, got none")
 
@@ -57,21 +57,15 @@ class Names(Sequence[str]):
         """Concatenate several sequences of names."""
         if not parts:
             return cls.from_strings(())
-        blob = np.concatenate([part.blob[part.begin[0] : part.begin[-1]] for part in parts])
+        blob = np.concatenate([part.used() for part in parts])
         return cls(blob, _begin_of(np.concatenate([np.diff(part.begin) for part in parts])))
 
-    @property
-    def blob(self) -> npt.NDArray[np.uint8]:
-        """The bytes of all names (uint8, read-only)."""
-        return self._blob
-
-    @property
-    def begin(self) -> npt.NDArray[np.int64]:
-        """Where each name begins in `blob`, and where the last one ends (int64, read-only)."""
-        return self._begin
+    def used(self) -> npt.NDArray[np.uint8]:
+        """Return the part of `blob` that the names take."""
+        return self.blob[self.begin[0] : self.begin[-1]]
 
     def __len__(self) -> int:
-        return len(self._begin) - 1
+        return len(self.begin) - 1
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -82,15 +76,15 @@ class Names(Sequence[str]):
             start, stop, step = index.indices(len(self))
             if step != 1:
                 return self.take(np.arange(start, stop, step, dtype=np.int64))
-            return Names(self._blob, self._begin[start : max(start, stop) + 1])
+            return Names(self.blob, self.begin[start : max(start, stop) + 1])
         i = _position(index, len(self))
-        return os.fsdecode(self._blob[self._begin[i] : self._begin[i + 1]].tobytes())
+        return os.fsdecode(self.blob[self.begin[i] : self.begin[i + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
         # In slices: one call into NumPy for many names instead of three for each.
         for names in slices(len(self)):
-            begin = self._begin[names.start : names.stop + 1]
-            part = self._blob[begin[0] : begin[-1]].tobytes()
+            begin = self.begin[names.start : names.stop + 1]
+            part = self.blob[begin[0] : begin[-1]].tobytes()
             ends = (begin - begin[0]).tolist()
             for i in range(len(ends) - 1):
                 yield os.fsdecode(part[ends[i] : ends[i + 1]])
@@ -100,11 +94,8 @@ class Names(Sequence[str]):
             return NotImplemented
         return (
             len(self) == len(other)
-            and np.array_equal(np.diff(self._begin), np.diff(other._begin))
-            and np.array_equal(
-                self._blob[self._begin[0] : self._begin[-1]],
-                other._blob[other._begin[0] : other._begin[-1]],
-            )
+            and np.array_equal(np.diff(self.begin), np.diff(other.begin))
+            and np.array_equal(self.used(), other.used())
         )
 
     __hash__ = None  # type: ignore[assignment]  # compared by content, which may be gigabytes
@@ -121,14 +112,14 @@ class Names(Sequence[str]):
         chosen = _indices(indices, len(self))
         lengths = np.empty(len(chosen), np.int64)
         for part in slices(len(chosen)):
-            lengths[part] = self._begin[chosen[part] + 1] - self._begin[chosen[part]]
+            lengths[part] = self.begin[chosen[part] + 1] - self.begin[chosen[part]]
         begin = _begin_of(lengths)
         blob = np.empty(begin[-1], np.uint8)
         for part in slices(len(chosen)):
             # Output byte k comes from k + shift, where all bytes of a name have one shift.
             first, last = begin[part.start], begin[part.stop]
-            shift = np.repeat(self._begin[chosen[part]] - begin[part], lengths[part])
-            blob[first:last] = self._blob[shift + np.arange(first, last)]
+            shift = np.repeat(self.begin[chosen[part]] - begin[part], lengths[part])
+            blob[first:last] = self.blob[shift + np.arange(first, last)]
         return Names(blob, begin)
 
 
@@ -228,18 +219,8 @@ class Index:
     def take(self, indices: npt.ArrayLike) -> Index:
         """Return the index of the samples at `indices`, in that order (like torch's Subset)."""
         chosen = _indices(indices, len(self))
-        columns = {
-            column: values[chosen]
-            for column in _COLUMNS
-            if (values := getattr(self, column)) is not None
-        }
-        return Index(
-            name=self.name.take(chosen),
-            root=self.root,
-            files=self.files,
-            classes=self.classes,
-            **columns,
-        )
+        columns = {column: values[chosen] for column, values in self._columns().items()}
+        return replace(self, **columns, name=self.name.take(chosen), known_id=None)
 
     def validate(self, where: str) -> None:
         """Check the values of all columns; call it for columns that come from a file.
@@ -264,11 +245,12 @@ class Index:
         _validate_range(self.width, "width", -1, 1 << 31, where)
         _validate_range(self.height, "height", -1, 1 << 31, where)
 
+    def _columns(self) -> dict[str, Any]:
+        return {key: values for key in _COLUMNS if (values := getattr(self, key)) is not None}
+
     def to_columns(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """Return (header, columns) for `write_columns`; `from_columns` is the inverse."""
-        columns = {
-            column: values for column in _COLUMNS if (values := getattr(self, column)) is not None
-        }
+        columns = self._columns()
         columns["name.blob"], columns["name.begin"] = self.name.blob, self.name.begin
         if self.files is not self.name:
             columns["files.blob"], columns["files.begin"] = self.files.blob, self.files.begin
@@ -294,21 +276,17 @@ class Index:
                 f"{where}: header: expected a list of class names, got {classes!r:.200}"
             )
         try:
-            name = Names(columns["name.blob"], columns["name.begin"])
-            files = name
+            name = files = Names(columns["name.blob"], columns["name.begin"])
             if "files.blob" in columns:
                 files = Names(columns["files.blob"], columns["files.begin"])
+            there = [key for key in _COLUMNS if key in columns or key in _MANDATORY]
             index = cls(
+                **{column: columns[column] for column in there},
                 name=name,
                 root=root,
                 files=files,
                 classes=tuple(classes),
                 known_id=known_id,
-                **{
-                    column: columns[column]
-                    for column in _COLUMNS
-                    if column in columns or column in _MANDATORY
-                },
             )
         except KeyError as error:
             raise DataError(f"{where}: column {error} is missing") from error
@@ -417,12 +395,7 @@ class Targets(Sequence[int]):
 
 def _column(what: str, values: npt.ArrayLike, dtype: type[np.integer[Any]]) -> npt.NDArray[Any]:
     """Return `values` as a read-only array of dtype: a view, or a cast without loss."""
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise TypeError(
-            f"{what}: expected a one-dimensional array of integers, "
-            f"got shape {array.shape} of {array.dtype}"
-        )
+    array = _integers(what, values)
     if array.dtype != dtype:
         cast = array.astype(dtype)
         if not np.array_equal(cast, array):
@@ -431,6 +404,16 @@ def _column(what: str, values: npt.ArrayLike, dtype: type[np.integer[Any]]) -> n
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _integers(what: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise TypeError(
+            f"{what}: expected a one-dimensional array of integers, "
+            f"got shape {array.shape} of {array.dtype}"
+        )
+    return array
 
 
 def _begin_of(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -447,12 +430,7 @@ def _position(index: int, size: int) -> int:
 
 
 def _indices(indices: npt.ArrayLike, size: int) -> IntArray:
-    chosen = np.asarray(indices)
-    if chosen.ndim != 1 or (chosen.dtype.kind not in "iu" and chosen.size):
-        raise TypeError(
-            "expected a one-dimensional array of integers, "
-            f"got shape {chosen.shape} of {chosen.dtype}"
-        )
+    chosen = _integers("indices", indices)
     if chosen.size and not 0 <= int(chosen.min()) <= int(chosen.max()) < size:
         raise IndexError(f"expected indices in [0, {size}), got {chosen.min()} to {chosen.max()}")
     return chosen.astype(np.int64, copy=False)
@@ -461,17 +439,13 @@ def _indices(indices: npt.ArrayLike, size: int) -> IntArray:
 def _digest(index: Index) -> str:
     digest = hashlib.sha256(b"imagenet-seq index 1\0")
     digest.update(json.dumps([len(index), list(index.classes)]).encode("ascii"))
-    begin = index.name.begin
-    columns: list[tuple[str, npt.NDArray[Any] | None]] = [
-        ("name", index.name.blob[begin[0] : begin[-1]]),
-        ("name.begin", begin),
-        *((column, getattr(index, column)) for column in ("label", "file", "offset", "length")),
-    ]
-    for column, values in columns:
+    columns: dict[str, Any] = {"name": index.name.used(), "name.begin": index.name.begin}
+    columns |= {column: getattr(index, column) for column in ("label", "file", "offset", "length")}
+    for column, values in columns.items():
         if values is None:
             continue
         digest.update(column.encode("ascii"))
-        first = begin[0] if column == "name.begin" else 0
+        first = values[0] if column == "name.begin" else 0
         for part in slices(len(values)):
             chosen = values[part] - first if first else values[part]
             digest.update(np.ascontiguousarray(chosen, chosen.dtype.newbyteorder("<")).data)
@@ -480,19 +454,18 @@ def _digest(index: Index) -> str:
 
 def _validate_names(names: Names, column: str, where: str) -> None:
     begin, size = names.begin, len(names.blob)
-    if begin[0] < 0 or begin[-1] > size or np.any(begin[1:] < begin[:-1]):
+    descending = ", descending somewhere" if np.any(begin[1:] < begin[:-1]) else ""
+    if begin[0] < 0 or begin[-1] > size or descending:
         raise DataError(
             f"{where}: '{column}': expected positions ascending in [0, {size}], "
-            f"got {begin[0]} to {begin[-1]}"
-            + ("" if np.all(begin[1:] >= begin[:-1]) else ", descending somewhere")
+            f"got {begin[0]} to {begin[-1]}{descending}"
         )
 
 
 def _validate_range(values: IntArray | None, column: str, first: int, end: int, where: str) -> None:
     if values is None or not len(values):
         return
-    low, high = int(values.argmin()), int(values.argmax())
-    for sample in (low, high):
+    for sample in (int(values.argmin()), int(values.argmax())):
         if not first <= int(values[sample]) < end:
             raise DataError(
                 f"{where}: column '{column}' of sample {sample}: "

@@ -36,10 +36,7 @@ def label_runs(label: IntArray) -> LabelRuns:
 
     The number of runs is the number of samples less that of such neighbours. Its mean and variance
     over all permutations: A. M. Mood, Annals of Mathematical Statistics 11 (1940) 367. `z` is close
-    to normal if about 100 such neighbours or more are expected.
-
-    Args:
-        label: class of the sample at each place of the epoch, 0 or more.
+    to normal if about 100 such neighbours or more are expected. Labels are 0 or more.
     """
     size = len(label)
     num_pairs = int(np.count_nonzero(label[1:] == label[:-1]))
@@ -50,12 +47,8 @@ def label_runs(label: IntArray) -> LabelRuns:
     if size > 1:
         mean_square, mean_cube = squares / size, cubes / size
         variance = (mean_square * (mean_square + size + 1) - 2 * mean_cube - size) / (size - 1)
-    z = _standardised(num_pairs, expected, variance)
+    z = (num_pairs - expected) / math.sqrt(variance) if variance > 0 else 0.0
     return LabelRuns(num_pairs, expected, z, two_sided(z))
-
-
-def _standardised(value: float, mean: float, variance: float) -> float:
-    return (value - mean) / math.sqrt(variance) if variance > 0 else 0.0
 
 
 def two_sided(z: float) -> float:
@@ -82,8 +75,7 @@ def is_permuted(index: Index) -> bool:
     if label is None or len(label) < MIN_PERMUTED or int(label.min()) < 0:
         return False
     in_disk_order = label[np.lexsort((index.offset, index.file))]
-    runs_z = abs(label_runs(in_disk_order).z)
-    if runs_z > _MAX_Z or abs(_places_z(in_disk_order)) > _MAX_Z:
+    if abs(label_runs(in_disk_order).z) > _MAX_Z or abs(_places_z(in_disk_order)) > _MAX_Z:
         return False
     return label_runs(np.sort(label)).z > _SORTED_Z
 

@@ -64,11 +64,7 @@ class Source:
         )
 
     def agreed_split(self, split: str | None) -> str | None:
-        """Return the split that is asked for, or else the one that the data names.
-
-        Raises:
-            ValueError: where the data names the other one.
-        """
+        """Return the split asked for, or else that of the data; ValueError if they differ."""
         if split and self.split and split != self.split:
             raise ValueError(
                 f"{self.index.root}: holds the split {self.split!r}, not {split!r}: ask for "

@@ -91,7 +91,6 @@ class Place:
         """List what lies at a path; None if nothing is there.
 
         Raises:
-            OSError: if a folder can't be read.
             ValueError: if a pattern names files in different folders, or one twice; if the path is
                 neither a folder nor a file.
         """
@@ -136,13 +135,10 @@ class Place:
                 others.
         """
         names = list(names)
-        splits = {split_of(name) for name in names} - {None}
-        if self.split is None and len(splits) > 1 and self.is_folder:
-            raise SplitNeededError(
-                f"{self.path} holds files of train and val, such as {names[0]}: pass "
-                "split='train' or split='val'"
-            )
-        if self.split is None and splits and self.is_folder:
+        splits = {split_of(name) for name in names} - {None} if self.is_folder else set()
+        if splits and self.split is None:
+            if len(splits) > 1:
+                raise split_needed(f"{self.path} holds files of train and val, such as {names[0]}")
             other = next((name for name in names if split_of(name) is None), None)
             if other is not None:  # of a test split, say
                 [split] = splits
@@ -150,13 +146,18 @@ class Place:
                     f"{self.path} holds files of {split} and others, such as {other}: pass "
                     f"split='{split}', or a pattern of the files that you mean"
                 )
-        if self.is_folder and self.split is not None and splits:
+        elif splits:
             names = [name for name in names if split_of(name) == self.split]
         return [os.path.join(self.folder, name) for name in names]
 
 
 class SplitNeededError(ValueError):
     """There are several splits at a path, and none was given."""
+
+
+def split_needed(what: str) -> SplitNeededError:
+    """Return the error that says what a path holds, and asks for a split."""
+    return SplitNeededError(f"{what}: pass split='train' or split='val'")
 
 
 def split_of(name: str) -> str | None:

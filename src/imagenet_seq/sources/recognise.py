@@ -6,6 +6,8 @@ line for messages, and `find(place)`, which looks at names and a few first bytes
 * a `Found`, which `open_source` opens,
 * a string: why something that resembles this format is not it,
 * None: nothing like it.
+
+It raises `SplitNeededError` if there are several splits and none was given.
 """
 
 from __future__ import annotations
@@ -96,15 +98,11 @@ def find_source(path: str | os.PathLike[str], split: str | None = None) -> Found
         if isinstance(found, Found):
             return found
         looked_at.append(f"  {candidate} {found}")
-    formats = "\n".join(f"  {module.LOOKS_FOR}" for module in _FORMATS)
-    nearby = _nearby(path, split)
-    raise FileNotFoundError(
-        f"no data set{f' for split {split!r}' if split else ''} at {path}. "
-        + (f"Did you mean {nearby}? " if nearby else "")
-        + "Looked at\n"
-        + "\n".join(looked_at)
-        + f"\nand expected one of\n{formats}"
-    )
+    of_split = f" for split {split!r}" if split else ""
+    nearby = f"Did you mean {folder}? " if (folder := _nearby(path, split)) else ""
+    formats = (f"  {module.LOOKS_FOR}" for module in _FORMATS)
+    lines = ("Looked at", *looked_at, "and expected one of", *formats)
+    raise FileNotFoundError(f"no data set{of_split} at {path}. {nearby}" + "\n".join(lines))
 
 
 def _nearby(path: str, split: str | None) -> str | None:
@@ -160,10 +158,10 @@ def _recognised(path: str, split: str | None) -> Found | str:
             return answer  # its shards are tars, too
     found = [answer for answer in answers if isinstance(answer, Found)]
     if len(found) > 1:
+        different = "; ".join(answer.what for answer in found)
         raise ValueError(
-            f"{path} may be read as different things: "
-            + "; ".join(answer.what for answer in found)
-            + ". Pass the path of the one that you mean"
+            f"{path} may be read as different things: {different}. Pass the path of the one that "
+            "you mean"
         )
     if found:
         return found[0]

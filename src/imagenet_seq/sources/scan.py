@@ -20,12 +20,19 @@ import numpy.typing as npt
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.cache import HOW_TO_SKIP, OnError
 from imagenet_seq.index.columns import Index, Names
+from imagenet_seq.sources.place import Opening
+from imagenet_seq.text import progress_bar
 
 _PIECE_BYTES = 4 << 20
 _PIECES_AHEAD = 4
 
 _MOST_BYTES = 1 << 30
 """No sample is larger: such a length means damage, and must not allocate memory."""
+
+
+def bytes_bar(what: str, total_bytes: int, how: Opening) -> Any:
+    """Return a progress bar over the bytes that indexing reads; it appears after a second."""
+    return progress_bar(f"index {what}", total_bytes, unit="B", enabled=how.progress, delay_s=1)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -41,9 +48,6 @@ class FileStream:
         path: the file.
         bar: a `progress_bar`, updated with the bytes read.
         digest: a hashlib object, updated with all bytes if `finish` is called at the end.
-
-    Raises:
-        OSError: if the file can't be read.
     """
 
     def __init__(self, path: str, bar: Any = None, digest: Any = None) -> None:
@@ -74,7 +78,6 @@ class FileStream:
 
         Raises:
             DataError: if the file ends before them, or they are more than any image has.
-            OSError: if they can't be read.
         """
         if length < 0 or offset + length > self.size:
             raise DataError(
@@ -137,11 +140,7 @@ class FileStream:
 
 
 class Problems:
-    """Collects what is wrong with single samples, or raises at the first, as the user wants.
-
-    Args:
-        on_error: "fail" or "skip".
-    """
+    """Collects what is wrong with single samples, or raises at the first, as the user wants."""
 
     SHOWN = 20
 
@@ -151,14 +150,7 @@ class Problems:
         self.messages: list[str] = []
 
     def report(self, message: str) -> None:
-        """Raise, or record that a sample is left out.
-
-        Args:
-            message: where, what was expected and what came.
-
-        Raises:
-            DataError: with on_error="fail".
-        """
+        """Raise a DataError (on_error="fail"), or record that a sample is left out."""
         if self._on_error == "fail":
             raise DataError(f"{message}. {HOW_TO_SKIP}")
         self.count += 1
@@ -172,7 +164,7 @@ class Rows:
     def __init__(self) -> None:
         self._file, self._label = array("i"), array("i")
         self._offset, self._length = array("q"), array("q")
-        self._names, self._name_bytes = bytearray(), array("q")
+        self._names, self._name_begin = bytearray(), array("q", [0])
 
     def __len__(self) -> int:
         return len(self._file)
@@ -192,7 +184,7 @@ class Rows:
                 f"32 bits, got {name!r:.200} and {label}"
             ) from error
         self._names += encoded
-        self._name_bytes.append(len(encoded))
+        self._name_begin.append(len(self._names))
         self._file.append(file)
         self._offset.append(offset)
         self._length.append(length)
@@ -206,9 +198,8 @@ class Rows:
     @property
     def names(self) -> Names:
         """Names so far (a copy)."""
-        begin = np.zeros(len(self) + 1, np.int64)
-        np.cumsum(np.array(self._name_bytes, np.int64), out=begin[1:])
-        return Names(np.frombuffer(bytes(self._names), np.uint8), begin)
+        blob = np.frombuffer(bytes(self._names), np.uint8)
+        return Names(blob, np.array(self._name_begin, np.int64))
 
     def index(
         self,
@@ -217,13 +208,7 @@ class Rows:
         classes: Sequence[str],
         label: npt.NDArray[np.int32] | None = None,
     ) -> Index:
-        """Return the samples as an index.
-
-        Args:
-            root: folder that `files` are relative to.
-            files: paths of the files that `add` numbered.
-            classes: class names.
-            label: labels to use instead of those that were added.
+        """Return the samples as an index; `label` stands for the labels that were added.
 
         Raises:
             DataError: if there is no sample, or a label is not in [0, len(classes)).

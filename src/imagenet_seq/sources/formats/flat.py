@@ -23,15 +23,7 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats import imagefolder
 from imagenet_seq.sources.images import is_image_name
-from imagenet_seq.sources.place import (
-    SPLITS,
-    Found,
-    Opening,
-    Place,
-    SplitNeededError,
-    is_directory,
-    split_of,
-)
+from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, split_needed, split_of
 from imagenet_seq.sources.scan import Problems
 
 LOOKS_FOR = (
@@ -56,11 +48,7 @@ _WNID, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"[+-]?[0-9]+")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise a folder of images with labels, or the root of Kaggle's copy.
-
-    Raises:
-        SplitNeededError: if it holds splits and none was given.
-    """
+    """Recognise a folder of images with labels, or the root of Kaggle's copy."""
     if not place.is_folder or "pack.json" in place.files:
         return None
     for names in _KAGGLE:
@@ -71,10 +59,7 @@ def find(place: Place) -> Found | str | None:
             inside = place.below(name)
             # With a split it looks no deeper, since links may go round in circles.
             if inside and isinstance(find(dataclasses.replace(inside, split=name)), Found):
-                raise SplitNeededError(
-                    f"{place.path} holds images with labels in {name}/: pass split='train' or "
-                    "split='val'"
-                )
+                raise split_needed(f"{place.path} holds images with labels in {name}/")
     if not any(map(is_image_name, place.files)) or imagefolder.has_classes(place):
         return None
     known = _Images.of(place.files)
@@ -92,9 +77,7 @@ def find(place: Place) -> Found | str | None:
 
 def _find_in_kaggle(place: Place, *names: str) -> Found | str | None:
     if place.split is None:
-        raise SplitNeededError(
-            f"{place.path} is Kaggle's copy of ImageNet: pass split='train' or split='val'"
-        )
+        raise split_needed(f"{place.path} is Kaggle's copy of ImageNet")
     inside = place.below(*names, place.split)
     if inside is None:
         return f"holds {os.path.join(*names)}/, but no {place.split}/ in it"
@@ -104,7 +87,7 @@ def _find_in_kaggle(place: Place, *names: str) -> Found | str | None:
 def _open(folder: str, lists: Sequence[str], how: Opening) -> Source:
     depends_on = [folder, *lists, *filter(None, [_class_list(folder, lists)])]
     if train := _train_folder(folder):
-        depends_on.append(train)
+        depends_on.append(train.path)
     scanned = indexed("flat", folder, depends_on, lambda: _scan(folder, lists, how), how.on_error)
     return Source("flat", scanned.index, notes=scanned.notes)
 
@@ -133,7 +116,7 @@ def _scan(folder: str, lists: Sequence[str], how: Opening) -> Scanned:
             f"{lists[0]}: no image has label 0. Labels are taken as they stand there: if they "
             "count from 1, write them again from 0",
         )
-    return Scanned(index, problems=problems.messages, num_problems=problems.count, remarks=remarks)
+    return Scanned(index, {}, problems.messages, problems.count, remarks)
 
 
 # ---- where lists of labels are -------------------------------------------------------------------
@@ -151,8 +134,9 @@ def _possible_lists(folder: str) -> list[str]:
     ]
     if split == "val":
         places += [os.path.join(at, _SOLUTION) for at in _upwards(folder)]
-        if not any(map(os.path.isfile, places)) and (tensorpack := _tensorpack_metadata()):
-            places.append(os.path.join(tensorpack, "val.txt"))
+        tensorpack = os.environ.get("TENSORPACK_DATASET")
+        if tensorpack and not any(map(os.path.isfile, places)):
+            places.append(os.path.join(tensorpack, "ilsvrc_metadata", "val.txt"))
     return list(dict.fromkeys(places))
 
 
@@ -162,11 +146,6 @@ def _upwards(folder: str) -> list[str]:
     for _ in range(_LEVELS):
         found.append(os.path.dirname(found[-1]))
     return found
-
-
-def _tensorpack_metadata() -> str | None:
-    folder = os.environ.get("TENSORPACK_DATASET")
-    return os.path.join(folder, "ilsvrc_metadata") if folder else None
 
 
 def _is_about(path: str, images: _Images) -> bool:
@@ -249,11 +228,7 @@ def _fields(line: str) -> list[str]:
 
 
 def _read_list(path: str, images: _Images, problems: Problems) -> dict[str, _Told]:
-    """Return the labels that a list gives to the images that exist.
-
-    Raises:
-        DataError: if an image has two labels, or the list numbers the images.
-    """
+    """Return the labels that a list gives to the images that exist."""
     told: dict[str, _Told] = {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for line in _parsed(file):
@@ -273,16 +248,13 @@ def _read_list(path: str, images: _Images, problems: Problems) -> dict[str, _Tol
                     f"{where}: expected one label for {image}, got {line.label} after "
                     f"{before.label} at {before.where}"
                 )
-    if len(told) > 2 and [entry.label for entry in told.values()] == _counted(len(told)):
+    counted = [str(number + 1) for number in range(len(told))]
+    if len(told) > 2 and [entry.label for entry in told.values()] == counted:
         raise DataError(
             f"{path}: expected labels, found the images numbered from 1 to {len(told)}: a list of "
             "images, as in ILSVRC/ImageSets. Remove it"
         )
     return told
-
-
-def _counted(number: int) -> list[str]:
-    return [str(i + 1) for i in range(number)]
 
 
 def _labels(
@@ -330,7 +302,7 @@ def _classes(
     if path := _class_list(folder, lists):
         return sorted(_wnids_in(path)), path
     if train := _train_folder(folder):
-        return _folders_in(train), train
+        return list(train.folders), train.path
     texts = {entry.label for entries in told for entry in entries.values()}
     if 2 * sum(1 for text in texts if _NUMBER.fullmatch(text)) > len(texts):
         return [], ""  # the few that are not numbers are mistakes
@@ -340,9 +312,8 @@ def _classes(
 def _wnids_in(path: str) -> set[str]:
     """Return the first words of a file's lines.
 
-    Raises:
-        DataError: if there are wnids, and a word that is none or that occurs twice: one wrong word
-            would change the labels of classes that sort behind it.
+    If there are wnids, refuses a word that is none; also one that occurs twice: one wrong word
+    would change the labels of classes that sort behind it.
     """
     wnids: dict[str, None] = {}
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -367,24 +338,19 @@ def _class_list(folder: str, lists: Sequence[str]) -> str | None:
     return next(filter(os.path.isfile, places), None)
 
 
-def _train_folder(folder: str) -> str | None:
+def _train_folder(folder: str) -> Place | None:
     """Return the folder train/ beside a folder, if it holds class folders."""
     train = os.path.join(os.path.dirname(os.path.abspath(folder)), "train")
     place = Place.at(train, None) if os.path.isdir(train) else None
-    return train if place is not None and imagefolder.has_classes(place) else None
-
-
-def _folders_in(path: str) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if is_directory(entry))
+    return place if place is not None and imagefolder.has_classes(place) else None
 
 
 def _remarks(folder: str, classes: Sequence[str], from_where: str) -> tuple[str, ...]:
     train = _train_folder(folder)
-    if train is None or tuple(_folders_in(train)) == tuple(classes):
+    if train is None or train.folders == tuple(classes):
         return ()
-    where = from_where or folder
     return (
-        f"{where} has {len(classes)} classes, and they are not the {len(_folders_in(train))} class "
-        f"folders of {train}: one label means different things in the two",
+        f"{from_where or folder} has {len(classes)} classes, and they are not the "
+        f"{len(train.folders)} class folders of {train.path}: one label means different things in "
+        "the two",
     )

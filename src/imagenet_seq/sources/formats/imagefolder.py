@@ -29,9 +29,9 @@ from imagenet_seq.sources.place import (
     Found,
     Opening,
     Place,
-    SplitNeededError,
     is_directory,
     is_split,
+    split_needed,
     split_of,
 )
 from imagenet_seq.sources.scan import Problems
@@ -53,18 +53,14 @@ _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise a folder of class folders.
-
-    Raises:
-        SplitNeededError: if it holds splits and none was given.
-    """
+    """Recognise a folder of class folders."""
     if not place.is_folder or "pack.json" in place.files:
         return None
     folders = [name for name in SPLITS if is_split(os.path.join(place.path, name))]
     if folders:
         holds = f"holds {' and '.join(f'{name}/' for name in folders)}"
         if place.split is None:
-            raise SplitNeededError(f"{place.path} {holds}: pass split='train' or split='val'")
+            raise split_needed(f"{place.path} {holds}")
         return holds
     if place.split is not None and (others := [name for name in SPLITS if name in place.folders]):
         return f"holds {' and '.join(f'{name}/' for name in others)}"  # so these are not classes
@@ -110,13 +106,8 @@ def open_imagefolder(root: str | os.PathLike[str], how: Opening | None = None) -
     """Index the class folders below `root`.
 
     1.28 million files take about 3 s when the directories are in memory, and 0.1 s if the cached
-    index is still valid.
 
-    Args:
-        root: folder that holds one folder for each class.
-        how: what to do with samples that can't be indexed, and whether to show a progress bar after
-            a second; default: fail, and yes. With on_error="skip", classes without images stay
-            classes.
+    index is still valid. With on_error="skip", classes without images stay classes.
 
     Raises:
         FileNotFoundError: if `root` has no class folders, or one of them has no image.
@@ -138,29 +129,21 @@ def from_samples(
     """Make a source of given (path, label) pairs, such as an ImageFolder's `.samples`.
 
     Order, paths and labels stay as they are. Names are relative to `root`, or to "/" if one of the
-    paths is not below `root`.
-
-    Args:
-        samples: the pairs.
-        classes: class names by label (for torchvision's ImageNet, its `wnids`).
-        root: the dataset's folder.
+    paths is not below `root`. Classes are named by label: for torchvision's ImageNet, its `wnids`.
 
     Raises:
         ValueError: if a label is not in [0, len(classes)).
     """
     root = os.path.expanduser(os.fspath(root))
-    paths: list[str] = []
-    labels: list[int] = []
-    for path, label in samples:
-        paths.append(os.fspath(path))
-        labels.append(label)
+    pairs = [(os.fspath(path), label) for path, label in samples]
+    paths = [path for path, _ in pairs]
+    label_column = np.array([label for _, label in pairs], np.int32)
     prefix = os.path.join(root, "")
     if all(path.startswith(prefix) for path in paths):
         names = Names.from_strings(path[len(prefix) :] for path in paths)
     else:
         root = "/"
         names = Names.from_strings(os.path.abspath(path)[1:] for path in paths)
-    label_column = np.array(labels, np.int32)
     wrong = np.flatnonzero((label_column < 0) | (label_column >= len(classes)))
     if len(wrong):
         raise ValueError(
@@ -173,14 +156,7 @@ def from_samples(
 def index_of_files(
     root: str, names: Names, label: npt.NDArray[np.int32], classes: Sequence[str]
 ) -> Index:
-    """Return the index of samples that are one file each.
-
-    Args:
-        root: folder that `names` are relative to.
-        names: paths of the files.
-        label: label of each.
-        classes: class names.
-    """
+    """Return the index of samples that are one file each."""
     return Index(
         file=np.arange(len(names), dtype=np.int32),
         offset=np.broadcast_to(np.int64(0), len(names)),
@@ -203,11 +179,6 @@ class _Directory(NamedTuple):
     wrong: list[str]  # messages
 
 
-class _Class(NamedTuple):
-    names: Names  # of its images, in torchvision's order
-    directories: list[_Directory]  # without their files
-
-
 def _scan(root: str, how: Opening) -> Scanned:
     top = os.stat(root)  # before reading: a change meanwhile gives another time than the one noted
     classes = sorted(entry.name for entry in _entries(root) if is_directory(entry))
@@ -219,28 +190,22 @@ def _scan(root: str, how: Opening) -> Scanned:
     seen: list[_Directory] = []
     with ThreadPoolExecutor(_SCAN_THREADS) as threads:
         scanned = threads.map(lambda name: _scan_class(root, name, how.on_error), classes)
-        bar = progress_bar(
+        with progress_bar(
             f"index {root}", len(classes), unit="class", enabled=how.progress, delay_s=1
-        )
-        with bar:
-            for part in scanned:
-                names.append(part.names)
-                seen += part.directories
+        ) as bar:
+            for names_of_class, directories in scanned:
+                names.append(names_of_class)
+                seen += directories
                 bar.update()
     problems = Problems(how.on_error)
     for directory in seen:
         for message in directory.wrong:
             problems.report(message)
-    counts = [len(part) for part in names]
-    label = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return Scanned(
-        index_of_files(root, Names.concatenate(names), label, classes),
-        problems=problems.messages,
-        num_problems=problems.count,
-        remarks=_remarks(root, seen),
-        stamps=_stamps(root, top.st_mtime_ns, seen),
-        lasting=all(directory.mtime_ns is not None for directory in seen),
-    )
+    label = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, names)))
+    index = index_of_files(root, Names.concatenate(names), label, classes)
+    remarks, stamps = _remarks(root, seen), _stamps(root, top.st_mtime_ns, seen)
+    lasting = all(directory.mtime_ns is not None for directory in seen)
+    return Scanned(index, {}, problems.messages, problems.count, remarks, stamps, lasting)
 
 
 def _stamps(root: str, top_ns: int, seen: Sequence[_Directory]) -> FileStamps:
@@ -263,11 +228,11 @@ def _remarks(root: str, seen: Sequence[_Directory]) -> tuple[str, ...]:
     return (f"{root}: {number}: left out as torchvision does",)
 
 
-def _scan_class(root: str, name: str, on_error: OnError) -> _Class:
-    """Scan a class's folder, in torchvision's order: sorted directories, sorted names in each."""
+def _scan_class(root: str, name: str, on_error: OnError) -> tuple[Names, list[_Directory]]:
+    """Return a class's images and directories, in torchvision's order: both are sorted."""
     found = sorted(_walk(root, name, frozenset(), on_error))
     names = Names.from_strings(f"{seen.path}/{file}" for seen in found for file in seen.files)
-    return _Class(names, [seen._replace(files=[]) for seen in found])
+    return names, [seen._replace(files=[]) for seen in found]
 
 
 def _walk(

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.cache import Scanned, indexed
-from imagenet_seq.index.classes import MAX_CLASSES, classes_of
+from imagenet_seq.index.classes import MAX_CLASSES, classes_of, sorted_classes
 from imagenet_seq.index.columns import Index
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
@@ -48,30 +48,19 @@ from imagenet_seq.sources.formats.mds_index import (
     read_shards,
 )
 from imagenet_seq.sources.images import image_extension, ppm_header
-from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, Seen, SplitNeededError
-from imagenet_seq.sources.scan import FileStream, Problems, Rows
-from imagenet_seq.text import progress_bar
+from imagenet_seq.sources.place import SPLITS, Found, Opening, Place, Seen, split_needed
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, bytes_bar
 
 LOOKS_FOR = "MosaicML Streaming's MDS: a folder of index.json and shard.00000.mds, ..."
 
 
-# ---- finding -------------------------------------------------------------------------------------
-
-
 def find(place: Place) -> Found | str | None:
-    """Recognise a folder of shards by its index.json.
-
-    Raises:
-        SplitNeededError: if it is a folder of such folders and no split was given.
-    """
+    """Recognise a folder of shards by its index.json."""
     if not place.is_folder:
         return None
     splits = [name for name in place.folders if name in SPLITS]
     if place.split is None and any(_is_mds(os.path.join(place.folder, name)) for name in splits):
-        raise SplitNeededError(
-            f"{place.path} holds MDS shards in {' and '.join(splits)}: pass split='train' or "
-            "split='val'"
-        )
+        raise split_needed(f"{place.path} holds MDS shards in {' and '.join(splits)}")
     if INDEX_FILE not in place.files:
         return None
     path = os.path.join(place.folder, INDEX_FILE)
@@ -112,21 +101,16 @@ def _zstandard() -> Any:
 
 
 def _decompressed(shard: Shard, data: bytes) -> npt.NDArray[np.uint8]:
-    """Decompress a shard.
-
-    Raises:
-        DataError: if it is damaged, or has another size than index.json says.
-    """
+    """Decompress a shard."""
     assert shard.compression is not None
     # Raised by the decompressors: nothing is read from a disk here.
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if shard.compression == "zstd":
         errors = (_zstandard().ZstdError,)
-    raw, num_bytes = np.empty(shard.raw_bytes, np.uint8), 0
+    raw = np.empty(shard.raw_bytes, np.uint8)
     try:
         with _decompressor(shard.compression, data) as file:
-            while count := file.readinto(raw.data[num_bytes:]):
-                num_bytes += count
+            num_bytes = _fill(raw, file)
             has_more = bool(file.read(1))
     except errors as error:
         raise DataError(
@@ -139,6 +123,14 @@ def _decompressed(shard: Shard, data: bytes) -> npt.NDArray[np.uint8]:
             f"{'more' if has_more else num_bytes}: download the shard again"
         )
     return raw
+
+
+def _fill(data: npt.NDArray[np.uint8], file: Any) -> int:
+    """Read into `data` until it is full or the file ends; return the number of bytes read."""
+    num_bytes = 0
+    while count := file.readinto(data.data[num_bytes:]):
+        num_bytes += count
+    return num_bytes
 
 
 # ---- scanning ------------------------------------------------------------------------------------
@@ -172,9 +164,7 @@ def _scan(folder: str, shards: Sequence[Shard], how: Opening) -> Scanned:
     problems = Problems(how.on_error)
     scan = _Scan(problems, how)
     total_bytes = sum(os.path.getsize(shard.path) for shard in shards)
-    with progress_bar(
-        "index MDS shards", total_bytes, unit="B", enabled=how.progress, delay_s=1
-    ) as bar:
+    with bytes_bar("MDS shards", total_bytes, how) as bar:
         for number, shard in enumerate(shards):
             scan.add_shard(number, shard, bar)
     files = [os.path.relpath(shard.path, folder) for shard in shards]
@@ -182,12 +172,8 @@ def _scan(folder: str, shards: Sequence[Shard], how: Opening) -> Scanned:
     if _needs_python(shards):
         first = _first_of(index, len(shards))
         index = dataclasses.replace(index, offset=np.arange(len(index)) - first[index.file])
-    return Scanned(
-        index,
-        extra={"begin": np.array(scan.begin, np.int64)},
-        problems=problems.messages,
-        num_problems=problems.count,
-    )
+    extra = {"begin": np.array(scan.begin, np.int64)}
+    return Scanned(index, extra, problems.messages, problems.count)
 
 
 def _whole(stream: FileStream) -> bytes:
@@ -222,11 +208,7 @@ class _Scan:
         self.begin = array("q")  # offset of each image in its shard
 
     def add_shard(self, number: int, shard: Shard, bar: Any) -> None:
-        """Add a shard's samples.
-
-        Raises:
-            DataError: if the shard is damaged; with on_error="fail" for any problem.
-        """
+        """Add a shard's samples."""
         algorithm = _algorithm_of(shard.hashes)
         digest = hashlib.new(algorithm) if algorithm else None
         whole = shard.compression is not None
@@ -291,12 +273,13 @@ class _Scan:
 
     def index(self, folder: str, files: Sequence[str]) -> Index:
         """Return the index of all samples, with their offsets in the shards."""
-        rows = self._rows
+        rows, texts = self._rows, list(self._labels)
         label, classes = rows.label, tuple[str, ...]()
-        if self._labels:
-            label, classes = _numbered(list(self._labels), label)
-        classes = classes or classes_of(label, rows.names)
-        index = rows.index(folder, files, classes, label)
+        if not all(text.isdecimal() and len(text) < 6 for text in texts):
+            label, classes = sorted_classes(texts, label)
+        elif texts:  # they are numbers: these are the labels
+            label = np.array(list(map(int, texts)), np.int32)[label]
+        index = rows.index(folder, files, classes or classes_of(label, rows.names), label)
         return dataclasses.replace(
             index, width=np.array(self._width, np.int32), height=np.array(self._height, np.int32)
         )
@@ -308,26 +291,8 @@ def _algorithm_of(hashes: Mapping[str, Any]) -> str:
     return next((name for name in hashes if name in known), "")
 
 
-def _numbered(
-    texts: Sequence[str], label: npt.NDArray[np.int32]
-) -> tuple[npt.NDArray[np.int32], tuple[str, ...]]:
-    """Return the labels and class names for labels that are places in `texts`.
-
-    If all texts are numbers, these are the labels; else they are names, numbered as they sort.
-    """
-    if all(text.isdecimal() and len(text) < 6 for text in texts):
-        return np.array([int(text) for text in texts], np.int32)[label], ()
-    classes = sorted(texts)
-    places = {text: place for place, text in enumerate(classes)}
-    return np.array([places[text] for text in texts], np.int32)[label], tuple(classes)
-
-
 def _ends(shard: Shard, take: Take) -> list[int]:
-    """Return where each sample begins, and where the last one ends.
-
-    Raises:
-        DataError: if these places are not possible.
-    """
+    """Return where each sample begins, and where the last one ends."""
     table_bytes = 4 * (shard.num_samples + 2)
     table = np.frombuffer(take(0, table_bytes), "<u4").astype(np.int64)
     ends = table[1:]
@@ -347,11 +312,7 @@ def _ends(shard: Shard, take: Take) -> list[int]:
 
 
 class _Lengths:
-    """Finds the columns of samples.
-
-    Args:
-        sizes: bytes of each column; None if each sample says its own.
-    """
+    """Finds the columns of samples by their sizes; None if each sample says its own."""
 
     def __init__(self, sizes: Sequence[int | None]) -> None:
         self._sizes = sizes
@@ -408,34 +369,23 @@ class _Blocks:
     """Where the samples of all shards lie.
 
     The source's own index may be a selection; this one is whole.
-
-    Attributes:
-        shards: the shards, one for each block.
-        first: the first sample of each shard, and the end of the last.
-        begin: offset of each image in its shard.
-        index: all samples.
     """
 
-    shards: Sequence[Shard]
-    first: npt.NDArray[np.int64]
-    begin: npt.NDArray[np.int64]
+    shards: Sequence[Shard]  # one for each block
+    first: npt.NDArray[np.int64]  # the first sample of each shard, and the end of the last
+    begin: npt.NDArray[np.int64]  # offset of each image in its shard
     index: Index
 
     def check(self) -> None:
-        """Check the cached index, which may be damaged.
-
-        Raises:
-            DataError: if a sample does not lie in its shard.
-        """
+        """Check the cached index, which may be damaged: each sample has to lie in its shard."""
         index, length = self.index, self.index.length
         shard_bytes = np.array([shard.raw_bytes for shard in self.shards], np.int64)
         if (
             length is None
             or (np.diff(index.file) < 0).any()
             or len(self.begin) != len(index)
-            or (
-                (self.begin < 0) | (length < 0) | (self.begin + length > shard_bytes[index.file])
-            ).any()
+            or (np.minimum(self.begin, length) < 0).any()
+            or (self.begin + length > shard_bytes[index.file]).any()
         ):
             raise DataError(f"{index.root}: its cached index is damaged: delete the index")
 
@@ -458,10 +408,8 @@ class _ShardSource(Source):
         if shard.has_pixels:
             assert index.width is not None
             assert index.height is not None
-            sizes = zip(index.width[samples].tolist(), index.height[samples].tolist(), strict=True)
-            for (width, height), at, size in zip(
-                sizes, begin.tolist(), length.tolist(), strict=True
-            ):
+            columns = (index.width[samples], index.height[samples], begin, length)
+            for width, height, at, size in np.transpose(columns).tolist():
                 is_rgb = size == 3 * width * height + len(ppm_header(width, height, True))
                 header = np.frombuffer(ppm_header(width, height, is_rgb), np.uint8)
                 data[at : at + len(header)] = header
@@ -471,15 +419,9 @@ class _ShardSource(Source):
         """Return the bytes of a shard, decompressed."""
         with self.turns, open(shard.path, "rb", buffering=0) as file:
             if shard.compression is None:
-                return _filled(file, shard.raw_bytes)
+                data = np.empty(shard.raw_bytes, np.uint8)
+                if (num_bytes := _fill(data, file)) < len(data):
+                    raise DataError(f"{shard.path}: expected {len(data)} bytes, got {num_bytes}")
+                return data
             compressed = file.readall()
         return _decompressed(shard, compressed)
-
-
-def _filled(file: io.FileIO, num_bytes: int) -> npt.NDArray[np.uint8]:
-    data, num_read = np.empty(num_bytes, np.uint8), 0
-    while count := file.readinto(data.data[num_read:]):
-        num_read += count
-    if num_read < num_bytes:
-        raise DataError(f"{file.name}: expected {num_bytes} bytes, got {num_read}")
-    return data

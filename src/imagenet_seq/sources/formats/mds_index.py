@@ -47,25 +47,15 @@ class Columns(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A shard, and the file that it is read from.
-
-    Attributes:
-        path: the file.
-        name: prefix of its samples' names; empty if there is only one shard.
-        compression: how the file is compressed: "zstd", "gz", "bz2" or None.
-        raw_bytes: size without compression.
-        num_samples: number of its samples.
-        columns: their columns.
-        hashes: by algorithm, of the bytes without compression.
-    """
+    """A shard, and the file that it is read from."""
 
     path: str
-    name: str
-    compression: str | None
-    raw_bytes: int
+    name: str  # prefix of its samples' names; empty if there is only one shard
+    compression: str | None  # "zstd", "gz", "bz2" or None
+    raw_bytes: int  # size without compression
     num_samples: int
     columns: Columns
-    hashes: Mapping[str, str]
+    hashes: Mapping[str, str]  # by algorithm, of the bytes without compression
 
     @property
     def has_pixels(self) -> bool:
@@ -78,11 +68,7 @@ class MdsError(ValueError):
 
 
 def read_shards(folder: str) -> list[Shard]:
-    """Read index.json.
-
-    Raises:
-        DataError: if it is damaged, or a file is missing or has another size.
-    """
+    """Read index.json; DataError if it is damaged, or a file is missing or has another size."""
     where = os.path.join(folder, INDEX_FILE)
     described = described_shards(where)
     if not described:

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +22,12 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.cache import Scanned, indexed
-from imagenet_seq.index.classes import is_wnid
+from imagenet_seq.index.classes import is_wnid, sorted_classes
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.tar_file import InMemory, Member, first_members, members
-from imagenet_seq.sources.place import Found, Opening, Place, Seen, SplitNeededError
-from imagenet_seq.sources.scan import FileStream, Problems, Rows
-from imagenet_seq.text import progress_bar
+from imagenet_seq.sources.place import Found, Opening, Place, Seen, split_needed
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, bytes_bar
 
 
 class Download(NamedTuple):
@@ -63,12 +63,7 @@ _FEW = 4
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise the train or the val archive by its first member.
-
-    Raises:
-        SplitNeededError: if both are there and no split was given.
-        ValueError: if there are several archives of the split.
-    """
+    """Recognise the train or the val archive by its first member; ValueError if one is twice."""
     names = [name for name in place.files if name in NAMES]
     if not names:
         names = [name for name in place.files if name.endswith(".tar") or not place.is_folder]
@@ -77,9 +72,7 @@ def find(place: Place) -> Found | str | None:
         return None
     found = {path: split for path in paths if (split := split_in(path))}
     if place.split is None and len(set(found.values())) > 1:
-        raise SplitNeededError(
-            f"{place.path} holds the archives of train and val: pass split='train' or split='val'"
-        )
+        raise split_needed(f"{place.path} holds the archives of train and val")
     of_split = [path for path, split in found.items() if place.split in (None, split)]
     if len(of_split) > 1:
         raise ValueError(
@@ -97,11 +90,7 @@ def _found(path: str, split: str) -> Found:
         needed = [path] if split == "train" else [path, _devkit_of(path)]
         scan = _TrainScan if split == "train" else _ValScan
         scanned = indexed(
-            "ilsvrc2012",
-            path,
-            needed,
-            lambda: scan(needed, DOWNLOADS[split], how).result(),
-            how.on_error,
+            "ilsvrc2012", path, needed, lambda: scan(needed, how).result(), how.on_error
         )
         damaged = [remark for remark in scanned.remarks if _DAMAGED in remark]
         if damaged and how.on_error == "fail":  # also if a cached index says so
@@ -109,8 +98,7 @@ def _found(path: str, split: str) -> Found:
                 f"{damaged[0]}. Download it again, or use it as it is: on_error='skip' "
                 "(--on-error skip)"
             )
-        permuted = is_permuted(scanned.index)
-        return Source("ilsvrc2012", scanned.index, permuted=permuted, notes=scanned.notes)
+        return Source("ilsvrc2012", scanned.index, is_permuted(scanned.index), notes=scanned.notes)
 
     what = f"the archive of ILSVRC2012's {split} images {os.path.basename(path)}"
     return Found("ilsvrc2012", what, open_archive, [path])
@@ -130,11 +118,7 @@ def split_in(path: str) -> str | None:
 
 
 def _devkit_of(archive: str) -> str:
-    """Return the path of the devkit beside an archive, or one folder up.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-    """
+    """Return the path of the devkit beside an archive, or one folder up."""
     folder = os.path.dirname(os.path.abspath(archive))
     for candidate in (folder, os.path.dirname(folder)):
         path = os.path.join(candidate, DEVKIT)
@@ -152,16 +136,17 @@ def _devkit_of(archive: str) -> str:
 class _Scan:
     """One pass over an archive, which also computes its MD5."""
 
-    def __init__(self, paths: list[str], download: Download, how: Opening) -> None:
-        self._path, self._download, self._how = paths[0], download, how
+    split: str
+
+    def __init__(self, paths: list[str], how: Opening) -> None:
+        self._path, self._download, self._how = paths[0], DOWNLOADS[self.split], how
         self._rows, self._problems = Rows(), Problems(how.on_error)
         self._remarks: list[str] = []
         self._names: set[str] = set()  # in the archive; for the train archive, in the class's tar
         self._classes: list[str] = []
 
     def result(self) -> Scanned:
-        size = os.path.getsize(self._path)
-        digest = None
+        size, digest = os.path.getsize(self._path), None
         if size == self._download.size_bytes:
             digest = hashlib.md5(usedforsecurity=False)
         else:
@@ -169,11 +154,9 @@ class _Scan:
                 f"{self._path}: not the official archive, which has {self._download.size_bytes} "
                 f"bytes, not {size}: MD5 not compared"
             )
-        name = os.path.basename(self._path)
+        folder, name = os.path.split(self._path)
         with (
-            progress_bar(
-                f"index {name}", size, unit="B", enabled=self._how.progress, delay_s=1
-            ) as bar,
+            bytes_bar(name, size, self._how) as bar,
             FileStream(self._path, bar, digest) as stream,
         ):
             self._read(stream)
@@ -183,20 +166,15 @@ class _Scan:
                     self._remarks.append(
                         f"{self._path}: {_DAMAGED} {self._download.md5}, got {digest.hexdigest()}"
                     )
-        label = self._labels()
-        folder = os.path.dirname(self._path)
-        return Scanned(
-            self._rows.index(folder, [name], self._classes, label),
-            problems=self._problems.messages,
-            num_problems=self._problems.count,
-            remarks=self._remarks,
-        )
+        label, classes = self._labels_and_classes()
+        index, problems = self._rows.index(folder, [name], classes, label), self._problems
+        return Scanned(index, {}, problems.messages, problems.count, self._remarks)
 
     def _read(self, stream: FileStream) -> None:
         raise NotImplementedError
 
-    def _labels(self) -> npt.NDArray[np.int32]:
-        return self._rows.label
+    def _labels_and_classes(self) -> tuple[npt.NDArray[np.int32], Sequence[str]]:
+        return self._rows.label, self._classes
 
     def _add(self, stream: FileStream, member: Member, name: str, label: int) -> None:
         wrong = ""
@@ -217,6 +195,8 @@ class _Scan:
 
 class _TrainScan(_Scan):
     """A tar of tars; until all have been read, a label is the ordinal of the class's tar."""
+
+    split = "train"
 
     def _read(self, stream: FileStream) -> None:
         for inner in members(stream, self._problems, self._remarks):
@@ -243,21 +223,23 @@ class _TrainScan(_Scan):
                 "class, got none"
             )
 
-    def _labels(self) -> npt.NDArray[np.int32]:
-        label_of_ordinal = np.argsort(np.argsort(np.array(self._classes))).astype(np.int32)
-        self._classes.sort()
-        return label_of_ordinal[self._rows.label]
+    def _labels_and_classes(self) -> tuple[npt.NDArray[np.int32], Sequence[str]]:
+        return sorted_classes(self._classes, self._rows.label)
 
 
 class _ValScan(_Scan):
-    def __init__(self, paths: list[str], download: Download, how: Opening) -> None:
-        super().__init__(paths, download, how)
-        self._devkit = read_devkit(paths[1])
-        self._classes = self._devkit.wnids
-        self._remarks += self._devkit.remarks
+    split = "val"
+
+    def __init__(self, paths: list[str], how: Opening) -> None:
+        super().__init__(paths, how)
+        self._classes, self._truth, md5 = _read_devkit(paths[1])
+        if md5 != _DEVKIT_MD5:
+            self._remarks.append(
+                f"{paths[1]}: not the official devkit: expected MD5 {_DEVKIT_MD5}, got {md5}"
+            )
 
     def _read(self, stream: FileStream) -> None:
-        truth, classes = self._devkit.label_of_image, self._classes
+        truth, classes = self._truth, self._classes
         for member in members(stream, self._problems, self._remarks):
             is_image = _VAL_IMAGE.fullmatch(member.name)
             number = int(is_image[1]) if is_image else 0
@@ -279,27 +261,8 @@ class _ValScan(_Scan):
 # ---- the devkit ----------------------------------------------------------------------------------
 
 
-class Devkit(NamedTuple):
-    """The classes and the ground truth of the devkit.
-
-    Attributes:
-        wnids: the classes, sorted.
-        label_of_image: label of each val image, by its number: a place in `wnids`.
-        remarks: what the user should know.
-    """
-
-    wnids: list[str]
-    label_of_image: list[int]
-    remarks: list[str]
-
-
-def read_devkit(path: str) -> Devkit:
-    """Read classes and ground truth; needs scipy for MATLAB's file format.
-
-    Raises:
-        DataError: if the archive is damaged, or lacks one of them.
-        ImportError: without scipy.
-    """
+def _read_devkit(path: str) -> tuple[list[str], list[int], str]:
+    """Return the sorted classes, the label of each val image by its number, and the MD5."""
     meta, truth, md5 = _devkit_files(path)
     wnid_of_id = _classes_in(path, meta)
     wnids = sorted(wnid_of_id.values())
@@ -313,10 +276,7 @@ def read_devkit(path: str) -> Devkit:
                 f"meta.mat, got {line[:20]!r}. Download it again"
             )
         labels.append(label)
-    remarks = [] if md5 == _DEVKIT_MD5 else [
-        f"{path}: not the official devkit: expected MD5 {_DEVKIT_MD5}, got {md5}"
-    ]  # fmt: skip
-    return Devkit(wnids, labels, remarks)
+    return wnids, labels, md5
 
 
 def _devkit_files(path: str) -> tuple[bytes, bytes, str]:
@@ -335,8 +295,7 @@ def _devkit_files(path: str) -> tuple[bytes, bytes, str]:
         for member in members(InMemory(path, data), Problems("skip"), [])
     }
     wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
-    missing = [name for name in wanted if name not in found]
-    if missing:
+    if missing := [name for name in wanted if name not in found]:
         raise DataError(
             f"{path}: expected data/{missing[0]} in it, found {', '.join(sorted(found)[:8])}. "
             "Download it again"
@@ -365,11 +324,8 @@ def _classes_in(path: str, meta: bytes) -> dict[int, str]:
             f"{path}: meta.mat: expected a table 'synsets' with ILSVRC2012_ID, WNID and "
             f"num_children ({error!r}). Download it again"
         ) from error
-    if (
-        not classes
-        or len(set(classes.values())) < len(classes)
-        or not all(map(is_wnid, classes.values()))
-    ):
+    wnids = set(classes.values())
+    if not wnids or len(wnids) < len(classes) or not all(map(is_wnid, wnids)):
         raise DataError(
             f"{path}: meta.mat: expected classes with a wnid each, got {len(classes)}, such as "
             f"{next(iter(classes.values()), None)!r}. Download it again"

@@ -27,19 +27,12 @@ from imagenet_seq.sources.place import SPLITS, Found, Place
 LOOKS_FOR = "a pack: a folder with pack.json, made by 'imagenet-seq pack'"
 
 FORMAT = "imagenet-seq pack"
-
 FORMAT_VERSION = 1
-
 PACK_FILE = "pack.json"
-
 INDEX_FILE = "index.npy"
-
 NAMES_FILE = "names.npy"
-
 NAMES_BEGIN_FILE = "names_begin.npy"
-
 FAILURES_FILE = "failures.json"
-
 PARTIAL_SUFFIX = ".partial"
 """A pack is made in DESTINATION.partial and renamed when it is whole."""
 
@@ -121,14 +114,9 @@ def open_pack(folder: str | os.PathLike[str], split: str | None = None) -> Sourc
 
     1.28 million samples take about 0.1 s: columns are memory-mapped, and each is checked once.
 
-    Args:
-        folder: the pack.
-        split: the split that it must hold, where it names one; None: any.
-
     Raises:
-        ValueError: where it names another split.
-        DataError: where the pack is of another version, incomplete or inconsistent.
-        OSError: where a file can't be read.
+        ValueError: where it names another split than `split`.
+        DataError, OSError: as `read_pack`.
     """
     pack = read_pack(folder)
     known_id = _field(pack.about, "index_id", str, pack.folder)
@@ -150,29 +138,21 @@ def make_index(
     known_id: str | None = None,
 ) -> Index:
     """Return a pack's rows as an index, whose columns are views."""
+    same = ("offset", "length", "label", "width", "height", "flags")
     return Index(
         file=rows["shard"],
-        offset=rows["offset"],
+        checksum=rows["crc32c"],
+        **{column: rows[column] for column in same},
         name=names,
         root=folder,
         files=Names.from_strings(map(shard_file, range(num_shards))),
         classes=tuple(classes),
-        length=rows["length"],
-        label=rows["label"],
-        width=rows["width"],
-        height=rows["height"],
-        checksum=rows["crc32c"],
-        flags=rows["flags"],
         known_id=known_id,
     )
 
 
 def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack:
-    """Read a pack's tables, for callers that need more than `open_pack` gives.
-
-    Args:
-        folder: the pack.
-        check_shards: whether to compare the sizes of the shards with pack.json.
+    """Read a pack's tables; `check_shards`: compare the sizes of the shards with pack.json.
 
     Raises:
         DataError: where the pack is of another version, incomplete or inconsistent.
@@ -190,10 +170,8 @@ def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack
         raise DataError(f"{folder}/{PACK_FILE}: 'huffman_tables': {error}; {RUN_VERIFY}") from error
     split = about.get("split")
     if split is not None and split not in SPLITS:
-        raise DataError(
-            f"{folder}/{PACK_FILE}: 'split': expected one of {SPLITS}, got {split!r:.80}; "
-            f"{RUN_VERIFY}"
-        )
+        where = f"{folder}/{PACK_FILE}: 'split'"
+        raise DataError(f"{where}: expected one of {SPLITS}, got {split!r:.80}; {RUN_VERIFY}")
     num_samples = _field(about, "num_samples", int, folder)
     rows = _map_npy(folder, INDEX_FILE, ROW, num_samples)
     begin = _map_npy(folder, NAMES_BEGIN_FILE, np.dtype("<i8"), num_samples + 1)
@@ -204,12 +182,7 @@ def read_pack(folder: str | os.PathLike[str], check_shards: bool = True) -> Pack
 
 
 def read_failures(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read failures.json: objects with `name`, `reason` and `kept`.
-
-    Raises:
-        DataError: where it is missing or malformed.
-        OSError: where it can't be read.
-    """
+    """Read failures.json: objects with `name`, `reason` and `kept`; raises as `read_pack`."""
     path = os.path.join(os.fspath(folder), FAILURES_FILE)
     try:
         failures = _read_json(path)
@@ -221,10 +194,8 @@ def read_failures(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for failure in failures:
         types = {key: type(v) for key, v in failure.items()} if isinstance(failure, dict) else None
         if types != expected:
-            raise DataError(
-                f"{path}: expected objects with name, reason and kept, got {failure!r:.80}; "
-                f"{RUN_VERIFY}"
-            )
+            wrong = f"expected objects with name, reason and kept, got {failure!r:.80}"
+            raise DataError(f"{path}: {wrong}; {RUN_VERIFY}")
     return failures
 
 
@@ -312,11 +283,8 @@ def _check_members(about: dict[str, Any], folder: str) -> None:
 
 def _field(about: dict[str, Any], key: str, kind: type, folder: str) -> Any:
     value: Any = about.get(key)
-    if (
-        not isinstance(value, kind)
-        or isinstance(value, bool)
-        or (isinstance(value, int) and not 0 <= value < 2**63)
-    ):
+    valid = isinstance(value, kind) and not isinstance(value, bool)
+    if not valid or (kind is int and not 0 <= value < 2**63):
         expected = "an integer from 0 to 2**63 - 1" if kind is int else f"a {kind.__name__}"
         raise DataError(
             f"{folder}/{PACK_FILE}: '{key}': expected {expected}, got {value!r:.80}; {RUN_VERIFY}"
@@ -350,19 +318,15 @@ def _shard_sizes(folder: str, about: dict[str, Any], check: bool) -> npt.NDArray
                 f"{folder}/{PACK_FILE}: 'shards' [{shard}]: expected file {shard_file(shard)!r}, "
                 f"got {entry!r:.80}; {RUN_VERIFY}"
             )
-        sizes.append(_field(entry, "bytes", int, folder))
-        if check:
-            _check_size(os.path.join(folder, shard_file(shard)), sizes[-1])
+        expected, path = _field(entry, "bytes", int, folder), os.path.join(folder, entry["file"])
+        sizes.append(expected)
+        try:
+            got = os.path.getsize(path) if check else expected
+        except FileNotFoundError:
+            raise DataError(f"{path}: shard is missing; {RUN_VERIFY}") from None
+        if got != expected:
+            raise DataError(f"{path}: expected {expected} bytes, got {got}; {RUN_VERIFY}")
     return np.array(sizes, np.int64)
-
-
-def _check_size(path: str, expected: int) -> None:
-    try:
-        got = os.stat(path).st_size
-    except FileNotFoundError:
-        raise DataError(f"{path}: shard is missing; {RUN_VERIFY}") from None
-    if got != expected:
-        raise DataError(f"{path}: expected {expected} bytes, got {got}; {RUN_VERIFY}")
 
 
 def _check_extents(
@@ -393,9 +357,7 @@ MAX_IMAGE_BYTES = 8**11 - 1
 """The largest number that the size field of a tar header can hold."""
 
 END_OF_SHARD = bytes(2 * _BLOCK_BYTES)
-
 _UNSAFE = re.compile("[%\x00-\x1f\x7f\udc80-\udcff]")
-
 _UNSAFE_OR_DOT = re.compile("[.%\x00-\x1f\x7f\udc80-\udcff]")
 
 
@@ -417,10 +379,7 @@ class MemberNames:
 
     The key is the sample's name without its extension, escaped so that it ends at the first dot of
     the base name (webdataset's rule). Samples that differ in the extension alone keep it in the
-    key, so that no two samples have the same key.
-
-    Args:
-        names: the names of all samples of the pack.
+    key, so that no two samples have the same key. `names` are those of all samples of the pack.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -488,8 +447,7 @@ def member_header(name: str, size: int) -> bytes:
     its fields; otherwise preceded by a pax extended header that holds the name in UTF-8.
     """
     encoded = name.encode("utf-8")
-    fields = _ustar_name(encoded) if name.isascii() else None
-    if fields is not None:
+    if name.isascii() and (fields := _ustar_name(encoded)):
         return _ustar_header(*fields, size, b"0")
     record = _pax_record(encoded)
     stand_in = re.sub(rb"[^ -~]", b"_", encoded)[-100:]
@@ -515,9 +473,9 @@ def _pax_record(path: bytes) -> bytes:
     """Return a pax record, "<length> path=<path>"; the length counts its own digits too."""
     rest = b" path=" + path + b"\n"
     size = len(rest)
-    while len(b"%d" % size) + len(rest) != size:
-        size = len(b"%d" % size) + len(rest)
-    return b"%d" % size + rest
+    while len(record := b"%d" % size + rest) != size:
+        size = len(record)
+    return record
 
 
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x")

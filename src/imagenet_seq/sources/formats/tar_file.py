@@ -79,12 +79,7 @@ class RandomAccess:
 
 
 class InMemory:
-    """An archive in memory.
-
-    Args:
-        path: the file that it was decompressed from, for messages.
-        data: the archive.
-    """
+    """An archive in memory; `path` is the file that it was decompressed from, for messages."""
 
     def __init__(self, path: str, data: bytes) -> None:
         self.path, self.size, self._data = path, len(data), memoryview(data)
@@ -135,24 +130,22 @@ def members(
     Raises:
         DataError: if the archive is truncated, damaged, or of a kind that has to be converted.
     """
-    archive = data.path if within is None else f"{data.path}: {within.name}"
-    begin, end = 0, data.size
+    archive, begin, end = data.path, 0, data.size
     if within is not None:
+        archive = f"{data.path}: {within.name}"
         begin, end = within.offset, within.offset + within.length
-    for kind, name, offset, length in _headers(data, archive, begin, end, problems, remarks):
+    for kind, member in _headers(data, archive, begin, end, problems, remarks):
+        if kind in _REGULAR:
+            if not member.name.endswith("/"):  # which marks a folder in old archives
+                yield member
+            continue
+        where = f"{archive}: member {member.name!r} at offset {member.offset}"
         if kind in _NO_FILES:
-            problems.report(
-                f"{archive}: member {name!r} at offset {offset}: expected a file, got "
-                f"{_NO_FILES[kind]}"
-            )
-        elif kind in _REGULAR:
-            if not name.endswith("/"):  # which marks a folder in old archives
-                yield Member(name, offset, length)
+            problems.report(f"{where}: expected a file, got {_NO_FILES[kind]}")
         elif kind not in _FOLDERS_AND_LABELS:
             raise DataError(
-                f"{archive}: member {name!r} at offset {offset}: expected a plain file, got type "
-                f"{chr(kind)!r} (sparse, or part of a multi-volume archive): make it again without "
-                "such options"
+                f"{where}: expected a plain file, got type {chr(kind)!r} (sparse, or part of a "
+                "multi-volume archive): make it again without such options"
             )
 
 
@@ -161,7 +154,6 @@ def first_members(path: str, count: int) -> list[Member]:
 
     Raises:
         DataError: if it is no archive, or damaged before the first file.
-        OSError: if it can't be read.
     """
     found: list[Member] = []
     with RandomAccess(path) as data:
@@ -179,17 +171,10 @@ def first_members(path: str, count: int) -> list[Member]:
 # ---- headers -------------------------------------------------------------------------------------
 
 
-class _Header(NamedTuple):
-    kind: int
-    name: str
-    offset: int  # of the data that follows
-    length: int
-
-
 def _headers(
     data: Readable, archive: str, begin: int, end: int, problems: Problems, remarks: list[str]
-) -> Iterator[_Header]:
-    """Yield members of all kinds; extended headers have been applied to them."""
+) -> Iterator[tuple[int, Member]]:
+    """Yield members of all kinds, as (kind, member); extended headers have been applied to them."""
     ahead: dict[bytes, bytes] = {}  # fields of the next member
     always: dict[bytes, bytes] = {}  # fields of all members that follow
     position = begin
@@ -215,8 +200,8 @@ def _headers(
             said = _extended(data, archive, kind, offset, length)
             (always if kind == ord("g") else ahead).update(said)
         else:
-            yield _Header(kind, name, offset, length)
-        position = offset + _padded(length)
+            yield kind, Member(name, offset, length)
+        position = offset + -(-length // _BLOCK) * _BLOCK
     if position > end:
         raise DataError(
             f"{archive}: truncated: expected its last member to be padded to offset {position}, "
@@ -236,11 +221,10 @@ def _is_header(header: bytes) -> bool:
     total = 8 * 32 - 3
     for part in (header[:148], header[156:400], header[400:]):
         total += zlib.adler32(part) & 0xFFFF
-    if len(header) == _BLOCK and total == expected:
-        return True
+    if len(header) < _BLOCK or total == expected:
+        return len(header) == _BLOCK
     # Some old tars added signed bytes.
-    signed = total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
-    return len(header) == _BLOCK and signed == expected
+    return total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]) == expected
 
 
 def _no_header(header: bytes, position: int) -> str:
@@ -293,10 +277,6 @@ def _number(field: bytes) -> int | None:
     return int(digits, 8)
 
 
-def _padded(length: int) -> int:
-    return -(-length // _BLOCK) * _BLOCK
-
-
 def _extended(
     data: Readable, archive: str, kind: int, offset: int, length: int
 ) -> dict[bytes, bytes]:
@@ -312,8 +292,7 @@ def _extended(
     if kind == ord("K"):  # the target of a link
         return {}
     fields: dict[bytes, bytes] = {}
-    said = said.rstrip(b"\0")
-    begin = 0
+    said, begin = said.rstrip(b"\0"), 0
     while begin < len(said):
         digits = said[begin : begin + 20].partition(b" ")[0]
         end = begin + int(digits) if digits.isdigit() else 0

@@ -19,23 +19,14 @@ import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.cache import Scanned, indexed
-from imagenet_seq.index.classes import MAX_CLASSES, classes_of, is_wnid
+from imagenet_seq.index.classes import MAX_CLASSES, classes_of, is_wnid, sorted_classes
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats.official import DEVKIT, NAMES, split_in
 from imagenet_seq.sources.formats.tar_file import Member, first_members, members
 from imagenet_seq.sources.images import IMAGE_EXTENSIONS
-from imagenet_seq.sources.place import (
-    Found,
-    Opening,
-    Place,
-    Seen,
-    SplitNeededError,
-    Visit,
-    split_of,
-)
-from imagenet_seq.sources.scan import FileStream, Problems, Rows
-from imagenet_seq.text import progress_bar
+from imagenet_seq.sources.place import Found, Opening, Place, Seen, split_needed, split_of
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, bytes_bar
 
 LOOKS_FOR = (
     "WebDataset shards: *.tar with .jpg, .jpeg or .png and .cls, .json or .txt of the same name; "
@@ -60,11 +51,7 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise shards or archives of class folders, by the first files in the first of them.
-
-    Raises:
-        SplitNeededError: if there are several splits and none was given.
-    """
+    """Recognise shards or archives of class folders, by the first files in the first of them."""
     if "pack.json" in place.files:
         return None
     tars = [name for name in place.files if _is_candidate(name, place)]
@@ -90,12 +77,7 @@ def find(place: Place) -> Found | str | None:
     what += f" {os.path.basename(paths[0])}"
     if len(paths) > 1:
         what += f" and {len(paths) - 1} more up to {os.path.basename(paths[-1])}"
-    return Found(
-        kind,
-        what,
-        lambda how: _open(kind, place, paths, how),
-        paths,
-    )
+    return Found(kind, what, lambda how: _open(kind, place, paths, how), paths)
 
 
 def _is_candidate(name: str, place: Place) -> bool:
@@ -141,13 +123,7 @@ def _open(kind: str, place: Place, paths: list[str], how: Opening) -> Source:
 def _scan(kind: str, place: Place, paths: list[str], how: Opening) -> Scanned:
     collector = (_Samples if kind == "webdataset" else _ClassFolders)(place, how)
     total_bytes = sum(map(os.path.getsize, paths))
-    with progress_bar(
-        f"index {os.path.basename(place.path)}",
-        total_bytes,
-        unit="B",
-        enabled=how.progress,
-        delay_s=1,
-    ) as bar:
+    with bytes_bar(os.path.basename(place.path), total_bytes, how) as bar:
         for number, path in enumerate(paths):
             collector.begin(number, path, len(paths) > 1)
             with FileStream(path, bar) as stream:
@@ -156,12 +132,7 @@ def _scan(kind: str, place: Place, paths: list[str], how: Opening) -> Scanned:
     files = [os.path.basename(path) for path in paths]
     index = collector.rows.index(place.folder, files, classes, label)
     problems = collector.problems
-    return Scanned(
-        index,
-        problems=problems.messages,
-        num_problems=problems.count,
-        remarks=collector.remarks,
-    )
+    return Scanned(index, {}, problems.messages, problems.count, collector.remarks)
 
 
 class _WrongSampleError(Exception):
@@ -175,7 +146,7 @@ class _Collector:
         self.rows, self.problems = Rows(), Problems(how.on_error)
         self.remarks: list[str] = []
         self._source, self._split = place.path, place.split
-        self._visit: Visit | None = how.visit
+        self._visit = how.visit
         self._names_in_file: set[str] = set()
 
     def begin(self, file: int, path: str, is_one_of_many: bool) -> None:
@@ -258,10 +229,9 @@ class _Samples(_Collector):
         self._finish(fields)
 
     def _finish(self, fields: _Fields) -> None:
-        has_label = any(extension in fields.data for extension in _LABELS)
         if not fields.images:
-            base = fields.key.rpartition("/")[2] + "."
-            if not has_label or _SIDECAR.match(base):
+            has_label = any(extension in fields.data for extension in _LABELS)
+            if not has_label or _SIDECAR.match(fields.key.rpartition("/")[2] + "."):
                 return
         try:
             if len(fields.images) != 1:
@@ -295,17 +265,13 @@ class _Samples(_Collector):
     def labels_and_classes(self) -> tuple[npt.NDArray[np.int32], Sequence[str]]:
         label = self.rows.label
         if self._numbers:
-            classes = sorted(self._numbers)
-            place = np.empty(len(classes), np.int32)
-            place[[self._numbers[name] for name in classes]] = np.arange(len(classes))
-            return place[label], classes
+            return sorted_classes(list(self._numbers), label)
         classes = list(classes_of(label, self.rows.names))
         if classes == [str(number) for number in range(len(classes))]:
             named = [self._named.get(number, "") for number in range(len(classes))]
             if all(named) and len(set(named)) == len(named):
                 classes = named
-        num_unused = len(classes) - len(np.unique(label))
-        if num_unused:
+        if num_unused := len(classes) - len(np.unique(label)):
             self.remarks.append(
                 f"{self._source}: labels go up to {len(classes) - 1}, and {num_unused} of them "
                 "occur in no sample"
@@ -354,8 +320,8 @@ def _label_in(data: dict[str, memoryview]) -> int | str:
 
 
 def _class_name(name: str) -> str:
-    shown = name if name.isprintable() else ""  # nor are unpaired surrogates
-    if not 0 < len(shown) <= _MAX_NAME_LENGTH:
+    # Unpaired surrogates are not printable either.
+    if not name.isprintable() or not 0 < len(name) <= _MAX_NAME_LENGTH:
         raise _WrongSampleError(
             f"expected a class name of 1 to {_MAX_NAME_LENGTH} printable characters, got "
             f"{name!r:.80}"
@@ -375,10 +341,8 @@ def _json_fields(text: bytes) -> dict[str, object]:
 
 def _class_name_in(data: dict[str, memoryview]) -> str:
     """Return the class name that accompanies the number in a .json; "" if there is none."""
-    if "json" not in data:
-        return ""
     try:
-        fields = _json_fields(bytes(data["json"]))
+        fields = _json_fields(bytes(data.get("json", b"{}")))
         names = [fields[key] for key in _NAME_KEYS if isinstance(fields.get(key), str)]
         return _class_name(str(names[0])) if names else ""
     except _WrongSampleError:
@@ -412,8 +376,7 @@ class _ClassFolders(_Collector):
                 self._report(member.name, member.offset, wrong)
                 continue
             label = self._folders.setdefault(folder, len(self._folders))
-            seen = self._visit is not None
-            data = stream.take(member.offset, member.length) if seen else None
+            data = stream.take(member.offset, member.length) if self._visit is not None else None
             self._add(member, label, data)
 
     def _is_of_split(self, folder: str) -> bool:
@@ -426,9 +389,7 @@ class _ClassFolders(_Collector):
             return True
         self._splits.add(split)
         if self._split is None and len(self._splits) > 1:
-            raise SplitNeededError(
-                f"{self._path} holds train and val: pass split='train' or split='val'"
-            )
+            raise split_needed(f"{self._path} holds train and val")
         return self._split in (None, split)
 
     def labels_and_classes(self) -> tuple[npt.NDArray[np.int32], Sequence[str]]:
@@ -445,8 +406,4 @@ class _ClassFolders(_Collector):
                     f"{'/'.join(paths[0][: above + 1])}/ and in folders below it, such as {inner}/:"
                     " make the archive again without the former"
                 )
-        names = [path[above] for path in paths]
-        classes = sorted(set(names))
-        place = {name: label for label, name in enumerate(classes)}
-        label_of_folder = np.array([place[name] for name in names], np.int32)
-        return label_of_folder[self.rows.label], classes
+        return sorted_classes([path[above] for path in paths], self.rows.label)
