@@ -20,12 +20,18 @@ import numpy.typing as npt
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.cache import HOW_TO_SKIP, OnError
 from imagenet_seq.index.columns import Index, Names
+from imagenet_seq.text import progress_bar
 
 _PIECE_BYTES = 4 << 20
 _PIECES_AHEAD = 4
 
 _MOST_BYTES = 1 << 30
 """No sample is larger: such a length means damage, and must not allocate memory."""
+
+
+def scan_bar(name: str, num_bytes: int, enabled: bool) -> Any:
+    """Return a progress bar for a scan; it appears if that takes longer than a second."""
+    return progress_bar(f"index {name}", num_bytes, unit="B", enabled=enabled, delay_s=1)
 
 
 # ---- reading -------------------------------------------------------------------------------------
