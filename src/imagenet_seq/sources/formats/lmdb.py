@@ -16,7 +16,6 @@ import os
 import re
 import struct
 from array import array
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,7 +310,8 @@ class _StoredSource(Source):
     path: str
     places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
     first: npt.NDArray[np.int64]
-    turns: AbstractContextManager[Any]
+    turns: Turns
+    python_blocks: bool = True
 
     @classmethod
     def of(cls, path: str, scanned: Scanned) -> _StoredSource:
@@ -337,7 +337,6 @@ class _StoredSource(Source):
             "lmdb",
             blocks,
             permuted=is_permuted(index),
-            python_blocks=True,
             notes=scanned.notes,
             path=path,
             places=(offset, size, stored),

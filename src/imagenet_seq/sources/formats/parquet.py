@@ -67,6 +67,7 @@ class _ParquetSource(Source):
     turns: Turns
     versions: dict[str, tuple[int, int]]
     metadata: dict[str, Any] = field(default_factory=dict)
+    python_blocks: bool = True
 
     def read_block(self, number: int) -> Block:
         """Read and decompress the images of a row group."""
@@ -146,7 +147,6 @@ def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
         "parquet",
         index,
         permuted=is_permuted(index),
-        python_blocks=True,
         notes=scanned.notes,
         group=scanned.extra["group"].astype(np.int32),
         column=column,
