@@ -29,11 +29,7 @@ _OF_CACHE = re.compile(r"(?!cache-).+-[a-z]+(-\d{5}-of-\d{5})?\.arrow")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise a folder by the file that describes it, Arrow files by their first bytes.
-
-    Raises:
-        SplitNeededError: if there are several splits and none was given.
-    """
+    """Recognise a folder by the file that describes it, Arrow files by their first bytes."""
     if "dataset_dict.json" in place.files:
         splits = ", ".join(place.folders)
         if place.split is None:

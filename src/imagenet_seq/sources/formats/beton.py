@@ -61,12 +61,7 @@ _BLOCK_BYTES = 8 << 20
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise a .beton file, alone or in a folder.
-
-    Raises:
-        SplitNeededError: if there are files of both splits and none was given.
-        ValueError: if there are several of the split.
-    """
+    """Recognise a .beton file, alone or in a folder."""
     names = [name for name in place.files if name.endswith(_EXTENSIONS)]
     if not place.is_folder and len(place.files) == 1:
         names = list(place.files)

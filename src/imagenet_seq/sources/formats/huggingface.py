@@ -32,6 +32,7 @@ _MAX_DEPTH = 5
 _LARGE_GROUP_BYTES = 256 << 20
 _PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
 _OF = re.compile(r"(?P<set>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d)")
+_INTEGERS = ("int8", "int16", "int32", "int64")
 _LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 
@@ -59,11 +60,7 @@ def places(place: Place) -> Iterator[Place]:
 
 
 def files_of(place: Place, names: Sequence[str]) -> list[str]:
-    """Return the paths of the split's files among these.
-
-    Raises:
-        SplitNeededError: if there are files of several splits and none was given.
-    """
+    """Return the paths of the split's files among these."""
     paths = place.of_split(names)
     sets = sorted({found["set"] for path in paths if (found := _OF.match(os.path.basename(path)))})
     if place.is_folder and len(sets) > 1:
@@ -100,34 +97,21 @@ def begins_with(path: str, magic: bytes) -> bool:
 
 
 def import_pyarrow(path: str, name: str = "pyarrow") -> Any:
-    """Import pyarrow, or a module of it.
-
-    Raises:
-        ImportError: if it is not installed; says how to install it.
-    """
+    """Import pyarrow, or a module of it; if it is not installed, say how to install it."""
+    # Ten blocks a second are read: getting cleared memory for each takes a tenth of decoding time.
+    # So its allocator, which reads the setting when it is imported, keeps freed memory for 10 s.
+    sets_delay = "pyarrow" not in sys.modules and _PURGE_DELAY not in os.environ
+    if sets_delay:
+        os.environ[_PURGE_DELAY] = "10000"  # ms
     try:
-        with _memory_kept():
-            return importlib.import_module(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
             f"{path}: Parquet and Arrow files are read through pyarrow: pip install pyarrow"
         ) from error
-
-
-@contextlib.contextmanager
-def _memory_kept() -> Iterator[None]:
-    """Make pyarrow's allocator keep freed memory for 10 s (it reads the setting at import).
-
-    Ten blocks a second are read: getting cleared memory for each takes a tenth of decoding time.
-    """
-    if "pyarrow" in sys.modules or _PURGE_DELAY in os.environ:
-        yield
-        return
-    os.environ[_PURGE_DELAY] = "10000"  # ms
-    try:
-        yield
     finally:
-        del os.environ[_PURGE_DELAY]
+        if sets_delay:
+            del os.environ[_PURGE_DELAY]
 
 
 @contextlib.contextmanager
@@ -158,14 +142,10 @@ class Columns(NamedTuple):
 
 
 def columns_of(schema: Any, path: str) -> Columns:
-    """Find the columns by their types, and by their names if several have the same type.
-
-    Raises:
-        DataError: if there is not one of each.
-    """
+    """Find the columns by their types, and by their names if several have the same type."""
     fields = [schema.field(i) for i in range(len(schema.names))]
     features = _features(schema)
-    labels = [field.name for field in fields if _is_integer(field.type)]
+    labels = [field.name for field in fields if str(field.type).lstrip("u") in _INTEGERS]
     named = [name for name in labels if "names" in features.get(name, {})]
     image = _the_one([field.name for field in fields if _is_image(field.type)], _IMAGES)
     label = _the_one(named or labels, _LABELS)
@@ -205,13 +185,8 @@ def _children(arrow_type: Any) -> dict[str, Any]:
 
 
 def _is_image(arrow_type: Any) -> bool:
-    if not str(arrow_type).startswith("struct<"):
-        return False
-    return str(_children(arrow_type).get("bytes")) in ("binary", "large_binary")
-
-
-def _is_integer(arrow_type: Any) -> bool:
-    return str(arrow_type).lstrip("u") in ("int8", "int16", "int32", "int64")
+    has_bytes = str(_children(arrow_type).get("bytes")) in ("binary", "large_binary")
+    return has_bytes and str(arrow_type).startswith("struct<")
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -296,11 +271,7 @@ class Scan:
         self.path, self.first_row = "", 0
 
     def begin(self, path: str, schema: Any) -> Columns:
-        """Begin a file, and return its columns.
-
-        Raises:
-            DataError: if they are not those of images, or differ from the files before.
-        """
+        """Begin a file, and return its columns, which must be those of the files before."""
         columns = columns_of(schema, path)
         if self._columns not in (None, columns):
             raise DataError(
@@ -353,11 +324,7 @@ class Scan:
         self.first_row += len(label)
 
     def result(self) -> Scanned:
-        """Return the samples.
-
-        Raises:
-            DataError: if there is none.
-        """
+        """Return the samples."""
         names = self._columns.class_names if self._columns else ()
         classes = _name_classes(names, self._rows.label, self._rows.names)
         index = self._rows.index(self._root, self.files, classes)
@@ -373,11 +340,7 @@ class Scan:
 
 
 def index_files(
-    kind: str,
-    place: Place,
-    paths: Sequence[str],
-    how: Opening,
-    scan_file: Callable[[Scan, str], None],
+    kind: str, place: Place, paths: Sequence[str], how: Opening, scan: Callable[[Scan, str], None]
 ) -> Scanned:
     """Index all files, or take the cached index."""
     import_pyarrow(paths[0])
@@ -385,14 +348,14 @@ def index_files(
         _check_complete(paths)
 
     def scan_all() -> Scanned:
-        scan = Scan(place.folder, how.on_error)
+        rows = Scan(place.folder, how.on_error)
         total_bytes = sum(map(os.path.getsize, paths))
         with scan_bar(os.path.basename(place.folder), total_bytes, how.progress) as bar:
             for path in paths:
                 with damage(path, kind.capitalize()):
-                    scan_file(scan, path)
+                    scan(rows, path)
                 bar.update(os.path.getsize(path))
-        return scan.result()
+        return rows.result()
 
     return indexed(kind, place.path, paths, scan_all, how.on_error)
 

@@ -44,11 +44,7 @@ _INCOMPLETE = "it is incomplete"
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise an LMDB file, or the folder that LMDB keeps one in.
-
-    Raises:
-        SplitNeededError: if a folder holds those of train and val and no split was given.
-    """
+    """Recognise an LMDB file, or the folder that LMDB keeps one in."""
     names = _candidates(place)
     if not names:
         return None
@@ -299,17 +295,12 @@ def _in_use_by(path: str) -> int | None:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _StoredSource(Source):
-    """An LMDB of pickles of protocol 0 to 2, where images are text: see lmdb_objects.py.
-
-    Attributes:
-        places: offset, size and form of each image as it is stored, in the order of the file.
-        first: the first sample of each block; then the number of samples.
-        turns: held while reading from a hard disk.
-    """
+    """An LMDB of pickles of protocol 0 to 2, where images are text: see lmdb_objects.py."""
 
     path: str
+    # Offset, size and form of each image as it is stored, in the order of the file.
     places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
-    first: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]  # first sample of each block; then their number
     turns: Turns
     python_blocks: bool = True
 

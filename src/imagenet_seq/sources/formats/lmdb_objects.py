@@ -74,11 +74,7 @@ class Array:
 
 
 def stored_bytes(content: memoryview, stored: int) -> bytes:
-    """Return the bytes that `content`, stored as `stored` says, stands for.
-
-    Raises:
-        ValueFormError: if they are damaged.
-    """
+    """Return the bytes that `content`, stored as `stored` says, stands for."""
     try:
         if stored == UTF8:
             return str(content, "utf-8").encode("latin-1")

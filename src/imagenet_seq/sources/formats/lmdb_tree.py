@@ -120,11 +120,7 @@ class Tree:
         self._seen: set[int] = set()
 
     def values(self, progress: bool) -> Values:
-        """Return all keys and the places of their values.
-
-        Raises:
-            DataError: if the tree is damaged, or has features beyond plain keys and values.
-        """
+        """Return all keys and the places of their values; refuse more than keys and values."""
         meta, found = self.meta, Values()
         if meta.flags:
             raise DataError(
@@ -135,17 +131,16 @@ class Tree:
             raise DataError(f"{self.path}: expected a tree of up to 32 levels, got {meta.depth}")
         pages = [_Child(meta.root, b"", None)] if meta.root != NO_PAGE else []
         for _ in range(meta.depth - 1):
-            pages = [child for page in _in_file_order(pages) for child in self._children(page)]
+            pages = [child for page in pages for child in self._children(page)]
+            pages.sort(key=lambda page: page.number)  # the order of the file
         name, num_bytes = os.path.basename(self.path), len(pages) * meta.page_bytes
         with scan_bar(f"keys of {name}", num_bytes, progress) as bar:
-            for page in _in_file_order(pages):
+            for page in pages:
                 self._add_leaf(page, found)
                 bar.update(meta.page_bytes)
         if len(found) != meta.num_values:
-            raise DataError(
-                f"{self.path}: expected {meta.num_values} keys as its meta page says, found "
-                f"{len(found)}: it is damaged"
-            )
+            what = f"{meta.num_values} keys as its meta page says"
+            raise DataError(f"{self.path}: expected {what}, found {len(found)}: it is damaged")
         return found
 
     def _children(self, page: _Child) -> Iterator[_Child]:
@@ -201,10 +196,8 @@ class Tree:
     def _page(self, number: int, expected: int) -> tuple[bytes, tuple[int, ...]]:
         """Read a page of the expected kind; return it, and the places of its nodes."""
         if not 2 <= number <= self.meta.last_page:
-            raise DataError(
-                f"{self.path}: expected a page number from 2 to {self.meta.last_page}, got "
-                f"{number}: it is damaged"
-            )
+            what = f"a page number from 2 to {self.meta.last_page}"
+            raise DataError(f"{self.path}: expected {what}, got {number}: it is damaged")
         if number in self._seen:
             raise self._damaged(number, "two pages lead to it")
         self._seen.add(number)
@@ -229,16 +222,8 @@ class Tree:
         )
 
 
-def _in_file_order(pages: list[_Child]) -> list[_Child]:
-    return sorted(pages, key=lambda page: page.number)
-
-
 def newer_meta(path: str, file: int) -> Meta:
-    """Return the valid one of the two meta pages.
-
-    Raises:
-        DataError: if there is none.
-    """
+    """Return the valid one of the two meta pages."""
     found = [_meta(os.pread(file, META_BYTES, 0))]
     page_bytes = found[0].page_bytes if found[0] else 0
     if page_bytes not in (1 << bits for bits in range(9, 17)):

@@ -39,11 +39,7 @@ class Pair(NamedTuple):
 
 
 def find_pair(value: memoryview) -> Pair:
-    """Find the image and the label in a value.
-
-    Raises:
-        ValueFormError: if the value is not such a pair; says what it is.
-    """
+    """Find the image and the label in a value, or raise a ValueFormError that says what it is."""
     if not len(value):
         raise ValueFormError("no bytes")
     parse = _PARSERS.get(value[0])

@@ -29,11 +29,7 @@ _MAGIC = b"PAR1"
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise Parquet files by their names and the first one's first bytes.
-
-    Raises:
-        SplitNeededError: if there are several splits and none was given.
-    """
+    """Recognise Parquet files by their names and the first one's first bytes."""
     for at in hf.places(place):
         names = [name for name in at.files if name.endswith(".parquet") or not at.is_folder]
         if not names:
@@ -52,21 +48,13 @@ def find(place: Place) -> Found | str | None:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _ParquetSource(Source):
-    """A source whose blocks are row groups.
+    """A source whose blocks are row groups."""
 
-    Attributes:
-        group: for each block, the number of its row group in the file.
-        column: name of the column of images.
-        turns: held while reading from a hard disk.
-        versions: of the files when they were opened: another version has other labels.
-        metadata: of the files read so far; parsing it takes as long as reading 20 photos.
-    """
-
-    group: npt.NDArray[np.int32]
-    column: str
+    group: npt.NDArray[np.int32]  # number of each block's row group in its file
+    column: str  # name of the column of images
     turns: Turns
-    versions: dict[str, tuple[int, int]]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, tuple[int, int]]  # as opened: another version has other labels
+    metadata: dict[str, Any] = field(default_factory=dict)  # parsing it takes as long as 20 photos
     python_blocks: bool = True
 
     def read_block(self, number: int) -> Block:

@@ -50,13 +50,11 @@ _HEADER = struct.Struct("<QI")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise TFRecord files: in a folder, in a folder of TFDS's above it, or named by a path.
-
-    Raises:
-        SplitNeededError: if there are files of both splits and none was given.
-    """
+    """Recognise TFRecord files: in a folder, in a folder of TFDS's above it, or named by a path."""
     place = _with_files(place)
-    names = place.files if not place.is_folder else tuple(filter(_is_named_so, place.files))
+    names = place.files
+    if place.is_folder:
+        names = tuple(name for name in names if _SHARD.fullmatch(name) or _NAMED.search(name))
     paths = (os.path.join(place.folder, name) for name in names)
     first = next(filter(os.path.getsize, paths), None)  # a shard may be empty
     if first is None:
@@ -79,10 +77,6 @@ def _with_files(place: Place) -> Place:
         return place
     newest = max(versions, key=lambda name: tuple(map(int, name.split("."))))
     return dataset.below(newest) or place
-
-
-def _is_named_so(name: str) -> bool:
-    return bool(_SHARD.fullmatch(name) or _NAMED.search(name))
 
 
 def _why_none(path: str) -> str | None:
@@ -157,22 +151,21 @@ def _wrong(key: bytes, expected: str, got: object) -> _MalformedError:
 
 
 def _scan(place: Place, files: Sequence[str], how: Opening) -> Scanned:
-    problems = Problems(how.on_error)
-    scan = _Scan(place, files, problems, how)
+    scan = _Scan(place, files, how)
     with scan_bar("TFRecord files", sum(map(os.path.getsize, files)), how.progress) as bar:
         for number, path in enumerate(files):
             with FileStream(path, bar) as stream:
                 scan.add_file(number, stream)
+    problems = scan.problems
     return Scanned(scan.index(), problems=problems.messages, num_problems=problems.count)
 
 
 class _Scan:
     """Collects the samples of all files."""
 
-    def __init__(
-        self, place: Place, files: Sequence[str], problems: Problems, how: Opening
-    ) -> None:
-        self._place, self._files, self._problems, self._visit = place, files, problems, how.visit
+    def __init__(self, place: Place, files: Sequence[str], how: Opening) -> None:
+        self._place, self._files, self._visit = place, files, how.visit
+        self.problems = Problems(how.on_error)
         self._prefixes = _prefixes(files)
         self._label_names = _label_names(place.folder)
         self._num_labels = len(self._label_names) or MAX_CLASSES
@@ -194,7 +187,7 @@ class _Scan:
                 if sample.name in names:
                     raise _MalformedError(f"another sample has the name {sample.name!r}, too")
             except _MalformedError as error:
-                self._problems.report(f"{stream.path}: sample {in_file} at offset {at}: {error}")
+                self.problems.report(f"{stream.path}: sample {in_file} at offset {at}: {error}")
             else:
                 names.add(sample.name)
                 self._add(sample, message, number, begin)
@@ -229,7 +222,11 @@ class _Scan:
         return _Sample(begin, end, label, name)
 
     def _checked_label(self, message: memoryview, features: _Features, key: bytes) -> int:
-        label = _only_int(message, features, key)
+        begin, end = features.get(key, (0, 0))
+        values = list(itertools.islice(_ints(message, begin, end), 2))
+        if len(values) != 1:
+            raise _wrong(key, "one integer", "more" if values else "none")
+        [label] = values
         first = 1 if key == _COUNTS_FROM_1 else 0
         if not 0 <= label < self._num_labels + first:
             raise _wrong(key, f"a label in [{first}, {self._num_labels + first})", label)
@@ -419,14 +416,6 @@ def _text(message: memoryview, features: _Features, key: bytes) -> str:
     if not 0 < end - begin <= 1024:
         raise _wrong(key, "1 to 1024 bytes of text", end - begin)
     return os.fsdecode(bytes(message[begin:end]))
-
-
-def _only_int(message: memoryview, features: _Features, key: bytes) -> int:
-    begin, end = features.get(key, (0, 0))
-    values = list(itertools.islice(_ints(message, begin, end), 2))
-    if len(values) != 1:
-        raise _wrong(key, "one integer", "more" if values else "none")
-    return values[0]
 
 
 def _ints(message: memoryview, begin: int, end: int) -> Iterator[int]:
