@@ -20,7 +20,6 @@ import numpy.typing as npt
 from imagenet_seq.errors import DataError
 from imagenet_seq.index.cache import HOW_TO_SKIP, OnError
 from imagenet_seq.index.columns import Index, Names
-from imagenet_seq.sources.place import Opening
 from imagenet_seq.text import progress_bar
 
 _PIECE_BYTES = 4 << 20
@@ -30,9 +29,9 @@ _MOST_BYTES = 1 << 30
 """No sample is larger: such a length means damage, and must not allocate memory."""
 
 
-def bytes_bar(what: str, total_bytes: int, how: Opening) -> Any:
+def bytes_bar(what: str, total_bytes: int, enabled: bool) -> Any:
     """Return a progress bar over the bytes that indexing reads; it appears after a second."""
-    return progress_bar(f"index {what}", total_bytes, unit="B", enabled=how.progress, delay_s=1)
+    return progress_bar(f"index {what}", total_bytes, unit="B", enabled=enabled, delay_s=1)
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.index.cache import Scanned, indexed
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.formats import huggingface as hf
 from imagenet_seq.sources.place import Found, Opening, Place, SplitNeededError
-from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "Arrow files of Hugging Face: a folder of save_to_disk, or of the cache of datasets"
 
@@ -31,11 +29,7 @@ _OF_CACHE = re.compile(r"(?!cache-).+-[a-z]+(-\d{5}-of-\d{5})?\.arrow")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise a folder by the file that describes it, Arrow files by their first bytes.
-
-    Raises:
-        SplitNeededError: if there are several splits and none was given.
-    """
+    """Recognise a folder by the file that describes it, Arrow files by their first bytes."""
     if "dataset_dict.json" in place.files:
         splits = ", ".join(place.folders)
         if place.split is None:
@@ -83,64 +77,33 @@ def _saved_files(place: Place) -> list[str] | str:
 
 
 def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
-    hf.import_pyarrow(paths[0])
-    if place.is_folder:
-        hf.check_complete(paths)
-    scanned = indexed(
-        "arrow", place.path, paths, lambda: _scan(place.folder, paths, how), how.on_error
-    )
+    scanned = hf.index_files("arrow", place, paths, how, _scan_file)
     index = scanned.index
     return Source("arrow", index, permuted=is_permuted(index), notes=scanned.notes)
 
 
-def _scan(root: str, paths: Sequence[str], how: Opening) -> Scanned:
-    """Index all files; only pages with messages, offsets, paths and labels are read."""
-    scan = hf.Scan(root, how.on_error)
-    sizes = [os.path.getsize(path) for path in paths]
-    with progress_bar(
-        f"index {os.path.basename(root)}", sum(sizes), unit="B", enabled=how.progress, delay_s=1
-    ) as bar:
-        for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
-            with hf.damage(path, "Arrow"):
-                _scan_file(scan, number, path)
-            bar.update(size)
-    return scan.scanned([os.path.basename(path) for path in paths])
-
-
-def _scan_file(scan: hf.Scan, number: int, path: str) -> None:
+def _scan_file(scan: hf.Scan, path: str) -> None:
+    """Index a file; only pages with messages, offsets, paths and labels are read."""
     pyarrow = hf.import_pyarrow(path)
+    scan.files.append(os.path.basename(path))
     with pyarrow.memory_map(path) as file:
         mapped = file.read_buffer()
     with hf.import_pyarrow(path, "pyarrow.ipc").open_stream(pyarrow.BufferReader(mapped)) as stream:
-        columns = scan.columns(stream.schema, path)
-        first_row = 0
+        columns = scan.begin(path, stream.schema)
         for batch in stream:
             batch.validate()
-            structs = batch.column(columns.image)
-            paths = structs.field("path") if columns.has_path else None
-            part = _part_of(structs, number, path, first_row, mapped)
-            scan.add(part, batch.column(columns.label), paths)
-            first_row += len(batch)
+            _scan_batch(scan, columns, batch, mapped)
 
 
-def _part_of(structs: Any, number: int, path: str, first_row: int, mapped: Any) -> hf.Part:
-    data = structs.field("bytes")
-    images = hf.images_in(data)
-    begin = _place_in(mapped, data.buffers()[2], path, first_row)
-
-    begins = functools.partial(hf.begin_of, images)
-    missing = hf.nulls_of(structs) | (images.lengths == 0)
-    return hf.Part(path, first_row, number, begin + images.offsets, images.lengths, missing, begins)
-
-
-def _place_in(mapped: Any, data: Any, path: str, first_row: int) -> int:
-    """Return where in a mapped file a buffer of pyarrow lies."""
-    if data is None or not data.size:
-        return 0
-    begin = int(data.address - mapped.address)
-    if not 0 <= begin <= mapped.size - data.size:
+def _scan_batch(scan: hf.Scan, columns: hf.Columns, batch: Any, mapped: Any) -> None:
+    structs, labels = batch.column(columns.image), batch.column(columns.label)
+    images, data = hf.images_in(structs.field("bytes")), structs.field("bytes").buffers()[2]
+    begin = int(data.address - mapped.address) if data is not None and data.size else 0
+    if begin and not 0 <= begin <= mapped.size - data.size:
         raise DataError(
-            f"{path}: the batch of row {first_row} is compressed: images can be read only where "
-            "they lie as they are. Write it as `datasets` does, with save_to_disk"
+            f"{scan.path}: the batch of row {scan.first_row} is compressed: images can be read "
+            "only where they lie as they are. Write it as `datasets` does, with save_to_disk"
         )
-    return begin
+    missing = hf.nulls_of(structs) | (images.lengths == 0)
+    paths = structs.field("path") if columns.has_path else None
+    scan.add(begin + images.offsets, images.lengths, missing, labels, paths, lambda: images)

@@ -19,7 +19,6 @@ import io
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -62,12 +61,7 @@ _BLOCK_BYTES = 8 << 20
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise a .beton file, alone or in a folder.
-
-    Raises:
-        SplitNeededError: if there are files of both splits and none was given.
-        ValueError: if there are several of the split.
-    """
+    """Recognise a .beton file, alone or in a folder."""
     names = [name for name in place.files if name.endswith(_EXTENSIONS)]
     if not place.is_folder and len(place.files) == 1:
         names = list(place.files)
@@ -108,11 +102,6 @@ class _Header(NamedTuple):
 
 
 def _header(file: BinaryIO) -> _Header:
-    """Read the header.
-
-    Raises:
-        DataError: if it is none.
-    """
     data = file.read(_HEADER.size)
     file_bytes = os.fstat(file.fileno()).st_size
     if len(data) < _HEADER.size:
@@ -138,11 +127,7 @@ class _Tables(NamedTuple):
 
 
 def _read_tables(path: str) -> tuple[_Header, _Tables]:
-    """Read everything but the data.
-
-    Raises:
-        DataError: if a table is damaged.
-    """
+    """Read everything but the data."""
     with open(path, "rb") as file:
         header = _header(file)
         if not header.is_whole:
@@ -153,46 +138,39 @@ def _read_tables(path: str) -> tuple[_Header, _Tables]:
                 "it again"
             )
         fields = [_FIELD.unpack(file.read(_FIELD.size)) for _ in range(header.num_fields)]
-        image, label = _places(path, [(number, _name(raw)) for number, raw in fields])
+        image, label = _places(path, fields)
         row = np.dtype([(f"f{i}", _FIELD_ROWS[field[0]]) for i, field in enumerate(fields)], True)
         rows = _table(file, row, header.num_samples, header.allocations_begin)
         file.seek(header.allocations_begin)
-        rest = header.file_bytes - header.allocations_begin
-        count = rest // _ALLOCATION.itemsize
-        if rest % _ALLOCATION.itemsize or count > header.num_samples * header.num_fields:
+        rest, most = header.file_bytes - file.tell(), header.num_samples * header.num_fields
+        count, beyond = divmod(rest, _ALLOCATION.itemsize)
+        if beyond or count > most:
             raise DataError(
                 f"{path}: offset {header.allocations_begin}: expected a table of at most "
-                f"{header.num_samples * header.num_fields} allocations of {_ALLOCATION.itemsize} "
+                f"{most} allocations of {_ALLOCATION.itemsize} "
                 f"bytes up to the end of the file, got {rest} bytes: it is truncated or damaged"
             )
         allocations = _table(file, _ALLOCATION, count, header.file_bytes)
     images = rows[f"f{image}"]
-    sizes = _sizes(allocations, images["begin"])
-    return header, _Tables(images, rows[f"f{label}"], sizes)
+    return header, _Tables(images, rows[f"f{label}"], _sizes(allocations, images["begin"]))
 
 
-def _places(path: str, fields: Sequence[tuple[int, str]]) -> tuple[int, int]:
-    """Return which field is the image and which one the label.
-
-    Raises:
-        DataError: if that is ambiguous, or FFCV has no such type of field.
-    """
-    shown = ", ".join(f"'{name}' (type {number})" for number, name in fields)
-    unknown = [name for number, name in fields if number not in _FIELD_ROWS]
-    images = [i for i, (number, _) in enumerate(fields) if number == _IMAGE]
-    labels = [i for i, (number, _) in enumerate(fields) if number == _INT]
+def _places(path: str, fields: Sequence[tuple[int, bytes]]) -> tuple[int, int]:
+    """Return which field is the image and which one the label."""
+    kinds = [kind for kind, _ in fields]
+    names = [raw.split(b"\0")[0].decode("ascii", "replace") for _, raw in fields]
+    images, labels = ([i for i, kind in enumerate(kinds) if kind == of] for of in (_IMAGE, _INT))
     if len(labels) > 1:
-        labels = [i for i in labels if fields[i][1] == "label"]
-    if unknown or len(images) != 1 or len(labels) != 1:
+        labels = [i for i in labels if names[i] == "label"]
+    if set(kinds) - _FIELD_ROWS.keys() or len(images) != 1 or len(labels) != 1:
+        shown = ", ".join(
+            f"'{name}' (type {kind})" for name, kind in zip(names, kinds, strict=True)
+        )
         raise DataError(
             f"{path}: expected fields of FFCV's own types, among them one image (type {_IMAGE}) "
             f"and one integer (type {_INT}), or one called 'label'; got {shown}"
         )
     return images[0], labels[0]
-
-
-def _name(raw: bytes) -> str:
-    return raw.split(b"\0")[0].decode("ascii", "replace")
 
 
 def _table(file: BinaryIO, row: np.dtype[Any], count: int, end: int) -> npt.NDArray[Any]:
@@ -227,29 +205,26 @@ def _sizes(allocations: npt.NDArray[Any], begin: npt.NDArray[np.uint64]) -> npt.
 
 def _open(path: str, how: Opening) -> Source:
     scanned = indexed("beton", path, [path], lambda: _scan(path, how), how.on_error)
-    index, permuted, notes = scanned.index, is_permuted(scanned.index), scanned.notes
+    index, notes, permuted = scanned.index, scanned.notes, is_permuted(scanned.index)
     if not scanned.extra:
         return Source("beton", index, permuted=permuted, notes=notes)
     parts = _Parts.of(path, index, scanned.extra)
     return _RawSource(
-        "beton", index, permuted=permuted, python_blocks=True, notes=notes, path=path, parts=parts,
-        turns=Turns(path),
-    )  # fmt: skip
+        "beton", index, permuted=permuted, notes=notes, path=path, parts=parts, turns=Turns(path)
+    )
 
 
 def _scan(path: str, how: Opening) -> Scanned:
     """Make the index from the tables; a file with raw pixels has further columns."""
     header, tables = _read_tables(path)
     problems = Problems(how.on_error)
-    kept = _sound(path, header, tables, problems)
+    kept = _sound(path, header.allocations_begin, tables, problems)
     if not kept.any():
         raise DataError(f"{path}: expected images, found none")
     image, label = tables.image[kept], tables.label[kept].astype(np.int32)
     is_raw = image["mode"] == _RAW
-    names = Names.from_strings(
-        f"{i:08d}.{'ppm' if raw else 'jpg'}"
-        for i, raw in zip(np.flatnonzero(kept).tolist(), is_raw.tolist(), strict=True)
-    )
+    numbered = zip(np.flatnonzero(kept).tolist(), is_raw.tolist(), strict=True)
+    names = Names.from_strings(f"{i:08d}.{'ppm' if raw else 'jpg'}" for i, raw in numbered)
     index = Index(
         file=np.zeros(len(label), np.int32),
         offset=image["begin"].astype(np.int64),
@@ -269,13 +244,11 @@ def _scan(path: str, how: Opening) -> Scanned:
     return Scanned(index, extra, problems.messages, problems.count)
 
 
-def _sound(
-    path: str, header: _Header, tables: _Tables, problems: Problems
-) -> npt.NDArray[np.bool_]:
+def _sound(path: str, data_end: int, tables: _Tables, problems: Problems) -> npt.NDArray[np.bool_]:
     """Report samples that are damaged; return which ones are not."""
     image, label, size = tables
     begin = image["begin"]
-    last = header.allocations_begin - np.minimum(size, header.allocations_begin)
+    last = data_end - np.minimum(size, data_end)
     pixels_bytes: npt.NDArray[np.int64] = 3 * image["width"].astype(np.int64) * image["height"]
     has_place = (size > 0) & (begin >= _HEADER.size) & (begin <= last.astype(np.uint64))
     has_mode = (image["mode"] == _JPEG) | (image["mode"] == _RAW)
@@ -285,7 +258,7 @@ def _sound(
     for i in np.flatnonzero(~sound).tolist():
         mode, width, height, at = image[i].tolist()
         if not has_place[i]:
-            what = f"its data, allocated before {header.allocations_begin}, got offset {at}"
+            what = f"its data, allocated before {data_end}, got offset {at}"
         elif not has_mode[i]:
             what = f"mode {_JPEG} (JPEG) or {_RAW} (pixels), got {mode}"
         elif not has_size[i]:
@@ -303,8 +276,7 @@ def _in_blocks(index: Index, is_raw: npt.NDArray[np.bool_]) -> Index:
     # By their bytes, not their places: a damaged file may put many samples at one place.
     size = index.length[order]
     block = (np.cumsum(size) - size) // _BLOCK_BYTES
-    first = np.flatnonzero(np.diff(block, prepend=-1))
-    number = np.repeat(np.arange(len(first)), np.diff(first, append=len(order)))
+    _, first, number = np.unique(block, return_index=True, return_inverse=True)
     file, ordinal = np.empty(len(order), np.int32), np.empty(len(order), np.int64)
     file[order] = number
     ordinal[order] = np.arange(len(order)) - first[number]
@@ -333,29 +305,25 @@ class _Parts(NamedTuple):
     begin: npt.NDArray[np.int64]
     length: npt.NDArray[np.int64]  # including the header
     header: npt.NDArray[np.int64]  # bytes of the header; 0: a JPEG
-    width: npt.NDArray[np.int32]
-    height: npt.NDArray[np.int32]
+    width: npt.NDArray[np.int64]
+    height: npt.NDArray[np.int64]
     first: npt.NDArray[np.int64]  # first sample of each block; then their number
 
     @classmethod
     def of(cls, path: str, index: Index, extra: Mapping[str, npt.NDArray[Any]]) -> _Parts:
-        """Sort samples by blocks, and check the cached index, which may be damaged.
-
-        Raises:
-            DataError: if a sample does not lie in the file.
-        """
+        """Sort samples by blocks, and check the cached index, which may be damaged."""
         assert index.length is not None
         assert index.width is not None
         assert index.height is not None
         order = np.lexsort((index.offset, index.file))
-        begin, is_raw = extra["begin"][order], extra["is_raw"][order] != 0
-        header = np.where(is_raw, _header_bytes(index)[order], 0)
-        length = index.length[order]
+        begin, length = extra["begin"][order], index.length[order]
+        header = np.where(extra["is_raw"] != 0, _header_bytes(index), 0)[order]
         end = begin + length - header
         if (begin < 0).any() or (length < header).any() or (end > os.path.getsize(path)).any():
             raise DataError(f"{path}: its cached index is damaged: delete the index")
         first = np.searchsorted(index.file[order], np.arange(len(index.files) + 1))
-        return cls(begin, length, header, index.width[order], index.height[order], first)
+        width, height = (size[order].astype(np.int64) for size in (index.width, index.height))
+        return cls(begin, length, header, width, height, first)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -364,23 +332,20 @@ class _RawSource(Source):
 
     path: str
     parts: _Parts
-    turns: AbstractContextManager[Any]
+    turns: Turns
+    python_blocks: bool = True
 
     def read_block(self, number: int) -> Block:
         """Read the samples of a block, and put headers in front of pixels."""
-        samples = slice(self.parts.first[number], self.parts.first[number + 1])
-        parts = self.parts
-        lengths = parts.length[samples]
+        run = slice(*self.parts.first[number : number + 2])
+        begin, lengths, header, width, height = (column[run] for column in self.parts[:-1])
         offsets = np.cumsum(lengths) - lengths
         data = np.empty(int(lengths.sum()), np.uint8)
+        rows = np.stack([begin, offsets, lengths, header, width, height], axis=1).tolist()
         with self.turns, open(self.path, "rb", buffering=0) as file:
-            for at, offset, length, skip, width, height in zip(
-                parts.begin[samples].tolist(), offsets.tolist(), lengths.tolist(),
-                parts.header[samples].tolist(), parts.width[samples].tolist(),
-                parts.height[samples].tolist(), strict=True,
-            ):  # fmt: skip
+            for at, offset, length, skip, *size in rows:
                 if skip:
-                    data.data[offset : offset + skip] = ppm_header(width, height)
+                    data.data[offset : offset + skip] = ppm_header(*size)
                 file.seek(at)
                 _read_into(file, data.data[offset + skip : offset + length])
         return Block(data, offsets, lengths)

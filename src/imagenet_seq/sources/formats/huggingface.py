@@ -20,17 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.index.cache import OnError, Scanned
+from imagenet_seq.index.cache import OnError, Scanned, indexed
 from imagenet_seq.index.classes import MAX_CLASSES, classes_of, imagenet_classes, is_wnid
 from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Block
 from imagenet_seq.sources.images import NAMED_EXTENSIONS, image_extension
-from imagenet_seq.sources.place import Place, SplitNeededError
-from imagenet_seq.sources.scan import Problems, Rows
+from imagenet_seq.sources.place import Opening, Place, SplitNeededError
+from imagenet_seq.sources.scan import Problems, Rows, bytes_bar
 
 _MAX_DEPTH = 5
+_LARGE_GROUP_BYTES = 256 << 20
 _PURGE_DELAY = "MIMALLOC_PURGE_DELAY"
 _OF = re.compile(r"(?P<set>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?!\d)")
+_INTEGERS = ("int8", "int16", "int32", "int64")
 _LABELS = ("label", "labels", "class", "cls", "target", "fine_label")
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 
@@ -47,11 +49,10 @@ def places(place: Place) -> Iterator[Place]:
     yield place
     for _ in range(_MAX_DEPTH):
         folders = [name for name in place.folders if not name.startswith(".")]
-        known: tuple[str, ...] = ("snapshots", "data")
-        inner = next((name for name in known if name in folders), None)
-        if inner is None and len(folders) == 1 and not place.path.endswith(os.sep + "data"):
-            inner = folders[0]
-        below = place.below(inner) if inner else None
+        inner: list[str] = [name for name in ("snapshots", "data") if name in folders]
+        if not inner and len(folders) == 1 and not place.path.endswith(os.sep + "data"):
+            inner = folders
+        below = place.below(inner[0]) if inner else None
         if below is None:
             return
         place = below
@@ -59,11 +60,7 @@ def places(place: Place) -> Iterator[Place]:
 
 
 def files_of(place: Place, names: Sequence[str]) -> list[str]:
-    """Return the paths of the split's files among these.
-
-    Raises:
-        SplitNeededError: if there are files of several splits and none was given.
-    """
+    """Return the paths of the split's files among these."""
     paths = place.of_split(names)
     sets = sorted({found["set"] for path in paths if (found := _OF.match(os.path.basename(path)))})
     if place.is_folder and len(sets) > 1:
@@ -74,27 +71,20 @@ def files_of(place: Place, names: Sequence[str]) -> list[str]:
     return paths
 
 
-def check_complete(paths: Sequence[str]) -> None:
-    """Check that no file is missing, if their names say "number of count".
-
-    Raises:
-        DataError: if one is missing.
-    """
-    for path in paths:
-        found = _OF.match(os.path.basename(path))
-        if found is None:
-            return
-        others = (_OF.match(os.path.basename(other)) for other in paths)
-        there = {int(other["number"]) for other in others if other}
-        count = int(found["count"])
-        missing = sorted(set(range(count)) - there)
-        if missing:
-            raise DataError(
-                f"{os.path.dirname(path)}: expected {count} files {found['set']}-*-of-"
-                f"{found['count']}, but {len(missing)} are missing, number {missing[0]:05d} "
-                "first: download them, or pass a pattern of the files that are to be used"
-            )
+def _check_complete(paths: Sequence[str]) -> None:
+    """Check that no file is missing, if the first one's name says "number of count"."""
+    first, *others = [_OF.match(os.path.basename(path)) for path in paths]
+    if first is None:
         return
+    there = {int(found["number"]) for found in (first, *others) if found}
+    missing = sorted(set(range(int(first["count"]))) - there)
+    if missing:
+        raise DataError(
+            f"{os.path.dirname(paths[0])}: expected {int(first['count'])} files "
+            f"{first['set']}-*-of-{first['count']}, but {len(missing)} are missing, number "
+            f"{missing[0]:05d} first: download them, or pass a pattern of the files that are to be "
+            "used"
+        )
 
 
 def begins_with(path: str, magic: bytes) -> bool:
@@ -107,44 +97,26 @@ def begins_with(path: str, magic: bytes) -> bool:
 
 
 def import_pyarrow(path: str, name: str = "pyarrow") -> Any:
-    """Import pyarrow, or a module of it.
-
-    Raises:
-        ImportError: if it is not installed; says how to install it.
-    """
+    """Import pyarrow, or a module of it; if it is not installed, say how to install it."""
+    # Ten blocks a second are read: getting cleared memory for each takes a tenth of decoding time.
+    # So its allocator, which reads the setting when it is imported, keeps freed memory for 10 s.
+    sets_delay = "pyarrow" not in sys.modules and _PURGE_DELAY not in os.environ
+    if sets_delay:
+        os.environ[_PURGE_DELAY] = "10000"  # ms
     try:
-        with _memory_kept():
-            return importlib.import_module(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
             f"{path}: Parquet and Arrow files are read through pyarrow: pip install pyarrow"
         ) from error
-
-
-@contextlib.contextmanager
-def _memory_kept() -> Iterator[None]:
-    """Make pyarrow's allocator keep freed memory for 10 s (it reads the setting at import).
-
-    Ten blocks a second are read: getting cleared memory for each takes a tenth of decoding time.
-    """
-    if "pyarrow" in sys.modules or _PURGE_DELAY in os.environ:
-        yield
-        return
-    os.environ[_PURGE_DELAY] = "10000"  # ms
-    try:
-        yield
     finally:
-        del os.environ[_PURGE_DELAY]
+        if sets_delay:
+            del os.environ[_PURGE_DELAY]
 
 
 @contextlib.contextmanager
 def damage(path: str, what: str) -> Iterator[None]:
-    """Turn what pyarrow raises for damaged bytes into a DataError.
-
-    Args:
-        path: the file.
-        what: what it is read as: "Parquet".
-    """
+    """Turn what pyarrow raises for damaged bytes of `what`, such as "Parquet", into a DataError."""
     pyarrow = import_pyarrow(path)
     try:
         yield
@@ -161,14 +133,7 @@ def damage(path: str, what: str) -> Iterator[None]:
 
 
 class Columns(NamedTuple):
-    """The columns of images and labels.
-
-    Attributes:
-        image: name of the column of structs with the images' bytes.
-        label: name of the column of labels.
-        has_path: whether images have paths.
-        class_names: class names by label; empty if the file has none.
-    """
+    """Names of the columns of images and labels, and names of the classes if the file has some."""
 
     image: str
     label: str
@@ -177,18 +142,10 @@ class Columns(NamedTuple):
 
 
 def columns_of(schema: Any, path: str) -> Columns:
-    """Find the columns by their types, and by their names if several have the same type.
-
-    Args:
-        schema: the file's schema, pyarrow's object.
-        path: the file, for messages.
-
-    Raises:
-        DataError: if there is not one of each.
-    """
+    """Find the columns by their types, and by their names if several have the same type."""
     fields = [schema.field(i) for i in range(len(schema.names))]
     features = _features(schema)
-    labels = [field.name for field in fields if _is_integer(field.type)]
+    labels = [field.name for field in fields if str(field.type).lstrip("u") in _INTEGERS]
     named = [name for name in labels if "names" in features.get(name, {})]
     image = _the_one([field.name for field in fields if _is_image(field.type)], _IMAGES)
     label = _the_one(named or labels, _LABELS)
@@ -228,13 +185,8 @@ def _children(arrow_type: Any) -> dict[str, Any]:
 
 
 def _is_image(arrow_type: Any) -> bool:
-    if not str(arrow_type).startswith("struct<"):
-        return False
-    return str(_children(arrow_type).get("bytes")) in ("binary", "large_binary")
-
-
-def _is_integer(arrow_type: Any) -> bool:
-    return str(arrow_type).lstrip("u") in ("int8", "int16", "int32", "int64")
+    has_bytes = str(_children(arrow_type).get("bytes")) in ("binary", "large_binary")
+    return has_bytes and str(arrow_type).startswith("struct<")
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -246,12 +198,11 @@ def images_in(array: Any) -> Block:
     Raises:
         ValueError: if its offsets don't ascend within its bytes.
     """
-    wide = str(array.type) == "large_binary"
     _, begins, data = array.buffers()
     size = 0 if data is None else data.size
-    if not len(array):
-        ends = np.zeros(1, np.int64)
-    else:
+    ends = np.zeros(1, np.int64)
+    if len(array):
+        wide = str(array.type) == "large_binary"
         ends = np.frombuffer(begins, np.int64 if wide else np.int32)
         ends = ends[array.offset : array.offset + len(array) + 1].astype(np.int64)
     lengths = np.diff(ends)
@@ -263,11 +214,6 @@ def images_in(array: Any) -> Block:
     lengths[nulls_of(array)] = 0
     values = np.zeros(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
     return Block(values, ends[:-1], lengths)
-
-
-def begin_of(images: Block, row: int) -> bytes:
-    """Return the first bytes of an image."""
-    return images.image(row)[:16].tobytes()
 
 
 def nulls_of(array: Any) -> npt.NDArray[np.bool_]:
@@ -303,104 +249,115 @@ def _base_names(array: Any) -> list[str]:
 # ---- indexing ------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """Rows of a file that are indexed together: a row group or a record batch.
-
-    Attributes:
-        path: the file.
-        first_row: number of its first row in the file.
-        file: number of the file, or of the python block.
-        offset: of each image, as in `Index`.
-        length: of each image, as in `Index`.
-        missing: which rows have no image.
-        begins: returns the first bytes of a row's image.
-    """
-
-    path: str
-    first_row: int
-    file: int
-    offset: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int64]
-    missing: npt.NDArray[np.bool_]
-    begins: Callable[[int], bytes]
-
-
 class Scan:
     """Collects the rows of files that have the same columns.
 
-    Args:
-        root: folder of the files.
-        on_error: what to do with rows that can't be indexed.
+    Attributes:
+        files: names of the files that samples lie in, or of the file of each python block.
+        group: number of each python block in its file.
+        largest_group_bytes: bytes of the images of the largest python block.
+        path: the file that is scanned.
+        first_row: number of its next row.
     """
 
     def __init__(self, root: str, on_error: OnError) -> None:
+        self.files: list[str] = []
+        self.group: list[int] = []
+        self.largest_group_bytes = 0
         self._root = root
         self._problems = Problems(on_error)
         self._rows = Rows()
         self._columns: Columns | None = None
+        self.path, self.first_row = "", 0
 
-    def columns(self, schema: Any, path: str) -> Columns:
-        """Return a file's columns.
-
-        Raises:
-            DataError: if they are not those of images, or differ from the files before.
-        """
+    def begin(self, path: str, schema: Any) -> Columns:
+        """Begin a file, and return its columns, which must be those of the files before."""
         columns = columns_of(schema, path)
         if self._columns not in (None, columns):
             raise DataError(
                 f"{path}: expected the columns and classes of the files before it, "
                 f"{self._columns!r:.300}; got {columns!r:.300}"
             )
-        self._columns = columns
+        self._columns, self.path, self.first_row = columns, path, 0
         return columns
 
-    def add(self, part: Part, labels: Any, paths: Any) -> None:
-        """Add rows.
+    def add(
+        self,
+        offset: npt.NDArray[np.int64],
+        length: npt.NDArray[np.int64],
+        missing: npt.NDArray[np.bool_],
+        labels: Any,
+        paths: Any,
+        images: Callable[[], Block],
+    ) -> None:
+        """Add the next rows of the file; their images lie in the last one of `files`.
 
         Args:
-            part: where they lie.
-            labels: their labels, a pyarrow array.
-            paths: the paths of their images, a pyarrow array, or None.
+            offset: of each image, as in `Index`.
+            length: of each image, as in `Index`.
+            missing: which rows have no image.
+            labels: a pyarrow array.
+            paths: a pyarrow array of the images' paths, or None.
+            images: returns the images; called if a path does not say what an image is.
         """
         assert self._columns is not None
         label, no_label = _labels_in(labels)
         bases = [""] * len(label) if paths is None else _base_names(paths)
-        columns = (part.offset, part.length, part.missing, label, no_label)
+        columns = (offset, length, missing, label, no_label)
         rows = zip(bases, *(column.tolist() for column in columns), strict=True)
-        stem = os.path.splitext(os.path.basename(part.path))[0]
+        stem = os.path.splitext(os.path.basename(self.path))[0]
         num_classes = len(self._columns.class_names) or MAX_CLASSES
-        for i, (base, offset, length, is_missing, number, is_null) in enumerate(rows):
-            row = part.first_row + i
+        for i, (base, begin, num_bytes, is_missing, number, is_null) in enumerate(rows):
+            row = self.first_row + i
             if is_missing or is_null or not -1 <= number < num_classes:
                 got = "no image" if is_missing else f"the label {None if is_null else number}"
                 self._problems.report(
-                    f"{part.path}: row {row} {base}: expected an image and a label in "
+                    f"{self.path}: row {row} {base}: expected an image and a label in "
                     f"[0, {num_classes}), or -1 where it is unknown; got {got}"
                 )
                 continue
             # File and row make it unique.
             name = f"{stem}/{row}-{base}" if base else f"{stem}/{row}"
             if not base.lower().endswith(NAMED_EXTENSIONS):
-                name += image_extension(part.begins(i)) or ".jpg"
-            self._rows.add(name, part.file, offset, length, number)
+                name += image_extension(images().image(i)[:16].tobytes()) or ".jpg"
+            self._rows.add(name, len(self.files) - 1, begin, num_bytes, number)
+        self.first_row += len(label)
 
-    def scanned(
-        self, files: Sequence[str], remarks: Sequence[str] = (), **extra: npt.NDArray[Any]
-    ) -> Scanned:
-        """Return the result.
-
-        Args:
-            files: the files by number, as `Part.file` has it.
-            remarks: notes for the user.
-            extra: further columns.
-
-        Raises:
-            DataError: if there is no image.
-        """
-        names = () if self._columns is None else self._columns.class_names
+    def result(self) -> Scanned:
+        """Return the samples."""
+        names = self._columns.class_names if self._columns else ()
         classes = _name_classes(names, self._rows.label, self._rows.names)
-        index = self._rows.index(self._root, files, classes)
+        index = self._rows.index(self._root, self.files, classes)
+        extra = {"group": np.array(self.group, np.int64)} if self.group else {}
+        remarks = []
+        if self.largest_group_bytes > _LARGE_GROUP_BYTES:
+            remarks.append(
+                f"{self._root}: its row groups have up to {self.largest_group_bytes >> 20} MB, "
+                "which are read and held as a whole: 'imagenet-seq pack' makes a pack of it that "
+                "is read in smaller blocks"
+            )
         return Scanned(index, extra, self._problems.messages, self._problems.count, remarks)
+
+
+def index_files(
+    kind: str, place: Place, paths: Sequence[str], how: Opening, scan: Callable[[Scan, str], None]
+) -> Scanned:
+    """Index all files, or take the cached index."""
+    import_pyarrow(paths[0])
+    if place.is_folder:
+        _check_complete(paths)
+
+    def scan_all() -> Scanned:
+        rows = Scan(place.folder, how.on_error)
+        total_bytes = sum(map(os.path.getsize, paths))
+        with bytes_bar(os.path.basename(place.folder), total_bytes, how.progress) as bar:
+            for path in paths:
+                with damage(path, kind.capitalize()):
+                    scan(rows, path)
+                bar.update(os.path.getsize(path))
+        return rows.result()
+
+    return indexed(kind, place.path, paths, scan_all, how.on_error)
 
 
 def _name_classes(
@@ -414,6 +371,4 @@ def _name_classes(
         return by_samples
     # ImageNet has two classes called crane: they stay two.
     count = Counter(names)
-    return tuple(
-        name if count[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)
-    )
+    return tuple(name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(names))

@@ -16,7 +16,6 @@ import os
 import re
 import struct
 from array import array
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,24 +29,12 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
+from imagenet_seq.sources.formats import lmdb_tree
 from imagenet_seq.sources.formats.lmdb_objects import RAW, ValueFormError, stored_bytes
-from imagenet_seq.sources.formats.lmdb_tree import (
-    KEYS,
-    META_BYTES,
-    OVERFLOW,
-    OVERFLOW_HEADER,
-    PAGE_HEADER,
-    Meta,
-    Tree,
-    Values,
-    newer_meta,
-    why_none,
-)
 from imagenet_seq.sources.formats.lmdb_values import ACCEPTED, Pair, find_pair
 from imagenet_seq.sources.images import NAMED_EXTENSIONS, image_extension
 from imagenet_seq.sources.place import Found, Opening, Place, Seen
-from imagenet_seq.sources.scan import FileStream, Problems, Rows
-from imagenet_seq.text import progress_bar
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, bytes_bar
 
 LOOKS_FOR = "an LMDB (*.lmdb, or a folder with data.mdb) of images and labels, as tensorpack's"
 _DATA_FILE = "data.mdb"
@@ -57,11 +44,7 @@ _INCOMPLETE = "it is incomplete"
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise an LMDB file, or the folder that LMDB keeps one in.
-
-    Raises:
-        SplitNeededError: if a folder holds those of train and val and no split was given.
-    """
+    """Recognise an LMDB file, or the folder that LMDB keeps one in."""
     names = _candidates(place)
     if not names:
         return None
@@ -73,8 +56,8 @@ def find(place: Place) -> Found | str | None:
     if os.path.isdir(path):
         path = os.path.join(path, _DATA_FILE)
     with open(path, "rb") as file:
-        head = file.read(META_BYTES)
-    wrong = why_none(head)
+        head = file.read(lmdb_tree.META_BYTES)
+    wrong = lmdb_tree.why_none(head)
     if wrong:
         return f"holds {os.path.basename(path)}, {wrong}" if path.endswith(_SUFFIXES) else None
     what = f"an LMDB ({os.path.basename(paths[0])})"
@@ -87,11 +70,8 @@ def _candidates(place: Place) -> list[str]:
         return list(place.files)
     if _DATA_FILE in place.files:
         return [_DATA_FILE]
-    folders = [
-        name
-        for name in place.folders
-        if os.path.isfile(os.path.join(place.folder, name, _DATA_FILE))
-    ]
+    data_files = {name: os.path.join(place.folder, name, _DATA_FILE) for name in place.folders}
+    folders = [name for name, path in data_files.items() if os.path.isfile(path)]
     return [name for name in place.files if name.endswith(_SUFFIXES)] + folders
 
 
@@ -100,10 +80,10 @@ def _open(path: str, how: Opening) -> Source:
     incomplete = [remark for remark in scanned.remarks if remark.endswith(_INCOMPLETE)]
     if incomplete and how.on_error == "fail":  # also if a cached index says so
         raise DataError(f"{incomplete[0]}. {HOW_TO_SKIP}")
-    permuted, notes = is_permuted(scanned.index), scanned.notes
     if "stored" in scanned.extra:
-        return _StoredSource.of(path, scanned, permuted)
-    return Source("lmdb", scanned.index, permuted=permuted, notes=notes)
+        return _StoredSource.of(path, scanned)
+    index = scanned.index
+    return Source("lmdb", index, permuted=is_permuted(index), notes=scanned.notes)
 
 
 # ---- the values ----------------------------------------------------------------------------------
@@ -112,10 +92,11 @@ def _open(path: str, how: Opening) -> Source:
 def _scan(path: str, how: Opening) -> Scanned:
     """Read the tree, then all values in one sequential pass."""
     with open(path, "rb", buffering=0) as file:
-        meta = newer_meta(path, file.fileno())
-        scan = _Scan(path, how, meta, Tree(path, file.fileno(), meta).values(how.progress))
+        meta = lmdb_tree.newer_meta(path, file.fileno())
+        values = lmdb_tree.Tree(path, file.fileno(), meta).values(how.progress)
+        scan = _Scan(path, how, meta.page_bytes, values)
         scan.read()
-        now = newer_meta(path, file.fileno())
+        now = lmdb_tree.newer_meta(path, file.fileno())
     if now.transaction != meta.transaction:
         raise DataError(
             f"{path}: was written to while it was indexed (transaction {meta.transaction}, now "
@@ -127,43 +108,33 @@ def _scan(path: str, how: Opening) -> Scanned:
 class _Scan:
     """One pass over the values."""
 
-    def __init__(self, path: str, how: Opening, meta: Meta, values: Values) -> None:
+    def __init__(self, path: str, how: Opening, page_bytes: int, values: lmdb_tree.Values) -> None:
         self._path, self._how, self._values = path, how, values
-        self._page_bytes = meta.page_bytes
+        self._page_bytes = page_bytes
         self._rows = Rows()
         self._problems = Problems(how.on_error)
         self._count: int | None = None  # number of samples according to the file
         self._has_keys = False
         self._num_numbers = self._num_samples = 0
         self._size, self._stored = array("q"), array("B")
-        self._named = all(
-            _has_extension(values.key(i))
-            for i in range(len(values))
-            if not _is_about(values.key(i))
-        )
+        keys = map(values.key, range(len(values)))
+        self._named = all(_has_extension(key) for key in keys if not _is_about(key))
 
     def read(self) -> None:
         values = self._values
         offset = np.array(values.offset, np.int64)
         length = np.array(values.length, np.int64)
         order = np.argsort(offset, kind="stable")
-        end = offset[order] + length[order]
-        overlap = np.flatnonzero(offset[order][1:] < end[:-1])
+        overlap = np.flatnonzero(offset[order][1:] < (offset + length)[order][:-1])
         if len(overlap):
-            first, second = order[overlap[0]], order[overlap[0] + 1]
+            first, second = order[overlap[0] : overlap[0] + 2].tolist()
             raise DataError(
-                f"{self._path}: the values of {values.key(int(first))!r} and "
-                f"{values.key(int(second))!r} overlap at offset {offset[second]}: it is damaged"
+                f"{self._path}: the values of {values.key(first)!r} and "
+                f"{values.key(second)!r} overlap at offset {offset[second]}: it is damaged"
             )
-        name = os.path.basename(self._path)
+        name, file_bytes = os.path.basename(self._path), os.path.getsize(self._path)
         with (
-            progress_bar(
-                f"index {name}",
-                os.path.getsize(self._path),
-                unit="B",
-                enabled=self._how.progress,
-                delay_s=1,
-            ) as bar,
+            bytes_bar(name, file_bytes, self._how.progress) as bar,
             FileStream(self._path, bar) as stream,
         ):
             for i in order.tolist():
@@ -182,9 +153,8 @@ class _Scan:
             if pair.stored != RAW:
                 image = memoryview(stored_bytes(image, pair.stored))
         except ValueFormError as error:
-            self._report(
-                key, offset, f"{ACCEPTED}; got {error} (begins with {bytes(value[:16])!r})"
-            )
+            got = f"{error} (begins with {bytes(value[:16])!r})"
+            self._report(key, offset, f"{ACCEPTED}; got {got}")
             return
         extension = image_extension(image)
         if extension is None:
@@ -200,12 +170,12 @@ class _Scan:
 
     def _value(self, stream: FileStream, key: bytes, offset: int, length: int) -> memoryview:
         """Return a value; if it is in overflow pages, check their header."""
-        if offset % self._page_bytes != PAGE_HEADER.size:
+        if offset % self._page_bytes != lmdb_tree.PAGE_HEADER.size:
             return stream.take(offset, length)
-        begin = offset - PAGE_HEADER.size
-        content = stream.take(begin, PAGE_HEADER.size + length)
-        number, _, flags, num_pages = OVERFLOW_HEADER.unpack_from(content)
-        if (number * self._page_bytes, flags) != (begin, OVERFLOW) or (
+        begin = offset - lmdb_tree.PAGE_HEADER.size
+        content = stream.take(begin, lmdb_tree.PAGE_HEADER.size + length)
+        number, _, flags, num_pages = lmdb_tree.OVERFLOW_HEADER.unpack_from(content)
+        if (number * self._page_bytes, flags) != (begin, lmdb_tree.OVERFLOW) or (
             num_pages * self._page_bytes < len(content)
         ):
             raise DataError(
@@ -213,7 +183,7 @@ class _Scan:
                 f"offset {begin}, got page {number}, flags {flags:#x}, {num_pages} pages: the file "
                 "is damaged, or another process writes to it"
             )
-        return content[PAGE_HEADER.size :]
+        return content[lmdb_tree.PAGE_HEADER.size :]
 
     def _add(self, key: bytes, extension: str, offset: int, pair: Pair, image: memoryview) -> None:
         name = os.fsdecode(key) + ("" if self._named else extension)
@@ -227,20 +197,21 @@ class _Scan:
 
     def _read_count(self, key: bytes, head: memoryview, length: int) -> None:
         """Take the number of samples from __len__, or from the begin of the list of keys."""
-        self._has_keys |= key == KEYS
-        if key == KEYS and length:
+        count = None
+        self._has_keys |= key == lmdb_tree.KEYS
+        if key == lmdb_tree.KEYS and length:
             count = _msgpack_count(bytes(head))
         elif key == b"__len__":
-            count = _integer(bytes(head[:length]))
-        else:
-            count = None
-        self._count = count if count is not None else self._count
+            count = _integer(bytes(head))
+        self._count = self._count if count is None else count
 
     def _remarks(self) -> list[str]:
         """Say what is missing if a run of the writer may have been interrupted."""
         if self._count is not None and self._count != self._num_samples:
-            what = f"expected {self._count} samples as it says itself, found {self._num_samples}"
-            return [f"{self._path}: {what}: {_INCOMPLETE}"]
+            return [
+                f"{self._path}: expected {self._count} samples as it says itself, found "
+                f"{self._num_samples}: {_INCOMPLETE}"
+            ]
         if self._has_keys or not self._num_samples or self._num_numbers < self._num_samples:
             return []
         what = "has no __keys__, which tensorpack and scripts like it write last"
@@ -258,10 +229,8 @@ class _Scan:
 
     def result(self) -> Scanned:
         remarks, rows = self._remarks(), self._rows
-        path = os.path.abspath(self._path)
-        index = rows.index(
-            os.path.dirname(path), [os.path.basename(path)], classes_of(rows.label, rows.names)
-        )
+        root, name = os.path.split(os.path.abspath(self._path))
+        index = rows.index(root, [name], classes_of(rows.label, rows.names))
         stored = np.array(self._stored, np.uint8)
         extra: dict[str, npt.NDArray[Any]] = {}
         if stored.any():
@@ -326,35 +295,28 @@ def _in_use_by(path: str) -> int | None:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _StoredSource(Source):
-    """An LMDB of pickles of protocol 0 to 2, where images are text: see lmdb_objects.py.
-
-    Args:
-        path: the file.
-        places: offset, size and form of each image as it is stored, in the order of the file.
-        first: the first sample of each block; then the number of samples.
-        turns: held while reading from a hard disk.
-    """
+    """An LMDB of pickles of protocol 0 to 2, where images are text: see lmdb_objects.py."""
 
     path: str
+    # Offset, size and form of each image as it is stored, in the order of the file.
     places: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
-    first: npt.NDArray[np.int64]
-    turns: AbstractContextManager[Any]
+    first: npt.NDArray[np.int64]  # first sample of each block; then their number
+    turns: Turns
+    python_blocks: bool = True
 
     @classmethod
-    def of(cls, path: str, scanned: Scanned, permuted: bool) -> _StoredSource:
+    def of(cls, path: str, scanned: Scanned) -> _StoredSource:
         """Make it from the result of a scan; a block is a run of samples that lie together."""
         index, size, stored = scanned.index, scanned.extra["size"], scanned.extra["stored"]
         offset = index.offset
-        if not len(size) == len(stored) == len(index) or not _in_order(
-            offset, size, os.path.getsize(path)
-        ):
+        same_length = len(size) == len(stored) == len(index)
+        if not same_length or not _in_order(offset, size, os.path.getsize(path)):
             raise DataError(
                 f"{path}: its cached index is damaged: remove .imagenet-seq-lmdb-*.index in "
                 "its folder, or the cache folder"
             )
         block = offset // _BLOCK_BYTES
-        first = np.flatnonzero(np.diff(block, prepend=-1))
-        number = np.repeat(np.arange(len(first)), np.diff(first, append=len(index)))
+        _, first, number = np.unique(block, return_index=True, return_inverse=True)
         blocks = dataclasses.replace(
             index,
             file=number.astype(np.int32),
@@ -365,8 +327,7 @@ class _StoredSource(Source):
         return cls(
             "lmdb",
             blocks,
-            permuted=permuted,
-            python_blocks=True,
+            permuted=is_permuted(index),
             notes=scanned.notes,
             path=path,
             places=(offset, size, stored),
@@ -384,21 +345,14 @@ class _StoredSource(Source):
             content = memoryview(file.read(end - begin))
         if len(content) != end - begin:
             raise DataError(f"{self.path}: expected {end} bytes, got less: it was truncated")
-        images = [
-            stored_bytes(content[at : at + length], how)
-            for at, length, how in zip(
-                (offset - begin).tolist(), size.tolist(), stored.tolist(), strict=True
-            )
-        ]
+        rows = zip((offset - begin).tolist(), size.tolist(), stored.tolist(), strict=True)
+        images = [stored_bytes(content[at : at + length], how) for at, length, how in rows]
         lengths = np.fromiter(map(len, images), np.int64, len(images))
-        return Block(
-            np.frombuffer(b"".join(images), np.uint8), np.cumsum(lengths) - lengths, lengths
-        )
+        data = np.frombuffer(b"".join(images), np.uint8)
+        return Block(data, np.cumsum(lengths) - lengths, lengths)
 
 
 def _in_order(offset: npt.NDArray[np.int64], size: npt.NDArray[np.int64], file_bytes: int) -> bool:
     """Whether places follow one another inside the file."""
-    if not len(offset):
-        return True
     follow = (size >= 0) & (offset >= 0) & (size <= file_bytes - offset)
     return bool(follow.all() and (offset[1:] >= (offset + size)[:-1]).all())

@@ -74,26 +74,17 @@ class Array:
 
 
 def stored_bytes(content: memoryview, stored: int) -> bytes:
-    """Return the bytes that `content` stands for.
-
-    Args:
-        content: bytes of a value.
-        stored: how they are stored: `RAW`, `UTF8`, `ESCAPED_TEXT` or `ESCAPED_BYTES`.
-
-    Raises:
-        ValueFormError: if they are damaged.
-    """
+    """Return the bytes that `content`, stored as `stored` says, stands for."""
     try:
         if stored == UTF8:
             return str(content, "utf-8").encode("latin-1")
         if stored == ESCAPED_TEXT:
             return str(content, "raw-unicode-escape").encode("latin-1")
         if stored == ESCAPED_BYTES:
-            unescaped: bytes = codecs.escape_decode(bytes(content))[0]
-            return unescaped
+            return bytes(codecs.escape_decode(bytes(content))[0])
+        return bytes(content)
     except ValueError as error:
         raise ValueFormError(f"a byte string that can't be read: {error}") from None
-    return bytes(content)
 
 
 def describe(found: Any) -> str:

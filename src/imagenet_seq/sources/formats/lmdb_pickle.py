@@ -30,8 +30,7 @@ def parse_pickle(value: memoryview) -> Any:
     """Return the object that a pickle holds, byte strings and arrays as places in it.
 
     Raises:
-        ValueFormError: if the pickle is damaged, or of something else than a pair.
-        LookupError: if it is damaged.
+        ValueFormError, LookupError: if it is damaged; the first also if it is no pair.
     """
     return _usual_pair(value) or _Pickle(value).run()
 
@@ -50,7 +49,6 @@ _USUAL_BEGIN, _USUAL_END = (
 )
 """What precedes and follows the image in a pickle of [uint8 array, label] of protocol 3, as
 `lmdb_file` and Python 3.0 to 3.7 write it by default. A blank stands for an optional BINPUT."""
-_USUAL_BEGIN_BYTES, _USUAL_END_BYTES = 256, 16
 
 
 def _usual_pair(value: memoryview) -> list[Any] | None:
@@ -58,21 +56,19 @@ def _usual_pair(value: memoryview) -> list[Any] | None:
 
     This takes 4 us, its 40 opcodes one by one 50 us, and a data set has 1.3 million of them.
     """
-    head = _USUAL_BEGIN.match(bytes(value[:_USUAL_BEGIN_BYTES]))
+    head = _USUAL_BEGIN.match(bytes(value[:256]))
     if head is None:
         return None
     size = int.from_bytes(head["size"], "little")
-    begin, end = head.end(), head.end() + size
-    tail = _USUAL_END.fullmatch(bytes(value[end : end + _USUAL_END_BYTES]))
+    end = head.end() + size
+    tail = _USUAL_END.fullmatch(bytes(value[end : end + 16]))
     if tail is None or int.from_bytes(head["shape"][1:], "little") != size:
         return None
-    return [ByteString(begin, end), int.from_bytes(tail["label"][1:], "little")]
+    return [ByteString(head.end(), end), int.from_bytes(tail["label"][1:], "little")]
 
 
 # ---- all others, opcode by opcode ----------------------------------------------------------------
 
-_MAX_OPCODES = 256
-"""A pair takes about 50."""
 _OPCODES = {ord(it.code): (it.name, it.arg.n if it.arg else 0) for it in pickletools.opcodes}
 """Names, and sizes of arguments; a negative one says how the size is stored."""
 _LENGTH_BYTES = {
@@ -87,7 +83,7 @@ _LENGTH_BYTES = {
 def _opcodes(value: memoryview) -> Iterator[tuple[str, int, int]]:
     """Yield the opcodes up to STOP, which has to end the value: names and places of arguments."""
     at = 0
-    for _ in range(_MAX_OPCODES):
+    for _ in range(256):  # a pair takes about 50
         name, size = _OPCODES[value[at]]
         begin = at + 1
         if name == "STOP":
@@ -113,12 +109,11 @@ def _opcodes(value: memoryview) -> Iterator[tuple[str, int, int]]:
 
 def _line_end(value: memoryview, begin: int) -> int:
     """Return where a line ends: most have a few bytes, that of an image 100,000."""
-    length = bytes(value[begin : begin + 64]).find(b"\n")
-    if length < 0:
-        length = bytes(value[begin:]).find(b"\n")
-    if length < 0:
-        raise ValueFormError("a pickle that is cut short")
-    return begin + length
+    for line in (value[begin : begin + 64], value[begin:]):
+        length = bytes(line).find(b"\n")
+        if length >= 0:
+            return begin + length
+    raise ValueFormError("a pickle that is cut short")
 
 
 class _Name(NamedTuple):
@@ -146,10 +141,9 @@ class _Pickle:
 
     def run(self) -> Any:
         for name, begin, end in _opcodes(self._value):
-            step = _STEPS.get(name)
-            if step is None:
+            if name not in _STEPS:
                 raise ValueFormError(f"a pickle with opcode {name}")
-            step(self, name, begin, end)
+            _STEPS[name](self, name, begin, end)
         if len(self._stack) != 1:
             raise ValueFormError("a damaged pickle")
         return self._stack[0]
@@ -176,14 +170,11 @@ class _Pickle:
         self._stack.append(ByteString(begin + 1, end - 1, ESCAPED_BYTES))
 
     def _number(self, name: str, begin: int, end: int) -> int:
-        if name in ("INT", "LONG", "PUT", "GET"):
-            return self._decimal(begin, end)
-        if end - begin > 8:
-            raise ValueFormError("a pickle with a number of more than 64 bits")
-        is_signed = name in ("BININT", "LONG1")
-        return int.from_bytes(self._value[begin:end], "little", signed=is_signed)
-
-    def _decimal(self, begin: int, end: int) -> int:
+        if name not in ("INT", "LONG", "PUT", "GET"):
+            if end - begin > 8:
+                raise ValueFormError("a pickle with a number of more than 64 bits")
+            is_signed = name in ("BININT", "LONG1")
+            return int.from_bytes(self._value[begin:end], "little", signed=is_signed)
         line = self._ascii(begin, end)
         digits = line.removesuffix("L")
         if len(digits) > 20 or not digits.removeprefix("-").isdecimal():
@@ -276,8 +267,7 @@ class _Pickle:
         return stored_bytes(self._value[found.begin : found.end], found.stored)
 
 
-_Step = Callable[[_Pickle, str, int, int], None]
-_STEPS: dict[str, _Step] = {
+_STEPS: dict[str, Callable[[_Pickle, str, int, int], None]] = {
     name: step
     for names, step in (
         ("PROTO FRAME", lambda *_: None),

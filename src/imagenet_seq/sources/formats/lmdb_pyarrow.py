@@ -32,7 +32,6 @@ _NUM_BUFFERS = {_NULL: 0, _INT: 2, _BINARY: 3, _LIST: 2, _STRUCT: 1, _UNION: 2}
 
 _MAX_MESSAGE_BYTES, _MAX_COLUMNS = 1 << 14, 32
 _MAX_STREAM_AT, _MAX_PADDING_BYTES = 72, 72
-
 _U8, _U16, _I32, _U32, _I64 = map(struct.Struct, ("<B", "<H", "<i", "<I", "<q"))
 _I64_PAIR, _U32_PAIR = map(struct.Struct, ("<qq", "<II"))
 _FIRST_TENSOR = object()
@@ -60,9 +59,8 @@ def parse_pyarrow(value: memoryview) -> list[Any]:
         ValueFormError: if it is damaged or something else.
         LookupError, struct.error, OverflowError: if it is damaged.
     """
-    begin = next(
-        (at for at in range(8, _MAX_STREAM_AT, 8) if _U32.unpack_from(value, at)[0] >= 64), 0
-    )
+    places = range(8, _MAX_STREAM_AT, 8)
+    begin = next((at for at in places if _U32.unpack_from(value, at)[0] >= 64), 0)
     schema, at = _message(value, begin)
     batch, body = _message(value, at)
     column, body_bytes = _batch_column(schema, batch)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.text import progress_bar
+from imagenet_seq.sources.scan import bytes_bar
 
 MAGIC = 0xBEEFC0DE
 VERSION = 1
@@ -30,7 +30,7 @@ NODE = struct.Struct("<HHHH")
 """Low and high half of the value's size, flags, size of the key; key and value follow. In a branch,
 the first three are the child's page number, low bits first."""
 
-IN_OVERFLOW, SUB_DATABASE, DUPLICATES = 1, 2, 4
+IN_OVERFLOW, SUB_DATABASE = 1, 2
 """Flags of nodes. IN_OVERFLOW: the value is the number of its first overflow page."""
 
 META_HEAD = struct.Struct("<IIQQ")
@@ -71,24 +71,14 @@ def why_none(head: bytes) -> str | None:
 
 
 class Meta(NamedTuple):
-    """The content of a meta page.
-
-    Attributes:
-        page_bytes: size of a page.
-        flags: flags of the database.
-        depth: number of levels of the tree.
-        num_values: number of keys in the tree.
-        root: number of the root page.
-        last_page: number of the last page used.
-        transaction: number of the transaction that wrote it.
-    """
+    """The content of a meta page."""
 
     page_bytes: int
-    flags: int
-    depth: int
+    flags: int  # of the database
+    depth: int  # levels of the tree
     num_values: int
-    root: int
-    last_page: int
+    root: int  # number of the root page
+    last_page: int  # the last one used
     transaction: int
 
 
@@ -123,25 +113,14 @@ class _Child(NamedTuple):
 
 
 class Tree:
-    """Reads the pages of an LMDB file, level by level, each level in the order of the file.
-
-    Args:
-        path: the file.
-        file: its descriptor.
-        meta: its valid meta page.
-    """
+    """Reads the pages of an LMDB file, level by level, each level in the order of the file."""
 
     def __init__(self, path: str, file: int, meta: Meta) -> None:
-        self.path, self.meta = path, meta
-        self._file = file
+        self.path, self.meta, self._file = path, meta, file
         self._seen: set[int] = set()
 
     def values(self, progress: bool) -> Values:
-        """Return all keys and the places of their values.
-
-        Raises:
-            DataError: if the tree is damaged, or has features beyond plain keys and values.
-        """
+        """Return all keys and the places of their values; refuse more than keys and values."""
         meta, found = self.meta, Values()
         if meta.flags:
             raise DataError(
@@ -152,23 +131,16 @@ class Tree:
             raise DataError(f"{self.path}: expected a tree of up to 32 levels, got {meta.depth}")
         pages = [_Child(meta.root, b"", None)] if meta.root != NO_PAGE else []
         for _ in range(meta.depth - 1):
-            pages = [child for page in _in_file_order(pages) for child in self._children(page)]
-        size = len(pages) * meta.page_bytes
-        with progress_bar(
-            f"index keys of {os.path.basename(self.path)}",
-            size,
-            unit="B",
-            enabled=progress,
-            delay_s=1,
-        ) as bar:
-            for page in _in_file_order(pages):
+            pages = [child for page in pages for child in self._children(page)]
+            pages.sort(key=lambda page: page.number)  # the order of the file
+        name, num_bytes = os.path.basename(self.path), len(pages) * meta.page_bytes
+        with bytes_bar(f"keys of {name}", num_bytes, progress) as bar:
+            for page in pages:
                 self._add_leaf(page, found)
                 bar.update(meta.page_bytes)
         if len(found) != meta.num_values:
-            raise DataError(
-                f"{self.path}: expected {meta.num_values} keys as its meta page says, found "
-                f"{len(found)}: it is damaged"
-            )
+            what = f"{meta.num_values} keys as its meta page says"
+            raise DataError(f"{self.path}: expected {what}, found {len(found)}: it is damaged")
         return found
 
     def _children(self, page: _Child) -> Iterator[_Child]:
@@ -179,9 +151,9 @@ class Tree:
             low, middle, high, key_bytes = self._node(content, place, page.number)
             keys.append(content[place + NODE.size :][:key_bytes])
             numbers.append(low | middle << 16 | high << 32)
-        keys[:1] = [page.low]  # LMDB ignores the first key of a branch
-        for i, number in enumerate(numbers):
-            yield _Child(number, keys[i], keys[i + 1] if i + 1 < len(keys) else page.high)
+        # LMDB ignores the first key of a branch.
+        highs: list[bytes | None] = [*keys[1:], page.high]
+        return map(_Child, numbers, [page.low, *keys[1:]], highs)
 
     def _add_leaf(self, page: _Child, found: Values) -> None:
         content, places = self._page(page.number, LEAF)
@@ -224,10 +196,8 @@ class Tree:
     def _page(self, number: int, expected: int) -> tuple[bytes, tuple[int, ...]]:
         """Read a page of the expected kind; return it, and the places of its nodes."""
         if not 2 <= number <= self.meta.last_page:
-            raise DataError(
-                f"{self.path}: expected a page number from 2 to {self.meta.last_page}, got "
-                f"{number}: it is damaged"
-            )
+            what = f"a page number from 2 to {self.meta.last_page}"
+            raise DataError(f"{self.path}: expected {what}, got {number}: it is damaged")
         if number in self._seen:
             raise self._damaged(number, "two pages lead to it")
         self._seen.add(number)
@@ -237,11 +207,8 @@ class Tree:
             raise self._damaged(number, "the file ends before it: it is truncated")
         own_number, _, flags, lower, _ = PAGE_HEADER.unpack_from(content)
         if own_number != number or flags != expected:
-            raise self._damaged(
-                number,
-                f"expected its number and {expected} (branch {BRANCH}, leaf {LEAF}), "
-                f"got {own_number} and {flags:#x}",
-            )
+            wanted = f"its number and {expected} (branch {BRANCH}, leaf {LEAF})"
+            raise self._damaged(number, f"expected {wanted}, got {own_number} and {flags:#x}")
         size = lower - PAGE_HEADER.size
         if size <= 0 or size % 2 or lower > page_bytes:
             raise self._damaged(number, f"a table of {size} bytes")
@@ -255,23 +222,13 @@ class Tree:
         )
 
 
-def _in_file_order(pages: list[_Child]) -> list[_Child]:
-    return sorted(pages, key=lambda page: page.number)
-
-
 def newer_meta(path: str, file: int) -> Meta:
-    """Return the valid one of the two meta pages.
-
-    Raises:
-        DataError: if there is none.
-    """
-    first = os.pread(file, META_BYTES, 0)
-    found = [_meta(first)]
+    """Return the valid one of the two meta pages."""
+    found = [_meta(os.pread(file, META_BYTES, 0))]
     page_bytes = found[0].page_bytes if found[0] else 0
     if page_bytes not in (1 << bits for bits in range(9, 17)):
-        raise DataError(
-            f"{path}: expected an LMDB with pages of 512 to 65536 bytes, got {page_bytes}"
-        )
+        what = "an LMDB with pages of 512 to 65536 bytes"
+        raise DataError(f"{path}: expected {what}, got {page_bytes}")
     second = _meta(os.pread(file, META_BYTES, page_bytes))
     if second is not None and second.page_bytes == page_bytes:
         found.append(second)
@@ -284,7 +241,6 @@ def _meta(head: bytes) -> Meta | None:
         return None
     free_at = PAGE_HEADER.size + META_HEAD.size
     page_bytes = TREE.unpack_from(head, free_at)[0]
-    tree = TREE.unpack_from(head, free_at + TREE.size)
-    _, flags, depth, _, _, _, num_values, root = tree
+    _, flags, depth, *_, num_values, root = TREE.unpack_from(head, free_at + TREE.size)
     last_page, transaction = META_TAIL.unpack_from(head, free_at + 2 * TREE.size)
     return Meta(page_bytes, flags, depth, num_values, root, last_page, transaction)

@@ -30,27 +30,16 @@ ACCEPTED = (
 
 
 class Pair(NamedTuple):
-    """Where an image lies in a value, and its label.
-
-    Attributes:
-        offset: first byte of the image in the value.
-        length: bytes that it takes there.
-        label: its class.
-        stored: how the bytes are stored: `RAW`, or a form that `stored_bytes` decodes.
-    """
+    """Where an image lies in a value, and its label."""
 
     offset: int
     length: int
     label: int
-    stored: int
+    stored: int  # how the bytes are stored: RAW, or a form that `stored_bytes` decodes
 
 
 def find_pair(value: memoryview) -> Pair:
-    """Find the image and the label in a value.
-
-    Raises:
-        ValueFormError: if the value is not such a pair; says what it is.
-    """
+    """Find the image and the label in a value, or raise a ValueFormError that says what it is."""
     if not len(value):
         raise ValueFormError("no bytes")
     parse = _PARSERS.get(value[0])
@@ -60,10 +49,9 @@ def find_pair(value: memoryview) -> Pair:
         found = parse(value)
     except (LookupError, struct.error, OverflowError):  # the last: a place beyond 63 bits
         raise ValueFormError("cut short or damaged") from None
-    if type(found) not in (list, tuple):
-        raise ValueFormError(f"not two things but {describe(found)}")
-    if len(found) != 2:
-        raise ValueFormError(f"not two things but {len(found)}")
+    is_sequence = type(found) in (list, tuple)
+    if not is_sequence or len(found) != 2:
+        raise ValueFormError(f"not two things but {len(found) if is_sequence else describe(found)}")
     image, label = found
     if isinstance(image, Array):
         image = image.content()
@@ -79,7 +67,6 @@ def find_pair(value: memoryview) -> Pair:
 # ---- msgpack -------------------------------------------------------------------------------------
 
 _MAX_DEPTH = 4
-
 _MSGPACK_NUMBERS = {
     0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
 }  # fmt: skip
@@ -129,8 +116,8 @@ def _msgpack_container(value: memoryview, at: int, depth: int, head: int) -> tup
         found.append(element)
     if not is_map:
         return found, at
-    entries = zip(found[::2], found[1::2], strict=True)
-    return _numpy_object(value, {_short(value, key): entry for key, entry in entries}), at
+    keys = [_short(value, key) for key in found[::2]]
+    return _numpy_object(value, dict(zip(keys, found[1::2], strict=True))), at
 
 
 def _short(value: memoryview, found: Any) -> bytes:
@@ -154,10 +141,7 @@ def _numpy_object(value: memoryview, entries: dict[bytes, Any]) -> Array | int:
 
 _PARSERS: dict[int, Callable[[memoryview], Any]] = {
     0x92: _parse_msgpack,
-    0x80: parse_pickle,
-    ord("("): parse_pickle,
-    ord("]"): parse_pickle,
-    0: parse_pyarrow,
-    1: parse_pyarrow,
+    **dict.fromkeys(b"\x80(]", parse_pickle),
+    **dict.fromkeys((0, 1), parse_pyarrow),
 }
 """By the first byte: a list of two; a pickle's protocol, mark or list; a count of tensors."""

@@ -164,7 +164,7 @@ def _scan(folder: str, shards: Sequence[Shard], how: Opening) -> Scanned:
     problems = Problems(how.on_error)
     scan = _Scan(problems, how)
     total_bytes = sum(os.path.getsize(shard.path) for shard in shards)
-    with bytes_bar("MDS shards", total_bytes, how) as bar:
+    with bytes_bar("MDS shards", total_bytes, how.progress) as bar:
         for number, shard in enumerate(shards):
             scan.add_shard(number, shard, bar)
     files = [os.path.relpath(shard.path, folder) for shard in shards]

@@ -156,7 +156,7 @@ class _Scan:
             )
         folder, name = os.path.split(self._path)
         with (
-            bytes_bar(name, size, self._how) as bar,
+            bytes_bar(name, size, self._how.progress) as bar,
             FileStream(self._path, bar, digest) as stream,
         ):
             self._read(stream)

@@ -18,25 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.errors import DataError
-from imagenet_seq.index.cache import Scanned, indexed
 from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Block, Source
 from imagenet_seq.read.turns import Turns
 from imagenet_seq.sources.formats import huggingface as hf
 from imagenet_seq.sources.place import Found, Opening, Place
-from imagenet_seq.text import progress_bar
 
 LOOKS_FOR = "Parquet files of Hugging Face: columns image (bytes, path) and label"
 _MAGIC = b"PAR1"
-_LARGE_GROUP_BYTES = 256 << 20
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise Parquet files by their names and the first one's first bytes.
-
-    Raises:
-        SplitNeededError: if there are several splits and none was given.
-    """
+    """Recognise Parquet files by their names and the first one's first bytes."""
     for at in hf.places(place):
         names = [name for name in at.files if name.endswith(".parquet") or not at.is_folder]
         if not names:
@@ -53,41 +46,32 @@ def find(place: Place) -> Found | str | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _ParquetSource(Source):
-    """A source whose blocks are row groups.
+    """A source whose blocks are row groups."""
 
-    Attributes:
-        group: for each block, the number of its row group in the file.
-        column: name of the column of images.
-        turns: held while reading from a hard disk.
-        metadata: of the files read so far; parsing it takes as long as reading 20 photos.
-        versions: of the files when they were opened: another version has other labels.
-    """
-
-    group: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    column: str = "image"
-    turns: Turns | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, _Version] = field(default_factory=dict)
+    group: npt.NDArray[np.int32]  # number of each block's row group in its file
+    column: str  # name of the column of images
+    turns: Turns
+    versions: dict[str, tuple[int, int]]  # as opened: another version has other labels
+    metadata: dict[str, Any] = field(default_factory=dict)  # parsing it takes as long as 20 photos
+    python_blocks: bool = True
 
     def read_block(self, number: int) -> Block:
         """Read and decompress the images of a row group."""
-        path = os.path.join(self.index.root, self.index.files[number])
-        if _version(path) != self.versions[path]:
+        name = self.index.files[number]
+        path = os.path.join(self.index.root, name)
+        if _version(path) != self.versions[name]:
             raise DataError(
                 f"{path}: was replaced or written to since it was opened: open the data set again"
             )
-        known = self.metadata.get(path)
+        known = self.metadata.get(name)
         with hf.damage(path, "Parquet"), _opened(path, self.turns, known) as file:
-            self.metadata[path] = file.metadata
+            self.metadata[name] = file.metadata
             return _images_of(file, int(self.group[number]), self.column)
 
 
-_Version = tuple[int, int]
-
-
-def _version(path: str) -> _Version:
+def _version(path: str) -> tuple[int, int]:
     """Return size and modification time (ns) of a file."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
@@ -123,14 +107,13 @@ def _images_of(file: Any, group: int, column: str) -> Block:
     blocks = [_images_in(part) for part in table.column(0).chunks]
     if len(blocks) == 1:
         return blocks[0]
-    sizes = [len(block.bytes) for block in blocks]  # several if they have more than 2 GB
-    shifts = np.cumsum([0, *sizes[:-1]])
+    # None, or several if they have more than 2 GB.
+    begins = np.cumsum([0, *(len(block.bytes) for block in blocks)])
+    offsets = (block.offsets + begin for block, begin in zip(blocks, begins, strict=False))
     return Block(
-        np.concatenate([block.bytes for block in blocks] or [np.zeros(0, np.uint8)]),
-        np.concatenate(
-            [b.offsets + shift for b, shift in zip(blocks, shifts, strict=False)] or [shifts[:0]]
-        ),
-        np.concatenate([block.lengths for block in blocks] or [shifts[:0]]),
+        np.concatenate([np.zeros(0, np.uint8), *(block.bytes for block in blocks)]),
+        np.concatenate([begins[:0], *offsets]),
+        np.concatenate([begins[:0], *(block.lengths for block in blocks)]),
     )
 
 
@@ -144,112 +127,61 @@ def _images_in(structs: Any) -> Block:
 
 
 def _open(place: Place, paths: Sequence[str], how: Opening) -> Source:
-    hf.import_pyarrow(paths[0])
-    if place.is_folder:
-        hf.check_complete(paths)
-    scanned = indexed(
-        "parquet",
-        place.path,
-        paths,
-        lambda: _scan(place.folder, paths, how),
-        how.on_error,
-    )
-    versions = {
-        os.path.join(scanned.index.root, name): _version(os.path.join(scanned.index.root, name))
-        for name in set(scanned.index.files)
-    }
+    scanned = hf.index_files("parquet", place, paths, how, _scan_file)
+    index = scanned.index
     with hf.damage(paths[0], "Parquet"), _opened(paths[0]) as file:
         column = hf.columns_of(file.schema_arrow, paths[0]).image
     return _ParquetSource(
         "parquet",
-        scanned.index,
-        permuted=is_permuted(scanned.index),
-        python_blocks=True,
+        index,
+        permuted=is_permuted(index),
         notes=scanned.notes,
         group=scanned.extra["group"].astype(np.int32),
         column=column,
         turns=Turns(paths[0]),
-        versions=versions,
+        versions={name: _version(os.path.join(index.root, name)) for name in set(index.files)},
     )
 
 
 class _Group(NamedTuple):
-    """A row group.
-
-    Attributes:
-        number: its number in the file.
-        first_row: number of its first row in the file.
-        num_rows: number of rows.
-        image_bytes: bytes of its images after decompression.
-        has_nulls: whether the file says that some rows have no image.
-    """
+    """A row group: its number, and what the file's metadata say about it."""
 
     number: int
-    first_row: int
     num_rows: int
-    image_bytes: int
-    has_nulls: bool
+    image_bytes: int  # after decompression
+    has_nulls: bool  # whether the file says that some rows have no image
 
 
-def _scan(root: str, paths: Sequence[str], how: Opening) -> Scanned:
-    """Read the labels and paths of all files."""
-    scan = hf.Scan(root, how.on_error)
-    groups: list[_Group] = []
-    files: list[str] = []
-    sizes = [os.path.getsize(path) for path in paths]
-    with progress_bar(
-        f"index {os.path.basename(root)}", sum(sizes), unit="B", enabled=how.progress, delay_s=1
-    ) as bar:
-        for path, size in zip(paths, sizes, strict=True):
-            with hf.damage(path, "Parquet"), _opened(path) as file:
-                columns = scan.columns(file.schema_arrow, path)
-                found = _groups_of(file.metadata, columns.image)
-                for block, group in enumerate(found, len(groups)):
-                    _scan_group(scan, path, file, columns, block, group)
-            groups += found
-            files += [os.path.basename(path)] * len(found)
-            bar.update(size)
-    largest_bytes = max((group.image_bytes for group in groups), default=0)
-    remarks = [_too_large(root, largest_bytes)] if largest_bytes > _LARGE_GROUP_BYTES else []
-    return scan.scanned(files, remarks, group=np.array([group.number for group in groups]))
+def _scan_file(scan: hf.Scan, path: str) -> None:
+    """Read the labels and paths of a file."""
+    with _opened(path) as file:
+        columns = scan.begin(path, file.schema_arrow)
+        for group in _groups_of(file.metadata, columns.image):
+            scan.files.append(os.path.basename(path))
+            scan.group.append(group.number)
+            scan.largest_group_bytes = max(scan.largest_group_bytes, group.image_bytes)
+            _scan_group(scan, file, columns, group)
 
 
-def _scan_group(
-    scan: hf.Scan, path: str, file: Any, columns: hf.Columns, block: int, group: _Group
-) -> None:
+def _scan_group(scan: hf.Scan, file: Any, columns: hf.Columns, group: _Group) -> None:
     wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
     table = file.read_row_group(group.number, columns=wanted, use_threads=False).combine_chunks()
-    if len(table) != group.num_rows:
-        raise ValueError(
-            f"row group {group.number}: expected {group.num_rows} rows, got {len(table)}"
-        )
-    if not group.num_rows:
+    num_rows = group.num_rows
+    if len(table) != num_rows:
+        raise ValueError(f"row group {group.number}: expected {num_rows} rows, got {len(table)}")
+    if not num_rows:
         return
     images = functools.cache(lambda: _images_of(file, group.number, columns.image))
-    missing = images().lengths == 0 if group.has_nulls else np.zeros(group.num_rows, np.bool_)
-    part = hf.Part(
-        path,
-        group.first_row,
-        block,
-        offset=np.arange(group.num_rows),
-        length=np.full(group.num_rows, -1),
-        missing=missing,
-        begins=lambda row: hf.begin_of(images(), row),
-    )
+    missing = images().lengths == 0 if group.has_nulls else np.zeros(num_rows, np.bool_)
+    labels = table.column(columns.label).chunk(0)
     structs = table.column(columns.image).chunk(0) if columns.has_path else None
-    scan.add(part, table.column(columns.label).chunk(0), structs and structs.field("path"))
-
-
-def _too_large(root: str, group_bytes: int) -> str:
-    return (
-        f"{root}: its row groups have up to {group_bytes >> 20} MB, which are read and held as a "
-        "whole: 'imagenet-seq pack' makes a pack of it that is read in smaller blocks"
-    )
+    paths = structs and structs.field("path")
+    scan.add(np.arange(num_rows), np.full(num_rows, -1), missing, labels, paths, images)
 
 
 def _groups_of(metadata: Any, image: str) -> list[_Group]:
     """Return a file's row groups, as its metadata describes them."""
-    groups, first_row = [], 0
+    groups = []
     for number in range(metadata.num_row_groups):
         about = metadata.row_group(number)
         columns = [about.column(i) for i in range(about.num_columns)]
@@ -261,8 +193,5 @@ def _groups_of(metadata: Any, image: str) -> list[_Group]:
         # If the file does not say, reading the row will show it.
         known = data.is_stats_set and data.statistics.has_null_count
         has_nulls = known and data.statistics.null_count > 0
-        groups.append(
-            _Group(number, first_row, about.num_rows, data.total_uncompressed_size, has_nulls)
-        )
-        first_row += about.num_rows
+        groups.append(_Group(number, about.num_rows, data.total_uncompressed_size, has_nulls))
     return groups

@@ -31,8 +31,7 @@ from imagenet_seq.index.mixing import is_permuted
 from imagenet_seq.index.source import Source
 from imagenet_seq.sources.images import image_extension
 from imagenet_seq.sources.place import Found, Opening, Place, Seen
-from imagenet_seq.sources.scan import FileStream, Problems, Rows
-from imagenet_seq.text import progress_bar
+from imagenet_seq.sources.scan import FileStream, Problems, Rows, bytes_bar
 
 LOOKS_FOR = "TFRecord files: imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-01024, ..."
 _IMAGE = (b"image/encoded", b"image", b"image_raw", b"jpeg", b"jpg")
@@ -43,7 +42,6 @@ _INTERESTING = frozenset((*_IMAGE, *_LABEL, *_NAME, _SYNSET))
 _COUNTS_FROM_1 = b"image/class/label"
 _SHARD = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(?:\.tfrecords?)?", re.IGNORECASE)
 _NAMED = re.compile(r"\.tfrec(?:ords?)?(?![a-z])", re.IGNORECASE)
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _LABEL_NAMES = "label.labels.txt"
 _HEADER = struct.Struct("<QI")
 
@@ -52,13 +50,11 @@ _HEADER = struct.Struct("<QI")
 
 
 def find(place: Place) -> Found | str | None:
-    """Recognise TFRecord files: in a folder, in a folder of TFDS's above it, or named by a path.
-
-    Raises:
-        SplitNeededError: if there are files of both splits and none was given.
-    """
+    """Recognise TFRecord files: in a folder, in a folder of TFDS's above it, or named by a path."""
     place = _with_files(place)
-    names = place.files if not place.is_folder else tuple(filter(_is_named_so, place.files))
+    names = place.files
+    if place.is_folder:
+        names = tuple(name for name in names if _SHARD.fullmatch(name) or _NAMED.search(name))
     paths = (os.path.join(place.folder, name) for name in names)
     first = next(filter(os.path.getsize, paths), None)  # a shard may be empty
     if first is None:
@@ -76,15 +72,11 @@ def find(place: Place) -> Found | str | None:
 def _with_files(place: Place) -> Place:
     """Return the folder with the files, if the given one is TFDS's data folder or dataset."""
     dataset = place.below("imagenet2012") or place
-    versions = list(filter(_VERSION.fullmatch, dataset.folders))
+    versions = list(filter(re.compile(r"\d+\.\d+\.\d+").fullmatch, dataset.folders))
     if not versions:
         return place
     newest = max(versions, key=lambda name: tuple(map(int, name.split("."))))
     return dataset.below(newest) or place
-
-
-def _is_named_so(name: str) -> bool:
-    return bool(_SHARD.fullmatch(name) or _NAMED.search(name))
 
 
 def _why_none(path: str) -> str | None:
@@ -104,21 +96,14 @@ def _open(place: Place, files: Sequence[str], how: Opening) -> Source:
     if place.is_folder:
         _check_complete(place, files)
     about = os.path.join(place.folder, _LABEL_NAMES)
-    beside = [about] if os.path.exists(about) else []
-    scanned = indexed(
-        "tfrecord", place.path, [*files, *beside], lambda: _scan(place, files, how), how.on_error
-    )
+    read = [*files, about] if os.path.exists(about) else files
+    scanned = indexed("tfrecord", place.path, read, lambda: _scan(place, files, how), how.on_error)
     index = scanned.index
     return Source("tfrecord", index, permuted=is_permuted(index), notes=scanned.notes)
 
 
 def _check_complete(place: Place, files: Sequence[str]) -> None:
-    """Check that the files are one complete set.
-
-    Raises:
-        DataError: if a shard is missing.
-        ValueError: if there are several sets.
-    """
+    """Check that the files are one complete set."""
     shards = [_SHARD.fullmatch(os.path.basename(path)) for path in files]
     sets = sorted({(shard[1], shard[3]) if shard else ("", "") for shard in shards})
     if len(sets) > 1:
@@ -127,13 +112,13 @@ def _check_complete(place: Place, files: Sequence[str]) -> None:
             f"{place.folder} holds several sets of TFRecord files, {shown}: pass a pattern that "
             "names the files that you mean"
         )
-    total = int(sets[0][1] or 0)
+    [(name, total)] = sets
     there = {int(shard[2]) for shard in shards if shard}
-    missing = next((number for number in range(total) if number not in there), None)
+    missing = next((number for number in range(int(total or 0)) if number not in there), None)
     if missing is not None:
         raise DataError(
-            f"{place.folder}: {sets[0][0]}-{missing:05d}-of-{sets[0][1]} is missing: expected "
-            f"{total} files, found {len(there)}. Add it, or pass a pattern of those that are meant"
+            f"{place.folder}: {name}-{missing:05d}-of-{total} is missing: expected {int(total)} "
+            f"files, found {len(there)}. Add it, or pass a pattern of those that are meant"
         )
 
 
@@ -155,33 +140,32 @@ class _Sample(NamedTuple):
     end: int
     label: int
     name: str
-    wnid: str
 
 
 class _MalformedError(ValueError):
     """A message is not what it should be; says how."""
 
 
+def _wrong(key: bytes, expected: str, got: object) -> _MalformedError:
+    return _MalformedError(f"feature '{key.decode()}': expected {expected}, got {got}")
+
+
 def _scan(place: Place, files: Sequence[str], how: Opening) -> Scanned:
-    problems = Problems(how.on_error)
-    scan = _Scan(place, files, problems, how)
-    total_bytes = sum(os.path.getsize(path) for path in files)
-    with progress_bar(
-        "index TFRecord files", total_bytes, unit="B", enabled=how.progress, delay_s=1
-    ) as bar:
+    scan = _Scan(place, files, how)
+    with bytes_bar("TFRecord files", sum(map(os.path.getsize, files)), how.progress) as bar:
         for number, path in enumerate(files):
             with FileStream(path, bar) as stream:
                 scan.add_file(number, stream)
+    problems = scan.problems
     return Scanned(scan.index(), problems=problems.messages, num_problems=problems.count)
 
 
 class _Scan:
     """Collects the samples of all files."""
 
-    def __init__(
-        self, place: Place, files: Sequence[str], problems: Problems, how: Opening
-    ) -> None:
-        self._place, self._files, self._problems, self._visit = place, files, problems, how.visit
+    def __init__(self, place: Place, files: Sequence[str], how: Opening) -> None:
+        self._place, self._files, self._visit = place, files, how.visit
+        self.problems = Problems(how.on_error)
         self._prefixes = _prefixes(files)
         self._label_names = _label_names(place.folder)
         self._num_labels = len(self._label_names) or MAX_CLASSES
@@ -190,11 +174,7 @@ class _Scan:
         self._wnids: dict[int, str] = {}
 
     def add_file(self, number: int, stream: FileStream) -> None:
-        """Add a file's samples.
-
-        Raises:
-            DataError: if the sequence of messages is damaged; with on_error="fail" for any problem.
-        """
+        """Add a file's samples."""
         at, in_file, names = 0, 0, set[str]()
         while at < stream.size:
             length = _message_length(stream, at)
@@ -207,7 +187,7 @@ class _Scan:
                 if sample.name in names:
                     raise _MalformedError(f"another sample has the name {sample.name!r}, too")
             except _MalformedError as error:
-                self._problems.report(f"{stream.path}: sample {in_file} at offset {at}: {error}")
+                self.problems.report(f"{stream.path}: sample {in_file} at offset {at}: {error}")
             else:
                 names.add(sample.name)
                 self._add(sample, message, number, begin)
@@ -228,7 +208,7 @@ class _Scan:
         image, label_key, name_key = self._keys
         begin, end = _only_bytes(message, features, image)
         if begin == end:
-            raise _MalformedError(f"feature '{image.decode()}': expected an image, got no bytes")
+            raise _wrong(image, "an image", "no bytes")
         label = self._checked_label(message, features, label_key)
         name = _text(message, features, name_key) if name_key else f"{in_file:08d}"
         if not os.path.splitext(name)[1]:
@@ -239,32 +219,29 @@ class _Scan:
                 f"label {label}: expected synset {self._wnids[label]} as in samples before, "
                 f"got {wnid}"
             )
-        return _Sample(begin, end, label, name, wnid)
+        return _Sample(begin, end, label, name)
 
     def _checked_label(self, message: memoryview, features: _Features, key: bytes) -> int:
-        label = _only_int(message, features, key)
+        begin, end = features.get(key, (0, 0))
+        values = list(itertools.islice(_ints(message, begin, end), 2))
+        if len(values) != 1:
+            raise _wrong(key, "one integer", "more" if values else "none")
+        [label] = values
         first = 1 if key == _COUNTS_FROM_1 else 0
         if not 0 <= label < self._num_labels + first:
-            raise _MalformedError(
-                f"feature '{key.decode()}': expected a label in [{first}, "
-                f"{self._num_labels + first}), got {label}"
-            )
+            raise _wrong(key, f"a label in [{first}, {self._num_labels + first})", label)
         return label
 
     def index(self) -> Index:
         """Return the index of all samples; its labels count from 0."""
-        rows = self._rows
-        label, first = rows.label, 0
+        rows, label, wnids = self._rows, self._rows.label, self._wnids
         counts_from_1 = self._keys is not None and self._keys.label == _COUNTS_FROM_1
-        if counts_from_1 and int(label.min(initial=1)) > 0 and not _are_imagenets(self._wnids):
-            label, first = label - 1, 1
-        if self._label_names:
-            classes = self._label_names
-        elif self._wnids:
-            wnids = {number - first: wnid for number, wnid in self._wnids.items()}
-            num_classes = int(label.max(initial=-1)) + 1
-            classes = _classes_of_wnids(wnids, num_classes, self._place.path)
-        else:
+        if counts_from_1 and int(label.min(initial=1)) > 0 and not _are_imagenets(wnids):
+            label, wnids = label - 1, {number - 1: wnid for number, wnid in wnids.items()}
+        classes = self._label_names
+        if not classes and wnids:
+            classes = _classes_of_wnids(wnids, int(label.max(initial=-1)) + 1, self._place.path)
+        elif not classes:
             classes = classes_of(label, rows.names)
         names = [os.path.relpath(path, self._place.folder) for path in self._files]
         return rows.index(self._place.folder, names, classes, label)
@@ -293,11 +270,7 @@ def _label_names(folder: str) -> tuple[str, ...]:
 
 
 def _classes_of_wnids(wnids: dict[int, str], num_classes: int, where: str) -> tuple[str, ...]:
-    """Name the classes by the wnids that the samples give.
-
-    Raises:
-        DataError: if labels are not in the order of the wnids, which is torchvision's.
-    """
+    """Name the classes by the samples' wnids; refuse labels in another order than theirs."""
     for (label, wnid), (next_label, next_wnid) in itertools.pairwise(sorted(wnids.items())):
         if wnid >= next_wnid:
             raise DataError(
@@ -305,34 +278,24 @@ def _classes_of_wnids(wnids: dict[int, str], num_classes: int, where: str) -> tu
                 f"{label} is {wnid} and {next_label} is {next_wnid} (counted from 0). Write the "
                 "files again with sorted synsets"
             )
-    others = imagenet_classes() if _are_imagenets(wnids) else ()
-    return tuple(
-        wnids.get(label) or (others[label] if label < len(others) else str(label))
-        for label in range(num_classes)
-    )
+    names = dict(enumerate(imagenet_classes())) if _are_imagenets(wnids) else wnids
+    return tuple(names.get(label, str(label)) for label in range(num_classes))
 
 
 def _are_imagenets(wnids: dict[int, str]) -> bool:
     """Whether there are wnids, and all labels are torchvision's."""
-    classes = imagenet_classes()
-    return bool(wnids) and all(
-        label < len(classes) and classes[label] == wnid for label, wnid in wnids.items()
-    )
+    return bool(wnids) and wnids.items() <= dict(enumerate(imagenet_classes())).items()
 
 
 # ---- the messages -------------------------------------------------------------------------
 
 
 def _message_length(stream: FileStream, at: int) -> int:
-    """Return the bytes of the message whose header is at `at`.
-
-    Raises:
-        DataError: if the length is damaged, so that the next message can't be found.
-    """
+    """Return the bytes of the message whose header is at `at`."""
     header = stream.take(at, _HEADER.size)
     length, crc = _HEADER.unpack(header)
     expected = _masked_crc(bytes(header[:8]))
-    if crc != expected:
+    if crc != expected:  # the next message can't be found
         raise DataError(
             f"{stream.path}: offset {at}: the length {length} has CRC-32C {expected:08x} (masked), "
             f"but {crc:08x} is stored with it: the file is damaged from here on; get it again"
@@ -368,7 +331,6 @@ _Features = dict[bytes, tuple[int, int]]
 
 
 def _features(message: memoryview) -> _Features:
-    """Find the features of an Example."""
     found: _Features = {}
     for tag, begin, end in _fields(message, 0, len(message)):
         if tag == _FIRST:
@@ -445,30 +407,15 @@ def _only_bytes(message: memoryview, features: _Features, key: bytes) -> tuple[i
     )
     values = list(itertools.islice(all_values, 2))  # there may be millions of empty ones
     if len(values) != 1:
-        raise _MalformedError(
-            f"feature '{key.decode()}': expected one value of bytes, got "
-            f"{'more' if values else 'none'}"
-        )
+        raise _wrong(key, "one value of bytes", "more" if values else "none")
     return values[0]
 
 
 def _text(message: memoryview, features: _Features, key: bytes) -> str:
     begin, end = _only_bytes(message, features, key)
     if not 0 < end - begin <= 1024:
-        raise _MalformedError(
-            f"feature '{key.decode()}': expected 1 to 1024 bytes of text, got {end - begin}"
-        )
+        raise _wrong(key, "1 to 1024 bytes of text", end - begin)
     return os.fsdecode(bytes(message[begin:end]))
-
-
-def _only_int(message: memoryview, features: _Features, key: bytes) -> int:
-    begin, end = features.get(key, (0, 0))
-    values = list(itertools.islice(_ints(message, begin, end), 2))
-    if len(values) != 1:
-        raise _MalformedError(
-            f"feature '{key.decode()}': expected one integer, got {'more' if values else 'none'}"
-        )
-    return values[0]
 
 
 def _ints(message: memoryview, begin: int, end: int) -> Iterator[int]:
@@ -496,13 +443,11 @@ def _fields(message: memoryview, at: int, end: int) -> Iterator[tuple[int, int, 
         elif wire_type in (1, 5):
             length = 8 if wire_type == 1 else 4
         else:
-            raise _MalformedError(
-                f"byte {at}: expected a protobuf field, got wire type {wire_type}"
-            )
+            what = "a protobuf field"
+            raise _MalformedError(f"byte {at}: expected {what}, got wire type {wire_type}")
         if length > end - at:
-            raise _MalformedError(
-                f"byte {at}: expected a protobuf field within {end - at} bytes, got {length}"
-            )
+            what = f"a protobuf field within {end - at} bytes"
+            raise _MalformedError(f"byte {at}: expected {what}, got {length}")
         yield tag, at, at + length
         at += length
 

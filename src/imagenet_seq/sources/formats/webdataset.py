@@ -123,7 +123,7 @@ def _open(kind: str, place: Place, paths: list[str], how: Opening) -> Source:
 def _scan(kind: str, place: Place, paths: list[str], how: Opening) -> Scanned:
     collector = (_Samples if kind == "webdataset" else _ClassFolders)(place, how)
     total_bytes = sum(map(os.path.getsize, paths))
-    with bytes_bar(os.path.basename(place.path), total_bytes, how) as bar:
+    with bytes_bar(os.path.basename(place.path), total_bytes, how.progress) as bar:
         for number, path in enumerate(paths):
             collector.begin(number, path, len(paths) > 1)
             with FileStream(path, bar) as stream:
