@@ -242,19 +242,7 @@ void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int
 }
 
 IdctKernel idct_kernel(CpuLevel level) {
-  switch (level) {
-#if defined(__x86_64__)
-    case CpuLevel::kAvx2:
-      return idct_avx2;
-    case CpuLevel::kAvx512:
-      return idct_avx512;
-#elif defined(__aarch64__)
-    case CpuLevel::kNeon:
-      return idct_neon;
-#endif
-    default:
-      return idct_portable;
-  }
+  return kernels_of_level<idct_portable, idct_avx2, idct_avx512, idct_neon>(level);
 }
 
 }  // namespace imseq

@@ -141,16 +141,8 @@ void decode_symbol_slowly(Lane* lane) {
   refill(&lane->bits, &lane->next);
 }
 
-const LaneKernels kLaneKernelsPortable = {run_lanes<ByImageTables, kImageLanes>,
-                                          run_lanes<ByFlatTables, kFlatLanes>, kImageLanes,
-                                          kFlatLanes};
-
 const LaneKernels& lane_kernels(CpuLevel level) {
-#if defined(__x86_64__)
-  if (level != CpuLevel::kPortable) return kLaneKernelsAvx2;
-#endif
-  (void)level;
-  return kLaneKernelsPortable;
+  return *kernels_of_level<&kLaneKernels, &kLanesAvx2, &kLanesAvx2, &kLaneKernels>(level);
 }
 
 }  // namespace imseq

@@ -112,7 +112,7 @@ struct LaneKernels {
   int num_image_lanes, num_flat_lanes;
 };
 [[nodiscard]] const LaneKernels& lane_kernels(CpuLevel level);
-extern const LaneKernels kLaneKernelsPortable, kLaneKernelsAvx2;
+extern const LaneKernels kLanesAvx2;
 
 // Decodes the symbol at lane.at without the look-up entries. Updates bits, next and at; on an
 // anomaly sets failed and goes to the segment's end.

@@ -2,7 +2,6 @@
 
 namespace imseq {
 
-const LaneKernels kLaneKernelsAvx2 = {run_lanes<ByImageTables, kImageLanes>,
-                                      run_lanes<ByFlatTables, kFlatLanes>, kImageLanes, kFlatLanes};
+const LaneKernels kLanesAvx2 = kLaneKernels;
 
 }  // namespace imseq

@@ -281,11 +281,8 @@ void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t
 
 }  // namespace
 
-const ResizeKernels& avx2_resize_kernels() {
-  static constexpr ResizeKernels kernels{windows_suffice, horizontal_plan_bytes, plan_horizontally,
-                                         horizontal,      vertical_plan_bytes,   plan_vertically,
-                                         vertical};
-  return kernels;
-}
+const ResizeKernels kResizeAvx2 = {windows_suffice, horizontal_plan_bytes, plan_horizontally,
+                                   horizontal,      vertical_plan_bytes,   plan_vertically,
+                                   vertical};
 
 }  // namespace imseq

@@ -467,11 +467,8 @@ void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t
 
 }  // namespace
 
-const ResizeKernels& avx512_resize_kernels() {
-  static constexpr ResizeKernels kernels{plan_is_small, horizontal_plan_bytes, plan_horizontally,
-                                         horizontal,    vertical_plan_bytes,   plan_vertically,
-                                         vertical};
-  return kernels;
-}
+const ResizeKernels kResizeAvx512 = {plan_is_small, horizontal_plan_bytes, plan_horizontally,
+                                     horizontal,    vertical_plan_bytes,   plan_vertically,
+                                     vertical};
 
 }  // namespace imseq

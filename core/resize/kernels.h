@@ -36,12 +36,7 @@ struct ResizeKernels {
                    const Columns& columns, uint8_t* out, size_t out_stride);
 };
 
-[[nodiscard]] const ResizeKernels& resize_kernels(CpuLevel level);
-
-const ResizeKernels& portable_resize_kernels();
-const ResizeKernels& avx2_resize_kernels();
-const ResizeKernels& avx512_resize_kernels();
-const ResizeKernels& neon_resize_kernels();
+extern const ResizeKernels kResizePortable, kResizeAvx2, kResizeAvx512, kResizeNeon;
 
 // For kernels that need no plan.
 size_t no_plan_bytes(const AxisWeights& weights);

@@ -119,10 +119,7 @@ void vertical(const AxisWeights& weights, const void*, int i, const uint8_t* con
 
 }  // namespace
 
-const ResizeKernels& neon_resize_kernels() {
-  static constexpr ResizeKernels kernels{windows_suffice, no_plan_bytes, no_plan, horizontal,
-                                         no_plan_bytes,   no_plan,       vertical};
-  return kernels;
-}
+const ResizeKernels kResizeNeon = {windows_suffice, no_plan_bytes, no_plan, horizontal,
+                                   no_plan_bytes,   no_plan,       vertical};
 
 }  // namespace imseq

@@ -116,27 +116,7 @@ bool windows_suffice(const AxisWeights& weights) {
   return true;
 }
 
-const ResizeKernels& portable_resize_kernels() {
-  static constexpr ResizeKernels kernels{
-      always,        no_plan_bytes, no_plan,          portable_horizontal,
-      no_plan_bytes, no_plan,       portable_vertical};
-  return kernels;
-}
-
-const ResizeKernels& resize_kernels(CpuLevel level) {
-  switch (level) {
-#if defined(__x86_64__)
-    case CpuLevel::kAvx512:
-      return avx512_resize_kernels();
-    case CpuLevel::kAvx2:
-      return avx2_resize_kernels();
-#elif defined(__aarch64__)
-    case CpuLevel::kNeon:
-      return neon_resize_kernels();
-#endif
-    default:
-      return portable_resize_kernels();
-  }
-}
+const ResizeKernels kResizePortable = {
+    always, no_plan_bytes, no_plan, portable_horizontal, no_plan_bytes, no_plan, portable_vertical};
 
 }  // namespace imseq

@@ -48,38 +48,22 @@ void interleave(const void* const* channels, size_t n, void* out) {
   }
 }
 
-const StoreKernels& store_kernels(CpuLevel level) {
-  switch (level) {
-#if defined(__x86_64__)
-    case CpuLevel::kAvx512:
-      return avx512_store_kernels();
-    case CpuLevel::kAvx2:
-      return avx2_store_kernels();
-#endif
-    default:
-      return portable_store_kernels();
-  }
-}
-
 size_t log2_of_value_bytes(int32_t dtype) {
   if (dtype == IMSEQ_FLOAT32) return 2;
   return dtype == IMSEQ_FLOAT16 || dtype == IMSEQ_BFLOAT16 ? 1 : 0;
 }
 
+constexpr StoreKernels kPortable = {
+    {prepare_table<uint8_t>, prepare_table<uint16_t>, prepare_table<uint32_t>},
+    {copy, look_up<uint16_t>, look_up<uint32_t>},
+    {copy, look_up<uint16_t>, look_up<uint32_t>},
+    [] {},
+    {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
+
 }  // namespace
 
-const StoreKernels& portable_store_kernels() {
-  static constexpr StoreKernels kernels{
-      {prepare_table<uint8_t>, prepare_table<uint16_t>, prepare_table<uint32_t>},
-      {copy, look_up<uint16_t>, look_up<uint32_t>},
-      {copy, look_up<uint16_t>, look_up<uint32_t>},
-      [] {},
-      {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
-  return kernels;
-}
-
 void PixelStore::begin(const imseq_recipe& recipe) {
-  kernels_ = &store_kernels(cpu_level());
+  kernels_ = kernels_of_level<&kPortable, &kStoreAvx2, &kStoreAvx512, &kPortable>(cpu_level());
   size_ = log2_of_value_bytes(recipe.dtype);
   out_height_ = static_cast<size_t>(recipe.out_height);
   out_width_ = static_cast<size_t>(recipe.out_width);
