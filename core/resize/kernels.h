@@ -25,9 +25,11 @@ struct ResizeKernels {
   bool (*can_resize_horizontally)(const AxisWeights& weights);
   size_t (*horizontal_plan_bytes)(const AxisWeights& weights);
   void (*plan_horizontally)(const AxisWeights& weights, void* plan);
-  // num_planes rows of pixels, one plane every in_stride bytes. flip: the last output comes first.
-  void (*horizontal)(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                     size_t in_stride, int num_planes, bool flip, uint8_t* out, size_t out_stride);
+  // A row of one plane, and of three, a plane every in_stride bytes. flip: the last output comes
+  // first.
+  using Horizontal = void (*)(const AxisWeights& weights, const void* plan, const uint8_t* in,
+                              size_t in_stride, bool flip, uint8_t* out, size_t out_stride);
+  Horizontal horizontal_of_one, horizontal_of_three;
 
   size_t (*vertical_plan_bytes)(const AxisWeights& weights);
   void (*plan_vertically)(const AxisWeights& weights, void* plan);

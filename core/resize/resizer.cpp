@@ -94,8 +94,9 @@ void Resizer::add_row() {
 }
 
 void Resizer::resize_horizontally(const uint8_t* in, uint8_t* out, size_t out_stride) const {
-  horizontal_kernels_->horizontal(horizontal_.axis(), horizontal_plan_.data(), in, source_stride_,
-                                  num_planes_, flips_, out, out_stride);
+  const auto pass = num_planes_ == 1 ? horizontal_kernels_->horizontal_of_one
+                                     : horizontal_kernels_->horizontal_of_three;
+  pass(horizontal_.axis(), horizontal_plan_.data(), in, source_stride_, flips_, out, out_stride);
 }
 
 void Resizer::resize_vertically(int i, uint8_t* out, size_t out_stride) {
