@@ -29,13 +29,9 @@ class HeaderWriter {
   std::vector<uint8_t> bytes_;
 };
 
-// Copies the metadata segments in their order; strip: only those that affect how the image looks.
-// False: there is one that would be wrong for the re-coded image.
-[[nodiscard]] bool write_metadata(const JpegHeader& header, const uint8_t* bytes, bool strip,
-                                  HeaderWriter* writer);
-
-// Writes everything before the scan header, except the intervals' sizes. False: as of
-// write_metadata.
+// Writes everything before the scan header, except the intervals' sizes. strip: of the metadata
+// only those that affect how the image looks. False: there are some that would be wrong for the
+// re-coded image.
 [[nodiscard]] bool write_head(const JpegHeader& header, const uint8_t* bytes, bool strip,
                               int32_t restart_interval, const HuffmanCodes& codes,
                               HeaderWriter* writer);
