@@ -2,8 +2,6 @@
 
 #include <cstring>
 
-#include "jpeg/codes.h"
-
 namespace imseq {
 
 namespace {

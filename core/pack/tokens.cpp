@@ -8,8 +8,6 @@
 #include <emmintrin.h>
 #endif
 
-#include "jpeg/codes.h"
-
 namespace imseq {
 
 namespace {

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "abi/status.h"
-#include "jpeg/progressive.h"
 #include "pack/header_writer.h"
 #include "pack/huffman.h"
 #include "pack/scan_writer.h"
