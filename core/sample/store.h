@@ -53,9 +53,6 @@ class PixelStore {
   void end_image() const { kernels_->fence(); }
 
  private:
-  [[nodiscard]] void* scratch(size_t channel) {
-    return scratch_.data() + channel * out_width_ * value_bytes();
-  }
   [[nodiscard]] size_t value_bytes() const { return size_t{1} << size_; }
 
   const StoreKernels* kernels_ = nullptr;
