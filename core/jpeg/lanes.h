@@ -87,7 +87,6 @@ struct alignas(64) Lane {
   [[nodiscard]] bool has_all_bytes() const { return source == source_end; }
 
  private:
-  void use_tables(const ScanTables& scan_tables);
   void take_bytes();
   void set_end(uint32_t position);
 };

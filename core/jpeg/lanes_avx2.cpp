@@ -1,7 +1,3 @@
 #include "jpeg/lanes_loop.h"
 
-namespace imseq {
-
-const LaneKernels kLanesAvx2 = kLaneKernels;
-
-}  // namespace imseq
+const imseq::LaneKernels imseq::kLanesAvx2 = kLaneKernels;
