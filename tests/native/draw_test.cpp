@@ -9,7 +9,6 @@
 #include <iterator>
 #include <limits>
 
-#include "sample/recipe.h"
 
 namespace {
 
