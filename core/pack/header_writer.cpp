@@ -1,7 +1,6 @@
 #include "pack/header_writer.h"
 
 #include <algorithm>
-#include <array>
 
 #include "jpeg/markers.h"
 
@@ -106,8 +105,7 @@ void write_frame_header(const JpegHeader& header, bool extended, HeaderWriter* w
                                static_cast<uint8_t>(header.width >> 8),
                                static_cast<uint8_t>(header.width),
                                static_cast<uint8_t>(header.num_components)};
-  for (int c = 0; c < header.num_components; ++c) {
-    const JpegComponent& component = header.components[static_cast<size_t>(c)];
+  for (const JpegComponent& component : header.used_components()) {
     payload.push_back(static_cast<uint8_t>(component.id));
     payload.push_back(static_cast<uint8_t>(component.h_sampling << 4 | component.v_sampling));
     payload.push_back(static_cast<uint8_t>(component.quant_table));
@@ -115,24 +113,21 @@ void write_frame_header(const JpegHeader& header, bool extended, HeaderWriter* w
   writer->segment(extended ? kSof1 : kSof0, payload);
 }
 
-void write_huffman_table(const HuffmanCode& code, size_t table, HeaderWriter* writer) {
-  std::array<uint8_t, kMaxDhtBytes> payload;
-  const uint8_t* const end = write_dht(code, table, payload.data());
-  writer->segment(kDht, {static_cast<const uint8_t*>(payload.data()), end});
-}
-
 }  // namespace
 
 bool write_head(const JpegHeader& header, const uint8_t* bytes, bool strip,
                 int32_t restart_interval, const HuffmanCodes& codes, HeaderWriter* writer) {
-  writer->marker(kSoi);
+  writer->bytes = {0xFF, kSoi};
   if (!write_metadata(header, bytes, strip, writer)) return false;
   bool extended = false;
   write_quant_tables(header, &extended, writer);
   write_frame_header(header, extended, writer);
   const size_t num_tables = header.num_components == 1 ? 2 : 4;
   for (size_t table = 0; table < num_tables; ++table) {
-    write_huffman_table(codes[table], table, writer);
+    std::vector<uint8_t> payload(kMaxDhtBytes);
+    payload.resize(
+        static_cast<size_t>(write_dht(codes[table], table, payload.data()) - payload.data()));
+    writer->segment(kDht, payload);
   }
   if (restart_interval > 0) {
     writer->segment(kDri, {static_cast<uint8_t>(restart_interval >> 8),
@@ -144,7 +139,7 @@ bool write_head(const JpegHeader& header, const uint8_t* bytes, bool strip,
 void write_scan_header(const JpegHeader& header, HeaderWriter* writer) {
   std::vector<uint8_t> payload{static_cast<uint8_t>(header.num_components)};
   for (int c = 0; c < header.num_components; ++c) {
-    payload.push_back(static_cast<uint8_t>(header.components[static_cast<size_t>(c)].id));
+    payload.push_back(static_cast<uint8_t>(header.components[c].id));
     payload.push_back(c == 0 ? 0x00 : 0x11);
   }
   payload.insert(payload.end(), {0, 63, 0});

@@ -11,22 +11,15 @@
 namespace imseq {
 
 // Collects marker segments.
-class HeaderWriter {
- public:
-  void marker(uint8_t code) { bytes_.insert(bytes_.end(), {0xFF, code}); }
-  void segment(uint8_t code, const std::vector<uint8_t>& payload) {
-    marker(code);
-    const size_t size = payload.size() + 2;
-    bytes_.insert(bytes_.end(), {static_cast<uint8_t>(size >> 8), static_cast<uint8_t>(size)});
-    bytes_.insert(bytes_.end(), payload.begin(), payload.end());
-  }
-  void append(const HeaderWriter& other) {
-    bytes_.insert(bytes_.end(), other.bytes_.begin(), other.bytes_.end());
-  }
-  [[nodiscard]] const std::vector<uint8_t>& bytes() const { return bytes_; }
+struct HeaderWriter {
+  std::vector<uint8_t> bytes;
 
- private:
-  std::vector<uint8_t> bytes_;
+  void segment(uint8_t code, const std::vector<uint8_t>& payload) {
+    const size_t size = payload.size() + 2;
+    bytes.insert(bytes.end(),
+                 {0xFF, code, static_cast<uint8_t>(size >> 8), static_cast<uint8_t>(size)});
+    bytes.insert(bytes.end(), payload.begin(), payload.end());
+  }
 };
 
 // Writes everything before the scan header, except the intervals' sizes. strip: of the metadata
