@@ -9,7 +9,6 @@
 #include <iterator>
 #include <limits>
 
-
 namespace {
 
 int num_failures = 0;
