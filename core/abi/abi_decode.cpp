@@ -12,7 +12,6 @@
 #include "read/place.h"
 #include "sample/decode.h"
 #include "sample/draw.h"
-#include "sample/recipe.h"
 
 namespace imseq {
 

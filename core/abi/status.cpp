@@ -3,7 +3,6 @@
 #include <cstdarg>
 #include <cstdio>
 
-#include "jpeg/codes.h"
 #include "jpeg/header.h"
 
 namespace imseq {

@@ -1,6 +1,7 @@
 #include "cpu/cpu.h"
 
 #include <atomic>
+#include <cstddef>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -60,16 +61,8 @@ bool cpu_has(CpuLevel level) {
 }
 
 const char* cpu_level_name(CpuLevel level) {
-  switch (level) {
-    case CpuLevel::kAvx2:
-      return "avx2";
-    case CpuLevel::kAvx512:
-      return "avx512";
-    case CpuLevel::kNeon:
-      return "neon";
-    default:
-      return "portable";
-  }
+  static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "neon"};
+  return kNames[static_cast<size_t>(level)];
 }
 
 }  // namespace imseq

@@ -20,6 +20,18 @@ void use_cpu_level(CpuLevel level);
 
 [[nodiscard]] const char* cpu_level_name(CpuLevel level);
 
+// A stage's kernels for a level, of those that are built for this kind of processor.
+template <auto* kPortable, auto* kAvx2, auto* kAvx512, auto* kNeon>
+auto* kernels_of_level([[maybe_unused]] CpuLevel level) {
+#if defined(__x86_64__)
+  if (level == CpuLevel::kAvx512) return kAvx512;
+  if (level == CpuLevel::kAvx2) return kAvx2;
+#elif defined(__aarch64__)
+  if (level == CpuLevel::kNeon) return kNeon;
+#endif
+  return kPortable;
+}
+
 // Kernels may read and write this many bytes behind the end of a row of samples or pixels.
 constexpr int kRowSlack = 64;
 

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "abi/status.h"
-#include "sample/recipe.h"
+#include "sample/draw.h"
 
 namespace imseq {
 

@@ -101,59 +101,6 @@ bool decode_block(BitReader& reader, const HuffmanTables& tables, int component,
   return k <= 63 || symbol.advance == kEndOfBlock;
 }
 
-// ---- restart intervals --------------------------------------------------------------------------
-
-struct Interval {
-  const uint8_t* begin;  // without byte stuffing; BitReader::kBlockBytes readable behind the end
-  const uint8_t* end;
-  int64_t first_mcu, end_mcu;
-};
-
-// Splits a scan into its restart intervals and removes the byte stuffing. Without restart markers
-// the scan is one interval.
-class IntervalReader {
- public:
-  // False: the markers are not RST0, RST1, ... and EOI, as many as there must be.
-  [[nodiscard]] bool read(const JpegHeader& header, const uint8_t* bytes, size_t size);
-  [[nodiscard]] const std::vector<Interval>& intervals() const { return intervals_; }
-  // Offset behind the EOI marker in the bytes given to read().
-  [[nodiscard]] size_t end_offset() const { return end_offset_; }
-
- private:
-  std::vector<uint8_t> arena_;
-  std::vector<Interval> intervals_;
-  std::vector<uint32_t> markers_;
-  size_t end_offset_ = 0;
-};
-
-bool IntervalReader::read(const JpegHeader& header, const uint8_t* bytes, size_t size) {
-  intervals_.clear();
-  const uint8_t* const data = bytes + header.entropy_offset;
-  const size_t data_size = size - header.entropy_offset;
-  const int64_t num_intervals = header.num_intervals();
-  // Every interval has a marker of two bytes.
-  if (data_size > UINT32_MAX || static_cast<int64_t>(data_size / 2) < num_intervals) return false;
-  markers_.resize(static_cast<size_t>(num_intervals));
-  if (!find_markers(header, data, data_size, num_intervals, markers_.data())) return false;
-  arena_.resize(data_size + kRowSlack + BitReader::kBlockBytes);
-  const int64_t step = header.interval_mcus();
-  const MarkerKernels& kernels = marker_kernels(cpu_level());
-  uint8_t* out = arena_.data();
-  size_t at = 0;
-  bool sound = true;
-  for (int64_t i = 0; i < num_intervals; ++i) {
-    const size_t end = markers_[static_cast<size_t>(i)];
-    const size_t length = kernels.unstuff(data + at, end - at, out, &sound);
-    intervals_.push_back(
-        {out, out + length, i * step, std::min((i + 1) * step, header.num_mcus())});
-    out += length;
-    at = end + 2;
-  }
-  std::memset(out, 0, BitReader::kBlockBytes);
-  end_offset_ = header.entropy_offset + at;
-  return sound;
-}
-
 // ---- the image ----------------------------------------------------------------------------------
 
 // Decodes one MCU of all components. False: an anomaly.
@@ -178,8 +125,7 @@ bool decode_mcu(const JpegHeader& header, const HuffmanTables& tables, int64_t m
 // Whether the bytes can hold the blocks, each of which takes at least a bit for DC and for AC.
 bool can_hold_blocks(size_t entropy_bytes, const JpegHeader& header) {
   size_t num_blocks = 0;
-  for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
-    const JpegComponent& component = header.components[c];
+  for (const JpegComponent& component : header.used_components()) {
     num_blocks += static_cast<size_t>(component.blocks_wide) * component.blocks_high;
   }
   return num_blocks <= entropy_bytes * 4;
@@ -198,21 +144,34 @@ void JpegCoefficients::reset(const JpegHeader& header) {
 
 bool decode_coefficients(const JpegHeader& header, const uint8_t* bytes, size_t size,
                          JpegCoefficients* out) {
-  if (!can_hold_blocks(size - header.entropy_offset, header)) return false;
+  const uint8_t* const data = bytes + header.entropy_offset;
+  const size_t data_size = size - header.entropy_offset;
+  if (!can_hold_blocks(data_size, header)) return false;
   out->reset(header);
-  IntervalReader reader;
-  if (!reader.read(header, bytes, size)) return false;
+  const int64_t num_intervals = header.num_intervals();
+  // Every interval has a marker of two bytes.
+  if (data_size > UINT32_MAX || static_cast<int64_t>(data_size / 2) < num_intervals) return false;
+  std::vector<uint32_t> markers(num_intervals);
+  if (!find_markers(header, data, data_size, num_intervals, markers.data())) return false;
   const auto tables = std::make_unique<HuffmanTables>();
   tables->build(header);
-  for (const Interval& interval : reader.intervals()) {
-    BitReader bits(interval.begin, interval.end);
+  std::vector<uint8_t> unstuffed(data_size + kRowSlack + BitReader::kBlockBytes);
+  const MarkerKernels& kernels = marker_kernels(cpu_level());
+  int64_t mcu = 0;
+  size_t at = 0;
+  for (const uint32_t marker : markers) {
+    bool sound = true;
+    const size_t length = kernels.unstuff(data + at, marker - at, unstuffed.data(), &sound);
+    BitReader bits(unstuffed.data(), unstuffed.data() + length);
     std::array<int, 3> predictions{};
-    for (int64_t mcu = interval.first_mcu; mcu < interval.end_mcu; ++mcu) {
-      if (!decode_mcu(header, *tables, mcu, bits, predictions, out)) return false;
+    const int64_t end_mcu = std::min(mcu + header.interval_mcus(), header.num_mcus());
+    for (; sound && mcu < end_mcu; ++mcu) {
+      sound = decode_mcu(header, *tables, mcu, bits, predictions, out);
     }
-    if (bits.bits_left() >= 8) return false;
+    if (!sound || bits.bits_left() >= 8) return false;
+    at = marker + 2;
   }
-  out->end_offset = reader.end_offset();
+  out->end_offset = header.entropy_offset + at;
   return true;
 }
 

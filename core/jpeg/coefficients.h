@@ -1,5 +1,4 @@
-// Decodes all coefficients of a baseline image, for packing. Pixels come from region.h, which is
-// faster.
+// Decodes all coefficients of an image, for packing. Pixels come from region.h, which is faster.
 #pragma once
 
 #include <array>
@@ -32,5 +31,15 @@ struct JpegCoefficients {
 // Decodes a kBaseline image. False: there is an anomaly before the EOI marker.
 [[nodiscard]] bool decode_coefficients(const JpegHeader& header, const uint8_t* bytes, size_t size,
                                        JpegCoefficients* out);
+
+// Decodes all scans of a kSeveralScans image, whose header parse_jpeg has read. False: there is an
+// anomaly before the EOI marker, or the scans omit a coefficient or some of its bits (libjpeg-turbo
+// then guesses it from its neighbours, jdcoefct.c decompress_smooth_data).
+//
+// Afterwards the header's Huffman tables and restart interval are those of the last scan. Blocks
+// that only pad an MCU get the values that libjpeg's encoder writes there: scans of one component
+// skip them and no pixel depends on them, so the canonical form must not depend on the file's.
+[[nodiscard]] bool decode_scans(const uint8_t* bytes, size_t size, JpegHeader* header,
+                                JpegCoefficients* out);
 
 }  // namespace imseq

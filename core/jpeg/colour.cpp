@@ -89,19 +89,7 @@ void ycc_to_rgb(const uint8_t* __restrict y, const uint8_t* __restrict cb,
 const ColourKernels& colour_kernels(CpuLevel level) {
   static constexpr ColourKernels kPortable = {upsample_h2v1, upsample_h2v2, upsample_h1v2,
                                               replicate, ycc_to_rgb};
-  switch (level) {
-#if defined(__x86_64__)
-    case CpuLevel::kAvx2:
-      return kColourAvx2;
-    case CpuLevel::kAvx512:
-      return kColourAvx512;
-#elif defined(__aarch64__)
-    case CpuLevel::kNeon:
-      return kColourNeon;
-#endif
-    default:
-      return kPortable;
-  }
+  return *kernels_of_level<&kPortable, &kColourAvx2, &kColourAvx512, &kColourNeon>(level);
 }
 
 }  // namespace imseq

@@ -1,7 +1,3 @@
 #include "jpeg/colour_loop.h"
 
-namespace imseq {
-
-const ColourKernels kColourAvx2 = kVectorKernels;
-
-}  // namespace imseq
+const imseq::ColourKernels imseq::kColourAvx2 = kVectorKernels;

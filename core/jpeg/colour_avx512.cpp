@@ -1,7 +1,3 @@
 #include "jpeg/colour_loop.h"
 
-namespace imseq {
-
-const ColourKernels kColourAvx512 = kVectorKernels;
-
-}  // namespace imseq
+const imseq::ColourKernels imseq::kColourAvx512 = kVectorKernels;

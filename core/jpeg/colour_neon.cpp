@@ -1,7 +1,3 @@
 #include "jpeg/colour_loop.h"
 
-namespace imseq {
-
-const ColourKernels kColourNeon = kVectorKernels;
-
-}  // namespace imseq
+const imseq::ColourKernels imseq::kColourNeon = kVectorKernels;

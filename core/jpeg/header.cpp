@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-
-#include "jpeg/codes.h"
+#include <numeric>
+#include <utility>
 
 namespace imseq {
 
@@ -44,8 +44,7 @@ bool parse_dht(JpegPayload in, JpegHeader* header) {
     spec.defined = true;
     std::memcpy(spec.counts.data(), in.bytes + at + 1, 16);
     at += 17;
-    size_t num_codes = 0;
-    for (const uint8_t count : spec.counts) num_codes += count;
+    const auto num_codes = std::accumulate(spec.counts.begin(), spec.counts.end(), size_t{0});
     if (num_codes > 256 || in.size - at < num_codes) return false;
     std::memcpy(spec.values.data(), in.bytes + at, num_codes);
     at += num_codes;
@@ -175,27 +174,24 @@ bool is_prefix_code(const JpegHuffmanSpec& spec) {
 }
 
 bool is_dc_table(const JpegHuffmanSpec& spec) {
-  size_t num_codes = 0;
-  for (const uint8_t count : spec.counts) num_codes += count;
-  return std::all_of(spec.values.begin(), spec.values.begin() + static_cast<ptrdiff_t>(num_codes),
-                     [](uint8_t bits) { return bits <= 15; });
+  // Behind the last code there are zeros.
+  return *std::max_element(spec.values.begin(), spec.values.end()) <= 15;
 }
 
 namespace {
 
 bool quant_tables_are_defined(const JpegHeader& header) {
-  for (int c = 0; c < header.num_components; ++c) {
-    if (!header.quant(c).defined) return false;
-  }
-  return true;
+  const auto used = header.used_components();
+  return std::all_of(used.begin(), used.end(), [&](const JpegComponent& component) {
+    return header.quant_tables[component.quant_table].defined;
+  });
 }
 
 bool huffman_tables_are_sound(const JpegHeader& header) {
-  for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
-    const JpegComponent& component = header.components[c];
+  for (const JpegComponent& component : header.used_components()) {
     if (component.dc_table > 3 || component.ac_table > 3) return false;
-    const JpegHuffmanSpec& dc = header.dc_tables[static_cast<size_t>(component.dc_table)];
-    const JpegHuffmanSpec& ac = header.ac_tables[static_cast<size_t>(component.ac_table)];
+    const JpegHuffmanSpec& dc = header.dc_tables[component.dc_table];
+    const JpegHuffmanSpec& ac = header.ac_tables[component.ac_table];
     if (!dc.defined || !ac.defined) return false;
     if (!is_prefix_code(dc) || !is_prefix_code(ac) || !is_dc_table(dc)) return false;
   }
@@ -205,8 +201,7 @@ bool huffman_tables_are_sound(const JpegHeader& header) {
 // Whether all sampling factors divide the greatest ones, and libjpeg-turbo accepts the MCU's size.
 bool sampling_is_integral(const JpegHeader& header) {
   int mcu_blocks = 0;
-  for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
-    const JpegComponent& component = header.components[c];
+  for (const JpegComponent& component : header.used_components()) {
     if (header.max_h_sampling % component.h_sampling != 0) return false;
     if (header.max_v_sampling % component.v_sampling != 0) return false;
     mcu_blocks += component.h_sampling * component.v_sampling;
@@ -286,17 +281,12 @@ bool read_segment(int marker, const uint8_t* bytes, size_t size, size_t* at, Jpe
   return true;
 }
 
-void reset(JpegHeader* header) {
-  std::vector<JpegSegment> segments = std::move(header->segments);
-  segments.clear();
-  *header = JpegHeader{};
-  header->segments = std::move(segments);
-}
-
 }  // namespace
 
 JpegKind parse_jpeg(const uint8_t* bytes, size_t size, JpegHeader* header) {
-  reset(header);
+  std::vector<JpegSegment> segments = std::move(header->segments);  // keeps their memory
+  segments.clear();
+  *header = {.segments = std::move(segments)};
   if (size < 4 || bytes[0] != 0xFF || bytes[1] != kSoi || bytes[2] != 0xFF)
     return JpegKind::kDamaged;
   bool whole_image = false;

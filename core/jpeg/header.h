@@ -1,5 +1,5 @@
 // The headers of a JPEG. Pixels of a region come from region.h, all coefficients from
-// coefficients.h and progressive.h. All decode strictly: a stream is decoded without any anomaly or
+// coefficients.h. All decode strictly: a stream is decoded without any anomaly or
 // not at all, because only libjpeg-turbo can say what it makes of a damaged one.
 //
 // References: ITU-T T.81 (the numbered sections below), ITU-T T.871 (JFIF), and libjpeg-turbo 3.x
@@ -10,11 +10,28 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "cpu/memory.h"
 
 namespace imseq {
+
+// The byte behind the 0xFF of a marker (T.81 table B.1).
+constexpr uint8_t kSof0 = 0xC0, kSof1 = 0xC1, kSof2 = 0xC2, kDht = 0xC4, kJpg = 0xC8, kDac = 0xCC,
+                  kSof15 = 0xCF, kRst0 = 0xD0, kSoi = 0xD8, kEoi = 0xD9, kSos = 0xDA, kDqt = 0xDB,
+                  kDri = 0xDD, kApp0 = 0xE0, kApp1 = 0xE1, kApp2 = 0xE2, kApp9 = 0xE9,
+                  kApp13 = 0xED, kApp14 = 0xEE, kApp15 = 0xEF, kCom = 0xFE;
+
+// The largest magnitudes that baseline codes of 8-bit samples can hold (T.81 tables F.1 and F.2).
+constexpr int kMaxDcDifference = 2047, kMaxAc = 1023;
+
+// T.81 F.2.2.1 (EXTEND): `size` extra bits stand for a value whose top bit tells the sign.
+constexpr int extend(uint32_t extra, int size) {
+  if (size == 0) return 0;
+  const int value = static_cast<int>(extra);
+  return value < 1 << (size - 1) ? value - (1 << size) + 1 : value;
+}
 
 // Position in a block, row by row, of the k-th coefficient in zigzag order (T.81 figure 5).
 extern const std::array<uint8_t, 64> kNaturalOrder;
@@ -85,6 +102,9 @@ struct JpegHeader {
   JpegColour colour = JpegColour::kGrey;
   int mcus_wide = 0, mcus_high = 0;
 
+  [[nodiscard]] std::span<const JpegComponent> used_components() const {
+    return {components.data(), static_cast<size_t>(num_components)};
+  }
   [[nodiscard]] int64_t num_mcus() const { return int64_t{mcus_wide} * mcus_high; }
   // MCUs of every restart interval except the last, which may have fewer.
   [[nodiscard]] int64_t interval_mcus() const {
@@ -92,15 +112,13 @@ struct JpegHeader {
   }
   [[nodiscard]] int64_t num_intervals() const { return divide_up(num_mcus(), interval_mcus()); }
   [[nodiscard]] const JpegQuantTable& quant(int component) const {
-    return quant_tables[static_cast<size_t>(
-        components[static_cast<size_t>(component)].quant_table)];
+    return quant_tables[components[component].quant_table];
   }
 };
 
 enum class JpegKind {
   kBaseline,      // the core decodes it
   kSeveralScans,  // progressive, or several sequential scans; only packing decodes it
-                  // (progressive.h)
   kUnsupported,   // a sound header of another kind: CMYK, 12 bit ...
   kDamaged        // no JPEG, or its header is not sound
 };

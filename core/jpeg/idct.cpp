@@ -146,36 +146,21 @@ bool only_first_row(const int16_t* coefficients) {
   return any == 0;
 }
 
-}  // namespace
-
-IdctTable::IdctTable(const JpegQuantTable& quant_table) : rotation(kRotation) {
-  for (size_t k = 0; k < 64; ++k) {
-    quant_zigzag[k] = quant[kNaturalOrder[k]] = wrap16(quant_table.values[k]);
-  }
-}
-
-namespace {
-
 // Where a block may have nonzero coefficients: only in the first place, in the first four rows and
 // columns, or anywhere.
 enum class Extent { kFirst, kQuarter, kWhole };
 
 constexpr bool in_quarter(int natural) { return natural / 8 < 4 && natural % 8 < 4; }
 
-struct ZigzagMask {
-  int16_t values[64];
-};
-constexpr ZigzagMask outside_quarter() {
-  ZigzagMask mask{};
-  for (int k = 0; k < 64; ++k) mask.values[kZigzagOfNatural[k]] = in_quarter(k) ? 0 : -1;
-  return mask;
-}
-
 Extent extent_of(const int16_t* zigzag) {
-  static constexpr ZigzagMask kOutsideQuarter = outside_quarter();
+  static constexpr auto kOutsideQuarter = [] {
+    std::array<int16_t, 64> mask{};
+    for (int k = 0; k < 64; ++k) mask[kZigzagOfNatural[k]] = in_quarter(k) ? 0 : -1;
+    return mask;
+  }();
   int16_t outside = 0, inside = 0;
   for (int k = 0; k < 64; ++k) {
-    outside = static_cast<int16_t>(outside | (zigzag[k] & kOutsideQuarter.values[k]));
+    outside = static_cast<int16_t>(outside | (zigzag[k] & kOutsideQuarter[k]));
   }
   if (outside != 0) return Extent::kWhole;
   for (int k = 1; k < 32; ++k) inside = static_cast<int16_t>(inside | zigzag[k]);
@@ -219,6 +204,12 @@ void transform_block(const int16_t* coefficients, const IdctTable& table, uint8_
 
 }  // namespace
 
+IdctTable::IdctTable(const JpegQuantTable& quant_table) : rotation(kRotation) {
+  for (size_t k = 0; k < 64; ++k) {
+    quant_zigzag[k] = quant[kNaturalOrder[k]] = wrap16(quant_table.values[k]);
+  }
+}
+
 void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int num_blocks,
                    const IdctTable& table, uint8_t* out, ptrdiff_t stride) {
   BlockWalk walk(coefficients, mcu_width, mcu_step);
@@ -242,19 +233,7 @@ void idct_portable(int16_t* coefficients, int mcu_width, ptrdiff_t mcu_step, int
 }
 
 IdctKernel idct_kernel(CpuLevel level) {
-  switch (level) {
-#if defined(__x86_64__)
-    case CpuLevel::kAvx2:
-      return idct_avx2;
-    case CpuLevel::kAvx512:
-      return idct_avx512;
-#elif defined(__aarch64__)
-    case CpuLevel::kNeon:
-      return idct_neon;
-#endif
-    default:
-      return idct_portable;
-  }
+  return kernels_of_level<idct_portable, idct_avx2, idct_avx512, idct_neon>(level);
 }
 
 }  // namespace imseq

@@ -26,9 +26,9 @@ void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, bool
   tables.build(header);
   mcu_blocks = 0;
   for (int c = 0; c < header.num_components; ++c) {
-    const JpegComponent& component = header.components[static_cast<size_t>(c)];
+    const JpegComponent& component = header.components[c];
     for (int b = component.mcu_width * component.mcu_height; b > 0; --b) {
-      component_of_block[static_cast<size_t>(mcu_blocks++)] = static_cast<uint8_t>(c);
+      component_of_block[mcu_blocks++] = static_cast<uint8_t>(c);
     }
   }
   // Kernels transform four blocks at a time.
@@ -36,8 +36,7 @@ void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, bool
   if (segment_mcus > 4) segment_mcus &= ~3;
   for (int c = 0; c < header.num_components; ++c) {
     for (int k = 0; k < 64; ++k) {
-      block_places[static_cast<size_t>(c * 64 + k)] =
-          flat != nullptr ? flat_tables->place(c, k) : tables.place(c, k);
+      block_places[c * 64 + k] = flat != nullptr ? flat_tables->place(c, k) : tables.place(c, k);
     }
   }
   for (size_t block = 0; block < places.size() / 64; ++block) {
@@ -50,7 +49,13 @@ void ScanTables::prepare(const JpegHeader& header, FlatTables* flat_tables, bool
 
 void Lane::begin_interval(const ScanTables& scan_tables, const uint8_t* begin,
                           const uint8_t* end_bytes, int64_t first_mcu, int64_t last_mcu) {
-  use_tables(scan_tables);
+  if (tables_id != scan_tables.id) {
+    tables = &scan_tables;
+    tables_id = scan_tables.id;
+    std::copy(scan_tables.places.begin(), scan_tables.places.end(), places);
+    entries = scan_tables.tables.entries();
+    end = 0;
+  }
   active = true;
   failed = false;
   sound = true;
@@ -65,15 +70,6 @@ void Lane::begin_interval(const ScanTables& scan_tables, const uint8_t* begin,
   take_bytes();
   bits = load_big_endian(next) | 1;
   begin_segment();
-}
-
-void Lane::use_tables(const ScanTables& scan_tables) {
-  if (tables_id == scan_tables.id) return;
-  tables = &scan_tables;
-  tables_id = scan_tables.id;
-  std::copy(scan_tables.places.begin(), scan_tables.places.end(), places);
-  entries = scan_tables.tables.entries();
-  end = 0;
 }
 
 void Lane::begin_segment() {
@@ -141,16 +137,8 @@ void decode_symbol_slowly(Lane* lane) {
   refill(&lane->bits, &lane->next);
 }
 
-const LaneKernels kLaneKernelsPortable = {run_lanes<ByImageTables, kImageLanes>,
-                                          run_lanes<ByFlatTables, kFlatLanes>, kImageLanes,
-                                          kFlatLanes};
-
 const LaneKernels& lane_kernels(CpuLevel level) {
-#if defined(__x86_64__)
-  if (level != CpuLevel::kPortable) return kLaneKernelsAvx2;
-#endif
-  (void)level;
-  return kLaneKernelsPortable;
+  return *kernels_of_level<&kLaneKernels, &kLanesAvx2, &kLanesAvx2, &kLaneKernels>(level);
 }
 
 }  // namespace imseq

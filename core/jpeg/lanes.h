@@ -87,7 +87,6 @@ struct alignas(64) Lane {
   [[nodiscard]] bool has_all_bytes() const { return source == source_end; }
 
  private:
-  void use_tables(const ScanTables& scan_tables);
   void take_bytes();
   void set_end(uint32_t position);
 };
@@ -112,7 +111,7 @@ struct LaneKernels {
   int num_image_lanes, num_flat_lanes;
 };
 [[nodiscard]] const LaneKernels& lane_kernels(CpuLevel level);
-extern const LaneKernels kLaneKernelsPortable, kLaneKernelsAvx2;
+extern const LaneKernels kLanesAvx2;
 
 // Decodes the symbol at lane.at without the look-up entries. Updates bits, next and at; on an
 // anomaly sets failed and goes to the segment's end.

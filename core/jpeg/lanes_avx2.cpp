@@ -1,8 +1,3 @@
 #include "jpeg/lanes_loop.h"
 
-namespace imseq {
-
-const LaneKernels kLaneKernelsAvx2 = {run_lanes<ByImageTables, kImageLanes>,
-                                      run_lanes<ByFlatTables, kFlatLanes>, kImageLanes, kFlatLanes};
-
-}  // namespace imseq
+const imseq::LaneKernels imseq::kLanesAvx2 = kLaneKernels;

@@ -175,6 +175,9 @@ void run_lanes(Lane* lanes, const FlatEntry* flat, LaneWork* work) {
   }
 }
 
+constexpr LaneKernels kLaneKernels = {run_lanes<ByImageTables, kImageLanes>,
+                                      run_lanes<ByFlatTables, kFlatLanes>, kImageLanes, kFlatLanes};
+
 }  // namespace
 
 }  // namespace imseq

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "jpeg/codes.h"
-
 namespace imseq {
 
 namespace {
@@ -116,14 +114,11 @@ HuffmanTables::HuffmanTables() : entries_(size_t{wait_place()} + HuffmanTable::k
 }
 
 void HuffmanTables::build(const JpegHeader& header) {
-  for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
-    const int component = static_cast<int>(c);
-    dc_index_[c] = static_cast<size_t>(header.components[c].dc_table);
-    ac_index_[c] = static_cast<size_t>(header.components[c].ac_table);
-    dc_[dc_index_[c]].build(header.dc_tables[dc_index_[c]], HuffmanTable::Kind::kDc,
-                            entries_.data() + place(component, 0));
-    ac_[ac_index_[c]].build(header.ac_tables[ac_index_[c]], HuffmanTable::Kind::kAc,
-                            entries_.data() + place(component, 1));
+  for (int c = 0; c < header.num_components; ++c) {
+    const size_t dc = dc_index_[c] = header.components[c].dc_table;
+    const size_t ac = ac_index_[c] = header.components[c].ac_table;
+    dc_[dc].build(header.dc_tables[dc], HuffmanTable::Kind::kDc, entries_.data() + place(c, 0));
+    ac_[ac].build(header.ac_tables[ac], HuffmanTable::Kind::kAc, entries_.data() + place(c, 1));
   }
 }
 
@@ -131,13 +126,12 @@ HuffmanSymbol HuffmanTables::decode(int component, bool ac, uint64_t bits) const
   const HuffmanEntry* const lookup = ac ? ac_lookup(component) : dc_lookup(component);
   const HuffmanEntry entry = lookup[bits >> (64 - HuffmanTable::kLookupBits)];
   if (entry.is_whole()) return entry.symbol();
-  return (ac ? ac_[ac_index(component)] : dc_[dc_index(component)]).decode_slowly(bits);
+  return (ac ? this->ac(component) : dc(component)).decode_slowly(bits);
 }
 
 uint16_t HuffmanTables::place(int component, int k) const {
-  const auto c = static_cast<size_t>(component);
-  if (k == 0) return place(dc_index_[c]);
-  return place(4 + ac_index_[c] * kAcParts + part_of(k));
+  if (k == 0) return place(dc_index_[component]);
+  return place(4 + ac_index_[component] * kAcParts + part_of(k));
 }
 
 // ---- tables that many images share --------------------------------------------------------------
@@ -159,13 +153,6 @@ static_assert([] {
 // No symbol is added to an entry beyond this advance: rarely one would fit.
 constexpr int kFullAdvance = 8;
 
-// The symbol at the start of num_bits bits; length 0: they are too few to tell.
-HuffmanSymbol first_symbol(const HuffmanTable& table, uint32_t bits, int num_bits) {
-  const HuffmanSymbol symbol = table.decode_slowly(static_cast<uint64_t>(bits) << (64 - num_bits));
-  if (symbol.advance == kInvalid || symbol.length > num_bits) return {0, kInvalid, 0};
-  return symbol;
-}
-
 bool fits_byte(int value) { return value == static_cast<int8_t>(value); }
 
 // Builds one entry symbol by symbol.
@@ -177,9 +164,8 @@ class EntryBuilder {
   bool add(const HuffmanTable& table, int max_advance) {
     const int left = FlatTables::kLookupBits - used_;
     if (left == 0) return false;
-    const uint32_t rest = bits_ & ((1u << left) - 1);
-    const HuffmanSymbol symbol = first_symbol(table, rest, left);
-    if (symbol.length == 0) return false;
+    const HuffmanSymbol symbol = table.decode_slowly(uint64_t{bits_} << (64 - left));
+    if (symbol.advance == kInvalid || symbol.length > left) return false;  // too few bits to tell
     if (symbol.advance == kEndOfBlock) {
       used_ += symbol.length;
       entry_.mask = 63;
@@ -211,14 +197,10 @@ class EntryBuilder {
 
 // For bits that are too few for a value: the code alone, if they hold it.
 FlatEntry code_entry(const HuffmanTable& table, uint32_t bits) {
-  const HuffmanWord word =
-      table.find_word(static_cast<uint64_t>(bits) << (64 - FlatTables::kLookupBits));
+  const HuffmanWord word = table.find_word(uint64_t{bits} << (64 - FlatTables::kLookupBits));
   if (word.size == 0 || word.length > FlatTables::kLookupBits) return {};
-  return {0,
-          static_cast<uint8_t>(word.length),
-          static_cast<uint8_t>(word.advance - 1),
-          static_cast<uint8_t>(word.size),
-          {}};
+  const auto byte = [](int value) { return static_cast<uint8_t>(value); };
+  return {0, byte(word.length), byte(word.advance - 1), byte(word.size), {}};
 }
 
 FlatEntry dc_entry(const HuffmanTable& dc, const HuffmanTable& ac, uint32_t bits) {
@@ -229,15 +211,7 @@ FlatEntry dc_entry(const HuffmanTable& dc, const HuffmanTable& ac, uint32_t bits
   return builder.entry();
 }
 
-FlatEntry ac_entry(const HuffmanTable& ac, uint32_t bits) {
-  EntryBuilder builder(bits);
-  while (builder.add(ac, kMaxAdvance)) {
-  }
-  const FlatEntry entry = builder.entry();
-  return entry.length == 0 ? code_entry(ac, bits) : entry;
-}
-
-FlatEntry tail_entry(const HuffmanTable& ac, uint32_t bits, int max_advance) {
+FlatEntry ac_entry(const HuffmanTable& ac, uint32_t bits, int max_advance) {
   EntryBuilder builder(bits);
   // An end of block may not follow a value at the block's end.
   while (builder.add(ac, max_advance) && max_advance > 1) {
@@ -253,8 +227,7 @@ bool FlatTables::serve(const JpegHeader& header, bool may_build) {
   int num_pairs = 0;
   for (size_t c = 0; c < static_cast<size_t>(header.num_components); ++c) {
     const JpegComponent& component = header.components[c];
-    const Pair pair{header.dc_tables[static_cast<size_t>(component.dc_table)],
-                    header.ac_tables[static_cast<size_t>(component.ac_table)]};
+    const Pair pair{header.dc_tables[component.dc_table], header.ac_tables[component.ac_table]};
     const auto found = std::find(pairs.begin(), pairs.begin() + num_pairs, pair);
     const auto number = static_cast<size_t>(found - pairs.begin());
     if (number == kMaxPairs) return false;
@@ -284,7 +257,7 @@ bool FlatTables::serve(const JpegHeader& header, bool may_build) {
 
 uint16_t FlatTables::place(int component, int k) const {
   const size_t part = k == 0 ? 0 : 1 + part_of(k);
-  const size_t pair = pair_of_component_[static_cast<size_t>(component)];
+  const size_t pair = pair_of_component_[component];
   return static_cast<uint16_t>((pair * kNumParts + part) * kLookupSize);
 }
 
@@ -301,9 +274,9 @@ void FlatTables::build() {
     FlatEntry* const entries = entries_.data() + p * kNumParts * kLookupSize;
     for (uint32_t bits = 0; bits < kLookupSize; ++bits) {
       entries[bits] = dc_entry(dc, ac, bits);
-      entries[kLookupSize + bits] = ac_entry(ac, bits);
+      entries[kLookupSize + bits] = ac_entry(ac, bits, kMaxAdvance);
       for (size_t t = 0; t < kNumTails; ++t) {
-        entries[(2 + t) * kLookupSize + bits] = tail_entry(ac, bits, kTailAdvances[t]);
+        entries[(2 + t) * kLookupSize + bits] = ac_entry(ac, bits, kTailAdvances[t]);
       }
     }
   }

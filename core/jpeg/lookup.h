@@ -99,11 +99,11 @@ class HuffmanTables {
   HuffmanTables();
   void build(const JpegHeader& header);
 
-  // Decodes the symbol at the start of `bits` (at least 31, left-aligned).
+  // As HuffmanTable::decode_slowly, by the entries where they suffice.
   [[nodiscard]] HuffmanSymbol decode(int component, bool ac, uint64_t bits) const;
 
-  [[nodiscard]] const HuffmanTable& dc(int component) const { return dc_[dc_index(component)]; }
-  [[nodiscard]] const HuffmanTable& ac(int component) const { return ac_[ac_index(component)]; }
+  [[nodiscard]] const HuffmanTable& dc(int component) const { return dc_[dc_index_[component]]; }
+  [[nodiscard]] const HuffmanTable& ac(int component) const { return ac_[ac_index_[component]]; }
   [[nodiscard]] const HuffmanEntry* dc_lookup(int component) const {
     return entries() + place(component, 0);
   }
@@ -120,12 +120,6 @@ class HuffmanTables {
   static constexpr size_t kAcParts = 1 + kNumTails;
   [[nodiscard]] static constexpr uint16_t place(size_t part) {
     return static_cast<uint16_t>(part * HuffmanTable::kLookupSize);
-  }
-  [[nodiscard]] size_t dc_index(int component) const {
-    return dc_index_[static_cast<size_t>(component)];
-  }
-  [[nodiscard]] size_t ac_index(int component) const {
-    return ac_index_[static_cast<size_t>(component)];
   }
 
   std::array<HuffmanTable, 4> dc_, ac_;

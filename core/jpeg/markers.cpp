@@ -2,8 +2,6 @@
 
 #include <cstring>
 
-#include "jpeg/codes.h"
-
 namespace imseq {
 
 namespace {
@@ -40,8 +38,6 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
 }
 
 }  // namespace
-
-const MarkerKernels kMarkerKernelsPortable = {find, unstuff};
 
 bool ends_interval(const uint8_t* marker, int64_t interval, bool is_last) {
   const int expected = is_last ? kEoi : kRst0 + static_cast<int>(interval & 7);
@@ -80,16 +76,8 @@ bool read_markers(const JpegHeader& header, const uint8_t* bytes, size_t size,
 }
 
 const MarkerKernels& marker_kernels(CpuLevel level) {
-  switch (level) {
-#if defined(__x86_64__)
-    case CpuLevel::kAvx2:
-      return kMarkerKernelsAvx2;
-    case CpuLevel::kAvx512:
-      return kMarkerKernelsAvx512;
-#endif
-    default:
-      return kMarkerKernelsPortable;
-  }
+  static constexpr MarkerKernels kPortable = {find, unstuff};
+  return *kernels_of_level<&kPortable, &kMarkersAvx2, &kMarkersAvx512, &kPortable>(level);
 }
 
 }  // namespace imseq

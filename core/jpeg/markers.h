@@ -40,7 +40,6 @@ constexpr char kIntervalSizes[] = "imseq";
 // Whether this is the marker that ends the interval.
 [[nodiscard]] bool ends_interval(const uint8_t* marker, int64_t interval, bool is_last);
 
-// The kernels of each level that this build has.
-extern const MarkerKernels kMarkerKernelsPortable, kMarkerKernelsAvx2, kMarkerKernelsAvx512;
+extern const MarkerKernels kMarkersAvx2, kMarkersAvx512;
 
 }  // namespace imseq

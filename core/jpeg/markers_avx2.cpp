@@ -60,6 +60,6 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
 
 }  // namespace
 
-const MarkerKernels kMarkerKernelsAvx2 = {find, unstuff};
+const MarkerKernels kMarkersAvx2 = {find, unstuff};
 
 }  // namespace imseq

@@ -60,6 +60,6 @@ size_t unstuff(const uint8_t* bytes, size_t size, uint8_t* out, bool* sound) {
 
 }  // namespace
 
-const MarkerKernels kMarkerKernelsAvx512 = {find, unstuff};
+const MarkerKernels kMarkersAvx512 = {find, unstuff};
 
 }  // namespace imseq

@@ -1,12 +1,10 @@
-#include "jpeg/progressive.h"
-
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cstdlib>
 #include <vector>
 
-#include "jpeg/codes.h"
+#include "jpeg/coefficients.h"
 
 namespace imseq {
 

@@ -212,6 +212,8 @@ void RegionDecoder::lay_out(const JpegHeader& header, const Region& region) {
     const JpegComponent& component = header.components[c];
     const int h = num_components_ == 1 ? 1 : header.max_h_sampling / component.h_sampling;
     const int v = num_components_ == 1 ? 1 : header.max_v_sampling / component.v_sampling;
+    planes_[c].h_factor = h;
+    planes_[c].v_factor = v;
     // Smooth upsampling also reads the neighbouring samples.
     const int x_margin = h > 1 ? 1 : 0, y_margin = v > 1 ? 1 : 0;
     const int mcu_columns = 8 * component.mcu_width, mcu_rows = 8 * component.mcu_height;
@@ -230,10 +232,7 @@ void RegionDecoder::lay_out(const JpegHeader& header, const Region& region) {
 void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   const JpegComponent& component = header.components[c];
   Plane& plane = planes_[c];
-  const int h = num_components_ == 1 ? 1 : header.max_h_sampling / component.h_sampling;
-  const int v = num_components_ == 1 ? 1 : header.max_v_sampling / component.v_sampling;
-  plane.h_factor = h;
-  plane.v_factor = v;
+  const int h = plane.h_factor, v = plane.v_factor;
   plane.width = component.width;
   plane.height = component.height;
   plane.mcu_width = component.mcu_width;
@@ -248,17 +247,12 @@ void RegionDecoder::lay_out_plane(const JpegHeader& header, size_t c) {
   num_bytes_ += num_bytes;
   grow(&plane.samples, num_bytes);
   // libjpeg-turbo's choice (jdsample.c, jinit_upsampler).
-  if (h == 1 && v == 1) {
-    plane.upsampling = Upsampling::kNone;
-  } else if (h == 2 && v == 1 && component.width > 2) {
-    plane.upsampling = Upsampling::kH2V1;
-  } else if (h == 2 && v == 2 && component.width > 2) {
-    plane.upsampling = Upsampling::kH2V2;
-  } else if (h == 1 && v == 2) {
-    plane.upsampling = Upsampling::kH1V2;
-  } else {
-    plane.upsampling = Upsampling::kReplicate;
-  }
+  const bool smooth = h == 2 && component.width > 2;
+  plane.upsampling = h == 1 && v == 1   ? Upsampling::kNone
+                     : smooth && v == 1 ? Upsampling::kH2V1
+                     : smooth && v == 2 ? Upsampling::kH2V2
+                     : h == 1 && v == 2 ? Upsampling::kH1V2
+                                        : Upsampling::kReplicate;
   if (plane.upsampling == Upsampling::kNone) return;
   const size_t num_samples = static_cast<size_t>(region_.width / h) + 2;
   grow(&plane.pixels, num_samples * static_cast<size_t>(h) + kRowSlack);

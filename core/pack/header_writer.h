@@ -11,31 +11,20 @@
 namespace imseq {
 
 // Collects marker segments.
-class HeaderWriter {
- public:
-  void marker(uint8_t code) { bytes_.insert(bytes_.end(), {0xFF, code}); }
-  void segment(uint8_t code, const std::vector<uint8_t>& payload) {
-    marker(code);
-    const size_t size = payload.size() + 2;
-    bytes_.insert(bytes_.end(), {static_cast<uint8_t>(size >> 8), static_cast<uint8_t>(size)});
-    bytes_.insert(bytes_.end(), payload.begin(), payload.end());
-  }
-  void append(const HeaderWriter& other) {
-    bytes_.insert(bytes_.end(), other.bytes_.begin(), other.bytes_.end());
-  }
-  [[nodiscard]] const std::vector<uint8_t>& bytes() const { return bytes_; }
+struct HeaderWriter {
+  std::vector<uint8_t> bytes;
 
- private:
-  std::vector<uint8_t> bytes_;
+  void segment(uint8_t code, const std::vector<uint8_t>& payload) {
+    const size_t size = payload.size() + 2;
+    bytes.insert(bytes.end(),
+                 {0xFF, code, static_cast<uint8_t>(size >> 8), static_cast<uint8_t>(size)});
+    bytes.insert(bytes.end(), payload.begin(), payload.end());
+  }
 };
 
-// Copies the metadata segments in their order; strip: only those that affect how the image looks.
-// False: there is one that would be wrong for the re-coded image.
-[[nodiscard]] bool write_metadata(const JpegHeader& header, const uint8_t* bytes, bool strip,
-                                  HeaderWriter* writer);
-
-// Writes everything before the scan header, except the intervals' sizes. False: as of
-// write_metadata.
+// Writes everything before the scan header, except the intervals' sizes. strip: of the metadata
+// only those that affect how the image looks. False: there are some that would be wrong for the
+// re-coded image.
 [[nodiscard]] bool write_head(const JpegHeader& header, const uint8_t* bytes, bool strip,
                               int32_t restart_interval, const HuffmanCodes& codes,
                               HeaderWriter* writer);

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <array>
 
-#include "jpeg/codes.h"
-
 namespace imseq {
 
 namespace {

@@ -8,8 +8,6 @@
 #include <emmintrin.h>
 #endif
 
-#include "jpeg/codes.h"
-
 namespace imseq {
 
 namespace {
@@ -111,8 +109,7 @@ Token* ScanTokens::collect_mcu(const JpegHeader& header, const JpegCoefficients&
 // Makes room for a row of MCUs, at most 64 tokens per block, so that no token needs a check.
 void ScanTokens::make_room(const JpegHeader& header, size_t num_tokens) {
   size_t row_blocks = 0;
-  for (int c = 0; c < header.num_components; ++c) {
-    const JpegComponent& component = header.components[static_cast<size_t>(c)];
+  for (const JpegComponent& component : header.used_components()) {
     row_blocks += static_cast<size_t>(component.blocks_wide) * component.mcu_height;
   }
   const size_t needed = num_tokens + row_blocks * 64;

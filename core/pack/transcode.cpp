@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "abi/status.h"
-#include "jpeg/progressive.h"
 #include "pack/header_writer.h"
 #include "pack/huffman.h"
 #include "pack/scan_writer.h"
@@ -82,7 +81,7 @@ int32_t Transcoder::transcode(const uint8_t* bytes, size_t size, const Transcode
   // The header contains the intervals' sizes, so they are coded first, behind the room for it.
   const size_t sizes_bytes =
       settings.restart_interval > 0 ? interval_sizes_bytes(scan_.num_intervals()) : 0;
-  const size_t place = head.bytes().size() + sizes_bytes + scan_header.bytes().size();
+  const size_t place = head.bytes.size() + sizes_bytes + scan_header.bytes.size();
   StuffingWriter writer(out + std::min(place, capacity), out + capacity);
   std::vector<size_t> sizes;
   sizes.reserve(scan_.num_intervals());
@@ -97,11 +96,11 @@ int32_t Transcoder::transcode(const uint8_t* bytes, size_t size, const Transcode
   if (sizes_bytes > 0 && std::all_of(sizes.begin(), sizes.end(), fits)) {
     write_interval_sizes(sizes, &head);
   }
-  head.append(scan_header);
-  const size_t head_size = head.bytes().size();
+  head.bytes.insert(head.bytes.end(), scan_header.bytes.begin(), scan_header.bytes.end());
+  const size_t head_size = head.bytes.size();
   const auto scan_size = static_cast<size_t>(writer.position() - out) - place;
   if (head_size < place) std::memmove(out + head_size, out + place, scan_size);
-  std::memcpy(out, head.bytes().data(), head_size);
+  std::memcpy(out, head.bytes.data(), head_size);
   *out_size = head_size + scan_size;
   *entropy_offset = head_size;
   return IMSEQ_OK;

@@ -171,26 +171,16 @@ void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t
   }
 }
 
-template <int kPairs>
-void horizontal_planes(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                       size_t in_stride, int num_planes, bool flip, uint8_t* out,
-                       size_t out_stride) {
-  if (num_planes == 1) {
-    horizontal_pass<1, kPairs>(weights, plan, in, in_stride, flip, out, out_stride);
-  } else {
-    horizontal_pass<3, kPairs>(weights, plan, in, in_stride, flip, out, out_stride);
-  }
-}
-
+template <int kPlanes>
 void horizontal(const AxisWeights& weights, const void* plan, const uint8_t* in, size_t in_stride,
-                int num_planes, bool flip, uint8_t* out, size_t out_stride) {
+                bool flip, uint8_t* out, size_t out_stride) {
   const int num_pairs = (weights.max_taps + 1) / 2;
-  const auto pass = num_pairs == 1   ? horizontal_planes<1>
-                    : num_pairs == 2 ? horizontal_planes<2>
-                    : num_pairs == 3 ? horizontal_planes<3>
-                    : num_pairs == 4 ? horizontal_planes<4>
-                                     : horizontal_planes<0>;
-  pass(weights, plan, in, in_stride, num_planes, flip, out, out_stride);
+  const auto pass = num_pairs == 1   ? horizontal_pass<kPlanes, 1>
+                    : num_pairs == 2 ? horizontal_pass<kPlanes, 2>
+                    : num_pairs == 3 ? horizontal_pass<kPlanes, 3>
+                    : num_pairs == 4 ? horizontal_pass<kPlanes, 4>
+                                     : horizontal_pass<kPlanes, 0>;
+  pass(weights, plan, in, in_stride, flip, out, out_stride);
 }
 
 // ---- vertical -----------------------------------------------------------------------------------
@@ -270,22 +260,16 @@ void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t
               const Columns& columns, uint8_t* out, size_t out_stride) {
   const int num_pairs = (weights.num_taps[i] + 1) / 2;
   const int32_t* first = static_cast<const int32_t*>(plan) + i;
-  if (num_pairs == 1) {
-    vertical_pass<1>(first, weights.stride, num_pairs, rows, columns, out, out_stride);
-  } else if (num_pairs == 2) {
-    vertical_pass<2>(first, weights.stride, num_pairs, rows, columns, out, out_stride);
-  } else {
-    vertical_pass<0>(first, weights.stride, num_pairs, rows, columns, out, out_stride);
-  }
+  const auto pass = num_pairs == 1   ? vertical_pass<1>
+                    : num_pairs == 2 ? vertical_pass<2>
+                                     : vertical_pass<0>;
+  pass(first, weights.stride, num_pairs, rows, columns, out, out_stride);
 }
 
 }  // namespace
 
-const ResizeKernels& avx2_resize_kernels() {
-  static constexpr ResizeKernels kernels{windows_suffice, horizontal_plan_bytes, plan_horizontally,
-                                         horizontal,      vertical_plan_bytes,   plan_vertically,
-                                         vertical};
-  return kernels;
-}
+const ResizeKernels kResizeAvx2 = {
+    windows_suffice, horizontal_plan_bytes, plan_horizontally, horizontal<1>,
+    horizontal<3>,   vertical_plan_bytes,   plan_vertically,   vertical};
 
 }  // namespace imseq

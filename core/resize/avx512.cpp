@@ -275,27 +275,14 @@ void horizontal_pass(const AxisWeights& weights, const void* plan, const uint8_t
   }
 }
 
-template <int kSteps>
-void horizontal_planes(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                       size_t in_stride, int num_planes, bool flip, uint8_t* out,
-                       size_t out_stride) {
-  if (num_planes == 1) {
-    horizontal_pass<1, kSteps>(weights, plan, in, in_stride, flip, out, out_stride);
-  } else {
-    horizontal_pass<3, kSteps>(weights, plan, in, in_stride, flip, out, out_stride);
-  }
-}
-
+template <int kPlanes>
 void horizontal(const AxisWeights& weights, const void* plan, const uint8_t* in, size_t in_stride,
-                int num_planes, bool flip, uint8_t* out, size_t out_stride) {
-  switch (static_cast<const Plan*>(plan)->steps_each) {
-    case 1:
-      return horizontal_planes<1>(weights, plan, in, in_stride, num_planes, flip, out, out_stride);
-    case 2:
-      return horizontal_planes<2>(weights, plan, in, in_stride, num_planes, flip, out, out_stride);
-    default:
-      return horizontal_planes<0>(weights, plan, in, in_stride, num_planes, flip, out, out_stride);
-  }
+                bool flip, uint8_t* out, size_t out_stride) {
+  const int steps_each = static_cast<const Plan*>(plan)->steps_each;
+  const auto pass = steps_each == 1   ? horizontal_pass<kPlanes, 1>
+                    : steps_each == 2 ? horizontal_pass<kPlanes, 2>
+                                      : horizontal_pass<kPlanes, 0>;
+  pass(weights, plan, in, in_stride, flip, out, out_stride);
 }
 
 // ---- vertical -----------------------------------------------------------------------------------
@@ -467,11 +454,8 @@ void vertical(const AxisWeights& weights, const void* plan, int i, const uint8_t
 
 }  // namespace
 
-const ResizeKernels& avx512_resize_kernels() {
-  static constexpr ResizeKernels kernels{plan_is_small, horizontal_plan_bytes, plan_horizontally,
-                                         horizontal,    vertical_plan_bytes,   plan_vertically,
-                                         vertical};
-  return kernels;
-}
+const ResizeKernels kResizeAvx512 = {
+    plan_is_small, horizontal_plan_bytes, plan_horizontally, horizontal<1>,
+    horizontal<3>, vertical_plan_bytes,   plan_vertically,   vertical};
 
 }  // namespace imseq

@@ -25,9 +25,11 @@ struct ResizeKernels {
   bool (*can_resize_horizontally)(const AxisWeights& weights);
   size_t (*horizontal_plan_bytes)(const AxisWeights& weights);
   void (*plan_horizontally)(const AxisWeights& weights, void* plan);
-  // num_planes rows of pixels, one plane every in_stride bytes. flip: the last output comes first.
-  void (*horizontal)(const AxisWeights& weights, const void* plan, const uint8_t* in,
-                     size_t in_stride, int num_planes, bool flip, uint8_t* out, size_t out_stride);
+  // A row of one plane, and of three, a plane every in_stride bytes. flip: the last output comes
+  // first.
+  using Horizontal = void (*)(const AxisWeights& weights, const void* plan, const uint8_t* in,
+                              size_t in_stride, bool flip, uint8_t* out, size_t out_stride);
+  Horizontal horizontal_of_one, horizontal_of_three;
 
   size_t (*vertical_plan_bytes)(const AxisWeights& weights);
   void (*plan_vertically)(const AxisWeights& weights, void* plan);
@@ -36,12 +38,7 @@ struct ResizeKernels {
                    const Columns& columns, uint8_t* out, size_t out_stride);
 };
 
-[[nodiscard]] const ResizeKernels& resize_kernels(CpuLevel level);
-
-const ResizeKernels& portable_resize_kernels();
-const ResizeKernels& avx2_resize_kernels();
-const ResizeKernels& avx512_resize_kernels();
-const ResizeKernels& neon_resize_kernels();
+extern const ResizeKernels kResizePortable, kResizeAvx2, kResizeAvx512, kResizeNeon;
 
 // For kernels that need no plan.
 size_t no_plan_bytes(const AxisWeights& weights);

@@ -44,8 +44,8 @@ inline uint8x8_t to_bytes(int32x4_t low, int32x4_t high) {
 }
 
 template <int kPlanes>
-void horizontal_pass(const AxisWeights& weights, const uint8_t* in, size_t in_stride, bool flip,
-                     uint8_t* out, size_t out_stride) {
+void horizontal(const AxisWeights& weights, const void*, const uint8_t* in, size_t in_stride,
+                bool flip, uint8_t* out, size_t out_stride) {
   const auto num_outputs = static_cast<size_t>(weights.num_outputs);
   for (size_t x = 0; x < num_outputs; x += 2 * kWindowOutputs) {
     int32x4_t low[kPlanes], high[kPlanes];
@@ -64,15 +64,6 @@ void horizontal_pass(const AxisWeights& weights, const uint8_t* in, size_t in_st
         std::memcpy(plane + (flip ? 0 : x), some + (flip ? 8 - left : 0), left);
       }
     }
-  }
-}
-
-void horizontal(const AxisWeights& weights, const void*, const uint8_t* in, size_t in_stride,
-                int num_planes, bool flip, uint8_t* out, size_t out_stride) {
-  if (num_planes == 1) {
-    horizontal_pass<1>(weights, in, in_stride, flip, out, out_stride);
-  } else {
-    horizontal_pass<3>(weights, in, in_stride, flip, out, out_stride);
   }
 }
 
@@ -119,10 +110,7 @@ void vertical(const AxisWeights& weights, const void*, int i, const uint8_t* con
 
 }  // namespace
 
-const ResizeKernels& neon_resize_kernels() {
-  static constexpr ResizeKernels kernels{windows_suffice, no_plan_bytes, no_plan, horizontal,
-                                         no_plan_bytes,   no_plan,       vertical};
-  return kernels;
-}
+const ResizeKernels kResizeNeon = {windows_suffice, no_plan_bytes, no_plan, horizontal<1>,
+                                   horizontal<3>,   no_plan_bytes, no_plan, vertical};
 
 }  // namespace imseq

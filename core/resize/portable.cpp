@@ -50,36 +50,20 @@ void horizontal_pass(const AxisWeights& weights, const uint8_t* __restrict in, s
 }
 
 template <int kPlanes>
-void horizontal_pass_of(const AxisWeights& weights, const uint8_t* in, size_t in_stride, bool flip,
-                        uint8_t* out, size_t out_stride) {
-  switch (weights.max_taps) {
-    case 2:
-      return horizontal_pass<kPlanes, 2>(weights, in, in_stride, flip, out, out_stride);
-    case 3:
-      return horizontal_pass<kPlanes, 3>(weights, in, in_stride, flip, out, out_stride);
-    case 4:
-      return horizontal_pass<kPlanes, 4>(weights, in, in_stride, flip, out, out_stride);
-    case 5:
-      return horizontal_pass<kPlanes, 5>(weights, in, in_stride, flip, out, out_stride);
-    default:
-      return horizontal_pass<kPlanes, 0>(weights, in, in_stride, flip, out, out_stride);
-  }
-}
-
-void portable_horizontal(const AxisWeights& weights, const void*, const uint8_t* in,
-                         size_t in_stride, int num_planes, bool flip, uint8_t* out,
-                         size_t out_stride) {
-  if (num_planes == 1) {
-    horizontal_pass_of<1>(weights, in, in_stride, flip, out, out_stride);
-  } else {
-    horizontal_pass_of<3>(weights, in, in_stride, flip, out, out_stride);
-  }
+void horizontal(const AxisWeights& weights, const void*, const uint8_t* in, size_t in_stride,
+                bool flip, uint8_t* out, size_t out_stride) {
+  const auto pass = weights.max_taps == 2   ? horizontal_pass<kPlanes, 2>
+                    : weights.max_taps == 3 ? horizontal_pass<kPlanes, 3>
+                    : weights.max_taps == 4 ? horizontal_pass<kPlanes, 4>
+                    : weights.max_taps == 5 ? horizontal_pass<kPlanes, 5>
+                                            : horizontal_pass<kPlanes, 0>;
+  pass(weights, in, in_stride, flip, out, out_stride);
 }
 
 // Each weight, of 24 bits, is split into two 16-bit numbers, because baseline x86-64 has no 32-bit
 // multiplication of vectors.
-void portable_vertical(const AxisWeights& weights, const void*, int i, const uint8_t* const* rows,
-                       const Columns& columns, uint8_t* out, size_t out_stride) {
+void vertical(const AxisWeights& weights, const void*, int i, const uint8_t* const* rows,
+              const Columns& columns, uint8_t* out, size_t out_stride) {
   constexpr size_t kColumns = 16;  // at a time, their sums in registers
   for (size_t p = 0; p < static_cast<size_t>(columns.num_planes); ++p) {
     uint8_t* __restrict plane = out + p * out_stride;
@@ -116,27 +100,7 @@ bool windows_suffice(const AxisWeights& weights) {
   return true;
 }
 
-const ResizeKernels& portable_resize_kernels() {
-  static constexpr ResizeKernels kernels{
-      always,        no_plan_bytes, no_plan,          portable_horizontal,
-      no_plan_bytes, no_plan,       portable_vertical};
-  return kernels;
-}
-
-const ResizeKernels& resize_kernels(CpuLevel level) {
-  switch (level) {
-#if defined(__x86_64__)
-    case CpuLevel::kAvx512:
-      return avx512_resize_kernels();
-    case CpuLevel::kAvx2:
-      return avx2_resize_kernels();
-#elif defined(__aarch64__)
-    case CpuLevel::kNeon:
-      return neon_resize_kernels();
-#endif
-    default:
-      return portable_resize_kernels();
-  }
-}
+const ResizeKernels kResizePortable = {always,        no_plan_bytes, no_plan, horizontal<1>,
+                                       horizontal<3>, no_plan_bytes, no_plan, vertical};
 
 }  // namespace imseq

@@ -8,7 +8,8 @@ namespace imseq {
 
 void Resizer::begin(const imseq_view& view, int out_height, int out_width, int num_planes,
                     int filter, int passes) {
-  kernels_ = &resize_kernels(cpu_level());
+  kernels_ =
+      kernels_of_level<&kResizePortable, &kResizeAvx2, &kResizeAvx512, &kResizeNeon>(cpu_level());
   num_planes_ = num_planes;
   out_height_ = out_height;
   out_width_ = out_width;
@@ -68,8 +69,7 @@ void Resizer::make_plans() {
   }
   if (!horizontal_.identity()) {
     const AxisWeights& axis = horizontal_.axis();
-    horizontal_kernels_ =
-        kernels_->can_resize_horizontally(axis) ? kernels_ : &portable_resize_kernels();
+    horizontal_kernels_ = kernels_->can_resize_horizontally(axis) ? kernels_ : &kResizePortable;
     const size_t bytes = horizontal_kernels_->horizontal_plan_bytes(axis);
     horizontal_kernels_->plan_horizontally(axis, horizontal_plan_.reserve(bytes));
   }
@@ -94,8 +94,9 @@ void Resizer::add_row() {
 }
 
 void Resizer::resize_horizontally(const uint8_t* in, uint8_t* out, size_t out_stride) const {
-  horizontal_kernels_->horizontal(horizontal_.axis(), horizontal_plan_.data(), in, source_stride_,
-                                  num_planes_, flips_, out, out_stride);
+  const auto pass = num_planes_ == 1 ? horizontal_kernels_->horizontal_of_one
+                                     : horizontal_kernels_->horizontal_of_three;
+  pass(horizontal_.axis(), horizontal_plan_.data(), in, source_stride_, flips_, out, out_stride);
 }
 
 void Resizer::resize_vertically(int i, uint8_t* out, size_t out_stride) {

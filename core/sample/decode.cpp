@@ -31,8 +31,6 @@ Soundness soundness_of(const imseq_recipe& recipe, uint32_t flags) {
   return recipe.strict != 0 ? Soundness::kAll : Soundness::kMarkers;
 }
 
-bool is_empty(const Region& region) { return region.height == 0; }
-
 int32_t out_of_memory(imseq_error* error, const imseq_key& key, size_t size) {
   return fail(error, IMSEQ_ERROR_MEMORY, key.sample, -1, 0, "no memory to decode %zu bytes", size);
 }
@@ -100,8 +98,15 @@ struct SampleDecoder::State final : LaneWork {
   bool begin_interval(Lane* lane);
   Image* open_next();
   int32_t open(Image* image, Soundness soundness);
+  void begin_resizing(Image* image, int num_planes) {
+    image->num_planes = num_planes;
+    image->resizer.begin(image->view, recipe->out_height, recipe->out_width, num_planes,
+                         recipe->filter, recipe->passes);
+  }
   void finish(Image* image);
   void report(imseq_sample* sample, int32_t status);
+  template <typename FillRow>
+  void resize_and_store(Image& image, void* row, const FillRow& fill_row);
   void store_rows(Image& image, int* num_stored, void* row);
 
   Image*& image_of(const Lane* lane) {
@@ -239,9 +244,7 @@ int32_t SampleDecoder::State::open(Image* image, Soundness soundness) try {
     const int32_t status =
         draw_view(*recipe, sample.key, header.width, header.height, &image->view);
     if (status != IMSEQ_OK) return status;
-    image->num_planes = header.colour == JpegColour::kGrey ? 1 : 3;
-    image->resizer.begin(image->view, recipe->out_height, recipe->out_width, image->num_planes,
-                         recipe->filter, recipe->passes);
+    begin_resizing(image, header.colour == JpegColour::kGrey ? 1 : 3);
   }
   const StageTimer timer(times, &imseq_times::markers);
   const bool any_open = unused.size() < images.size();  // this one still counts as unused
@@ -249,32 +252,37 @@ int32_t SampleDecoder::State::open(Image* image, Soundness soundness) try {
   // damaged image.
   const Region& source = image->resizer.source();
   const bool opened = image->region.open(image->header, sample.bytes, size,
-                                         is_empty(source) ? Region{0, 0, 1, 1} : source, soundness,
-                                         &flat_tables, !any_open, next_id++);
+                                         source.height == 0 ? Region{0, 0, 1, 1} : source,
+                                         soundness, &flat_tables, !any_open, next_id++);
   return opened ? IMSEQ_OK : IMSEQ_NOT_DECODED;
 } catch (const std::bad_alloc&) {
   return IMSEQ_ERROR_MEMORY;
 }
 
+// fill_row(y, planes) writes row y of the image.
+template <typename FillRow>
+void SampleDecoder::State::resize_and_store(Image& image, void* row, const FillRow& fill_row) {
+  const Region& source = image.resizer.source();
+  int num_stored = 0;
+  for (int y = source.top; y < source.top + source.height; ++y) {
+    fill_row(y, image.resizer.source_planes());
+    {
+      const StageTimer timer(times, &imseq_times::resize);
+      image.resizer.add_row();
+    }
+    store_rows(image, &num_stored, row);
+  }
+  store_rows(image, &num_stored, row);
+  store.end_image();
+}
+
 void SampleDecoder::State::finish(Image* image) {
   RegionDecoder& region = image->region;
-  Resizer& resizer = image->resizer;
   if (!region.failed()) {
-    const Region& needed = resizer.source();
-    int num_stored = 0;
-    for (int y = needed.top; y < needed.top + needed.height; ++y) {
-      {
-        const StageTimer timer(times, &imseq_times::colour);
-        region.row(y, resizer.source_planes().data());
-      }
-      {
-        const StageTimer timer(times, &imseq_times::resize);
-        resizer.add_row();
-      }
-      store_rows(*image, &num_stored, image->sample->row);
-    }
-    store_rows(*image, &num_stored, image->sample->row);
-    store.end_image();
+    resize_and_store(*image, image->sample->row, [&](int y, const std::array<uint8_t*, 3>& planes) {
+      const StageTimer timer(times, &imseq_times::colour);
+      region.row(y, planes.data());
+    });
   }
   if (region.failed() && region.has_stated_sizes()) {
     doubtful[num_doubtful++] = image->sample;
@@ -300,28 +308,18 @@ int32_t SampleDecoder::State::apply(const imseq_recipe& apply_recipe, const imse
                                     const uint8_t* pixels, int width, int height, void* row) {
   recipe = &apply_recipe;
   times = nullptr;
-  imseq_view view;
-  const int32_t status = draw_view(*recipe, key, width, height, &view);
-  if (status != IMSEQ_OK) return status;
   Image& image = images[0];
-  image.view = view;
-  image.num_planes = 3;
-  Resizer& resizer = image.resizer;
-  resizer.begin(view, recipe->out_height, recipe->out_width, 3, recipe->filter, recipe->passes);
-  const Region& source = resizer.source();
-  int num_stored = 0;
+  const int32_t status = draw_view(*recipe, key, width, height, &image.view);
+  if (status != IMSEQ_OK) return status;
+  begin_resizing(&image, 3);
+  const Region& source = image.resizer.source();
   store.begin(*recipe);
-  for (int y = source.top; y < source.top + source.height; ++y) {
+  resize_and_store(image, row, [&](int y, const std::array<uint8_t*, 3>& planes) {
     const uint8_t* pixel = pixels + (static_cast<size_t>(y) * width + source.left) * 3;
-    const std::array<uint8_t*, 3> planes = resizer.source_planes();
     for (int x = 0; x < source.width; ++x, pixel += 3) {
       for (size_t c = 0; c < 3; ++c) planes[c][x] = pixel[c];
     }
-    resizer.add_row();
-    store_rows(image, &num_stored, row);
-  }
-  store_rows(image, &num_stored, row);
-  store.end_image();
+  });
   return IMSEQ_OK;
 }
 

@@ -1,5 +1,6 @@
 #include "sample/draw.h"
 
+#include <array>
 #include <bit>
 #include <cfloat>
 #include <cmath>
@@ -72,17 +73,14 @@ class Draws {
       k0 += 0x9e3779b97f4a7c15;
       k1 += 0xbb67ae8584caa73b;
     }
-    block_[0] = x0;
-    block_[1] = x1;
-    block_[2] = x2;
-    block_[3] = x3;
+    block_ = {x0, x1, x2, x3};
     used_ = 0;
   }
 
   uint64_t seed_, sample_, epoch_, purpose_;
   uint64_t number_ = 0;
-  uint64_t block_[4] = {};
-  int used_ = 4;
+  std::array<uint64_t, 4> block_{};
+  size_t used_ = 4;
 };
 
 // ---- arithmetic that is the same everywhere --------------------------------------------------
@@ -131,13 +129,15 @@ int32_t round_half_even(double x) {
 
 // ---- geometry -----------------------------------------------------------------------------------
 
-struct Box {
-  int32_t top, left, height, width;
-};
+// A box that becomes the whole output.
+imseq_view whole_output(const imseq_recipe& recipe, int32_t top, int32_t left, int32_t height,
+                        int32_t width) {
+  return {top, left, height, width, recipe.out_height, recipe.out_width, 0, 0, 0};
+}
 
 // torchvision 0.16 to 0.28, RandomResizedCrop.get_params, when ten tries have found no crop: the
 // central crop with the nearest ratio. Empty if no crop of this image has such a ratio.
-Box central_crop(const imseq_recipe& recipe, int32_t width, int32_t height) {
+imseq_view central_crop(const imseq_recipe& recipe, int32_t width, int32_t height) {
   const double ratio = static_cast<double>(width) / height;
   int32_t crop_width = width, crop_height = height;
   if (ratio < recipe.ratio_min) {
@@ -145,12 +145,13 @@ Box central_crop(const imseq_recipe& recipe, int32_t width, int32_t height) {
   } else if (ratio > recipe.ratio_max) {
     crop_width = round_half_even(height * recipe.ratio_max);
   }
-  return {(height - crop_height) / 2, (width - crop_width) / 2, crop_height, crop_width};
+  return whole_output(recipe, (height - crop_height) / 2, (width - crop_width) / 2, crop_height,
+                      crop_width);
 }
 
 // torchvision RandomResizedCrop.get_params: the same algorithm with our own random numbers.
-Box random_resized_crop(const imseq_recipe& recipe, const imseq_key& key, int32_t width,
-                        int32_t height) {
+imseq_view random_resized_crop(const imseq_recipe& recipe, const imseq_key& key, int32_t width,
+                               int32_t height) {
   Draws draws(key, Purpose::kCrop);
   const double area = static_cast<double>(height) * width;
   const double log_min = log_portable(recipe.ratio_min), log_max = log_portable(recipe.ratio_max);
@@ -165,7 +166,7 @@ Box random_resized_crop(const imseq_recipe& recipe, const imseq_key& key, int32_
     if (crop_width < 1 || crop_width > width || crop_height < 1 || crop_height > height) continue;
     const int32_t top = draws.below(height - crop_height + 1);
     const int32_t left = draws.below(width - crop_width + 1);
-    return {top, left, crop_height, crop_width};
+    return whole_output(recipe, top, left, crop_height, crop_width);
   }
   return central_crop(recipe, width, height);
 }
@@ -173,12 +174,9 @@ Box random_resized_crop(const imseq_recipe& recipe, const imseq_key& key, int32_
 // torchvision _compute_resized_output_size. Python's int(a * b / c): the product is below 2^53 and
 // therefore exact, so that one rounded division gives the same. False: Pillow must decide.
 bool resized_size(const imseq_recipe& recipe, int32_t width, int32_t height, imseq_view* view) {
-  view->resized_height = recipe.resize_height;
-  view->resized_width = recipe.resize_width;
-  if (recipe.resize_height == 0) {
-    view->resized_height = height;
-    view->resized_width = width;
-  } else if (recipe.resize_width == 0) {
+  view->resized_height = recipe.resize_height == 0 ? height : recipe.resize_height;
+  view->resized_width = recipe.resize_height == 0 ? width : recipe.resize_width;
+  if (recipe.resize_height != 0 && recipe.resize_width == 0) {
     const double image_short = width <= height ? width : height;
     const double image_long = width <= height ? height : width;
     double new_short = recipe.resize_height;
@@ -214,15 +212,6 @@ bool resize_crop(const imseq_recipe& recipe, int32_t width, int32_t height, imse
   return true;
 }
 
-void resize_box_to_output(const imseq_recipe& recipe, const Box& box, imseq_view* view) {
-  view->top = box.top;
-  view->left = box.left;
-  view->height = box.height;
-  view->width = box.width;
-  view->resized_height = recipe.out_height;
-  view->resized_width = recipe.out_width;
-}
-
 }  // namespace
 
 int32_t draw_view(const imseq_recipe& recipe, const imseq_key& key, int32_t width, int32_t height,
@@ -234,14 +223,13 @@ int32_t draw_view(const imseq_recipe& recipe, const imseq_key& key, int32_t widt
         recipe.fixed_width > width - recipe.fixed_left) {
       return IMSEQ_NOT_DECODED;
     }
-    resize_box_to_output(
-        recipe, {recipe.fixed_top, recipe.fixed_left, recipe.fixed_height, recipe.fixed_width},
-        view);
+    *view = whole_output(recipe, recipe.fixed_top, recipe.fixed_left, recipe.fixed_height,
+                         recipe.fixed_width);
     view->flip = recipe.fixed_flip;
     return IMSEQ_OK;
   }
   if (recipe.geometry == IMSEQ_GEOMETRY_RANDOM_RESIZED_CROP) {
-    resize_box_to_output(recipe, random_resized_crop(recipe, key, width, height), view);
+    *view = random_resized_crop(recipe, key, width, height);
     if (view->width < 1 || view->height < 1) return IMSEQ_NOT_DECODED;
   } else if (!resize_crop(recipe, width, height, view)) {
     return IMSEQ_NOT_DECODED;

@@ -1,9 +1,8 @@
-#include "sample/recipe.h"
-
 #include <cfloat>
 #include <initializer_list>
 
 #include "abi/status.h"
+#include "sample/draw.h"
 
 namespace imseq {
 namespace {

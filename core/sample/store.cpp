@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "cpu/memory.h"
+
 namespace imseq {
 
 namespace {
@@ -48,44 +50,22 @@ void interleave(const void* const* channels, size_t n, void* out) {
   }
 }
 
-const StoreKernels& store_kernels(CpuLevel level) {
-  switch (level) {
-#if defined(__x86_64__)
-    case CpuLevel::kAvx512:
-      return avx512_store_kernels();
-    case CpuLevel::kAvx2:
-      return avx2_store_kernels();
-#endif
-    default:
-      return portable_store_kernels();
-  }
-}
-
-size_t log2_of_value_bytes(int32_t dtype) {
-  if (dtype == IMSEQ_FLOAT32) return 2;
-  return dtype == IMSEQ_FLOAT16 || dtype == IMSEQ_BFLOAT16 ? 1 : 0;
-}
+constexpr StoreKernels kPortable = {
+    {prepare_table<uint8_t>, prepare_table<uint16_t>, prepare_table<uint32_t>},
+    {copy, look_up<uint16_t>, look_up<uint32_t>},
+    {copy, look_up<uint16_t>, look_up<uint32_t>},
+    [] {},
+    {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
 
 }  // namespace
 
-const StoreKernels& portable_store_kernels() {
-  static constexpr StoreKernels kernels{
-      {prepare_table<uint8_t>, prepare_table<uint16_t>, prepare_table<uint32_t>},
-      {copy, look_up<uint16_t>, look_up<uint32_t>},
-      {copy, look_up<uint16_t>, look_up<uint32_t>},
-      [] {},
-      {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
-  return kernels;
-}
-
 void PixelStore::begin(const imseq_recipe& recipe) {
-  kernels_ = &store_kernels(cpu_level());
-  size_ = log2_of_value_bytes(recipe.dtype);
+  kernels_ = kernels_of_level<&kPortable, &kStoreAvx2, &kStoreAvx512, &kPortable>(cpu_level());
+  size_ = recipe.dtype == IMSEQ_UINT8 ? 0 : recipe.dtype == IMSEQ_FLOAT32 ? 2 : 1;
   out_height_ = static_cast<size_t>(recipe.out_height);
   out_width_ = static_cast<size_t>(recipe.out_width);
   interleaved_ = recipe.layout == IMSEQ_HWC;
-  const size_t scratch_bytes = 3 * out_width_ * value_bytes() + kRowSlack;
-  if (scratch_.size() < scratch_bytes) scratch_.resize(scratch_bytes);
+  grow(&scratch_, 3 * out_width_ * value_bytes() + kRowSlack);
   if (size_ == 0) return;
   const auto* table = static_cast<const uint8_t*>(recipe.table);
   for (size_t c = 0; c < 3; ++c) {
@@ -99,11 +79,12 @@ void PixelStore::store_row(const std::array<const uint8_t*, 3>& planes, int y, b
   const auto row = static_cast<size_t>(y);
   auto* out = static_cast<uint8_t*>(batch_row);
   std::array<const void*, 3> channels{};
+  const auto& convert = interleaved_ ? kernels_->convert : kernels_->convert_past_caches;
   for (size_t c = 0; c < 3; ++c) {
     channels[c] = planes[c];
     if (interleaved_ && size_ == 0 && !flip) continue;
-    void* to = interleaved_ ? scratch(c) : out + (c * out_height_ + row) * row_bytes;
-    const auto& convert = interleaved_ ? kernels_->convert : kernels_->convert_past_caches;
+    void* to =
+        interleaved_ ? scratch_.data() + c * row_bytes : out + (c * out_height_ + row) * row_bytes;
     convert[size_](planes[c], out_width_, flip, tables_[c].data(), to);
     channels[c] = to;
   }

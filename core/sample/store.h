@@ -32,9 +32,7 @@ struct StoreKernels {
   std::array<Interleave, kSizes> interleave;
 };
 
-const StoreKernels& portable_store_kernels();
-const StoreKernels& avx2_store_kernels();
-const StoreKernels& avx512_store_kernels();
+extern const StoreKernels kStoreAvx2, kStoreAvx512;
 
 // Stores images in rows of a batch: out_height x out_width x 3 values of recipe.dtype. Reuses its
 // memory.
@@ -55,9 +53,6 @@ class PixelStore {
   void end_image() const { kernels_->fence(); }
 
  private:
-  [[nodiscard]] void* scratch(size_t channel) {
-    return scratch_.data() + channel * out_width_ * value_bytes();
-  }
   [[nodiscard]] size_t value_bytes() const { return size_t{1} << size_; }
 
   const StoreKernels* kernels_ = nullptr;

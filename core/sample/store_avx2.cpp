@@ -138,13 +138,10 @@ void interleave(const void* const* channels, size_t n, void* out) {
 
 }  // namespace
 
-const StoreKernels& avx2_store_kernels() {
-  static constexpr StoreKernels kernels{{prepare_table<1>, prepare_table<2>, prepare_table<4>},
-                                        {convert<1>, convert<2>, convert<4>},
-                                        {convert<1>, convert<2>, convert<4>},
-                                        [] {},
-                                        {interleave<1>, interleave<2>, interleave<4>}};
-  return kernels;
-}
+const StoreKernels kStoreAvx2 = {{prepare_table<1>, prepare_table<2>, prepare_table<4>},
+                                 {convert<1>, convert<2>, convert<4>},
+                                 {convert<1>, convert<2>, convert<4>},
+                                 [] {},
+                                 {interleave<1>, interleave<2>, interleave<4>}};
 
 }  // namespace imseq

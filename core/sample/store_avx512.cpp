@@ -203,14 +203,11 @@ void interleave(const void* const* channels, size_t n, void* out) {
 
 }  // namespace
 
-const StoreKernels& avx512_store_kernels() {
-  static constexpr StoreKernels kernels{
-      {no_table, split_words, split_doublewords},
-      {copy, convert<2, false>, convert<4, false>},
-      {copy, convert<2, true>, convert<4, true>},
-      [] { _mm_sfence(); },
-      {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
-  return kernels;
-}
+const StoreKernels kStoreAvx512 = {
+    {no_table, split_words, split_doublewords},
+    {copy, convert<2, false>, convert<4, false>},
+    {copy, convert<2, true>, convert<4, true>},
+    [] { _mm_sfence(); },
+    {interleave<uint8_t>, interleave<uint16_t>, interleave<uint32_t>}};
 
 }  // namespace imseq

@@ -9,8 +9,6 @@
 #include <iterator>
 #include <limits>
 
-#include "sample/recipe.h"
-
 namespace {
 
 int num_failures = 0;

@@ -1,7 +1,5 @@
 // Images in several scans against hostile bytes; what is decoded from scans of every kind is
 // checked in tests/test_progressive.py.
-#include "jpeg/progressive.h"
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -9,7 +7,7 @@
 #include <vector>
 
 #include "check.h"
-#include "jpeg/header.h"
+#include "jpeg/coefficients.h"
 
 namespace {
 
