@@ -6,7 +6,6 @@
 
 #include "abi/status.h"
 #include "engine/engine.h"
-#include "read/place.h"
 
 namespace imseq {
 
