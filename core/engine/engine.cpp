@@ -25,15 +25,12 @@ int32_t check_config(const imseq_engine_config& config, imseq_error* error) {
     return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "engine: %s, got %lld", what,
                 static_cast<long long>(got));
   };
-  if (config.num_decoders < 1 || config.num_decoders > 4096) {
-    return wrong("num_decoders must be 1 to 4096", config.num_decoders);
-  }
-  if (config.num_readers < 1 || config.num_readers > 256) {
-    return wrong("num_readers must be 1 to 256", config.num_readers);
-  }
-  if (config.num_slots < 1 || config.num_slots > 65536) {
-    return wrong("num_slots must be 1 to 65536", config.num_slots);
-  }
+  const auto is_count = [](int32_t value, int32_t most) { return value >= 1 && value <= most; };
+  const int32_t num_decoders = config.num_decoders, num_readers = config.num_readers;
+  const int32_t num_slots = config.num_slots;
+  if (!is_count(num_decoders, 4096)) return wrong("num_decoders must be 1 to 4096", num_decoders);
+  if (!is_count(num_readers, 256)) return wrong("num_readers must be 1 to 256", num_readers);
+  if (!is_count(num_slots, 65536)) return wrong("num_slots must be 1 to 65536", num_slots);
   if (config.row_bytes < 0) return wrong("row_bytes must not be negative", config.row_bytes);
   if (config.block_budget_bytes < 0) {
     return wrong("block_budget_bytes must not be negative", config.block_budget_bytes);
@@ -208,9 +205,7 @@ int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   };
   if (!finished()) {
     Timer timer(&counters_.batch_wait_ns);
-    if (!batch_done_.wait_for(lock, time_out(timeout_ns), finished)) {
-      return IMSEQ_TIMEOUT;
-    }
+    if (!batch_done_.wait_for(lock, time_out(timeout_ns), finished)) return IMSEQ_TIMEOUT;
   }
   if (run->out_of_memory) return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
   if (run->cancelled) return IMSEQ_CANCELLED;
@@ -220,11 +215,8 @@ int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   }
   ++run->delivered;
   add(&counters_.batch_count, 1);
-  out->batch = number;
-  out->begin = run->batch_begin[number];
-  out->end = run->batch_begin[number + 1];
-  out->slot = static_cast<int32_t>(number % config_.num_slots);
-  out->reserved = 0;
+  *out = {number, run->batch_begin[number], run->batch_begin[number + 1],
+          static_cast<int32_t>(number % config_.num_slots), 0};
   return IMSEQ_OK;
 }
 

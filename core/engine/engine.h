@@ -27,16 +27,34 @@
 #include <unordered_map>
 #include <vector>
 
-#include "engine/counters.h"
+#include "cpu/memory.h"
 #include "engine/run.h"
 #include "engine/verified.h"
 #include "imagenet_seq.h"
-#include "read/disk_turns.h"
+#include "read/disk_lock.h"
 #include "read/kept.h"
 
 namespace imseq {
 
 class SampleDecoder;
+
+// Counting from several threads. The counters are the fields of imseq_stats.
+inline void add(int64_t* counter, int64_t amount) {
+  __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED);
+}
+
+// Adds the time from construction to destruction to a counter.
+class Timer {
+ public:
+  explicit Timer(int64_t* counter) : counter_(counter), begin_ns_(now_ns()) {}
+  ~Timer() { add(counter_, now_ns() - begin_ns_); }
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+
+ private:
+  int64_t* counter_;
+  int64_t begin_ns_;
+};
 
 [[nodiscard]] int32_t check_config(const imseq_engine_config& config, imseq_error* error);
 
@@ -105,8 +123,6 @@ class Engine {
 
   // decoding.cpp
   void decode_thread();
-  std::shared_ptr<Run> wait_for_run(int64_t* generation);
-  void leave_run();
   bool take_group(Run& run, Group* group);
   int64_t group_end(const Run& run, int64_t begin, int64_t open_end) const;
   bool wait_for_slot(Run& run);
@@ -134,7 +150,6 @@ class Engine {
   void read_next(const std::shared_ptr<Run>& run, Reading& reading, FileReader& reader,
                  std::unique_lock<std::mutex>& lock);
   int64_t begin_block(Run& run);
-  void wait_to_read(std::unique_lock<std::mutex>& lock);
   DiskRequest begin_request(const Run& run, bool is_whole);
   void look_up_window(Run& run, Reading& reading);
   void read_block(Run& run, int64_t block, FileReader& reader);

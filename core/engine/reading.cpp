@@ -28,19 +28,19 @@ void Engine::read_thread(int number) {
     const std::shared_ptr<Run> run = run_to_read();
     if (run == nullptr || !may_read(*run)) {
       disk_.rest();
-      wait_to_read(lock);
+      int64_t idle_ns = 0;  // nothing is left to read, which is not counted as waiting
+      Timer timer(run == nullptr ? &idle_ns : &counters_.read_wait_ns);
+      reading_changed_.wait(lock);
       continue;
     }
     ++num_reading_;
     reading_[number] = {run, run->block_at(run->next_place), now_ns()};
-    bool has_memory = true;
     try {
       read_next(run, reading_[number], reader, lock);
     } catch (const std::bad_alloc&) {
-      has_memory = false;
+      if (!lock.owns_lock()) lock.lock();
+      fail_run(*run);
     }
-    if (!lock.owns_lock()) lock.lock();
-    if (!has_memory) fail_run(*run);
     reading_[number] = {};
     --num_reading_;
     thread_left_.notify_all();
@@ -66,6 +66,7 @@ void Engine::read_next(const std::shared_ptr<Run>& run, Reading& reading, FileRe
   } else {
     read_block(*run, block, reader);
   }
+  lock.lock();
 }
 
 // The plan to read from: the prepared one when all blocks of the present one are read. Python
@@ -85,20 +86,6 @@ bool Engine::may_read(const Run& run) const {
   // as there are threads to make them.
   if (run.is_python_block(block) && run.python_pending >= config_.num_decoders) return false;
   return block_bytes_ + cost(run, block) <= config_.block_budget_bytes;
-}
-
-void Engine::wait_to_read(std::unique_lock<std::mutex>& lock) {
-  const auto ready = [&] {
-    if (closed_) return true;
-    const std::shared_ptr<Run> run = run_to_read();
-    return run != nullptr && may_read(*run);
-  };
-  if (run_to_read() == nullptr) {  // nothing is left to read, which is not counted as waiting
-    reading_changed_.wait(lock, [&] { return closed_ || run_to_read() != nullptr; });
-    return;
-  }
-  Timer timer(&counters_.read_wait_ns);
-  reading_changed_.wait(lock, ready);
 }
 
 // The memory a block will take: exact where its length is known, else the mean.
@@ -246,17 +233,13 @@ int32_t Engine::read_into(Run& run, int64_t number, FileReader& reader, int64_t 
 
 void Engine::count_request(const imseq_request& request) {
   std::lock_guard lock(mutex_);
-  if (request.file != last_file_ || request.offset != last_end_) {
-    add(&counters_.read_seeks, 1);
-  }
+  add(&counters_.read_seeks, request.file != last_file_ || request.offset != last_end_);
   last_file_ = request.file;
   last_end_ = request.offset + request.length;
   add(&counters_.read_requests, 1);
   add(&counters_.read_direct_requests, request.direct);
   add(&counters_.read_bytes, request.length);
-  if (request.cached != 0) {
-    add(&counters_.read_cached_bytes, request.length);
-  }
+  if (request.cached != 0) add(&counters_.read_cached_bytes, request.length);
   if (config_.record_requests != 0) recorded_.push_back(request);
 }
 

@@ -29,21 +29,18 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
   if (plan.num_positions < 0 || plan.num_batches < 0 || plan.num_blocks < 0 || plan.num_files < 0) {
     return wrong("a count is negative");
   }
-  if (plan.batch_begin == nullptr || plan.path_begin == nullptr || plan.root == nullptr) {
+  if (has_null({plan.batch_begin, plan.path_begin, plan.root})) {
     return wrong("batch_begin, path_begin or root is NULL");
   }
-  if (plan.num_positions > 0 && (plan.sample == nullptr || plan.block == nullptr ||
-                                 plan.offset == nullptr || plan.length == nullptr)) {
+  if (plan.num_positions > 0 && has_null({plan.sample, plan.block, plan.offset, plan.length})) {
     return wrong("a column of the positions is NULL");
   }
-  if (plan.num_blocks > 0 && (plan.block_file == nullptr || plan.block_offset == nullptr ||
-                              plan.block_length == nullptr)) {
+  if (plan.num_blocks > 0 && has_null({plan.block_file, plan.block_offset, plan.block_length})) {
     return wrong("a column of the blocks is NULL");
   }
   for (int64_t i = 0; i < plan.num_positions; ++i) {
-    if (plan.block[i] < 0 || plan.block[i] >= plan.num_blocks) {
+    if (plan.block[i] < 0 || plan.block[i] >= plan.num_blocks)
       return wrong("block is out of range");
-    }
     if (!is_range_of_plan(plan.offset[i], plan.length[i])) {
       return wrong("offset or length is out of range");
     }
@@ -69,9 +66,8 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
       plan.batch_begin[plan.num_batches] != plan.num_positions) {
     return wrong("batch_begin must rise from 0 to num_positions");
   }
-  if (!rises_from_zero(plan.path_begin, plan.num_files)) {
+  if (!rises_from_zero(plan.path_begin, plan.num_files))
     return wrong("path_begin must rise from 0");
-  }
   if (plan.path_begin[plan.num_files] > 0 && plan.paths == nullptr) return wrong("paths is NULL");
   return IMSEQ_OK;
 }

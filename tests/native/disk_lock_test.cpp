@@ -23,7 +23,7 @@
 #include "check.h"
 #include "cpu/memory.h"
 #include "processes.h"
-#include "read/disk_turns.h"
+#include "read/disk_lock.h"
 
 namespace {
 
