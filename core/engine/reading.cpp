@@ -124,12 +124,8 @@ DiskRequest Engine::begin_request(const Run& run, bool is_whole) {
 // Sorts the files of the next window by their place on the disk. The plan lists them by inode, so
 // looking them up is one sweep over the disk; reading them is a second one.
 void Engine::look_up_window(Run& run, Reading& reading) {
-  struct Found {
-    FilePlace place;
-    int32_t block;
-  };
   const int64_t begin = run.known_end, end = run.read_by(run.next_place);
-  std::vector<Found> found;
+  std::vector<std::tuple<int64_t, uint64_t, int64_t>> found;  // address, inode and block
   found.reserve(static_cast<size_t>(end - begin));
   for (int64_t block = begin; block < end && !run.cancelled; ++block) {
     FilePlace place;
@@ -146,13 +142,13 @@ void Engine::look_up_window(Run& run, Reading& reading) {
       (void)look_up(run.path_of_block(block), &place, &unused);
       add(&counters_.read_lookups, 1);
     }
-    found.push_back({place, static_cast<int32_t>(block)});
+    found.emplace_back(place.address, place.inode, block);
   }
-  std::stable_sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
-    return std::tie(a.place.address, a.place.inode) < std::tie(b.place.address, b.place.inode);
-  });
+  std::sort(found.begin(), found.end());
   std::lock_guard lock(mutex_);
-  for (size_t i = 0; i < found.size(); ++i) run.reading_order[begin + i] = found[i].block;
+  for (size_t i = 0; i < found.size(); ++i) {
+    run.reading_order[begin + i] = static_cast<int32_t>(std::get<2>(found[i]));
+  }
   run.known_end = end;
 }
 

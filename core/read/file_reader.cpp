@@ -138,14 +138,6 @@ int32_t FileReader::open(const std::string& path, imseq_error* error) {
   return IMSEQ_OK;
 }
 
-// Changes the open file, because by now its name may belong to another one.
-void FileReader::use_page_cache() {
-  direct_ = false;
-#if defined(O_DIRECT)
-  ::fcntl(fd_, F_SETFL, ::fcntl(fd_, F_GETFL) & ~O_DIRECT);
-#endif
-}
-
 // The kernel's read-ahead reads too little or too much of a block, depending on a system setting.
 // With FADV_RANDOM the kernel reads exactly what is asked for. Small files that are read as a whole
 // keep the kernel's read-ahead.
@@ -238,7 +230,10 @@ int FileReader::fill(int64_t begin, int64_t end, uint8_t* memory, int64_t* reach
     } while (got < 0 && errno == EINTR);
     const int os_errno = errno;
     if (got < 0 && os_errno == EINVAL && direct_) {
-      use_page_cache();
+      direct_ = false;
+#if defined(O_DIRECT)  // on the open file, because by now its name may belong to another one
+      ::fcntl(fd_, F_SETFL, ::fcntl(fd_, F_GETFL) & ~O_DIRECT);
+#endif
       continue;
     }
     was_direct_ = direct_;

@@ -69,7 +69,6 @@ class FileReader {
 
  private:
   void close();
-  void use_page_cache();
   void advise(int64_t begin, int64_t end);
   int fill(int64_t begin, int64_t end, uint8_t* memory, int64_t* reached);
   int salvage(int64_t begin, int64_t end, uint8_t* memory, int64_t piece_bytes, int64_t* reached,

@@ -52,6 +52,7 @@ class KeptBlocks {
   bool room_of(const Entry& entry, Room* room) const;
   bool take_room(int64_t size_bytes, Room* room);
   bool is_memory_short() const;
+  bool change_state(int64_t key, int32_t from, int32_t to);
 
   uint8_t* memory_ = nullptr;
   uint8_t* arena_ = nullptr;
