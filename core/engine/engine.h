@@ -211,7 +211,7 @@ class Engine {
 
   // tasks.cpp
   void push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position, bool prefix_done);
-  bool claim_ticket(int64_t ticket, int32_t kind, Ticket* out);
+  int32_t claim_ticket(int64_t ticket, int32_t kind, Ticket* out, imseq_error* error);
 
   const imseq_engine_config config_;
   std::vector<uint8_t> table_;

@@ -194,12 +194,10 @@ int32_t Engine::read_file(Run& run, int64_t number, FileReader& reader, int64_t*
     status = fail(error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
                   "out of memory for a block of %lld bytes", static_cast<long long>(*length));
   }
-  if (kept != nullptr) {
-    if (status == IMSEQ_OK && loaded.bad.empty()) {
-      kept_.publish(key, loaded.bytes, *length);
-    } else {
-      kept_.give_up(key);
-    }
+  if (kept != nullptr && status == IMSEQ_OK && loaded.bad.empty()) {
+    kept_.publish(key, loaded.bytes, *length);
+  } else if (kept != nullptr) {
+    kept_.give_up(key);
   }
   return status;
 }

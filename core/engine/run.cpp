@@ -8,11 +8,6 @@ namespace imseq {
 
 namespace {
 
-template <class T>
-std::vector<T> copied(const T* values, int64_t count) {
-  return values == nullptr ? std::vector<T>() : std::vector<T>(values, values + count);
-}
-
 // length -1: up to the end.
 bool is_range_of_plan(int64_t offset, int64_t length) {
   return is_range(offset, length == -1 ? 0 : length);
@@ -76,31 +71,12 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
 
 std::shared_ptr<Run> make_run(const imseq_plan& plan, imseq_error* error) {
   if (check_plan(plan, error) != IMSEQ_OK) return nullptr;
-  auto run = std::make_shared<Run>(plan.num_blocks, plan.num_batches);
-  run->plan = plan;
-  run->batch_begin = copied(plan.batch_begin, plan.num_batches + 1);
-  run->sample = copied(plan.sample, plan.num_positions);
-  run->draw = copied(plan.draw, plan.num_positions);
-  run->block = copied(plan.block, plan.num_positions);
-  run->offset = copied(plan.offset, plan.num_positions);
-  run->length = copied(plan.length, plan.num_positions);
-  run->checksum = copied(plan.checksum, plan.num_positions);
-  run->flags = copied(plan.flags, plan.num_positions);
-  run->block_file = copied(plan.block_file, plan.num_blocks);
-  run->block_offset = copied(plan.block_offset, plan.num_blocks);
-  run->block_length = copied(plan.block_length, plan.num_blocks);
-  run->block_key = copied(plan.block_key, plan.num_blocks);
-  run->path_begin = copied(plan.path_begin, plan.num_files + 1);
-  run->root = plan.root;
-  if (run->path_begin.back() > 0) {
-    run->paths.assign(plan.paths, static_cast<size_t>(run->path_begin.back()));
-  }
+  auto run = std::make_shared<Run>(plan);
   if (plan.num_windows > 0) {
     run->window_begin = copied(plan.window_begin, plan.num_windows + 1);
     run->reading_order.resize(static_cast<size_t>(plan.num_blocks));
     std::iota(run->reading_order.begin(), run->reading_order.end(), 0);
-  } else {
-    run->known_end = plan.num_blocks;
+    run->known_end = 0;
   }
   for (int64_t i = 0; i < plan.num_positions; ++i) {
     run->blocks[run->block[i]].remaining.fetch_add(1, std::memory_order_relaxed);

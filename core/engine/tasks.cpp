@@ -54,23 +54,24 @@ int32_t Engine::take(int64_t timeout_ns, imseq_task* out) {
   return IMSEQ_OK;
 }
 
-bool Engine::claim_ticket(int64_t ticket, int32_t kind, Ticket* out) {
+int32_t Engine::claim_ticket(int64_t ticket, int32_t kind, Ticket* out, imseq_error* error) {
   std::lock_guard lock(mutex_);
   const auto found = taken_.find(ticket);
-  if (found == taken_.end() || found->second.kind != kind) return false;
+  if (found == taken_.end() || found->second.kind != kind) {
+    const char* what = kind == IMSEQ_TASK_ROW ? "finish_row: no row" : "finish_block: no block";
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "%s has ticket %lld", what,
+                static_cast<long long>(ticket));
+  }
   *out = std::move(found->second);
   taken_.erase(found);
-  return true;
+  return out->run->cancelled ? IMSEQ_CANCELLED : IMSEQ_OK;
 }
 
 int32_t Engine::finish_row(int64_t ticket, const char* failure, imseq_error* error) {
   Ticket task;
-  if (!claim_ticket(ticket, IMSEQ_TASK_ROW, &task)) {
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "finish_row: no row has ticket %lld",
-                static_cast<long long>(ticket));
-  }
+  const int32_t claimed = claim_ticket(ticket, IMSEQ_TASK_ROW, &task, error);
+  if (claimed != IMSEQ_OK) return claimed;
   Run& run = *task.run;
-  if (run.cancelled) return IMSEQ_CANCELLED;
   add(&counters_.python_rows, 1);
   run_or_fail(run, [&] {
     if (!task.prefix_done) done_with_block(run, task.position);
@@ -94,15 +95,11 @@ int32_t Engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t size,
                 "finish_block: expected bytes, offsets and lengths, got NULL or a negative size");
   }
   Ticket task;
-  if (!claim_ticket(ticket, IMSEQ_TASK_BLOCK, &task)) {
-    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "finish_block: no block has ticket %lld",
-                static_cast<long long>(ticket));
-  }
-  Run& run = *task.run;
-  if (run.cancelled) return IMSEQ_CANCELLED;
+  int32_t status = claim_ticket(ticket, IMSEQ_TASK_BLOCK, &task, error);
+  if (status != IMSEQ_OK) return status;
   // The ticket is used up: from here on the consumer gets any failure as the block's.
+  Run& run = *task.run;
   imseq_error reason = {};
-  int32_t status = IMSEQ_OK;
   if (failure != nullptr) {
     status = fail(&reason, IMSEQ_ERROR_SAMPLE, -1, -1, 0, "%s", failure);
   } else {
