@@ -156,16 +156,11 @@ uint8_t* Engine::row_of(const Run& run, int64_t position) const {
   return rows + (position - run.batch_begin[batch]) * config_.row_bytes;
 }
 
-bool Engine::verifies(const Run& run) const {
-  return config_.verify_checksums != 0 && !run.checksum.empty();
-}
-
 // Compares a sample's bytes with its checksum, unless they matched before.
 int32_t Engine::verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
                        imseq_error* error) {
-  const int64_t sample = run.sample[position];
   if (!verifies(run)) return IMSEQ_OK;
-  const int64_t block = run.block[position];
+  const int64_t sample = run.sample[position], block = run.block[position];
   const Loaded& loaded = *run.blocks[block].loaded;
   if (verified_.has(sample, loaded.generation)) return IMSEQ_OK;
   const uint32_t got = crc32c(0, bytes, static_cast<size_t>(size));

@@ -159,6 +159,8 @@ class Engine {
   void drop_prepared(std::unique_lock<std::mutex>& lock);
   void wake_all();
   void fail_run(Run& run);
+  void push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position, bool prefix_done);
+  int32_t claim_ticket(int64_t ticket, int32_t kind, Ticket* out, imseq_error* error);
   // Work for a plan that allocates: memory that can't be had must not end the process.
   template <class Work>
   void run_or_fail(Run& run, Work work) try {
@@ -178,7 +180,9 @@ class Engine {
   int32_t locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
                  imseq_error* error) const;
   int32_t describe(const Run& run, int64_t position, imseq_sample* out, imseq_error* error);
-  bool verifies(const Run& run) const;
+  bool verifies(const Run& run) const {
+    return config_.verify_checksums != 0 && !run.checksum.empty();
+  }
   int32_t verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
                  imseq_error* error);
   void done_with_position(const std::shared_ptr<Run>& run, int64_t position, int32_t status,
@@ -208,10 +212,6 @@ class Engine {
   void take_buffer(Loaded& loaded, int64_t size_bytes);
   void block_came(Run& run, int64_t block, int64_t size_bytes, int32_t status,
                   const imseq_error& error);
-
-  // tasks.cpp
-  void push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position, bool prefix_done);
-  int32_t claim_ticket(int64_t ticket, int32_t kind, Ticket* out, imseq_error* error);
 
   const imseq_engine_config config_;
   std::vector<uint8_t> table_;

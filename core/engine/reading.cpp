@@ -2,7 +2,6 @@
 #include <cstring>
 #include <new>
 #include <tuple>
-#include <utility>
 
 #include "abi/status.h"
 #include "engine/engine.h"

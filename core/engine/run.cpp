@@ -61,6 +61,13 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
       plan.batch_begin[plan.num_batches] != plan.num_positions) {
     return wrong("batch_begin must rise from 0 to num_positions");
   }
+  for (int64_t i = 0; i < plan.num_batches; ++i) {
+    const int64_t num_rows = plan.batch_begin[i + 1] - plan.batch_begin[i];
+    if (num_rows <= plan.slot_rows) continue;
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "plan: batch %lld has %lld rows, its memory %lld", static_cast<long long>(i),
+                static_cast<long long>(num_rows), static_cast<long long>(plan.slot_rows));
+  }
   if (!rises_from_zero(plan.path_begin, plan.num_files))
     return wrong("path_begin must rise from 0");
   if (plan.path_begin[plan.num_files] > 0 && plan.paths == nullptr) return wrong("paths is NULL");
@@ -81,21 +88,13 @@ std::shared_ptr<Run> make_run(const imseq_plan& plan, imseq_error* error) {
   for (int64_t i = 0; i < plan.num_positions; ++i) {
     run->blocks[run->block[i]].remaining.fetch_add(1, std::memory_order_relaxed);
   }
-  for (const Block& block : run->blocks) {
-    if (block.remaining.load(std::memory_order_relaxed) == 0) {
-      (void)fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: a block holds no position");
-      return nullptr;
-    }
+  const auto is_empty = [](const Block& block) { return block.remaining == 0; };
+  if (std::any_of(run->blocks.begin(), run->blocks.end(), is_empty)) {
+    (void)fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: a block holds no position");
+    return nullptr;
   }
   for (int64_t i = 0; i < plan.num_batches; ++i) {
-    const int64_t num_rows = run->batch_begin[i + 1] - run->batch_begin[i];
-    if (num_rows > plan.slot_rows) {
-      (void)fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                 "plan: batch %lld has %lld rows, its memory %lld", static_cast<long long>(i),
-                 static_cast<long long>(num_rows), static_cast<long long>(plan.slot_rows));
-      return nullptr;
-    }
-    run->batches[i].remaining = num_rows;
+    run->batches[i].remaining = run->batch_begin[i + 1] - run->batch_begin[i];
   }
   return run;
 }

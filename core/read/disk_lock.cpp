@@ -1,7 +1,6 @@
 #include "read/disk_lock.h"
 
 #include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -108,8 +107,6 @@ bool DiskLock::try_lock(int place) {
   if (result != 0 && errno != EWOULDBLOCK) works_ = false;
   return result == 0;
 }
-
-void DiskLock::unlock(int place) { ::flock(files_[place], LOCK_UN); }
 
 bool DiskTurns::begin(const std::atomic<bool>* cancelled, bool is_whole) {
   if (!exists_) return false;

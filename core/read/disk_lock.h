@@ -1,6 +1,8 @@
 // Turns at a disk with one head: one process reads at a time.
 #pragma once
 
+#include <sys/file.h>
+
 #include <array>
 #include <atomic>
 #include <condition_variable>
@@ -24,8 +26,7 @@ class DiskLock {
  public:
   static constexpr int64_t kPatienceNs = 5'000'000'000;
 
-  // path "": there is no lock, and acquire() always succeeds. patience_ns: how long acquire()
-  // waits.
+  // path "": no lock, acquire() always succeeds. patience_ns: how long acquire() waits.
   explicit DiskLock(const std::string& path, int64_t patience_ns = kPatienceNs);
   ~DiskLock();
   DiskLock(const DiskLock&) = delete;
@@ -48,7 +49,7 @@ class DiskLock {
 
   bool wait_for(int place, int64_t* patience_left_ns, const std::atomic<bool>* cancelled);
   bool try_lock(int place);
-  void unlock(int place);
+  void unlock(int place) { ::flock(files_[place], LOCK_UN); }
 
   const int64_t patience_ns_;
   std::array<int, kNumPlaces> files_;
