@@ -255,16 +255,16 @@ typedef struct imseq_plan {
   uint64_t seed;
   int64_t epoch;
   int64_t num_positions, num_batches, num_blocks, num_files;
-  int64_t slot_rows;           /* rows that each slot's memory holds */
-  const int64_t* batch_begin;  /* [num_batches + 1] first position of each batch */
-  const int64_t* sample;       /* [num_positions] index of the sample: the same bytes in all plans */
-  const int64_t* draw;         /* [num_positions] or NULL: replaces the sample in its key */
-  const int32_t* block;        /* [num_positions] block that holds it */
-  const int64_t* offset;       /* [num_positions] bytes in the block; python block: ordinal in it */
-  const int64_t* length;       /* [num_positions] bytes; -1: to the end of the block */
-  const uint32_t* checksum;    /* [num_positions] or NULL: CRC-32C */
-  const uint8_t* flags;        /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
-  const int32_t* block_file;   /* [num_blocks] file; -1: python block. In the order of reading */
+  int64_t slot_rows;          /* rows that each slot's memory holds */
+  const int64_t* batch_begin; /* [num_batches + 1] first position of each batch */
+  const int64_t* sample;      /* [num_positions] index of the sample: the same bytes in all plans */
+  const int64_t* draw;        /* [num_positions] or NULL: replaces the sample in its key */
+  const int32_t* block;       /* [num_positions] block that holds it */
+  const int64_t* offset;      /* [num_positions] bytes in the block; python block: ordinal in it */
+  const int64_t* length;      /* [num_positions] bytes; -1: to the end of the block */
+  const uint32_t* checksum;   /* [num_positions] or NULL: CRC-32C */
+  const uint8_t* flags;       /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
+  const int32_t* block_file;  /* [num_blocks] file; -1: python block. In the order of reading */
   const int64_t* block_offset; /* [num_blocks] bytes; python block: its number in the source */
   const int64_t* block_length; /* [num_blocks] bytes; -1: to the end of the file */
   const int64_t* block_key; /* [num_blocks] or NULL: of a kept block, in all plans; -1: not kept */
