@@ -57,10 +57,10 @@ class Timer {
   int64_t begin_ns_;
 };
 
-// The samples whose bytes matched their checksums, a bit for each. When a file has changed, the set is cleared and its generation
-// is raised. A block is stamped with the generation in which its file was opened: bytes that were
-// read before a change can't add their samples to the set, nor are they taken for those verified
-// since. Thread-safe.
+// The samples whose bytes matched their checksums, a bit for each. When a file has changed, the set
+// is cleared and its generation is raised. A block is stamped with the generation in which its file
+// was opened: bytes that were read before a change can't add their samples to the set, nor are they
+// taken for those verified since. Thread-safe.
 class VerifiedSamples {
  public:
   // Makes room for samples below num_samples; not beside has() and add().
