@@ -22,13 +22,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__GNUC__)
 #define IMSEQ_API __attribute__((visibility("default")))
 #define IMSEQ_CHECKED __attribute__((visibility("default"), warn_unused_result))
-#else
-#define IMSEQ_API
-#define IMSEQ_CHECKED
-#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -92,10 +87,7 @@ enum { IMSEQ_CENTER_ROUND = 0, IMSEQ_CENTER_FLOOR = 1 };
 typedef struct imseq_recipe {
   int32_t geometry;
   int32_t out_height, out_width; /* pixels of a row of the batch */
-  int32_t filter;
-  int32_t passes;
-  int32_t dtype;
-  int32_t layout;
+  int32_t filter, passes, dtype, layout;
   int32_t strict; /* 1: decode all of an unpacked file, not only the crop, to find damage */
   /* RANDOM_RESIZED_CROP */
   double scale_min, scale_max; /* fraction of the image's area */
@@ -115,8 +107,7 @@ typedef struct imseq_recipe {
 /* The only input of a sample's random draws. */
 typedef struct imseq_key {
   uint64_t seed;
-  int64_t epoch;
-  int64_t sample;
+  int64_t epoch, sample;
 } imseq_key;
 
 /* The geometry drawn for one image: crop the box, resize it, cut the window, flip. */
@@ -127,9 +118,7 @@ typedef struct imseq_view {
   int32_t flip;                          /* outside it the output is zero, as CenterCrop pads */
 } imseq_view;
 
-enum {
-  IMSEQ_SAMPLE_CLEAN = 1 /* known to be free of anomalies (packs) */
-};
+enum { IMSEQ_SAMPLE_CLEAN = 1 }; /* flag: known to be free of anomalies (packs) */
 
 typedef struct imseq_header {
   int32_t width, height, num_components;
@@ -168,8 +157,7 @@ typedef struct imseq_sample {
 typedef struct imseq_times {
   int64_t header;  /* header, tables, geometry and weights of the resize */
   int64_t markers; /* restart markers and byte stuffing */
-  int64_t entropy;
-  int64_t idct;
+  int64_t entropy, idct;
   int64_t colour; /* chroma upsampling and colour conversion */
   int64_t resize;
   int64_t store; /* conversion to the row's dtype and layout */
@@ -236,8 +224,7 @@ IMSEQ_API int64_t imseq_kept_table_bytes(int64_t num_keys);
 typedef struct imseq_engine imseq_engine;
 
 enum {
-  IMSEQ_ROWS_DECODED =
-      0, /* the core fills rows by the recipe; Python fills those it can't decode */
+  IMSEQ_ROWS_DECODED = 0,            /* by the core; Python fills those it can't decode */
   IMSEQ_ROWS_FINISHED_BY_PYTHON = 1, /* the same, and then Python finishes every row */
   IMSEQ_ROWS_FROM_BYTES = 2,         /* Python gets the bytes of every row and fills it */
   IMSEQ_ROWS_READ = 3                /* bytes are read, and checked if asked for, but not decoded */
@@ -251,16 +238,14 @@ typedef struct imseq_engine_config {
   int32_t verify_checksums;   /* 1: check the CRC-32C of each sample until it was right once */
   int32_t direct;             /* 1: bypass the page cache (O_DIRECT) if possible */
   int64_t row_bytes;          /* bytes of a row of a batch */
-  int64_t block_budget_bytes; /* limit of reading ahead; blocks that decoders wait for are always
-                                 allowed */
-  const char* disk_lock;      /* prefix of lock files by which the readers of a disk take turns
-                            (read/disk_lock.h), copied; NULL: they don't */
-  void* kept; /* memory for kept blocks (read/kept.h), page-aligned, zero when new, lent
-                            until imseq_engine_close has returned; NULL: none */
-  int64_t kept_bytes;
-  int64_t kept_keys;        /* all block keys are below this */
-  int64_t kept_floor_bytes; /* keep no more blocks while less memory is available */
-  int32_t record_requests;  /* 1: record for imseq_engine_requests */
+  int64_t block_budget_bytes; /* limit of reading ahead, except for what decoders wait for */
+  const char* disk_lock;      /* prefix of lock files (read/disk_lock.h), copied; NULL: no turns */
+  /* for kept blocks (read/kept.h): page-aligned memory, zero when new, lent until
+     imseq_engine_close has returned; NULL: none */
+  void* kept;
+  int64_t kept_bytes, kept_keys; /* all block keys are below kept_keys */
+  int64_t kept_floor_bytes;      /* keep no more blocks while less memory is available */
+  int32_t record_requests;       /* 1: record for imseq_engine_requests */
   int32_t reserved;
   imseq_recipe recipe; /* its table is copied */
 } imseq_engine_config;
@@ -270,22 +255,19 @@ typedef struct imseq_plan {
   uint64_t seed;
   int64_t epoch;
   int64_t num_positions, num_batches, num_blocks, num_files;
-  int64_t slot_rows;           /* rows that each slot's memory holds */
-  const int64_t* batch_begin;  /* [num_batches + 1] first position of each batch */
-  const int64_t* sample;       /* [num_positions] index of the sample; stands for the same bytes in
-                                 all plans of an engine */
-  const int64_t* draw;         /* [num_positions] or NULL: replaces the sample in its key */
-  const int32_t* block;        /* [num_positions] block that holds it */
-  const int64_t* offset;       /* [num_positions] bytes in the block; python block: ordinal in it */
-  const int64_t* length;       /* [num_positions] bytes; -1: to the end of the block */
-  const uint32_t* checksum;    /* [num_positions] or NULL: CRC-32C */
-  const uint8_t* flags;        /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
-  const int32_t* block_file;   /* [num_blocks] file; -1: python block. In the order of reading */
+  int64_t slot_rows;          /* rows that each slot's memory holds */
+  const int64_t* batch_begin; /* [num_batches + 1] first position of each batch */
+  const int64_t* sample;      /* [num_positions] index of the sample: the same bytes in all plans */
+  const int64_t* draw;        /* [num_positions] or NULL: replaces the sample in its key */
+  const int32_t* block;       /* [num_positions] block that holds it */
+  const int64_t* offset;      /* [num_positions] bytes in the block; python block: ordinal in it */
+  const int64_t* length;      /* [num_positions] bytes; -1: to the end of the block */
+  const uint32_t* checksum;   /* [num_positions] or NULL: CRC-32C */
+  const uint8_t* flags;       /* [num_positions] or NULL: IMSEQ_SAMPLE_... */
+  const int32_t* block_file;  /* [num_blocks] file; -1: python block. In the order of reading */
   const int64_t* block_offset; /* [num_blocks] bytes; python block: its number in the source */
   const int64_t* block_length; /* [num_blocks] bytes; -1: to the end of the file */
-  /* [num_blocks] or NULL: key under which a block is kept in memory, the same in all plans of an
-     engine; -1: not kept */
-  const int64_t* block_key;
+  const int64_t* block_key; /* [num_blocks] or NULL: of a kept block, in all plans; -1: not kept */
   /* [num_windows + 1] first block of each window: a window's files are looked up and then read in
      the order of their disk addresses */
   const int64_t* window_begin;
@@ -298,43 +280,38 @@ typedef struct imseq_plan {
 typedef struct imseq_batch {
   int64_t batch;      /* number in the plan */
   int64_t begin, end; /* positions */
-  int32_t slot;
-  int32_t reserved;
+  int32_t slot, reserved;
 } imseq_batch;
 
 enum { IMSEQ_TASK_ROW = 1, IMSEQ_TASK_BLOCK = 2 };
 
 /* Work for Python. bytes are valid until the row is finished. */
 typedef struct imseq_task {
-  int32_t kind;
-  int32_t slot;
-  int64_t ticket;   /* identifies the task in imseq_engine_finish_...; never reused */
-  int64_t position; /* row: position. block: index in the plan's blocks */
-  int64_t sample;   /* row: sample. block: its number in the source (block_offset) */
-  int64_t draw;     /* row: replaces the sample in its key */
-  int64_t batch;
-  int64_t row_index;    /* row of the batch */
-  void* row;            /* memory to fill; with prefix_done the core has filled it */
-  const uint8_t* bytes; /* the encoded image; NULL with prefix_done */
+  int32_t kind, slot;
+  int64_t ticket;           /* identifies the task in imseq_engine_finish_...; never reused */
+  int64_t position;         /* row: position. block: index in the plan's blocks */
+  int64_t sample;           /* row: sample. block: its number in the source (block_offset) */
+  int64_t draw;             /* row: replaces the sample in its key */
+  int64_t batch, row_index; /* row of the batch */
+  void* row;                /* memory to fill; with prefix_done the core has filled it */
+  const uint8_t* bytes;     /* the encoded image; NULL with prefix_done */
   int64_t size;
-  int32_t prefix_done;
-  int32_t reserved;
+  int32_t prefix_done, reserved;
 } imseq_task;
 
 /* Counters since imseq_engine_create; times are sums over threads. */
 typedef struct imseq_stats {
   int64_t read_bytes, read_requests, read_seeks;
-  int64_t read_ns;              /* inside read calls */
-  int64_t read_wait_ns;         /* readers without a block they may read: decoding is slower */
-  int64_t read_lock_wait_ns;    /* readers that waited for their turn at the disk */
-  int64_t read_direct_requests; /* of read_requests: bypassed the page cache */
-  int64_t read_lookups;         /* files looked up before a window was read */
-  int64_t read_cached_bytes;    /* of read_bytes: found in the page cache */
-  int64_t read_kept_bytes;      /* of kept blocks; not in read_bytes */
-  int64_t decode_samples;       /* rows the core decoded */
-  int64_t decode_ns;
-  int64_t decode_wait_read_ns;  /* decoders that waited for a block */
-  int64_t decode_wait_batch_ns; /* decoders that waited for a free batch: training is slower */
+  int64_t read_ns;                   /* inside read calls */
+  int64_t read_wait_ns;              /* readers without a block they may read: decoding is slower */
+  int64_t read_lock_wait_ns;         /* readers that waited for their turn at the disk */
+  int64_t read_direct_requests;      /* of read_requests: bypassed the page cache */
+  int64_t read_lookups;              /* files looked up before a window was read */
+  int64_t read_cached_bytes;         /* of read_bytes: found in the page cache */
+  int64_t read_kept_bytes;           /* of kept blocks; not in read_bytes */
+  int64_t decode_samples, decode_ns; /* rows the core decoded */
+  int64_t decode_wait_read_ns;       /* decoders that waited for a block */
+  int64_t decode_wait_batch_ns;      /* decoders that waited for a free batch: training is slower */
   int64_t python_rows, python_blocks;
   int64_t batch_count;
   int64_t batch_wait_ns; /* imseq_engine_next without a ready batch: training waits */
@@ -352,10 +329,8 @@ typedef struct imseq_pending {
 
 /* A range that was read from a file. */
 typedef struct imseq_request {
-  int64_t epoch;
-  int64_t file; /* number in the plan */
-  int64_t offset;
-  int64_t length;
+  int64_t epoch, file; /* number of the file in the plan */
+  int64_t offset, length;
   int32_t direct; /* 1: bypassed the page cache */
   int32_t locked; /* 1: the reader held the disk's lock */
   int32_t cached; /* 1: came from the page cache */

@@ -23,31 +23,26 @@ static_assert(std::max(kGroupOfClean, kGroupOfOthers) <= IMSEQ_MAX_GROUP);
 
 void Engine::decode_thread() {
   std::optional<SampleDecoder> decoder;
-  int64_t generation = 0;
-  while (const std::shared_ptr<Run> run = wait_for_run(&generation)) {
+  int64_t generation = 0;  // of the last run
+  for (;;) {
+    std::shared_ptr<Run> run;
+    std::unique_lock lock(mutex_);
+    run_changed_.wait(lock,
+                      [&] { return closed_ || (run_ != nullptr && generation_ != generation); });
+    if (closed_) return;
+    run = run_;
+    generation = generation_;
+    ++threads_in_run_;
+    lock.unlock();
     run_or_fail(*run, [&] {
       if (!decoder) decoder.emplace();
       Group group;
       while (!run->cancelled && take_group(*run, &group)) decode_group(run, group, *decoder);
     });
-    leave_run();
+    lock.lock();
+    --threads_in_run_;
+    thread_left_.notify_all();
   }
-}
-
-std::shared_ptr<Run> Engine::wait_for_run(int64_t* generation) {
-  std::unique_lock lock(mutex_);
-  run_changed_.wait(lock,
-                    [&] { return closed_ || (run_ != nullptr && generation_ != *generation); });
-  if (closed_) return nullptr;
-  *generation = generation_;
-  ++threads_in_run_;
-  return run_;
-}
-
-void Engine::leave_run() {
-  std::lock_guard lock(mutex_);
-  --threads_in_run_;
-  thread_left_.notify_all();
 }
 
 // Takes the next positions. False: the plan has ended or was cancelled.
@@ -161,16 +156,11 @@ uint8_t* Engine::row_of(const Run& run, int64_t position) const {
   return rows + (position - run.batch_begin[batch]) * config_.row_bytes;
 }
 
-bool Engine::verifies(const Run& run) const {
-  return config_.verify_checksums != 0 && !run.checksum.empty();
-}
-
 // Compares a sample's bytes with its checksum, unless they matched before.
 int32_t Engine::verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
                        imseq_error* error) {
-  const int64_t sample = run.sample[position];
   if (!verifies(run)) return IMSEQ_OK;
-  const int64_t block = run.block[position];
+  const int64_t sample = run.sample[position], block = run.block[position];
   const Loaded& loaded = *run.blocks[block].loaded;
   if (verified_.has(sample, loaded.generation)) return IMSEQ_OK;
   const uint32_t got = crc32c(0, bytes, static_cast<size_t>(size));

@@ -4,7 +4,10 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <cassert>
 #include <cstdio>
+#include <cstring>
+#include <new>
 #include <utility>
 
 #include "abi/status.h"
@@ -25,15 +28,12 @@ int32_t check_config(const imseq_engine_config& config, imseq_error* error) {
     return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "engine: %s, got %lld", what,
                 static_cast<long long>(got));
   };
-  if (config.num_decoders < 1 || config.num_decoders > 4096) {
-    return wrong("num_decoders must be 1 to 4096", config.num_decoders);
-  }
-  if (config.num_readers < 1 || config.num_readers > 256) {
-    return wrong("num_readers must be 1 to 256", config.num_readers);
-  }
-  if (config.num_slots < 1 || config.num_slots > 65536) {
-    return wrong("num_slots must be 1 to 65536", config.num_slots);
-  }
+  const auto is_count = [](int32_t value, int32_t most) { return value >= 1 && value <= most; };
+  const int32_t num_decoders = config.num_decoders, num_readers = config.num_readers;
+  const int32_t num_slots = config.num_slots;
+  if (!is_count(num_decoders, 4096)) return wrong("num_decoders must be 1 to 4096", num_decoders);
+  if (!is_count(num_readers, 256)) return wrong("num_readers must be 1 to 256", num_readers);
+  if (!is_count(num_slots, 65536)) return wrong("num_slots must be 1 to 65536", num_slots);
   if (config.row_bytes < 0) return wrong("row_bytes must not be negative", config.row_bytes);
   if (config.block_budget_bytes < 0) {
     return wrong("block_budget_bytes must not be negative", config.block_budget_bytes);
@@ -208,9 +208,7 @@ int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   };
   if (!finished()) {
     Timer timer(&counters_.batch_wait_ns);
-    if (!batch_done_.wait_for(lock, time_out(timeout_ns), finished)) {
-      return IMSEQ_TIMEOUT;
-    }
+    if (!batch_done_.wait_for(lock, time_out(timeout_ns), finished)) return IMSEQ_TIMEOUT;
   }
   if (run->out_of_memory) return fail(error, IMSEQ_ERROR_MEMORY, -1, -1, 0, "out of memory");
   if (run->cancelled) return IMSEQ_CANCELLED;
@@ -220,11 +218,8 @@ int32_t Engine::next(int64_t timeout_ns, imseq_batch* out, imseq_error* error) {
   }
   ++run->delivered;
   add(&counters_.batch_count, 1);
-  out->batch = number;
-  out->begin = run->batch_begin[number];
-  out->end = run->batch_begin[number + 1];
-  out->slot = static_cast<int32_t>(number % config_.num_slots);
-  out->reserved = 0;
+  *out = {number, run->batch_begin[number], run->batch_begin[number + 1],
+          static_cast<int32_t>(number % config_.num_slots), 0};
   return IMSEQ_OK;
 }
 
@@ -242,6 +237,118 @@ int32_t Engine::release(int32_t slot, void* rows, imseq_error* error) {
   run->open_batches.store(open, std::memory_order_release);
   slot_opened_.notify_all();
   batch_done_.notify_all();  // a batch without rows is done when its slot opens
+  return IMSEQ_OK;
+}
+
+void Engine::push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position,
+                       bool prefix_done) {
+  std::lock_guard lock(mutex_);
+  if (run->cancelled) return;
+  // Rows go first: they free blocks, and the consumer may be waiting for them.
+  (kind == IMSEQ_TASK_ROW ? row_tasks_ : block_tasks_)
+      .push_back({run, kind, position, prefix_done});
+  task_added_.notify_one();
+}
+
+int32_t Engine::take(int64_t timeout_ns, imseq_task* out) {
+  std::unique_lock lock(mutex_);
+  if (!task_added_.wait_for(lock, time_out(timeout_ns), [&] {
+        return closed_ || !row_tasks_.empty() || !block_tasks_.empty();
+      })) {
+    return IMSEQ_TIMEOUT;
+  }
+  if (closed_) return IMSEQ_CANCELLED;
+  std::deque<Ticket>& tasks = row_tasks_.empty() ? block_tasks_ : row_tasks_;
+  const Ticket task = tasks.front();
+  const Run& run = *task.run;
+  *out = {};
+  out->kind = task.kind;
+  out->position = task.position;
+  out->prefix_done = task.prefix_done;
+  if (task.kind == IMSEQ_TASK_BLOCK) {
+    out->sample = run.block_offset[task.position];
+  } else {
+    out->batch = run.batch_of(task.position);
+    out->slot = static_cast<int32_t>(out->batch % config_.num_slots);
+    out->row_index = task.position - run.batch_begin[out->batch];
+    out->sample = run.sample[task.position];
+    out->draw = run.drawn(task.position);
+    out->row = row_of(run, task.position);
+    if (!task.prefix_done) {
+      [[maybe_unused]] const int32_t status =
+          locate(run, task.position, &out->bytes, &out->size, nullptr);
+      assert(status == IMSEQ_OK);  // describe() located it before it became a task
+    }
+  }
+  out->ticket = next_ticket_++;
+  taken_.emplace(out->ticket, task);
+  tasks.pop_front();
+  return IMSEQ_OK;
+}
+
+int32_t Engine::claim_ticket(int64_t ticket, int32_t kind, Ticket* out, imseq_error* error) {
+  std::lock_guard lock(mutex_);
+  const auto found = taken_.find(ticket);
+  if (found == taken_.end() || found->second.kind != kind) {
+    const char* what = kind == IMSEQ_TASK_ROW ? "finish_row: no row" : "finish_block: no block";
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "%s has ticket %lld", what,
+                static_cast<long long>(ticket));
+  }
+  *out = std::move(found->second);
+  taken_.erase(found);
+  return out->run->cancelled ? IMSEQ_CANCELLED : IMSEQ_OK;
+}
+
+int32_t Engine::finish_row(int64_t ticket, const char* failure, imseq_error* error) {
+  Ticket task;
+  const int32_t claimed = claim_ticket(ticket, IMSEQ_TASK_ROW, &task, error);
+  if (claimed != IMSEQ_OK) return claimed;
+  Run& run = *task.run;
+  add(&counters_.python_rows, 1);
+  run_or_fail(run, [&] {
+    if (!task.prefix_done) done_with_block(run, task.position);
+    if (failure == nullptr) {
+      done_with_row(run, task.position);
+    } else {
+      imseq_error reason = {};
+      (void)fail(&reason, IMSEQ_ERROR_SAMPLE, run.sample[task.position], -1, 0, "%s", failure);
+      fail_row(run, task.position, reason);
+    }
+  });
+  return IMSEQ_OK;
+}
+
+int32_t Engine::finish_block(int64_t ticket, const uint8_t* bytes, int64_t size,
+                             const int64_t* offsets, const int64_t* lengths, int64_t num_samples,
+                             const char* failure, imseq_error* error) {
+  if (size < 0 || num_samples < 0 || (failure == nullptr && size > 0 && bytes == nullptr) ||
+      (failure == nullptr && num_samples > 0 && (offsets == nullptr || lengths == nullptr))) {
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "finish_block: expected bytes, offsets and lengths, got NULL or a negative size");
+  }
+  Ticket task;
+  int32_t status = claim_ticket(ticket, IMSEQ_TASK_BLOCK, &task, error);
+  if (status != IMSEQ_OK) return status;
+  // The ticket is used up: from here on the consumer gets any failure as the block's.
+  Run& run = *task.run;
+  imseq_error reason = {};
+  if (failure != nullptr) {
+    status = fail(&reason, IMSEQ_ERROR_SAMPLE, -1, -1, 0, "%s", failure);
+  } else {
+    Loaded& loaded = *run.blocks[task.position].loaded;
+    try {
+      take_buffer(loaded, size);
+      loaded.offsets.assign(offsets, offsets + num_samples);
+      loaded.lengths.assign(lengths, lengths + num_samples);
+      if (size > 0) std::memcpy(loaded.buffer.get(), bytes, static_cast<size_t>(size));
+      loaded.bytes = loaded.buffer.get();
+      add(&counters_.python_blocks, 1);
+    } catch (const std::bad_alloc&) {
+      status = fail(&reason, IMSEQ_ERROR_MEMORY, -1, -1, 0,
+                    "out of memory for a block of %lld bytes", static_cast<long long>(size));
+    }
+  }
+  run_or_fail(run, [&] { block_came(run, task.position, size, status, reason); });
   return IMSEQ_OK;
 }
 

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -25,18 +26,84 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
-#include "engine/counters.h"
+#include "cpu/memory.h"
 #include "engine/run.h"
-#include "engine/verified.h"
 #include "imagenet_seq.h"
-#include "read/disk_turns.h"
+#include "read/disk_lock.h"
 #include "read/kept.h"
 
 namespace imseq {
 
 class SampleDecoder;
+
+// Counting from several threads. The counters are the fields of imseq_stats.
+inline void add(int64_t* counter, int64_t amount) {
+  __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED);
+}
+
+// Adds the time from construction to destruction to a counter.
+class Timer {
+ public:
+  explicit Timer(int64_t* counter) : counter_(counter), begin_ns_(now_ns()) {}
+  ~Timer() { add(counter_, now_ns() - begin_ns_); }
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+
+ private:
+  int64_t* counter_;
+  int64_t begin_ns_;
+};
+
+// The samples whose bytes matched their checksums, a bit for each. When a file has changed, the set
+// is cleared and its generation is raised. A block is stamped with the generation in which its file
+// was opened: bytes that were read before a change can't add their samples to the set, nor are they
+// taken for those verified since. Thread-safe.
+class VerifiedSamples {
+ public:
+  // Makes room for samples below num_samples; not beside has() and add().
+  void grow(int64_t num_samples) {
+    std::lock_guard lock(mutex_);
+    const size_t num_words = static_cast<size_t>(num_samples + 63) / 64;
+    if (num_words > words_.size()) words_.resize(num_words);
+  }
+
+  // The stamp of a block that is about to be read from a file of this version.
+  int64_t generation_of(const std::string& path, uint64_t version) {
+    std::lock_guard lock(mutex_);
+    const auto [found, is_new] = versions_.try_emplace(path, version);
+    if (!is_new && std::exchange(found->second, version) != version) {
+      generation_.fetch_add(1, std::memory_order_relaxed);
+      for (uint64_t& word : words_) __atomic_store_n(&word, uint64_t{0}, __ATOMIC_RELAXED);
+    }
+    return generation();
+  }
+
+  // The stamp of a block that is not read from a file.
+  int64_t generation() const { return generation_.load(std::memory_order_relaxed); }
+
+  bool has(int64_t sample, int64_t generation_of_block) const {
+    // In this order: a bit that was added in a later generation is never taken for an older one.
+    return (__atomic_load_n(&words_[sample / 64], __ATOMIC_ACQUIRE) & bit(sample)) != 0 &&
+           generation() == generation_of_block;
+  }
+
+  void add(int64_t sample, int64_t generation_of_block) {
+    std::lock_guard lock(mutex_);
+    if (generation() != generation_of_block) return;
+    __atomic_fetch_or(&words_[sample / 64], bit(sample), __ATOMIC_RELEASE);
+  }
+
+ private:
+  static uint64_t bit(int64_t sample) { return uint64_t{1} << (sample % 64); }
+
+  std::mutex mutex_;
+  std::vector<uint64_t> words_;
+  std::atomic<int64_t> generation_{0};
+  std::unordered_map<std::string, uint64_t> versions_;  // of files, as last read
+};
 
 [[nodiscard]] int32_t check_config(const imseq_engine_config& config, imseq_error* error);
 
@@ -45,8 +112,6 @@ class Engine {
  public:
   explicit Engine(const imseq_engine_config& config);
   ~Engine() { close(); }
-  Engine(const Engine&) = delete;
-  Engine& operator=(const Engine&) = delete;
 
   int32_t prepare(const imseq_plan& plan, imseq_error* error);
   int32_t start(const imseq_plan* plan, void* const* rows, imseq_error* error);
@@ -94,6 +159,8 @@ class Engine {
   void drop_prepared(std::unique_lock<std::mutex>& lock);
   void wake_all();
   void fail_run(Run& run);
+  void push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position, bool prefix_done);
+  int32_t claim_ticket(int64_t ticket, int32_t kind, Ticket* out, imseq_error* error);
   // Work for a plan that allocates: memory that can't be had must not end the process.
   template <class Work>
   void run_or_fail(Run& run, Work work) try {
@@ -105,8 +172,6 @@ class Engine {
 
   // decoding.cpp
   void decode_thread();
-  std::shared_ptr<Run> wait_for_run(int64_t* generation);
-  void leave_run();
   bool take_group(Run& run, Group* group);
   int64_t group_end(const Run& run, int64_t begin, int64_t open_end) const;
   bool wait_for_slot(Run& run);
@@ -115,7 +180,9 @@ class Engine {
   int32_t locate(const Run& run, int64_t position, const uint8_t** bytes, int64_t* size,
                  imseq_error* error) const;
   int32_t describe(const Run& run, int64_t position, imseq_sample* out, imseq_error* error);
-  bool verifies(const Run& run) const;
+  bool verifies(const Run& run) const {
+    return config_.verify_checksums != 0 && !run.checksum.empty();
+  }
   int32_t verify(const Run& run, int64_t position, const uint8_t* bytes, int64_t size,
                  imseq_error* error);
   void done_with_position(const std::shared_ptr<Run>& run, int64_t position, int32_t status,
@@ -134,7 +201,6 @@ class Engine {
   void read_next(const std::shared_ptr<Run>& run, Reading& reading, FileReader& reader,
                  std::unique_lock<std::mutex>& lock);
   int64_t begin_block(Run& run);
-  void wait_to_read(std::unique_lock<std::mutex>& lock);
   DiskRequest begin_request(const Run& run, bool is_whole);
   void look_up_window(Run& run, Reading& reading);
   void read_block(Run& run, int64_t block, FileReader& reader);
@@ -146,10 +212,6 @@ class Engine {
   void take_buffer(Loaded& loaded, int64_t size_bytes);
   void block_came(Run& run, int64_t block, int64_t size_bytes, int32_t status,
                   const imseq_error& error);
-
-  // tasks.cpp
-  void push_task(const std::shared_ptr<Run>& run, int32_t kind, int64_t position, bool prefix_done);
-  bool claim_ticket(int64_t ticket, int32_t kind, Ticket* out);
 
   const imseq_engine_config config_;
   std::vector<uint8_t> table_;

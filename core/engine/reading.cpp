@@ -2,11 +2,9 @@
 #include <cstring>
 #include <new>
 #include <tuple>
-#include <utility>
 
 #include "abi/status.h"
 #include "engine/engine.h"
-#include "read/place.h"
 
 namespace imseq {
 
@@ -29,19 +27,19 @@ void Engine::read_thread(int number) {
     const std::shared_ptr<Run> run = run_to_read();
     if (run == nullptr || !may_read(*run)) {
       disk_.rest();
-      wait_to_read(lock);
+      int64_t idle_ns = 0;  // nothing is left to read, which is not counted as waiting
+      Timer timer(run == nullptr ? &idle_ns : &counters_.read_wait_ns);
+      reading_changed_.wait(lock);
       continue;
     }
     ++num_reading_;
     reading_[number] = {run, run->block_at(run->next_place), now_ns()};
-    bool has_memory = true;
     try {
       read_next(run, reading_[number], reader, lock);
     } catch (const std::bad_alloc&) {
-      has_memory = false;
+      if (!lock.owns_lock()) lock.lock();
+      fail_run(*run);
     }
-    if (!lock.owns_lock()) lock.lock();
-    if (!has_memory) fail_run(*run);
     reading_[number] = {};
     --num_reading_;
     thread_left_.notify_all();
@@ -67,6 +65,7 @@ void Engine::read_next(const std::shared_ptr<Run>& run, Reading& reading, FileRe
   } else {
     read_block(*run, block, reader);
   }
+  lock.lock();
 }
 
 // The plan to read from: the prepared one when all blocks of the present one are read. Python
@@ -86,20 +85,6 @@ bool Engine::may_read(const Run& run) const {
   // as there are threads to make them.
   if (run.is_python_block(block) && run.python_pending >= config_.num_decoders) return false;
   return block_bytes_ + cost(run, block) <= config_.block_budget_bytes;
-}
-
-void Engine::wait_to_read(std::unique_lock<std::mutex>& lock) {
-  const auto ready = [&] {
-    if (closed_) return true;
-    const std::shared_ptr<Run> run = run_to_read();
-    return run != nullptr && may_read(*run);
-  };
-  if (run_to_read() == nullptr) {  // nothing is left to read, which is not counted as waiting
-    reading_changed_.wait(lock, [&] { return closed_ || run_to_read() != nullptr; });
-    return;
-  }
-  Timer timer(&counters_.read_wait_ns);
-  reading_changed_.wait(lock, ready);
 }
 
 // The memory a block will take: exact where its length is known, else the mean.
@@ -138,12 +123,8 @@ DiskRequest Engine::begin_request(const Run& run, bool is_whole) {
 // Sorts the files of the next window by their place on the disk. The plan lists them by inode, so
 // looking them up is one sweep over the disk; reading them is a second one.
 void Engine::look_up_window(Run& run, Reading& reading) {
-  struct Found {
-    FilePlace place;
-    int32_t block;
-  };
   const int64_t begin = run.known_end, end = run.read_by(run.next_place);
-  std::vector<Found> found;
+  std::vector<std::tuple<int64_t, uint64_t, int64_t>> found;  // address, inode and block
   found.reserve(static_cast<size_t>(end - begin));
   for (int64_t block = begin; block < end && !run.cancelled; ++block) {
     FilePlace place;
@@ -160,13 +141,13 @@ void Engine::look_up_window(Run& run, Reading& reading) {
       (void)look_up(run.path_of_block(block), &place, &unused);
       add(&counters_.read_lookups, 1);
     }
-    found.push_back({place, static_cast<int32_t>(block)});
+    found.emplace_back(place.address, place.inode, block);
   }
-  std::stable_sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
-    return std::tie(a.place.address, a.place.inode) < std::tie(b.place.address, b.place.inode);
-  });
+  std::sort(found.begin(), found.end());
   std::lock_guard lock(mutex_);
-  for (size_t i = 0; i < found.size(); ++i) run.reading_order[begin + i] = found[i].block;
+  for (size_t i = 0; i < found.size(); ++i) {
+    run.reading_order[begin + i] = static_cast<int32_t>(std::get<2>(found[i]));
+  }
   run.known_end = end;
 }
 
@@ -212,12 +193,10 @@ int32_t Engine::read_file(Run& run, int64_t number, FileReader& reader, int64_t*
     status = fail(error, IMSEQ_ERROR_MEMORY, -1, offset, 0,
                   "out of memory for a block of %lld bytes", static_cast<long long>(*length));
   }
-  if (kept != nullptr) {
-    if (status == IMSEQ_OK && loaded.bad.empty()) {
-      kept_.publish(key, loaded.bytes, *length);
-    } else {
-      kept_.give_up(key);
-    }
+  if (kept != nullptr && status == IMSEQ_OK && loaded.bad.empty()) {
+    kept_.publish(key, loaded.bytes, *length);
+  } else if (kept != nullptr) {
+    kept_.give_up(key);
   }
   return status;
 }
@@ -247,17 +226,13 @@ int32_t Engine::read_into(Run& run, int64_t number, FileReader& reader, int64_t 
 
 void Engine::count_request(const imseq_request& request) {
   std::lock_guard lock(mutex_);
-  if (request.file != last_file_ || request.offset != last_end_) {
-    add(&counters_.read_seeks, 1);
-  }
+  add(&counters_.read_seeks, request.file != last_file_ || request.offset != last_end_);
   last_file_ = request.file;
   last_end_ = request.offset + request.length;
   add(&counters_.read_requests, 1);
   add(&counters_.read_direct_requests, request.direct);
   add(&counters_.read_bytes, request.length);
-  if (request.cached != 0) {
-    add(&counters_.read_cached_bytes, request.length);
-  }
+  if (request.cached != 0) add(&counters_.read_cached_bytes, request.length);
   if (config_.record_requests != 0) recorded_.push_back(request);
 }
 

@@ -8,11 +8,6 @@ namespace imseq {
 
 namespace {
 
-template <class T>
-std::vector<T> copied(const T* values, int64_t count) {
-  return values == nullptr ? std::vector<T>() : std::vector<T>(values, values + count);
-}
-
 // length -1: up to the end.
 bool is_range_of_plan(int64_t offset, int64_t length) {
   return is_range(offset, length == -1 ? 0 : length);
@@ -29,21 +24,18 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
   if (plan.num_positions < 0 || plan.num_batches < 0 || plan.num_blocks < 0 || plan.num_files < 0) {
     return wrong("a count is negative");
   }
-  if (plan.batch_begin == nullptr || plan.path_begin == nullptr || plan.root == nullptr) {
+  if (has_null({plan.batch_begin, plan.path_begin, plan.root})) {
     return wrong("batch_begin, path_begin or root is NULL");
   }
-  if (plan.num_positions > 0 && (plan.sample == nullptr || plan.block == nullptr ||
-                                 plan.offset == nullptr || plan.length == nullptr)) {
+  if (plan.num_positions > 0 && has_null({plan.sample, plan.block, plan.offset, plan.length})) {
     return wrong("a column of the positions is NULL");
   }
-  if (plan.num_blocks > 0 && (plan.block_file == nullptr || plan.block_offset == nullptr ||
-                              plan.block_length == nullptr)) {
+  if (plan.num_blocks > 0 && has_null({plan.block_file, plan.block_offset, plan.block_length})) {
     return wrong("a column of the blocks is NULL");
   }
   for (int64_t i = 0; i < plan.num_positions; ++i) {
-    if (plan.block[i] < 0 || plan.block[i] >= plan.num_blocks) {
+    if (plan.block[i] < 0 || plan.block[i] >= plan.num_blocks)
       return wrong("block is out of range");
-    }
     if (!is_range_of_plan(plan.offset[i], plan.length[i])) {
       return wrong("offset or length is out of range");
     }
@@ -69,9 +61,15 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
       plan.batch_begin[plan.num_batches] != plan.num_positions) {
     return wrong("batch_begin must rise from 0 to num_positions");
   }
-  if (!rises_from_zero(plan.path_begin, plan.num_files)) {
-    return wrong("path_begin must rise from 0");
+  for (int64_t i = 0; i < plan.num_batches; ++i) {
+    const int64_t num_rows = plan.batch_begin[i + 1] - plan.batch_begin[i];
+    if (num_rows <= plan.slot_rows) continue;
+    return fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
+                "plan: batch %lld has %lld rows, its memory %lld", static_cast<long long>(i),
+                static_cast<long long>(num_rows), static_cast<long long>(plan.slot_rows));
   }
+  if (!rises_from_zero(plan.path_begin, plan.num_files))
+    return wrong("path_begin must rise from 0");
   if (plan.path_begin[plan.num_files] > 0 && plan.paths == nullptr) return wrong("paths is NULL");
   return IMSEQ_OK;
 }
@@ -80,50 +78,23 @@ int32_t check_plan(const imseq_plan& plan, imseq_error* error) {
 
 std::shared_ptr<Run> make_run(const imseq_plan& plan, imseq_error* error) {
   if (check_plan(plan, error) != IMSEQ_OK) return nullptr;
-  auto run = std::make_shared<Run>(plan.num_blocks, plan.num_batches);
-  run->plan = plan;
-  run->batch_begin = copied(plan.batch_begin, plan.num_batches + 1);
-  run->sample = copied(plan.sample, plan.num_positions);
-  run->draw = copied(plan.draw, plan.num_positions);
-  run->block = copied(plan.block, plan.num_positions);
-  run->offset = copied(plan.offset, plan.num_positions);
-  run->length = copied(plan.length, plan.num_positions);
-  run->checksum = copied(plan.checksum, plan.num_positions);
-  run->flags = copied(plan.flags, plan.num_positions);
-  run->block_file = copied(plan.block_file, plan.num_blocks);
-  run->block_offset = copied(plan.block_offset, plan.num_blocks);
-  run->block_length = copied(plan.block_length, plan.num_blocks);
-  run->block_key = copied(plan.block_key, plan.num_blocks);
-  run->path_begin = copied(plan.path_begin, plan.num_files + 1);
-  run->root = plan.root;
-  if (run->path_begin.back() > 0) {
-    run->paths.assign(plan.paths, static_cast<size_t>(run->path_begin.back()));
-  }
+  auto run = std::make_shared<Run>(plan);
   if (plan.num_windows > 0) {
     run->window_begin = copied(plan.window_begin, plan.num_windows + 1);
     run->reading_order.resize(static_cast<size_t>(plan.num_blocks));
     std::iota(run->reading_order.begin(), run->reading_order.end(), 0);
-  } else {
-    run->known_end = plan.num_blocks;
+    run->known_end = 0;
   }
   for (int64_t i = 0; i < plan.num_positions; ++i) {
     run->blocks[run->block[i]].remaining.fetch_add(1, std::memory_order_relaxed);
   }
-  for (const Block& block : run->blocks) {
-    if (block.remaining.load(std::memory_order_relaxed) == 0) {
-      (void)fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: a block holds no position");
-      return nullptr;
-    }
+  const auto is_empty = [](const Block& block) { return block.remaining == 0; };
+  if (std::any_of(run->blocks.begin(), run->blocks.end(), is_empty)) {
+    (void)fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0, "plan: a block holds no position");
+    return nullptr;
   }
   for (int64_t i = 0; i < plan.num_batches; ++i) {
-    const int64_t num_rows = run->batch_begin[i + 1] - run->batch_begin[i];
-    if (num_rows > plan.slot_rows) {
-      (void)fail(error, IMSEQ_ERROR_ARGUMENT, -1, -1, 0,
-                 "plan: batch %lld has %lld rows, its memory %lld", static_cast<long long>(i),
-                 static_cast<long long>(num_rows), static_cast<long long>(plan.slot_rows));
-      return nullptr;
-    }
-    run->batches[i].remaining = num_rows;
+    run->batches[i].remaining = run->batch_begin[i + 1] - run->batch_begin[i];
   }
   return run;
 }

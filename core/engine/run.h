@@ -42,17 +42,32 @@ struct Batch {
   int64_t error_position = 0;
 };
 
-struct Run {
-  imseq_plan plan;
-  std::vector<int64_t> batch_begin, sample, draw, offset, length, block_offset, block_length,
-      block_key, window_begin, path_begin;
-  std::vector<int32_t> block, block_file;
-  std::vector<uint32_t> checksum;
-  std::vector<uint8_t> flags;
-  std::string root, paths;
+template <class T>
+std::vector<T> copied(const T* values, int64_t count) {
+  return values == nullptr ? std::vector<T>() : std::vector<T>(values, values + count);
+}
 
-  std::vector<Block> blocks;
-  std::vector<Batch> batches;
+struct Run {
+  const imseq_plan plan;  // for its numbers; its arrays are the caller's
+  const std::vector<int64_t> batch_begin = copied(plan.batch_begin, plan.num_batches + 1);
+  const std::vector<int64_t> sample = copied(plan.sample, plan.num_positions);
+  const std::vector<int64_t> draw = copied(plan.draw, plan.num_positions);
+  const std::vector<int32_t> block = copied(plan.block, plan.num_positions);
+  const std::vector<int64_t> offset = copied(plan.offset, plan.num_positions);
+  const std::vector<int64_t> length = copied(plan.length, plan.num_positions);
+  const std::vector<uint32_t> checksum = copied(plan.checksum, plan.num_positions);
+  const std::vector<uint8_t> flags = copied(plan.flags, plan.num_positions);
+  const std::vector<int32_t> block_file = copied(plan.block_file, plan.num_blocks);
+  const std::vector<int64_t> block_offset = copied(plan.block_offset, plan.num_blocks);
+  const std::vector<int64_t> block_length = copied(plan.block_length, plan.num_blocks);
+  const std::vector<int64_t> block_key = copied(plan.block_key, plan.num_blocks);
+  const std::vector<int64_t> path_begin = copied(plan.path_begin, plan.num_files + 1);
+  const std::vector<char> paths = copied(plan.paths, path_begin.back());
+  const std::string root = plan.root;
+  std::vector<int64_t> window_begin;
+
+  std::vector<Block> blocks = std::vector<Block>(static_cast<size_t>(plan.num_blocks));
+  std::vector<Batch> batches = std::vector<Batch>(static_cast<size_t>(plan.num_batches));
   std::vector<void*> slot_rows;
   std::atomic<int64_t> next_position{0};
   std::atomic<int64_t> open_batches{0};    // batches below this number have memory
@@ -60,19 +75,16 @@ struct Run {
   std::atomic<bool> out_of_memory{false};  // next reports it
 
   // Guarded by the engine's mutex.
-  std::vector<int32_t> reading_order;  // with windows: block of each place; else the plan's order
-  int64_t next_place = 0;              // in the reading order
-  int64_t wanted_end = 0;              // decoders wait for a block before this place
-  int64_t known_end = 0;               // places before this one have a final order
-  bool looks_up = false;               // a reader is finding out the order of the next window
-  int64_t python_pending = 0;          // python blocks asked for and not yet there
-  int64_t delivered = 0;               // batches returned by next
-  int64_t released = 0;                // slots lent again
+  std::vector<int32_t> reading_order;   // with windows: block of each place; else the plan's order
+  int64_t next_place = 0;               // in the reading order
+  int64_t wanted_end = 0;               // decoders wait for a block before this place
+  int64_t known_end = plan.num_blocks;  // places before this one have a final order
+  bool looks_up = false;                // a reader is finding out the order of the next window
+  int64_t python_pending = 0;           // python blocks asked for and not yet there
+  int64_t delivered = 0;                // batches returned by next
+  int64_t released = 0;                 // slots lent again
 
-  Run(int64_t num_blocks, int64_t num_batches)
-      : plan(),
-        blocks(static_cast<size_t>(num_blocks)),
-        batches(static_cast<size_t>(num_batches)) {}
+  explicit Run(const imseq_plan& copy) : plan(copy) {}
 
   uint32_t flags_of(int64_t position) const { return flags.empty() ? 0 : flags[position]; }
 
@@ -81,8 +93,6 @@ struct Run {
 
   // Positions below this one have memory for their rows.
   int64_t open_end() const { return batch_begin[open_batches.load(std::memory_order_acquire)]; }
-
-  bool has_windows() const { return !window_begin.empty(); }
 
   bool is_read() const { return cancelled || next_place >= plan.num_blocks; }
 
@@ -96,7 +106,7 @@ struct Run {
 
   // When all places before this one are read, the block is.
   int64_t read_by(int64_t number) const {
-    if (!has_windows()) return number + 1;
+    if (window_begin.empty()) return number + 1;
     return *std::upper_bound(window_begin.begin(), window_begin.end(), number);
   }
 
@@ -115,7 +125,7 @@ struct Run {
     const int64_t begin = path_begin[file], end = path_begin[file + 1];
     std::string path = root;
     if (!path.empty() && path.back() != '/') path += '/';
-    return path.append(paths, static_cast<size_t>(begin), static_cast<size_t>(end - begin));
+    return path.append(paths.data() + begin, static_cast<size_t>(end - begin));
   }
 };
 

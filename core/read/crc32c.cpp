@@ -17,15 +17,11 @@ constexpr uint32_t kPolynomial = 0x82F63B78;  // RFC 3720 appendix B.4, bit-refl
 // kTables[n][b]: the checksum of byte b followed by n zero bytes.
 constexpr auto kTables = [] {
   std::array<std::array<uint32_t, 256>, 8> tables{};
-  for (uint32_t byte = 0; byte < 256; ++byte) {
-    uint32_t crc = byte;
-    for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? kPolynomial : 0);
-    tables[0][byte] = crc;
-  }
-  for (size_t n = 1; n < 8; ++n) {
-    for (size_t byte = 0; byte < 256; ++byte) {
-      const uint32_t crc = tables[n - 1][byte];
-      tables[n][byte] = crc >> 8 ^ tables[0][crc & 255];
+  for (size_t n = 0; n < 8; ++n) {
+    for (uint32_t byte = 0; byte < 256; ++byte) {
+      uint32_t crc = n == 0 ? byte : tables[n - 1][byte];
+      for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? kPolynomial : 0);
+      tables[n][byte] = crc;
     }
   }
   return tables;
@@ -34,19 +30,6 @@ constexpr auto kTables = [] {
 uint32_t update_by_byte(uint32_t crc, const uint8_t* bytes, size_t size) {
   for (size_t i = 0; i < size; ++i) crc = crc >> 8 ^ kTables[0][(crc ^ bytes[i]) & 255];
   return crc;
-}
-
-// Eight bytes a step ("slicing by 8", Kounavis and Berry 2005).
-uint32_t update_portably(uint32_t crc, const uint8_t* bytes, size_t size) {
-  for (; size >= 8; size -= 8, bytes += 8) {
-    uint32_t next = 0;
-    for (size_t i = 0; i < 8; ++i) {
-      const uint32_t byte = bytes[i] ^ (i < 4 ? crc >> (8 * i) & 255 : 0);
-      next ^= kTables[7 - i][byte];
-    }
-    crc = next;
-  }
-  return update_by_byte(crc, bytes, size);
 }
 
 #if defined(__x86_64__)
@@ -113,8 +96,18 @@ uint32_t crc32c(uint32_t crc, const uint8_t* bytes, size_t size) {
   return crc32c_portable(crc, bytes, size);
 }
 
+// Eight bytes a step ("slicing by 8", Kounavis and Berry 2005).
 uint32_t crc32c_portable(uint32_t crc, const uint8_t* bytes, size_t size) {
-  return ~update_portably(~crc, bytes, size);
+  crc = ~crc;
+  for (; size >= 8; size -= 8, bytes += 8) {
+    uint32_t next = 0;
+    for (size_t i = 0; i < 8; ++i) {
+      const uint32_t byte = bytes[i] ^ (i < 4 ? crc >> (8 * i) & 255 : 0);
+      next ^= kTables[7 - i][byte];
+    }
+    crc = next;
+  }
+  return ~update_by_byte(crc, bytes, size);
 }
 
 }  // namespace imseq

@@ -1,9 +1,13 @@
 #include "read/file_reader.h"
 
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
-#include <unistd.h>
+#if defined(__linux__)
+#include <linux/fiemap.h>
+#include <linux/fs.h>
+#endif
 
 #include <algorithm>
 #include <cassert>
@@ -49,8 +53,7 @@ uint64_t version_of(const struct stat& info) {
   return version;
 }
 
-}  // namespace
-
+// *direct turns false where the file system refuses O_DIRECT.
 int32_t open_file(const std::string& path, bool* direct, int* fd, imseq_error* error) {
   int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;  // opening a FIFO must not block
 #if defined(O_DIRECT)
@@ -80,6 +83,36 @@ int32_t stat_file(int fd, const std::string& path, struct stat* out, imseq_error
   return IMSEQ_OK;
 }
 
+#if defined(__linux__)
+int64_t first_address(int fd) {
+  alignas(fiemap) uint8_t memory[sizeof(fiemap) + sizeof(fiemap_extent)] = {};
+  auto* map = reinterpret_cast<fiemap*>(memory);
+  map->fm_length = FIEMAP_MAX_OFFSET;
+  map->fm_extent_count = 1;
+  if (::ioctl(fd, FS_IOC_FIEMAP, map) != 0 || map->fm_mapped_extents == 0) return -1;
+  const fiemap_extent& first = map->fm_extents[0];
+  // Data that is still in memory has no address yet.
+  if ((first.fe_flags & (FIEMAP_EXTENT_UNKNOWN | FIEMAP_EXTENT_DELALLOC)) != 0) return -1;
+  return static_cast<int64_t>(first.fe_physical);
+}
+#else
+int64_t first_address(int) { return -1; }
+#endif
+
+}  // namespace
+
+int32_t look_up(const std::string& path, FilePlace* out, imseq_error* error) {
+  bool direct = false;
+  int fd;
+  int32_t status = open_file(path, &direct, &fd, error);
+  if (status != IMSEQ_OK) return status;
+  struct stat info;
+  status = stat_file(fd, path, &info, error);
+  if (status == IMSEQ_OK) *out = {info.st_size, first_address(fd), info.st_ino};
+  ::close(fd);
+  return status;
+}
+
 FileReader::~FileReader() { close(); }
 
 void FileReader::close() {
@@ -103,14 +136,6 @@ int32_t FileReader::open(const std::string& path, imseq_error* error) {
   file_bytes_ = info.st_size;
   file_version_ = version_of(info);
   return IMSEQ_OK;
-}
-
-// Changes the open file, because by now its name may belong to another one.
-void FileReader::use_page_cache() {
-  direct_ = false;
-#if defined(O_DIRECT)
-  ::fcntl(fd_, F_SETFL, ::fcntl(fd_, F_GETFL) & ~O_DIRECT);
-#endif
 }
 
 // The kernel's read-ahead reads too little or too much of a block, depending on a system setting.
@@ -205,7 +230,10 @@ int FileReader::fill(int64_t begin, int64_t end, uint8_t* memory, int64_t* reach
     } while (got < 0 && errno == EINTR);
     const int os_errno = errno;
     if (got < 0 && os_errno == EINVAL && direct_) {
-      use_page_cache();
+      direct_ = false;
+#if defined(O_DIRECT)  // on the open file, because by now its name may belong to another one
+      ::fcntl(fd_, F_SETFL, ::fcntl(fd_, F_GETFL) & ~O_DIRECT);
+#endif
       continue;
     }
     was_direct_ = direct_;

@@ -1,7 +1,6 @@
 // FileReader reads byte ranges of files, past the page cache or through it.
 #pragma once
 
-#include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -70,7 +69,6 @@ class FileReader {
 
  private:
   void close();
-  void use_page_cache();
   void advise(int64_t begin, int64_t end);
   int fill(int64_t begin, int64_t end, uint8_t* memory, int64_t* reached);
   int salvage(int64_t begin, int64_t end, uint8_t* memory, int64_t piece_bytes, int64_t* reached,
@@ -90,11 +88,16 @@ class FileReader {
   uint64_t file_version_ = 0;
 };
 
-// Opens a file past the page cache where *direct is true, which becomes false if the file system
-// refuses. *fd: -1 on failure.
-[[nodiscard]] int32_t open_file(const std::string& path, bool* direct, int* fd, imseq_error* error);
-// What is not a regular file is IMSEQ_ERROR_DATA.
-[[nodiscard]] int32_t stat_file(int fd, const std::string& path, struct stat* out,
-                                imseq_error* error);
+// Where a file lies on its disk.
+struct FilePlace {
+  int64_t size_bytes = 0;
+  // Physical byte address of the first extent, only for sorting; -1 where the file system does not
+  // tell, or has not allocated it yet.
+  int64_t address = -1;
+  // Sorts files that have no address: file systems hand out inodes roughly in disk order.
+  uint64_t inode = 0;
+};
+
+[[nodiscard]] int32_t look_up(const std::string& path, FilePlace* out, imseq_error* error);
 
 }  // namespace imseq

@@ -73,9 +73,8 @@ KeptBlocks::KeptBlocks(uint8_t* memory, int64_t memory_bytes, int64_t num_keys,
 }
 
 int64_t KeptBlocks::table_bytes(int64_t num_keys) {
-  const int64_t num_entries = std::clamp<int64_t>(num_keys, 0, kMaxKeys);
-  const auto header = static_cast<int64_t>(sizeof(Header));
-  return round_up(header + num_entries * static_cast<int64_t>(sizeof(Entry)), kPageBytes);
+  const auto num_entries = static_cast<size_t>(std::clamp<int64_t>(num_keys, 0, kMaxKeys));
+  return round_up(static_cast<int64_t>(sizeof(Header) + num_entries * sizeof(Entry)), kPageBytes);
 }
 
 KeptBlocks::Header& KeptBlocks::header() const { return *reinterpret_cast<Header*>(memory_); }
@@ -125,27 +124,19 @@ void KeptBlocks::publish(int64_t key, const uint8_t* bytes, int64_t size_bytes) 
   const int64_t lead = bytes - (arena_ + room.offset);
   filled->lead_bytes.store(static_cast<uint32_t>(lead), std::memory_order_relaxed);
   filled->size_bytes.store(size_bytes, std::memory_order_relaxed);
-  int32_t state = ::getpid();
-  if (filled->state.compare_exchange_strong(state, kThere, std::memory_order_release)) {
-    header().num_blocks.fetch_add(1, std::memory_order_relaxed);
-  }
+  if (change_state(key, ::getpid(), kThere)) header().num_blocks.fetch_add(1);
 }
 
 void KeptBlocks::discard(int64_t key) {
-  Entry* const bad = entry(key);
-  int32_t state = kThere;
-  if (bad != nullptr &&
-      bad->state.compare_exchange_strong(state, kBad, std::memory_order_relaxed)) {
-    header().num_blocks.fetch_sub(1, std::memory_order_relaxed);
-  }
+  if (change_state(key, kThere, kBad)) header().num_blocks.fetch_sub(1);
 }
 
-void KeptBlocks::give_up(int64_t key) {
-  Entry* const failed = entry(key);
-  int32_t state = ::getpid();
-  if (failed != nullptr) {
-    failed->state.compare_exchange_strong(state, kEmpty, std::memory_order_release);
-  }
+void KeptBlocks::give_up(int64_t key) { change_state(key, ::getpid(), kEmpty); }
+
+bool KeptBlocks::change_state(int64_t key, int32_t from, int32_t to) {
+  Entry* const found = entry(key);
+  return found != nullptr &&
+         found->state.compare_exchange_strong(from, to, std::memory_order_release);
 }
 
 int64_t KeptBlocks::used_bytes() const {

@@ -12,9 +12,8 @@ namespace imseq {
 class KeptBlocks {
  public:
   KeptBlocks() = default;  // keeps nothing
-  // The memory is page-aligned, owned by the caller, and the same for all processes, as is
-  // num_keys. Nothing more is kept while the machine has less than floor_bytes available; 0: no
-  // such limit.
+  // The memory is page-aligned, the caller's, and the same for all processes, as is num_keys.
+  // Nothing more is kept while the machine has less than floor_bytes available.
   KeptBlocks(uint8_t* memory, int64_t memory_bytes, int64_t num_keys, int64_t floor_bytes);
 
   // The size of the table: whole pages, of which only used ones are touched.
@@ -30,8 +29,7 @@ class KeptBlocks {
   void publish(int64_t key, const uint8_t* bytes, int64_t size_bytes);
   // Reading failed. The next to claim the key gets the same room.
   void give_up(int64_t key);
-  // The block is damaged: it will not be found again. Nor is it replaced, as others may still read
-  // it.
+  // The block is damaged: it will not be found again, nor replaced, as others may still read it.
   void discard(int64_t key);
 
   int64_t used_bytes() const;
@@ -52,6 +50,7 @@ class KeptBlocks {
   bool room_of(const Entry& entry, Room* room) const;
   bool take_room(int64_t size_bytes, Room* room);
   bool is_memory_short() const;
+  bool change_state(int64_t key, int32_t from, int32_t to);
 
   uint8_t* memory_ = nullptr;
   uint8_t* arena_ = nullptr;

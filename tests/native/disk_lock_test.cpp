@@ -1,5 +1,7 @@
 // DiskLock between real processes: one at a time, in turns, and what happens when one is killed or
 // stopped while it has the disk.
+#include "read/disk_lock.h"
+
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/file.h>
@@ -23,7 +25,6 @@
 #include "check.h"
 #include "cpu/memory.h"
 #include "processes.h"
-#include "read/disk_turns.h"
 
 namespace {
 
