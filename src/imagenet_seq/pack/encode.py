@@ -135,9 +135,9 @@ def _pixels_are_equal(first: memoryview, second: bytes) -> bool:
         return False
 
 
-def keep_damaged(refused: Refused) -> Encoded | Refused:
-    """Return how a sample is stored that is no image (on_error="keep")."""
+def keep_damaged(refused: Refused) -> Encoded | None:
+    """Return how a sample is stored that is no image (on_error="keep"); None: it has no bytes."""
     if refused.data is None:
-        return refused
+        return None
     crc = native.crc32c(refused.data)
     return Encoded(memoryview(refused.data), -1, -1, crc, pack_format.FLAG_DAMAGED)

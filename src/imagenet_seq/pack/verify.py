@@ -21,6 +21,7 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.machine import available_cores
 from imagenet_seq.pack.selection import Selection
+from imagenet_seq.pack.shards import around_image
 from imagenet_seq.pack.shrink import Shrink, smaller_copy
 from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.recognise import open_source
@@ -414,16 +415,10 @@ class _ShardCheck:
     def _parts(self, sample: int) -> list[tuple[str, bytes, int]]:
         """Return (what, content, length) of a sample's parts; an image's content is empty."""
         row, name = self.pack.rows[sample], self.pack.names[sample]
-        length = int(row["length"])
-        canonical = bool(row["flags"] & pack_format.FLAG_CANONICAL)
-        label = pack_format.label_content(int(row["label"]))
-        headers = (
-            pack_format.member_header(self.members.image(name, canonical), length),
-            pack_format.member_header(self.members.label(name), len(label)),
-        )
-        behind = pack_format.padding(length) + headers[1] + label + pack_format.padding(len(label))
+        label, length, flags = (int(row[key]) for key in ("label", "length", "flags"))
+        header, behind = around_image(self.members, name, label, length, flags)
         return [
-            ("tar header of the image", headers[0], len(headers[0])),
+            ("tar header of the image", header, len(header)),
             ("image", b"", length),
             ("padding and label", behind, len(behind)),
         ]
