@@ -351,8 +351,8 @@ def _pack_one(inputs: Inputs | LargeFiles, task: Task, options: RunOptions) -> S
             inputs = deal_while_indexing(inputs, task, options)
         plan = PackPlan.make(inputs, task, options)
         agreed = agree_on_plan(partial, plan, options)
-        if plan.forecast and plan.settings.shrink and options.progress:
-            text = plan.forecast.text(plan.settings.shrink, plan.source_bytes)
+        if plan.forecast and plan.inputs.settings.shrink and options.progress:
+            text = plan.forecast.text(plan.inputs.settings.shrink, plan.source_bytes)
             tqdm.write(f"{destination}: {text}", file=sys.stderr)
         kind = LmdbPacker if task.form.is_lmdb else Packer
         packer = kind(partial, agreed, plan.image_bytes, options)
@@ -382,8 +382,10 @@ def _finished_before(inputs: Inputs | LargeFiles, task: Task, options: RunOption
         about = pack_format.read_pack(destination).about
         differences = settings_differences(about["settings"], opened.settings_record)
         same = not differences and about["source"] == opened.record
-        if plan.tables is not None:
-            same = same and about["huffman_tables"] == pack_format.describe_tables(plan.tables)
+        if plan.sharding.tables is not None:
+            same = same and about["huffman_tables"] == pack_format.describe_tables(
+                plan.sharding.tables
+            )
         if same:
             summary = summary_of(destination)
     if summary is None:
