@@ -9,7 +9,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +43,11 @@ class LargeFiles:
         selection: of the source's samples.
         options: of the run.
         on_error: what to do with samples that can't be indexed.
+
+    Attributes:
+        path: the first of the files.
+        settings_record: the member `settings` of pack.json.
+        is_whole: whether all samples are packed; only an index tells the samples of a subset.
     """
 
     def __init__(
@@ -55,26 +59,14 @@ class LargeFiles:
         on_error: OnError,
     ) -> None:
         self.settings = settings
+        self.settings_record = {**settings.describe(), **selection.describe()}
         self.selection = selection
+        self.is_whole = selection == Selection()
         self.paths = list(found.files)
+        self.path = self.paths[0]
         self._found = found
         self._options = options
         self._on_error = on_error
-
-    @property
-    def path(self) -> str:
-        """The first of the files."""
-        return self.paths[0]
-
-    @property
-    def settings_record(self) -> dict[str, Any]:
-        """The member `settings` of pack.json."""
-        return {**self.settings.describe(), **self.selection.describe()}
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all samples are packed; only an index tells the samples of a subset."""
-        return self.selection == Selection()
 
     @functools.cached_property
     def num_bytes(self) -> int:
@@ -115,14 +107,11 @@ class _FileInputs(EncodedInputs):
         super().__init__(source, files.settings, files.selection)
         if files.is_whole:
             self.some_images = files.some_images
+            self._file_bytes = files.num_bytes
+        self.path = files.path  # known without an index
         self._files = files
         self._log = log
         self._mean_bytes = files.num_bytes // max(1, len(source.index))
-
-    @property
-    def path(self) -> str:
-        """The first of the files, which is known without an index."""
-        return self._files.path
 
     @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -137,12 +126,6 @@ class _FileInputs(EncodedInputs):
         """Size and time of all files together."""
         size, mtime_ns = self._files.num_bytes, self._files.mtime_ns
         return Stamps(np.full(len(self.index), size), np.full(len(self.index), mtime_ns))
-
-    @functools.cached_property
-    def record(self) -> dict[str, Any]:
-        """The member `source` of pack.json."""
-        record = self._record(self.lengths)
-        return {**record, "file_bytes": self._files.num_bytes} if self._files.is_whole else record
 
 
 class _RangeInputs(_FileInputs):
