@@ -26,11 +26,7 @@ _OURS_IN_PACK = re.compile(
 
 @contextlib.contextmanager
 def claim_destination(partial: str) -> Iterator[None]:
-    """Make the folder and hold its lock, which the kernel releases when the process ends.
-
-    Raises:
-        PackError: where another process holds the lock, or where packing did not make the folder.
-    """
+    """Make the folder and hold its lock, which the kernel releases when the process ends."""
     _refuse_files_of_others(partial)
     os.makedirs(partial, exist_ok=True)
     path = os.path.join(partial, _LOCK_FILE)

@@ -14,8 +14,6 @@ from imagenet_seq.sources.formats.pack import Encoded
 
 Tables = Literal["pack", "image"]
 
-DEFAULT_SHARD_BYTES = 10**9
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,7 +34,7 @@ class Settings:
     strip: bool = False
     restart_interval: int = 8
     tables: Tables = "pack"
-    shard_bytes: int = DEFAULT_SHARD_BYTES
+    shard_bytes: int = 10**9
     seed: int = 0
     shrink: Shrink | None = None
 

@@ -25,7 +25,6 @@ from imagenet_seq.pack.task import RunOptions
 from imagenet_seq.sources.place import Found, Opening, Visit
 
 _READ_BYTES = 8 << 20
-
 _GAP_BYTES = 1 << 20
 """A gap between two samples is read with them up to this size: a hard disk reads it in the time of
 half a seek."""
@@ -37,12 +36,7 @@ _BLOCK_SAMPLES = 16
 class LargeFiles:
     """Files that may have to be read in full to index them; `open` gives the inputs.
 
-    Args:
-        found: the source.
-        settings: what the pack is to be like.
-        selection: of the source's samples.
-        options: of the run.
-        on_error: what to do with samples that can't be indexed.
+    `on_error` says what to do with samples that can't be indexed.
 
     Attributes:
         path: the first of the files.
@@ -198,9 +192,7 @@ class _BlockInputs(_FileInputs):
 class RangeReader:
     """Reads samples that are byte ranges of files: many in file order, in pieces of several MB.
 
-    Args:
-        index: their files, offsets and lengths; length -1: up to the end of the file.
-        log: of requests.
+    A length of -1 means up to the end of the file.
     """
 
     def __init__(self, index: Index, log: IoLog) -> None:

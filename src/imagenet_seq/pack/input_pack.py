@@ -28,13 +28,7 @@ class PackInputs(Inputs):
     The latter also decide where shards end and what tar members are called. With them, the new pack
     is as if the original images were packed with the new seed.
 
-    Args:
-        found: the pack.
-        seed: of the new order; None: one more than the pack's.
-        log: of requests.
-
-    Raises:
-        DataError: where the pack is damaged.
+    A seed of None means one more than the pack's.
     """
 
     def __init__(self, found: Found, seed: int | None, log: IoLog) -> None:
@@ -46,9 +40,8 @@ class PackInputs(Inputs):
         self.settings, self.settings_record = _other_order(self._pack, seed)
         self.tables = self._pack.tables
         self.split = opened.split
-        failures = []
-        if self._pack.about["counts"]["failures"]:
-            failures = pack_format.read_failures(path)
+        has_failures = self._pack.about["counts"]["failures"]
+        failures = pack_format.read_failures(path) if has_failures else []
         left_out = [failure["name"] for failure in failures if not failure["kept"]]
         self.index = _with_left_out(opened.index, left_out)
         self.path = path

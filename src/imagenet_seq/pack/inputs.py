@@ -96,13 +96,7 @@ def known_bytes(sizes: npt.NDArray[np.int64]) -> int:
 
 
 class EncodedInputs(Inputs):
-    """What inputs share whose images are encoded anew: a selection of a source, and settings.
-
-    Args:
-        source: any source but a pack.
-        settings: what the pack is to be like.
-        selection: of the source's samples.
-    """
+    """What inputs share whose images are encoded anew: a selection of any source but a pack."""
 
     def __init__(self, source: Source, settings: Settings, selection: Selection) -> None:
         if source.kind == "pack":
@@ -165,14 +159,7 @@ def storable(data: bytes) -> bytes | Refused:
 
 
 class FolderInputs(EncodedInputs):
-    """Images in one file each.
-
-    Args:
-        source: folders of images.
-        settings: what the pack is to be like.
-        selection: of the source's samples.
-        options: of the run.
-    """
+    """Images in one file each."""
 
     def __init__(
         self, source: Source, settings: Settings, selection: Selection, options: RunOptions

@@ -44,11 +44,7 @@ class LmdbWriter:
         with LmdbWriter("ILSVRC-train.lmdb") as file:
             file.append(b"00000000", tensorpack_value(jpeg, label))
 
-    Args:
-        path: the file; an existing one is overwritten.
-
-    Raises:
-        OSError: where it can't be written.
+    An existing file is overwritten.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -72,13 +68,9 @@ class LmdbWriter:
     def append(self, key: bytes, parts: Sequence[bytes | memoryview]) -> int:
         """Append a value and return the offset in the file at which it begins.
 
-        Args:
-            key: 1 to 511 bytes, greater than the one before.
-            parts: the pieces of the value, written without joining them in memory.
-
         Raises:
-            ValueError: where the key is not greater, or has another size, or the value has 4 GiB.
-            OSError: where the file can't be written.
+            ValueError: where the key is not greater than the one before, or has not 1 to 511 bytes,
+                or the value has 4 GiB.
         """
         if not 1 <= len(key) <= _MAX_KEY_BYTES:
             raise ValueError(f"expected a key of 1 to {_MAX_KEY_BYTES} bytes, got {len(key)}")
@@ -100,11 +92,7 @@ class LmdbWriter:
         return self._leaf.number * _PAGE_BYTES + node + NODE.size + len(key)
 
     def close(self) -> None:
-        """Write the tree and the meta pages, and wait until everything is on the disk.
-
-        Raises:
-            OSError: where that fails.
-        """
+        """Write the tree and the meta pages, and wait until everything is on the disk."""
         with self._file:
             self._end_leaf()
             root, depth, num_branch_pages = self._write_tree()
@@ -272,13 +260,10 @@ def tensorpack_value(
 ) -> list[bytes | memoryview]:
     """Return a value of tensorpack's LMDBSerializer, [uint8 array, label], in parts.
 
-    Args:
-        jpeg: the image; returned as one of the parts, not copied.
-        label: its class, 0 to 2**31 - 1.
-        serializer: one of tensorpack's.
+    The image is one of the parts, not copied.
 
     Raises:
-        ValueError: where the label is out of range, or the image has 2 GiB.
+        ValueError: where the label or the image's size is not below 2**31.
     """
     size = memoryview(jpeg).nbytes
     for name, value in ("a label", label), ("an image's size", size):

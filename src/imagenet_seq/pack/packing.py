@@ -236,22 +236,17 @@ def _pack_all(
     tasks = _tasks(source, destination, splits, format)
     if format == "pack":
         _refuse_overlap([source], tasks)
-    done = {
-        task.key: _finished_lmdb(task)
-        for task in tasks
-        if task.form.is_lmdb and os.path.lexists(task.destination)
-    }
-    tasks = [task for task in tasks if task.key not in done]
+    done = [task for task in tasks if task.form.is_lmdb and os.path.lexists(task.destination)]
+    summaries = {task.key: _finished_lmdb(task) for task in done}
+    tasks = [task for task in tasks if task.key not in summaries]
     with IoLog(None if io_log is None else os.fspath(io_log)) as log:
         # All inputs are checked before the first pack, which may take hours.
         runs = [options._replace(log=log, title=task.title) for task in tasks]
         inputs = [prepare(*run) for run in zip(tasks, runs, strict=True)]
         _refuse_overlap([each.path for each in inputs], tasks)
-        made = {
-            task.key: _pack_one(each, task, run)
-            for each, task, run in zip(inputs, tasks, runs, strict=True)
-        }
-    return {**done, **made}
+        for each, task, run in zip(inputs, tasks, runs, strict=True):
+            summaries[task.key] = _pack_one(each, task, run)
+    return summaries
 
 
 def _tasks(

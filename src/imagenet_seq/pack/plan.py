@@ -195,11 +195,7 @@ def shard_of_hash(hashes: npt.NDArray[np.uint64], num_shards: int) -> npt.NDArra
 
 
 def agree_on_plan(partial: str, plan: PackPlan, options: RunOptions) -> PackPlan:
-    """Return the plan with the Huffman tables and the sharding of the run that is continued.
-
-    Raises:
-        PackError: naming each difference to that run.
-    """
+    """Return the plan with the Huffman tables and the sharding of the run that is continued."""
 
     def check_space(sharding: Sharding) -> None:
         tar_bytes = _TAR_BYTES * len(plan.inputs.index)
@@ -220,15 +216,11 @@ def agree_on_sharding(
 ) -> Sharding:
     """Begin a run that is described by `now`, or continue an interrupted one as it was begun.
 
-    Args:
-        partial: the folder that the pack is made in.
-        now: settings and source of this run.
-        sharding: of this run; the tables are still missing.
-        check_space: refuses a disk with too little room.
-        choose_tables: fits Huffman tables; called when a run begins.
+    `sharding` has no tables yet; `choose_tables` fits them when a run begins. `check_space` refuses
+    a disk with too little room.
 
     Raises:
-        PackError: where the interrupted run had other settings or another source.
+        PackError: naming each difference to the interrupted run.
     """
     path = os.path.join(partial, pack_format.SETTINGS_FILE)
     try:
@@ -258,14 +250,14 @@ def agree_on_sharding(
             f"{sharding.num_shards} shards, {before['num_shards']} before: delete that folder and "
             "run again"
         )
-    # The number of scratch files follows from the memory allowed; the pack does not depend on it.
-    sharding = sharding._replace(shards_per_bucket=before["shards_per_bucket"])
     try:
-        sharding = sharding._replace(tables=pack_format.parse_tables(before["huffman_tables"]))
+        tables = pack_format.parse_tables(before["huffman_tables"])
     except (KeyError, ValueError) as error:
         raise PackError(
             f"{path}: 'huffman_tables': {error}: delete the folder {partial} to begin again"
         ) from error
+    # The number of scratch files follows from the memory allowed; the pack does not depend on it.
+    sharding = Sharding(sharding.num_shards, before["shards_per_bucket"], tables)
     check_space(sharding)
     if not was_indexed:
         _write_settings(path, now, sharding)
@@ -326,11 +318,7 @@ def require_space(
 
 
 def _choose_tables(partial: str, plan: PackPlan, options: RunOptions) -> bytes | None:
-    """Fit Huffman tables to some of the images, unless they are given or not needed.
-
-    Raises:
-        PackError: where so many images cannot be read that the disk must be dying.
-    """
+    """Fit Huffman tables to some of the images, unless they are given or not needed."""
     if plan.inputs.tables or not needs_tables(plan.inputs.settings):
         return plan.inputs.tables
     if found := plan.inputs.some_images[:TABLES_SAMPLES]:
@@ -366,10 +354,8 @@ def fit_tables(
 
     options.log.begin_pass("choose tables")
     counts = np.zeros((4, 256), np.uint64)
-    with (
-        ThreadPoolExecutor(options.num_workers) as threads,
-        options.bar("choose tables", num_images) as bar,
-    ):
+    bar = options.bar("choose tables", num_images)
+    with ThreadPoolExecutor(options.num_workers) as threads, bar:
         for more in map_ahead(threads, count, images, 2 * options.num_workers):
             if more is not None:
                 counts += more

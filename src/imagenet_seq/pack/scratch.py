@@ -95,7 +95,8 @@ class Buckets:
         offset = self._ends.get(bucket, 0) + len(buffer)
         self._buffered_bytes += len(encoded.data)
         buffer += encoded.data
-        row = (sample, offset, len(encoded.data), bucket, *encoded[1:], 0)
+        data, width, height, crc, flags = encoded
+        row = (sample, offset, len(data), bucket, width, height, crc, flags, 0)
         self._pending.setdefault(bucket, []).append((*row, source_length, source_mtime_ns))
         if self._buffered_bytes >= self.memory_bytes or len(buffer) >= _MAX_BUFFER_BYTES:
             self._flush(self._fullest())

@@ -71,9 +71,7 @@ class Summary:
 def summary_of(folder: str) -> Summary:
     """Return the summary of the finished pack in `folder`."""
     about = pack_format.read_pack(folder).about
-    failures = []
-    if about["counts"]["failures"]:
-        failures = [Failure(**failure) for failure in pack_format.read_failures(folder)]
+    failures = pack_format.read_failures(folder) if about["counts"]["failures"] else []
     return Summary(
         folder,
         about["num_samples"],
@@ -82,7 +80,7 @@ def summary_of(folder: str) -> Summary:
         about["counts"]["canonical"],
         about["counts"]["shrunk"],
         about["num_samples"] - about["counts"]["canonical"],
-        tuple(failures),
+        tuple(Failure(**failure) for failure in failures),
     )
 
 
@@ -150,13 +148,9 @@ def take_over(
 
 
 class Packer:
-    """Deals samples to scratch files, then makes a pack of them, in a claimed folder.
+    """Deals samples to scratch files, then makes a pack of them, in the claimed folder `partial`.
 
-    Args:
-        partial: the folder.
-        plan: which sample goes where.
-        image_bytes: estimate of what the images will take.
-        options: of the run.
+    `image_bytes` is an estimate of what the images will take.
     """
 
     def __init__(self, partial: str, plan: PackPlan, image_bytes: int, options: RunOptions) -> None:
@@ -222,11 +216,7 @@ class Packer:
     # ---- deal
 
     def deal(self) -> None:
-        """Read, encode and deal all samples that are missing.
-
-        Raises:
-            PackError: where samples fail and `on_error` says to stop.
-        """
+        """Read, encode and deal all samples that are missing."""
         missing = np.ones(len(self._inputs.index), np.bool_)
         missing[self._journal.rows()["sample"]] = False
         for shard in self._finished:
@@ -236,10 +226,8 @@ class Packer:
         samples = np.flatnonzero(missing)
         self._options.log.begin_pass("deal")
         done = len(missing) - len(samples)
-        with (
-            ThreadPoolExecutor(self._options.num_workers) as threads,
-            self._options.bar("read and encode", len(missing), done) as bar,
-        ):
+        bar = self._options.bar("read and encode", len(missing), done)
+        with ThreadPoolExecutor(self._options.num_workers) as threads, bar:
             try:
                 runs = self._read_runs(samples)  # in this thread, in this order
                 ahead = 2 * self._options.num_workers + RUNS_AHEAD
@@ -308,10 +296,8 @@ class Packer:
         if on_error == "fail":
             how += ", or --on-error keep to store their bytes as they are"
         if on_error is None:
-            how = (
-                "The pack is damaged: bring these shards back from a copy, or pack the original "
-                "images with the new seed instead"
-            )
+            how = "The pack is damaged: bring these shards back from a copy, or pack the original "
+            how += "images with the new seed instead"
         raise PackError(
             f"{len(stopping)} of {len(self._inputs.index)} images cannot be packed:\n"
             + list_failures(stopping)

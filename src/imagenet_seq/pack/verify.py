@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -285,11 +286,7 @@ class _Reference:
 
 
 def _shrink_of(pack: pack_format.Pack) -> Shrink | None:
-    """Return how the pack's smaller copies were made; None where it has none.
-
-    Raises:
-        ValueError: where the versions installed here may make other copies.
-    """
+    """Return how the pack's smaller copies were made; None where it has none."""
     settings, where = pack.about["settings"], os.path.join(pack.folder, pack_format.PACK_FILE)
     if settings.get("max_side") is None:
         return None
@@ -339,13 +336,10 @@ class _ShardCheck:
         problems: list[str] = []
         try:
             with open(path, "rb", buffering=_READ_BYTES) as file:
-                for problem in self._problems(shard, path, file):
+                for problem in itertools.islice(self._problems(shard, path, file), _MAX_PROBLEMS):
                     problems.append(problem)
-                    if len(problems) >= _MAX_PROBLEMS:
-                        problems.append(
-                            f"{path}: {_MAX_PROBLEMS} problems; the rest is not checked"
-                        )
-                        break
+            if len(problems) >= _MAX_PROBLEMS:
+                problems.append(f"{path}: {_MAX_PROBLEMS} problems; the rest is not checked")
         except OSError as error:
             problems.append(f"{path}: {error.strerror or error}")
         return problems
