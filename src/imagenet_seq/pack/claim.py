@@ -8,18 +8,16 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from imagenet_seq.errors import PackError
 from imagenet_seq.sources.formats.pack import SETTINGS_FILE
 from imagenet_seq.text import format_bytes
 
-JOURNAL_FILE, PACK_FOLDER, LMDB_FILE = "dealt", "pack", "lmdb"
+JOURNAL_FILE, PACK_FOLDER, LMDB_FILE, _LOCK_FILE = "dealt", "pack", "lmdb", "lock"
 
-_LOCK_FILE = "lock"
-
-_OURS = re.compile(r"(dealt|lmdb|(deal|split|rows)-\d{6,}|settings\.json)(\.tmp)?")
-"""What packing writes into DESTINATION.partial, beside the lock and the folder `pack`."""
+_OURS = re.compile(r"(dealt|lmdb|(deal|split|rows)-\d{6,})(\.tmp)?|settings\.json\.tmp")
+"""What packing writes into DESTINATION.partial, beside settings, lock and the folder `pack`."""
 
 _OURS_IN_PACK = re.compile(
     r"(shard-\d{6,}\.tar|(index|names|names_begin)\.npy|(pack|failures)\.json)(\.tmp)?"
@@ -28,11 +26,7 @@ _OURS_IN_PACK = re.compile(
 
 @contextlib.contextmanager
 def claim_destination(partial: str) -> Iterator[None]:
-    """Make the folder and hold its lock, which the kernel releases when the process ends.
-
-    Raises:
-        PackError: where another process holds the lock, or where packing did not make the folder.
-    """
+    """Make the folder and hold its lock, which the kernel releases when the process ends."""
     _refuse_files_of_others(partial)
     os.makedirs(partial, exist_ok=True)
     path = os.path.join(partial, _LOCK_FILE)
@@ -61,14 +55,11 @@ def _refuse_files_of_others(partial: str) -> None:
 
     A folder that packing made has its lock first and loses it last.
     """
-    if not os.path.lexists(partial):
-        return
-    ours = False
-    if os.path.isdir(partial) and not os.path.islink(partial):
-        names = os.listdir(partial)
-        lock = os.path.join(partial, _LOCK_FILE)
-        ours = not names or (os.path.isfile(lock) and not os.path.islink(lock))
-    if not ours:
+    lock = os.path.join(partial, _LOCK_FILE)
+    is_folder = os.path.isdir(partial) and not os.path.islink(partial)
+    has_lock = os.path.isfile(lock) and not os.path.islink(lock)
+    ours = is_folder and (has_lock or not os.listdir(partial))
+    if os.path.lexists(partial) and not ours:
         raise PackError(
             f"{partial}: exists and was not made by imagenet-seq pack: move it, or name another "
             "destination"
@@ -92,22 +83,16 @@ def delete_scrap(partial: str) -> None:
     """
     pack_folder = os.path.join(partial, PACK_FOLDER)
     if os.path.isdir(pack_folder):
-        _delete_matching(pack_folder, _OURS_IN_PACK)
-        _remove_empty(pack_folder)
-    _delete_matching(partial, _OURS, keep=SETTINGS_FILE)
-    for name in (SETTINGS_FILE, _LOCK_FILE):
+        _delete_in(pack_folder, filter(_OURS_IN_PACK.fullmatch, os.listdir(pack_folder)))
+    ours = filter(_OURS.fullmatch, os.listdir(partial))
+    _delete_in(partial, [*ours, SETTINGS_FILE, _LOCK_FILE])
+
+
+def _delete_in(folder: str, names: Iterable[str]) -> None:
+    """Delete files of a folder, and the folder if nothing else is in it."""
+    for name in names:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(partial, name))
-    _remove_empty(partial)
-
-
-def _delete_matching(folder: str, pattern: re.Pattern[str], keep: str = "") -> None:
-    for name in os.listdir(folder):
-        if pattern.fullmatch(name) and name != keep:
             os.unlink(os.path.join(folder, name))
-
-
-def _remove_empty(folder: str) -> None:
     try:
         os.rmdir(folder)
     except OSError as error:

@@ -14,8 +14,6 @@ from imagenet_seq.sources.formats.pack import Encoded
 
 Tables = Literal["pack", "image"]
 
-DEFAULT_SHARD_BYTES = 10**9
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,7 +34,7 @@ class Settings:
     strip: bool = False
     restart_interval: int = 8
     tables: Tables = "pack"
-    shard_bytes: int = DEFAULT_SHARD_BYTES
+    shard_bytes: int = 10**9
     seed: int = 0
     shrink: Shrink | None = None
 
@@ -135,9 +133,9 @@ def _pixels_are_equal(first: memoryview, second: bytes) -> bool:
         return False
 
 
-def keep_damaged(refused: Refused) -> Encoded | Refused:
-    """Return how a sample is stored that is no image (on_error="keep")."""
+def keep_damaged(refused: Refused) -> Encoded | None:
+    """Return how a sample is stored that is no image (on_error="keep"); None: it has no bytes."""
     if refused.data is None:
-        return refused
+        return None
     crc = native.crc32c(refused.data)
     return Encoded(memoryview(refused.data), -1, -1, crc, pack_format.FLAG_DAMAGED)

@@ -12,10 +12,7 @@ from imagenet_seq.pack.io_log import NO_LOG, IoLog
 class ShardFile:
     """A file written in large pieces and synced at the end.
 
-    Args:
-        path: the file.
-        expected_bytes: approximate size; that much is reserved on the disk while it is written.
-        log: of requests.
+    `expected_bytes`, its approximate size, are reserved on the disk while it is written.
 
     Attributes:
         size: bytes written so far.
@@ -62,11 +59,7 @@ class ShardFile:
 
 
 def reserve(file: io.FileIO, path: str, size: int, log: IoLog) -> None:
-    """Reserve room on the disk, so that a file lies in one piece; its size stays as it is.
-
-    Raises:
-        OSError: where there is no such room.
-    """
+    """Reserve room on the disk, so that a file lies in one piece; its size stays as it is."""
     if size:
         native.preallocate(file.fileno(), size)
     log.note("reserve", path, 0, size)

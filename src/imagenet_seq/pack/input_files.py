@@ -9,7 +9,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,6 @@ from imagenet_seq.pack.task import RunOptions
 from imagenet_seq.sources.place import Found, Opening, Visit
 
 _READ_BYTES = 8 << 20
-
 _GAP_BYTES = 1 << 20
 """A gap between two samples is read with them up to this size: a hard disk reads it in the time of
 half a seek."""
@@ -38,12 +36,12 @@ _BLOCK_SAMPLES = 16
 class LargeFiles:
     """Files that may have to be read in full to index them; `open` gives the inputs.
 
-    Args:
-        found: the source.
-        settings: what the pack is to be like.
-        selection: of the source's samples.
-        options: of the run.
-        on_error: what to do with samples that can't be indexed.
+    `on_error` says what to do with samples that can't be indexed.
+
+    Attributes:
+        path: the first of the files.
+        settings_record: the member `settings` of pack.json.
+        is_whole: whether all samples are packed; only an index tells the samples of a subset.
     """
 
     def __init__(
@@ -55,26 +53,14 @@ class LargeFiles:
         on_error: OnError,
     ) -> None:
         self.settings = settings
+        self.settings_record = {**settings.describe(), **selection.describe()}
         self.selection = selection
+        self.is_whole = selection == Selection()
         self.paths = list(found.files)
+        self.path = self.paths[0]
         self._found = found
         self._options = options
         self._on_error = on_error
-
-    @property
-    def path(self) -> str:
-        """The first of the files."""
-        return self.paths[0]
-
-    @property
-    def settings_record(self) -> dict[str, Any]:
-        """The member `settings` of pack.json."""
-        return {**self.settings.describe(), **self.selection.describe()}
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all samples are packed; only an index tells the samples of a subset."""
-        return self.selection == Selection()
 
     @functools.cached_property
     def num_bytes(self) -> int:
@@ -115,14 +101,11 @@ class _FileInputs(EncodedInputs):
         super().__init__(source, files.settings, files.selection)
         if files.is_whole:
             self.some_images = files.some_images
+            self._file_bytes = files.num_bytes
+        self.path = files.path  # known without an index
         self._files = files
         self._log = log
         self._mean_bytes = files.num_bytes // max(1, len(source.index))
-
-    @property
-    def path(self) -> str:
-        """The first of the files, which is known without an index."""
-        return self._files.path
 
     @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -137,12 +120,6 @@ class _FileInputs(EncodedInputs):
         """Size and time of all files together."""
         size, mtime_ns = self._files.num_bytes, self._files.mtime_ns
         return Stamps(np.full(len(self.index), size), np.full(len(self.index), mtime_ns))
-
-    @functools.cached_property
-    def record(self) -> dict[str, Any]:
-        """The member `source` of pack.json."""
-        record = self._record(self.lengths)
-        return {**record, "file_bytes": self._files.num_bytes} if self._files.is_whole else record
 
 
 class _RangeInputs(_FileInputs):
@@ -215,9 +192,7 @@ class _BlockInputs(_FileInputs):
 class RangeReader:
     """Reads samples that are byte ranges of files: many in file order, in pieces of several MB.
 
-    Args:
-        index: their files, offsets and lengths; length -1: up to the end of the file.
-        log: of requests.
+    A length of -1 means up to the end of the file.
     """
 
     def __init__(self, index: Index, log: IoLog) -> None:

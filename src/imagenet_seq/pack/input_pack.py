@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,26 +15,20 @@ from imagenet_seq.errors import DataError
 from imagenet_seq.index.columns import Index, Names
 from imagenet_seq.pack.encode import Refused, Settings
 from imagenet_seq.pack.input_files import RangeReader
-from imagenet_seq.pack.inputs import Image, Stamps
+from imagenet_seq.pack.inputs import Image, Inputs, Stamps
 from imagenet_seq.pack.io_log import IoLog
 from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.formats.pack import Encoded
 from imagenet_seq.sources.place import Found, Opening
 
 
-class PackInputs:
+class PackInputs(Inputs):
     """The samples of a pack, and behind them those that were left out of it.
 
     The latter also decide where shards end and what tar members are called. With them, the new pack
     is as if the original images were packed with the new seed.
 
-    Args:
-        found: the pack.
-        seed: of the new order; None: one more than the pack's.
-        log: of requests.
-
-    Raises:
-        DataError: where the pack is damaged.
+    A seed of None means one more than the pack's.
     """
 
     def __init__(self, found: Found, seed: int | None, log: IoLog) -> None:
@@ -45,14 +39,13 @@ class PackInputs:
         self._pack = pack_format.read_pack(path)
         self.settings, self.settings_record = _other_order(self._pack, seed)
         self.tables = self._pack.tables
-        self.notes: tuple[str, ...] = ()
         self.split = opened.split
-        self.some_images: Sequence[bytes] = ()
-        failures = []
-        if self._pack.about["counts"]["failures"]:
-            failures = pack_format.read_failures(path)
+        has_failures = self._pack.about["counts"]["failures"]
+        failures = pack_format.read_failures(path) if has_failures else []
         left_out = [failure["name"] for failure in failures if not failure["kept"]]
         self.index = _with_left_out(opened.index, left_out)
+        self.path = path
+        self.id = str(self._pack.about["index_id"])
         failure_of = {failure["name"]: failure for failure in failures}
         self.known_failures = {
             sample: failure_of[name]
@@ -62,9 +55,9 @@ class PackInputs:
         self._reader = RangeReader(opened.index, log)
 
     @property
-    def path(self) -> str:
-        """The pack's folder."""
-        return self.index.root
+    def record(self) -> dict[str, Any]:
+        """The member `source` of pack.json: what the given pack was made of."""
+        return dict(self._pack.about["source"])
 
     @functools.cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -83,23 +76,9 @@ class PackInputs:
         mtimes_ns[: len(rows)] = shard_mtimes[rows["shard"]]
         return Stamps(self.lengths, mtimes_ns)
 
-    @property
-    def id(self) -> str:
-        """Digest of names, classes and places."""
-        return str(self._pack.about["index_id"])
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The member `source` of pack.json: what the given pack was made of."""
-        return dict(self._pack.about["source"])
-
     def read_all(self, samples: npt.NDArray[np.int64]) -> Iterator[Image]:
         """Read shard by shard, each of which lies in one piece on the disk."""
         return self._reader.read_all(samples)
-
-    def first(self, order: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-        """Return the first samples: all are equally cheap to read."""
-        return order[:count]
 
     def read(self, sample: int) -> bytes | Refused:
         """Return the bytes at the sample's place; `encode` checks them."""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 Operation = Literal["read", "write", "reserve", "delete"]
 
 
 class IoLog:
-    """Logs requests as lines of JSON, which docs/packing.md describes. Not thread-safe.
-
-    Args:
-        path: file to append to; None: log nothing.
-    """
+    """Appends requests to a file as JSON, which docs/packing.md describes. Not thread-safe."""
 
     def __init__(self, path: str | None = None) -> None:
         self._file: TextIO | None = None
@@ -29,9 +25,8 @@ class IoLog:
         """Log a request of `size` bytes; `place` is `address` and `inode` of a source's file."""
         if self._file is None:
             return
-        line: dict[str, Any] = {"pass": self._pass, "op": operation, "file": file}
-        line |= {"offset": offset, "bytes": size, **place}
-        self._file.write(json.dumps(line) + "\n")
+        what = {"pass": self._pass, "op": operation, "file": file}
+        self._file.write(json.dumps({**what, "offset": offset, "bytes": size, **place}) + "\n")
 
     def __enter__(self) -> IoLog:
         return self

@@ -11,51 +11,26 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from imagenet_seq.errors import PackError
-from imagenet_seq.pack.claim import LMDB_FILE, delete_scrap
-from imagenet_seq.pack.files import sync
+from imagenet_seq.pack.claim import LMDB_FILE
 from imagenet_seq.pack.plan import PackPlan
-from imagenet_seq.pack.shards import Packer, Summary, advance
+from imagenet_seq.pack.shards import Packer, Summary
 from imagenet_seq.pack.task import RunOptions
+from imagenet_seq.sources.formats import lmdb_tree
 from imagenet_seq.sources.formats import pack as pack_format
-from imagenet_seq.sources.formats.lmdb_tree import (
-    BRANCH,
-    IN_OVERFLOW,
-    KEYS,
-    LEAF,
-    MAGIC,
-    META,
-    META_HEAD,
-    META_TAIL,
-    NO_PAGE,
-    NODE,
-    OVERFLOW,
-    OVERFLOW_HEADER,
-    PAGE_HEADER,
-    TREE,
-    VERSION,
-)
+from imagenet_seq.sources.formats.lmdb_tree import NO_PAGE, NODE, PAGE_HEADER
 
 _PAGE_BYTES = 4096
-
 _MAX_KEY_BYTES = 511
-
 _MAX_VALUE_BYTES = 0xFFFFFFFF
-
 _MAX_NODE_BYTES = ((_PAGE_BYTES - PAGE_HEADER.size) // 2 & -2) - 2
 """The value of a larger node goes to overflow pages, so that a page holds at least two keys: half a
 page less the node's entry in the table, as in LMDB."""
-
-_INTEGER_KEYS = 8
-"""Flag of the free list, whose keys are numbers of transactions."""
-
-_BUFFER_BYTES = 1 << 20
 
 
 class LmdbWriter:
@@ -69,31 +44,22 @@ class LmdbWriter:
         with LmdbWriter("ILSVRC-train.lmdb") as file:
             file.append(b"00000000", tensorpack_value(jpeg, label))
 
-    Args:
-        path: the file; an existing one is overwritten.
-
-    Raises:
-        OSError: where it can't be written.
+    An existing file is overwritten.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115  (closed by close)
+        self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115  (closed by close)
         self._file.write(bytes(2 * _PAGE_BYTES))
         self._num_pages = 2
         self._num_overflow_pages = self._num_values = 0
         self._last_key = b""
-        self._leaf = _Page(LEAF)
+        self._leaf = _Page(lmdb_tree.LEAF)
         self._leaves: list[tuple[bytes, _Page]] = []  # first key, page
 
     def __enter__(self) -> LmdbWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -102,13 +68,9 @@ class LmdbWriter:
     def append(self, key: bytes, parts: Sequence[bytes | memoryview]) -> int:
         """Append a value and return the offset in the file at which it begins.
 
-        Args:
-            key: 1 to 511 bytes, greater than the one before.
-            parts: the pieces of the value, written without joining them in memory.
-
         Raises:
-            ValueError: where the key is not greater, or has another size, or the value has 4 GiB.
-            OSError: where the file can't be written.
+            ValueError: where the key is not greater than the one before, or has not 1 to 511 bytes,
+                or the value has 4 GiB.
         """
         if not 1 <= len(key) <= _MAX_KEY_BYTES:
             raise ValueError(f"expected a key of 1 to {_MAX_KEY_BYTES} bytes, got {len(key)}")
@@ -121,7 +83,7 @@ class LmdbWriter:
         self._num_values += 1
         if NODE.size + len(key) + size > _MAX_NODE_BYTES:
             first_page = self._write_overflow(parts, size)
-            self._add(key, size, IN_OVERFLOW, first_page.to_bytes(8, "little"))
+            self._add(key, size, lmdb_tree.IN_OVERFLOW, first_page.to_bytes(8, "little"))
             return first_page * _PAGE_BYTES + PAGE_HEADER.size
         node = self._add(key, size, 0, b"".join(parts))
         if self._leaf.number is None:  # reserve its page now, write it when it is full
@@ -130,19 +92,14 @@ class LmdbWriter:
         return self._leaf.number * _PAGE_BYTES + node + NODE.size + len(key)
 
     def close(self) -> None:
-        """Write the tree and the meta pages, and wait until everything is on the disk.
-
-        Raises:
-            OSError: where that fails.
-        """
+        """Write the tree and the meta pages, and wait until everything is on the disk."""
         with self._file:
             self._end_leaf()
             root, depth, num_branch_pages = self._write_tree()
             self._sync()  # meta pages come last, because they make the file valid
             tree = (0, 0, depth, num_branch_pages, len(self._leaves), self._num_overflow_pages)
-            empty = _meta_page(0, self._num_pages, (0, 0, 0, 0, 0, 0, 0, NO_PAGE))
             self._file.seek(0)
-            self._file.write(empty)
+            self._file.write(_meta_page(0, self._num_pages, (0, 0, 0, 0, 0, 0, 0, NO_PAGE)))
             self._file.write(_meta_page(1, self._num_pages, (*tree, self._num_values, root)))
             self._sync()
 
@@ -158,9 +115,8 @@ class LmdbWriter:
         num_pages = -(-(PAGE_HEADER.size + size) // _PAGE_BYTES)
         first_page = self._reserve(num_pages)
         self._num_overflow_pages += num_pages
-        self._file.write(OVERFLOW_HEADER.pack(first_page, 0, OVERFLOW, num_pages))
-        for part in parts:
-            self._file.write(part)
+        header = lmdb_tree.OVERFLOW_HEADER.pack(first_page, 0, lmdb_tree.OVERFLOW, num_pages)
+        self._file.writelines([header, *parts])
         self._file.write(bytes(-(PAGE_HEADER.size + size) % _PAGE_BYTES))
         return first_page
 
@@ -174,7 +130,7 @@ class LmdbWriter:
         return self._leaf.add(node)
 
     def _end_leaf(self) -> None:
-        leaf, self._leaf = self._leaf, _Page(LEAF)
+        leaf, self._leaf = self._leaf, _Page(lmdb_tree.LEAF)
         if leaf.number is not None:
             self._file.seek(leaf.number * _PAGE_BYTES)
             self._file.write(leaf.to_bytes())
@@ -243,7 +199,7 @@ class _Page:
         return self._places[-1] if self._places else _PAGE_BYTES
 
 
-def _branches(children: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, _Page]]:
+def _branches(children: list[tuple[bytes, int]]) -> list[tuple[bytes, _Page]]:
     """Return one level of branch pages above children, given as (first key, page number)."""
     groups: list[list[tuple[bytes, int]]] = []
     room = 0
@@ -259,27 +215,25 @@ def _branches(children: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, _Page]
     return [(group[0][0], _branch(group)) for group in groups]
 
 
-def _branch(children: Sequence[tuple[bytes, int]]) -> _Page:
-    page = _Page(BRANCH)
-    for i, (key, number) in enumerate(children):
+def _branch(children: list[tuple[bytes, int]]) -> _Page:
+    page = _Page(lmdb_tree.BRANCH)
+    for i, (first_key, number) in enumerate(children):
         # The first key is empty: all keys below the second one lead to the first child.
-        page.add(_branch_node(key if i else b"", number))
+        key = first_key if i else b""
+        page.add(NODE.pack(number & 0xFFFF, number >> 16 & 0xFFFF, number >> 32, len(key)) + key)
     return page
-
-
-def _branch_node(key: bytes, number: int) -> bytes:
-    return NODE.pack(number & 0xFFFF, number >> 16 & 0xFFFF, number >> 32, len(key)) + key
 
 
 def _meta_page(number: int, num_pages: int, tree: tuple[int, ...]) -> bytes:
     """Return a meta page, whose number is also that of its transaction."""
-    free_list = (_PAGE_BYTES, _INTEGER_KEYS, 0, 0, 0, 0, 0, NO_PAGE)
+    integer_keys = 8  # flag: the keys of the free list are numbers of transactions
+    map_bytes = num_pages * _PAGE_BYTES
     content = (
-        PAGE_HEADER.pack(number, 0, META, 0, 0)
-        + META_HEAD.pack(MAGIC, VERSION, 0, num_pages * _PAGE_BYTES)
-        + TREE.pack(*free_list)
-        + TREE.pack(*tree)
-        + META_TAIL.pack(num_pages - 1, number)
+        PAGE_HEADER.pack(number, 0, lmdb_tree.META, 0, 0)
+        + lmdb_tree.META_HEAD.pack(lmdb_tree.MAGIC, lmdb_tree.VERSION, 0, map_bytes)
+        + lmdb_tree.TREE.pack(_PAGE_BYTES, integer_keys, 0, 0, 0, 0, 0, NO_PAGE)
+        + lmdb_tree.TREE.pack(*tree)
+        + lmdb_tree.META_TAIL.pack(num_pages - 1, number)
     )
     return content.ljust(_PAGE_BYTES, b"\0")
 
@@ -306,13 +260,10 @@ def tensorpack_value(
 ) -> list[bytes | memoryview]:
     """Return a value of tensorpack's LMDBSerializer, [uint8 array, label], in parts.
 
-    Args:
-        jpeg: the image; returned as one of the parts, not copied.
-        label: its class, 0 to 2**31 - 1.
-        serializer: one of tensorpack's.
+    The image is one of the parts, not copied.
 
     Raises:
-        ValueError: where the label is out of range, or the image has 2 GiB.
+        ValueError: where the label or the image's size is not below 2**31.
     """
     size = memoryview(jpeg).nbytes
     for name, value in ("a label", label), ("an image's size", size):
@@ -321,20 +272,19 @@ def tensorpack_value(
     if serializer == "pickle":
         begin = _PICKLED_BEGIN + b"J" + struct.pack("<i", size) + _PICKLED_DTYPE
         return [begin + struct.pack("<I", size), jpeg, b"tbJ" + struct.pack("<i", label) + b"e."]
-    begin = (
-        b"\x92\x85\xc4\x02nd\xc3\xc4\x04type\xa3|u1\xc4\x04kind\xc4\x00\xc4\x05shape\x91"
-        + _msgpack_uint(size)
-        + b"\xc4\x04data"
-    )
-    return [begin + _msgpack_bin_head(size), jpeg, _msgpack_uint(label)]
+    begin = b"\x92\x85\xc4\x02nd\xc3\xc4\x04type\xa3|u1\xc4\x04kind\xc4\x00\xc4\x05shape\x91"
+    begin += _msgpack_head(size, _MSGPACK_UINT) + b"\xc4\x04data"
+    return [begin + _msgpack_head(size, _MSGPACK_BIN), jpeg, _msgpack_head(label, _MSGPACK_UINT)]
 
 
 def tensorpack_keys(num_samples: int, serializer: Serializer = "pickle") -> bytes:
     """Return the value of `KEYS`: the list of all samples' keys."""
+    kind = b"C" if serializer == "pickle" else b"\xc4"
     keys = map(tensorpack_key, range(num_samples))
+    content = b"".join(kind + bytes((len(key),)) + key for key in keys)
     if serializer == "pickle":
-        return b"\x80\x03](" + b"".join(_short_bytes(b"C", key) for key in keys) + b"e."
-    return _msgpack_array_head(num_samples) + b"".join(_short_bytes(b"\xc4", key) for key in keys)
+        return b"\x80\x03](" + content + b"e."
+    return _msgpack_head(num_samples, _MSGPACK_ARRAY) + content
 
 
 def tensorpack_key(sample: int) -> bytes:
@@ -342,28 +292,16 @@ def tensorpack_key(sample: int) -> bytes:
     return b"%08d" % sample
 
 
-def _short_bytes(kind: bytes, content: bytes) -> bytes:
-    return kind + bytes((len(content),)) + content
+_MSGPACK_UINT = [(2**7, ">B", 0), (2**8, ">BB", 0xCC), (2**16, ">BH", 0xCD), (2**32, ">BI", 0xCE)]
+_MSGPACK_BIN = [(2**8, ">BB", 0xC4), (2**16, ">BH", 0xC5), (2**32, ">BI", 0xC6)]
+_MSGPACK_ARRAY = [(16, ">B", 0x90), (2**16, ">BH", 0xDC), (2**32, ">BI", 0xDD)]
+"""For each size of number: what it is less than, its format and its type byte."""
 
 
-def _msgpack_uint(value: int) -> bytes:
-    if value < 1 << 7:
-        return struct.pack(">B", value)
-    if value < 1 << 8:
-        return struct.pack(">BB", 0xCC, value)
-    return struct.pack(">BH", 0xCD, value) if value < 1 << 16 else struct.pack(">BI", 0xCE, value)
-
-
-def _msgpack_bin_head(size: int) -> bytes:
-    if size < 1 << 8:
-        return struct.pack(">BB", 0xC4, size)
-    return struct.pack(">BH", 0xC5, size) if size < 1 << 16 else struct.pack(">BI", 0xC6, size)
-
-
-def _msgpack_array_head(size: int) -> bytes:
-    if size < 16:
-        return struct.pack(">B", 0x90 | size)
-    return struct.pack(">BH", 0xDC, size) if size < 1 << 16 else struct.pack(">BI", 0xDD, size)
+def _msgpack_head(value: int, kind: Sequence[tuple[int, str, int]]) -> bytes:
+    """Return a number, or the head of as many bytes or elements; ">B": in the type byte."""
+    form, code = next((form, code) for end, form, code in kind if value < end)
+    return struct.pack(form, code | value) if form == ">B" else struct.pack(form, code, value)
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -380,7 +318,7 @@ class LmdbPacker(Packer):
         # tensorpack reads a file as this variable says.
         named = os.environ.get("TENSORPACK_SERIALIZE")
         self._serializer: Serializer = "msgpack" if named == "msgpack" else "pickle"
-        self._num_samples = self._num_canonical = self._num_shrunk = 0
+        self._flags: list[int] = []
 
     def _keep_finished(self) -> set[int]:
         return set()
@@ -393,20 +331,21 @@ class LmdbPacker(Packer):
         path = os.path.join(self._partial, LMDB_FILE)
         with LmdbWriter(path) as self._file:
             self._finish_shards()
-            if not self._num_samples:
-                raise PackError(f"{self._plan.index.root}: no image is left to pack")
-            self._file.append(KEYS, [tensorpack_keys(self._num_samples, self._serializer)])
-        os.rename(path, destination)
-        sync(os.path.dirname(destination))
-        delete_scrap(self._partial)
+            num_samples = len(self._flags)
+            if not num_samples:
+                raise PackError(f"{self._inputs.index.root}: no image is left to pack")
+            keys = tensorpack_keys(num_samples, self._serializer)
+            self._file.append(lmdb_tree.KEYS, [keys])
+        self._publish(path, destination)
+        num_canonical = sum(bool(flags & pack_format.FLAG_CANONICAL) for flags in self._flags)
         return Summary(
             destination,
-            self._num_samples,
-            self._plan.inputs.record["bytes"],
+            num_samples,
+            self._inputs.record["bytes"],
             os.path.getsize(destination),
-            self._num_canonical,
-            self._num_shrunk,
-            self._num_samples - self._num_canonical,
+            num_canonical,
+            sum(bool(flags & pack_format.FLAG_SHRUNK) for flags in self._flags),
+            num_samples - num_canonical,
             tuple(sorted(self._failures.values(), key=lambda failure: failure.name)),
         )
 
@@ -414,14 +353,7 @@ class LmdbPacker(Packer):
         self, shard: int, scratch: memoryview, rows: npt.NDArray[np.void], bar: Any
     ) -> None:
         """Append the samples of what would be a shard."""
-        dealt = {int(row["sample"]): row for row in rows}
-        for sample in self._samples_of(shard).tolist():
-            encoded = self._take_dealt(scratch, dealt.get(sample), sample)
-            if encoded is not None:
-                key = tensorpack_key(self._num_samples)
-                label = int(self._label[sample])
-                self._file.append(key, tensorpack_value(encoded.data, label, self._serializer))
-                self._num_samples += 1
-                self._num_canonical += bool(encoded.flags & pack_format.FLAG_CANONICAL)
-                self._num_shrunk += bool(encoded.flags & pack_format.FLAG_SHRUNK)
-            advance(bar, 1, 0 if encoded is None else len(encoded.data))
+        for sample, encoded in self._take_all(shard, scratch, rows, bar):
+            value = tensorpack_value(encoded.data, int(self._label[sample]), self._serializer)
+            self._file.append(tensorpack_key(len(self._flags)), value)
+            self._flags.append(encoded.flags)

@@ -34,17 +34,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from imagenet_seq.errors import DataError, PackError
 from imagenet_seq.index.cache import OnError
 from imagenet_seq.machine import available_cores
-from imagenet_seq.pack.claim import (
-    claim_destination,
-    clear_scrap,
-    delete_scrap,
-    explain_write_errors,
-)
+from imagenet_seq.pack import claim
 from imagenet_seq.pack.encode import Settings
 from imagenet_seq.pack.input_files import LargeFiles
-from imagenet_seq.pack.input_folder import FolderInputs
 from imagenet_seq.pack.input_pack import PackInputs
-from imagenet_seq.pack.inputs import Inputs
+from imagenet_seq.pack.inputs import FolderInputs, Inputs
 from imagenet_seq.pack.io_log import IoLog
 from imagenet_seq.pack.lmdb import LmdbPacker
 from imagenet_seq.pack.plan import PackPlan, agree_on_plan, settings_differences
@@ -52,17 +46,8 @@ from imagenet_seq.pack.selection import Selection
 from imagenet_seq.pack.shards import Packer, Summary, fits_policy, summary_of
 from imagenet_seq.pack.task import Form, OnImageError, RunOptions, Task
 from imagenet_seq.pack.while_indexing import deal_while_indexing
+from imagenet_seq.sources import place
 from imagenet_seq.sources.formats import pack as pack_format
-from imagenet_seq.sources.place import (
-    SPLITS,
-    Found,
-    Opening,
-    SplitNeededError,
-    is_split,
-    split_of,
-    split_of_path,
-    splits_in,
-)
 from imagenet_seq.sources.recognise import find_source, open_source
 
 Format = Literal["pack", "lmdb"]
@@ -136,7 +121,7 @@ def pack_dataset(
     def prepare(task: Task, options: RunOptions) -> Inputs | LargeFiles:
         if task.found.files:
             return LargeFiles(task.found, wanted, selection, options, on_index_error)
-        source = task.found.open(Opening(on_index_error, progress))
+        source = task.found.open(place.Opening(on_index_error, progress))
         return FolderInputs(source, wanted, selection, options)
 
     options = RunOptions(on_error, num_workers or available_cores(), memory_bytes, progress)
@@ -251,22 +236,17 @@ def _pack_all(
     tasks = _tasks(source, destination, splits, format)
     if format == "pack":
         _refuse_overlap([source], tasks)
-    done = {
-        task.key: _finished_lmdb(task)
-        for task in tasks
-        if task.form.is_lmdb and os.path.lexists(task.destination)
-    }
-    tasks = [task for task in tasks if task.key not in done]
+    done = [task for task in tasks if task.form.is_lmdb and os.path.lexists(task.destination)]
+    summaries = {task.key: _finished_lmdb(task) for task in done}
+    tasks = [task for task in tasks if task.key not in summaries]
     with IoLog(None if io_log is None else os.fspath(io_log)) as log:
         # All inputs are checked before the first pack, which may take hours.
         runs = [options._replace(log=log, title=task.title) for task in tasks]
         inputs = [prepare(*run) for run in zip(tasks, runs, strict=True)]
         _refuse_overlap([each.path for each in inputs], tasks)
-        made = {
-            task.key: _pack_one(each, task, run)
-            for each, task, run in zip(inputs, tasks, runs, strict=True)
-        }
-    return {**done, **made}
+        for each, task, run in zip(inputs, tasks, runs, strict=True):
+            summaries[task.key] = _pack_one(each, task, run)
+    return summaries
 
 
 def _tasks(
@@ -275,7 +255,7 @@ def _tasks(
     found = _found(source, splits)
     if format == "pack":
         # A pattern such as {train,val}-*.tar names files of both splits.
-        named = split_of_path(source) if len(set(splits_in(source))) == 1 else None
+        named = place.split_of_path(source) if len(set(place.splits_in(source))) == 1 else None
         folders = {key: os.path.join(destination, key) if key else destination for key in found}
         return [Task(key, key or named, found[key], folders[key]) for key in found]
     is_file = destination.endswith(".lmdb") and not os.path.isdir(destination)
@@ -286,25 +266,25 @@ def _tasks(
         )
     tasks = []
     for key in found:
-        split = key or split_of(source) or "train"
+        split = key or place.split_of(source) or "train"
         path = destination if is_file else os.path.join(destination, f"ILSVRC-{split}.lmdb")
         tasks.append(Task(key, split, found[key], path, Form(True, split == "val")))
     return tasks
 
 
-def _found(source: str, splits: Sequence[str] | None) -> dict[str, Found]:
+def _found(source: str, splits: Sequence[str] | None) -> dict[str, place.Found]:
     """Return the source of each split that is wanted; the key is "" for a path without splits."""
-    folders = [split for split in SPLITS if os.path.isdir(os.path.join(source, split))]
-    if not splits and not any(is_split(os.path.join(source, split)) for split in folders):
+    folders = [split for split in place.SPLITS if os.path.isdir(os.path.join(source, split))]
+    if not splits and not any(place.is_split(os.path.join(source, split)) for split in folders):
         try:
             return {"": find_source(source)}
-        except SplitNeededError:
+        except place.SplitNeededError:
             pass
         except FileNotFoundError:
             if not folders:
                 raise
     found = {}
-    for split in splits or SPLITS:
+    for split in splits or place.SPLITS:
         try:
             found[split] = find_source(source, split)
         except FileNotFoundError:
@@ -340,19 +320,19 @@ def _pack_one(inputs: Inputs | LargeFiles, task: Task, options: RunOptions) -> S
     destination, partial = task.destination, task.partial
     if os.path.lexists(destination):
         summary = _finished_before(inputs, task, options)
-        clear_scrap(partial)
+        claim.clear_scrap(partial)
         return summary
-    with explain_write_errors(partial), claim_destination(partial), _quiet_pillow():
+    with claim.explain_write_errors(partial), claim.claim_destination(partial), _quiet_pillow():
         if os.path.lexists(destination):  # another process finished it just before we got the lock
             summary = _finished_before(inputs, task, options)
-            delete_scrap(partial)
+            claim.delete_scrap(partial)
             return summary
         if isinstance(inputs, LargeFiles):
             inputs = deal_while_indexing(inputs, task, options)
         plan = PackPlan.make(inputs, task, options)
         agreed = agree_on_plan(partial, plan, options)
-        if plan.forecast and plan.settings.shrink and options.progress:
-            text = plan.forecast.text(plan.settings.shrink, plan.source_bytes)
+        if plan.forecast and plan.inputs.settings.shrink and options.progress:
+            text = plan.forecast.text(plan.inputs.settings.shrink, plan.source_bytes)
             tqdm.write(f"{destination}: {text}", file=sys.stderr)
         kind = LmdbPacker if task.form.is_lmdb else Packer
         packer = kind(partial, agreed, plan.image_bytes, options)
@@ -363,7 +343,7 @@ def _pack_one(inputs: Inputs | LargeFiles, task: Task, options: RunOptions) -> S
 
 def _finished_lmdb(task: Task) -> Summary:
     """Accept an LMDB file, whatever made it: nothing in the file says how it was made."""
-    clear_scrap(task.partial)
+    claim.clear_scrap(task.partial)
     path = task.destination
     source = open_source(path)
     size, num_samples = os.path.getsize(path), len(source.index)
@@ -382,8 +362,10 @@ def _finished_before(inputs: Inputs | LargeFiles, task: Task, options: RunOption
         about = pack_format.read_pack(destination).about
         differences = settings_differences(about["settings"], opened.settings_record)
         same = not differences and about["source"] == opened.record
-        if plan.tables is not None:
-            same = same and about["huffman_tables"] == pack_format.describe_tables(plan.tables)
+        if plan.sharding.tables is not None:
+            same = same and about["huffman_tables"] == pack_format.describe_tables(
+                plan.sharding.tables
+            )
         if same:
             summary = summary_of(destination)
     if summary is None:

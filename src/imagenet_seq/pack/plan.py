@@ -23,7 +23,6 @@ import numpy.typing as npt
 
 from imagenet_seq import __version__, native
 from imagenet_seq.errors import PackError
-from imagenet_seq.index.columns import Index
 from imagenet_seq.pack.encode import Refused, Settings, encode
 from imagenet_seq.pack.files import sync, write_whole
 from imagenet_seq.pack.inputs import Inputs, known_bytes
@@ -70,15 +69,11 @@ class Sharding(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        source_bytes: int,
-        settings: Settings,
-        options: RunOptions,
-        most_shards: int = sys.maxsize,
+        cls, source_bytes: int, settings: Settings, memory_bytes: int, at_most: int = sys.maxsize
     ) -> Sharding:
         """Return the number of shards for a source, and how many of them share a bucket."""
-        num_shards = max(1, min(most_shards, -(-source_bytes // settings.shard_bytes)))
-        most_buckets = max(1, options.memory_bytes // _MIN_BUFFER_BYTES)
+        num_shards = max(1, min(at_most, -(-source_bytes // settings.shard_bytes)))
+        most_buckets = max(1, memory_bytes // _MIN_BUFFER_BYTES)
         return cls(num_shards, -(-num_shards // most_buckets), None)
 
     @property
@@ -106,34 +101,13 @@ class PackPlan:
     @classmethod
     def make(cls, inputs: Inputs, task: Task, options: RunOptions) -> PackPlan:
         """Plan a task; the tables are those that the inputs have, if any."""
-        record, settings = inputs.record, inputs.settings
-        if "file_bytes" in record:
-            sharding = Sharding.of(record["file_bytes"], settings, options)
-        else:
-            sharding = Sharding.of(record["bytes"], settings, options, len(inputs.index))
+        record = inputs.record
+        source_bytes = record.get("file_bytes", record["bytes"])
+        most_shards = sys.maxsize if "file_bytes" in record else len(inputs.index)
+        sharding = Sharding.of(source_bytes, inputs.settings, options.memory_bytes, most_shards)
         is_named = os.path.basename(task.destination) in SPLITS
         split = None if is_named else task.split or inputs.split
         return cls(inputs, task.form, sharding._replace(tables=inputs.tables), split)
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of the pack."""
-        return self.sharding.num_shards
-
-    @property
-    def tables(self) -> bytes | None:
-        """Huffman tables of the pack; None: not chosen yet, or each image has its own."""
-        return self.sharding.tables
-
-    @property
-    def index(self) -> Index:
-        """The samples."""
-        return self.inputs.index
-
-    @property
-    def settings(self) -> Settings:
-        """What the pack is to be like."""
-        return self.inputs.settings
 
     @property
     def source_bytes(self) -> int:
@@ -143,12 +117,11 @@ class PackPlan:
     @functools.cached_property
     def forecast(self) -> Forecast | None:
         """Estimate of smaller copies, measured on some images; None where none are made."""
-        if self.settings.shrink is None:
-            return None
-        num_sampled = min(NUM_SAMPLED, len(self.index))
-        evenly = (place * len(self.index) // num_sampled for place in range(num_sampled))
+        num_samples = len(self.inputs.index)
+        num_sampled = min(NUM_SAMPLED, num_samples)
+        evenly = (place * num_samples // num_sampled for place in range(num_sampled))
         images = self.inputs.some_images[:NUM_SAMPLED] or map(self.inputs.read, evenly)
-        return forecast_smaller(images, self.settings, self.tables)
+        return forecast_smaller(images, self.inputs.settings, self.sharding.tables)
 
     @property
     def image_bytes(self) -> int:
@@ -157,36 +130,38 @@ class PackPlan:
 
     @functools.cached_property
     def _hashes(self) -> npt.NDArray[np.uint64]:
-        return place_hashes(self.index.name, self.settings.seed)
+        return place_hashes(self.inputs.index.name, self.inputs.settings.seed)
 
     @functools.cached_property
     def order(self) -> npt.NDArray[np.int64]:
         """The sample at each place of the pack."""
         if self.form.in_source_order:
-            return np.arange(len(self.index))
+            return np.arange(len(self.inputs.index))
         return np.argsort(self._hashes, kind="stable")
 
     @functools.cached_property
     def shard_begin(self) -> npt.NDArray[np.int64]:
         """The place where each shard begins, and last the number of places."""
+        num_shards = self.sharding.num_shards
+        numbers = np.arange(num_shards + 1, dtype=np.int64)
         if "file_bytes" in self.inputs.record and not self.form.in_source_order:
             # A sample's name says which shard it goes to, so it can be dealt before all are known.
-            shards = shard_of_hash(self._hashes[self.order], self.num_shards)
-            return np.searchsorted(shards, np.arange(self.num_shards + 1))
+            return np.searchsorted(shard_of_hash(self._hashes[self.order], num_shards), numbers)
         # Equal numbers of samples, not of bytes, so that a place depends on names alone.
-        return np.arange(self.num_shards + 1, dtype=np.int64) * len(self.index) // self.num_shards
+        return numbers * len(self.inputs.index) // num_shards
 
     @functools.cached_property
     def shard_of_sample(self) -> npt.NDArray[np.int64]:
         """The shard of each sample."""
-        shard = np.empty(len(self.index), np.int64)
-        shard[self.order] = np.repeat(np.arange(self.num_shards), np.diff(self.shard_begin))
+        shard = np.empty(len(self.inputs.index), np.int64)
+        num_samples = np.diff(self.shard_begin)
+        shard[self.order] = np.repeat(np.arange(len(num_samples)), num_samples)
         return shard
 
     def shards_of_bucket(self, bucket: int) -> range:
         """Return the shards whose samples are dealt to a bucket."""
         first = bucket * self.sharding.shards_per_bucket
-        return range(first, min(first + self.sharding.shards_per_bucket, self.num_shards))
+        return range(first, min(first + self.sharding.shards_per_bucket, self.sharding.num_shards))
 
     def expected_bytes(self, image_bytes: int) -> dict[int, int]:
         """Return the most that each bucket will hold where all images take `image_bytes`."""
@@ -195,11 +170,6 @@ class PackPlan:
         sizes = np.maximum(self.inputs.lengths, 0)
         source_bytes = np.bincount(buckets, sizes, self.sharding.num_buckets)
         return dict(enumerate((source_bytes * ratio).astype(np.int64).tolist()))
-
-    def describe(self) -> dict[str, Any]:
-        """Return what a continued run must agree on."""
-        settings = {**self.inputs.settings_record, **self.form.describe()}
-        return describe_run(settings, self.inputs.path, self.inputs.id)
 
 
 def place_hashes(names: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:
@@ -225,22 +195,15 @@ def shard_of_hash(hashes: npt.NDArray[np.uint64], num_shards: int) -> npt.NDArra
 
 
 def agree_on_plan(partial: str, plan: PackPlan, options: RunOptions) -> PackPlan:
-    """Return the plan with the Huffman tables and the sharding of the run that is continued.
-
-    Raises:
-        PackError: naming each difference to that run.
-    """
+    """Return the plan with the Huffman tables and the sharding of the run that is continued."""
 
     def check_space(sharding: Sharding) -> None:
-        tar_bytes = _TAR_BYTES * len(plan.index)
+        tar_bytes = _TAR_BYTES * len(plan.inputs.index)
         require_space(partial, plan.source_bytes, plan.image_bytes, tar_bytes, sharding, plan.form)
 
-    def choose_tables() -> bytes | None:
-        return _choose_tables(partial, plan, options)
-
-    sharding = agree_on_sharding(
-        partial, plan.describe(), plan.sharding, check_space, choose_tables
-    )
+    choose_tables = functools.partial(_choose_tables, partial, plan, options)
+    now = describe_run(plan.inputs.settings_record, plan.form, plan.inputs.path, plan.inputs.id)
+    sharding = agree_on_sharding(partial, now, plan.sharding, check_space, choose_tables)
     return dataclasses.replace(plan, sharding=sharding)
 
 
@@ -253,15 +216,11 @@ def agree_on_sharding(
 ) -> Sharding:
     """Begin a run that is described by `now`, or continue an interrupted one as it was begun.
 
-    Args:
-        partial: the folder that the pack is made in.
-        now: settings and source of this run.
-        sharding: of this run; the tables are still missing.
-        check_space: refuses a disk with too little room.
-        choose_tables: fits Huffman tables; called when a run begins.
+    `sharding` has no tables yet; `choose_tables` fits them when a run begins. `check_space` refuses
+    a disk with too little room.
 
     Raises:
-        PackError: where the interrupted run had other settings or another source.
+        PackError: naming each difference to the interrupted run.
     """
     path = os.path.join(partial, pack_format.SETTINGS_FILE)
     try:
@@ -291,14 +250,14 @@ def agree_on_sharding(
             f"{sharding.num_shards} shards, {before['num_shards']} before: delete that folder and "
             "run again"
         )
-    # The number of scratch files follows from the memory allowed; the pack does not depend on it.
-    sharding = sharding._replace(shards_per_bucket=before["shards_per_bucket"])
     try:
-        sharding = sharding._replace(tables=pack_format.parse_tables(before["huffman_tables"]))
+        tables = pack_format.parse_tables(before["huffman_tables"])
     except (KeyError, ValueError) as error:
         raise PackError(
             f"{path}: 'huffman_tables': {error}: delete the folder {partial} to begin again"
         ) from error
+    # The number of scratch files follows from the memory allowed; the pack does not depend on it.
+    sharding = Sharding(sharding.num_shards, before["shards_per_bucket"], tables)
     check_space(sharding)
     if not was_indexed:
         _write_settings(path, now, sharding)
@@ -306,12 +265,12 @@ def agree_on_sharding(
 
 
 def _write_settings(path: str, now: dict[str, Any], sharding: Sharding) -> None:
-    chosen = {
+    content = {
+        **now,
         "num_shards": sharding.num_shards,
         "shards_per_bucket": sharding.shards_per_bucket,
         "huffman_tables": pack_format.describe_tables(sharding.tables),
     }
-    content = {**now, **chosen}
     write_whole(path, json.dumps(content, indent=1).encode())
     sync(os.path.dirname(path))
 
@@ -325,62 +284,45 @@ def settings_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def describe_run(settings: dict[str, Any], path: str, source_id: str | None) -> dict[str, Any]:
+def describe_run(
+    settings: dict[str, Any], form: Form, path: str, source_id: str | None
+) -> dict[str, Any]:
     """Return what a continued run must agree on; an id of None: not known yet."""
-    source = os.path.abspath(path)
-    return {**settings, "version": __version__, "source": source, "source_id": source_id}
+    run = {"version": __version__, "source": os.path.abspath(path), "source_id": source_id}
+    return {**settings, **form.describe(), **run}
 
 
 def require_space(
-    partial: str,
-    source_bytes: int,
-    image_bytes: int,
-    tar_bytes: int,
-    sharding: Sharding,
-    form: Form,
+    folder: str, source_bytes: int, image_bytes: int, tar_bytes: int, sharding: Sharding, form: Form
 ) -> None:
     """Refuse to begin where scratch files and shards do not fit on the disk."""
-    shard_bytes = image_bytes // sharding.num_shards
-    at_once = shard_bytes * (
-        1 if sharding.shards_per_bucket == 1 else sharding.shards_per_bucket + 1
-    )
+    shards_at_once = sharding.shards_per_bucket + (sharding.shards_per_bucket > 1)
+    at_once = image_bytes // sharding.num_shards * shards_at_once
     if form.is_lmdb:  # all scratch stays until the file is whole
         at_once = image_bytes
     needed = image_bytes * (1 + SPACE_MARGIN) + tar_bytes + at_once
-    present = sum(
-        _allocated_bytes(os.path.join(folder, name))
-        for folder, _, names in os.walk(partial)
-        for name in names
-    )
-    free = shutil.disk_usage(partial).free
+    paths = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+    # What a file takes on the disk, including what is reserved behind its end.
+    present = sum(max(stat.st_size, stat.st_blocks * 512) for stat in map(os.stat, paths))
+    free = shutil.disk_usage(folder).free
     if needed - present > free:
         raise PackError(
-            f"{partial}: not enough room: packing {format_bytes(source_bytes)} of images takes "
+            f"{folder}: not enough room: packing {format_bytes(source_bytes)} of images takes "
             f"{format_bytes(needed)} while it runs, {format_bytes(present)} are there already, and "
             f"the disk has {format_bytes(free)} free: make room for "
             f"{format_bytes(needed - present - free)}"
         )
 
 
-def _allocated_bytes(path: str) -> int:
-    """Return what a file takes on the disk, including what is reserved behind its end."""
-    stat = os.stat(path)
-    return max(stat.st_size, stat.st_blocks * 512)
-
-
 # ---- Huffman tables ------------------------------------------------------------------------------
 
 
 def _choose_tables(partial: str, plan: PackPlan, options: RunOptions) -> bytes | None:
-    """Fit Huffman tables to some of the images, unless they are given or not needed.
-
-    Raises:
-        PackError: where so many images cannot be read that the disk must be dying.
-    """
-    if plan.inputs.tables or not needs_tables(plan.settings):
+    """Fit Huffman tables to some of the images, unless they are given or not needed."""
+    if plan.inputs.tables or not needs_tables(plan.inputs.settings):
         return plan.inputs.tables
     if found := plan.inputs.some_images[:TABLES_SAMPLES]:
-        return fit_tables(found, len(found), plan.settings, options)
+        return fit_tables(found, len(found), plan.inputs.settings, options)
     # The places in the pack are random, so its first samples are as good as any.
     samples = plan.inputs.first(plan.order, TABLES_SAMPLES)
 
@@ -390,10 +332,10 @@ def _choose_tables(partial: str, plan: PackPlan, options: RunOptions) -> bytes |
             if not isinstance(data, Refused):
                 yield data
             elif data.is_read_error:
-                unreadable.append(Failure(plan.index.name[sample], data.reason, False))
-                refuse_dying_disk(unreadable, plan.index.root, partial)
+                unreadable.append(Failure(plan.inputs.index.name[sample], data.reason, False))
+                refuse_dying_disk(unreadable, plan.inputs.index.root, partial)
 
-    return fit_tables(images(), len(samples), plan.settings, options)
+    return fit_tables(images(), len(samples), plan.inputs.settings, options)
 
 
 def needs_tables(settings: Settings) -> bool:
@@ -412,10 +354,8 @@ def fit_tables(
 
     options.log.begin_pass("choose tables")
     counts = np.zeros((4, 256), np.uint64)
-    with (
-        ThreadPoolExecutor(options.num_workers) as threads,
-        options.bar("choose tables", num_images) as bar,
-    ):
+    bar = options.bar("choose tables", num_images)
+    with ThreadPoolExecutor(options.num_workers) as threads, bar:
         for more in map_ahead(threads, count, images, 2 * options.num_workers):
             if more is not None:
                 counts += more

@@ -7,6 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,7 +19,6 @@ from imagenet_seq.pack.io_log import NO_LOG, IoLog
 from imagenet_seq.sources.formats.pack import Encoded
 
 _READ_BYTES = 8 << 20
-
 _MAX_BUFFER_BYTES = 16 << 20
 """Longer appends would save a hard disk little, and a kill loses what is buffered."""
 
@@ -43,6 +43,7 @@ DEALT = np.dtype(
 dealt again."""
 
 
+@dataclass
 class Buckets:
     """Scratch files that samples are appended to through large buffers.
 
@@ -61,23 +62,15 @@ class Buckets:
         log: of requests.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        prefix: str,
-        memory_bytes: int,
-        expected_bytes: Mapping[int, int],
-        on_flush: Callable[[npt.NDArray[np.void]], None],
-        waits: bool = False,
-        log: IoLog = NO_LOG,
-    ) -> None:
-        self._folder = folder
-        self._prefix = prefix
-        self._memory_bytes = memory_bytes
-        self._expected_bytes = expected_bytes
-        self._on_flush = on_flush
-        self._waits = waits
-        self._log = log
+    folder: str
+    prefix: str
+    memory_bytes: int
+    expected_bytes: Mapping[int, int]
+    on_flush: Callable[[npt.NDArray[np.void]], None]
+    waits: bool = False
+    log: IoLog = NO_LOG
+
+    def __post_init__(self) -> None:
         self._buffers: dict[int, bytearray] = {}
         self._buffered_bytes = 0
         self._pending: dict[int, list[tuple[int, ...]]] = {}
@@ -86,7 +79,7 @@ class Buckets:
 
     def path(self, bucket: int) -> str:
         """Return the file of a bucket; the first flush makes it."""
-        return os.path.join(self._folder, f"{self._prefix}-{bucket:06d}")
+        return os.path.join(self.folder, f"{self.prefix}-{bucket:06d}")
 
     def set_end(self, bucket: int, end: int) -> None:
         """Continue a bucket whose first `end` bytes are good; truncate the rest."""
@@ -103,10 +96,9 @@ class Buckets:
         self._buffered_bytes += len(encoded.data)
         buffer += encoded.data
         data, width, height, crc, flags = encoded
-        image = (sample, offset, len(data), bucket, width, height, crc, flags, 0)
-        row = (*image, source_length, source_mtime_ns)
-        self._pending.setdefault(bucket, []).append(row)
-        if self._buffered_bytes >= self._memory_bytes or len(buffer) >= _MAX_BUFFER_BYTES:
+        row = (sample, offset, len(data), bucket, width, height, crc, flags, 0)
+        self._pending.setdefault(bucket, []).append((*row, source_length, source_mtime_ns))
+        if self._buffered_bytes >= self.memory_bytes or len(buffer) >= _MAX_BUFFER_BYTES:
             self._flush(self._fullest())
 
     def _fullest(self) -> list[int]:
@@ -116,7 +108,7 @@ class Buckets:
         and writes k times 2 / (B + k) of the memory. (k + 2)(B + k) / k is least at k = sqrt(2 B).
         """
         fullest = sorted(self._buffers, key=lambda bucket: -len(self._buffers[bucket]))
-        return fullest[: math.isqrt(2 * len(self._expected_bytes))]
+        return fullest[: math.isqrt(2 * len(self.expected_bytes))]
 
     def flush(self) -> None:
         """Write what is still in buffers."""
@@ -132,32 +124,32 @@ class Buckets:
                 self._buffered_bytes -= len(buffer)
                 self._write(bucket, buffer)
                 rows += mine
-            if self._waits:
+            if self.waits:
                 # After all writes have begun, so that the file system commits its journal once.
                 for bucket in buckets:
                     sync(self.path(bucket))
         finally:  # where a bucket can't be written, those before it still count
             if rows:
-                self._on_flush(np.array(rows, DEALT))
+                self.on_flush(np.array(rows, DEALT))
 
     def _write(self, bucket: int, content: bytearray) -> None:
         path, end = self.path(bucket), self._ends.get(bucket, 0)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
             if bucket not in self._reserved:
-                reserve(file, path, self._expected_bytes[bucket], self._log)
+                reserve(file, path, self.expected_bytes[bucket], self.log)
                 self._reserved.add(bucket)
             file.seek(end)
-            write_through(file, path, content, self._log)
+            write_through(file, path, content, self.log)
         self._ends[bucket] = end + len(content)
 
     def load(self, bucket: int) -> memoryview:
         """Read a bucket's whole file at once."""
-        try:
-            with open(self.path(bucket), "rb", buffering=0) as file:
-                content = memoryview(file.readall())
-        except FileNotFoundError:
+        path = self.path(bucket)
+        if not os.path.exists(path):
             return memoryview(b"")
-        self._log.note("read", self.path(bucket), 0, len(content))
+        with open(path, "rb", buffering=0) as file:
+            content = memoryview(file.readall())
+        self.log.note("read", path, 0, len(content))
         return content
 
     def read(self, bucket: int, rows: npt.NDArray[np.void]) -> Iterator[tuple[Any, memoryview]]:
@@ -173,7 +165,7 @@ class Buckets:
                 at, size = int(begin[first]), int(end[last - 1] - begin[first])
                 file.seek(at)
                 piece = memoryview(file.read(size))
-                self._log.note("read", self.path(bucket), at, len(piece))
+                self.log.note("read", self.path(bucket), at, len(piece))
                 for row in rows[first:last]:
                     place = int(row["offset"]) - at
                     yield row, piece[place : place + int(row["length"])]
@@ -183,7 +175,7 @@ class Buckets:
         """Delete a bucket's file if it is there."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(bucket))
-            self._log.note("delete", self.path(bucket), 0, 0)
+            self.log.note("delete", self.path(bucket), 0, 0)
 
 
 class Journal:
@@ -204,17 +196,13 @@ class Journal:
 
     def recover(self) -> None:
         """Read the whole batches of an earlier run; `rewrite` must follow before `add`."""
-        try:
-            with open(self._path, "rb") as file:
-                self._batches = list(self._read(file))
-        except FileNotFoundError:
-            return
+        with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
+            self._batches = list(self._read(file))
 
     def rewrite(self, rows: npt.NDArray[np.void]) -> None:
         """Replace the journal atomically by one that holds `rows`."""
         self._batches = [rows] if len(rows) else []
-        content = b"".join(map(self._encode, self._batches))
-        write_whole(self._path, content)
+        write_whole(self._path, b"".join(map(self._encode, self._batches)))
 
     def add(self, rows: npt.NDArray[np.void]) -> None:
         """Append rows whose data was written to its bucket."""

@@ -50,14 +50,9 @@ class Selection:
 
     @classmethod
     def recorded(cls, settings: Mapping[str, Any]) -> Selection:
-        """Return the selection that the settings in pack.json describe.
-
-        Raises:
-            ValueError: where they describe none.
-        """
-        chosen = {
-            field.name: settings[field.name] for field in fields(cls) if field.name in settings
-        }
+        """Return the selection that the settings in pack.json describe."""
+        names = [field.name for field in fields(cls)]
+        chosen = {name: settings[name] for name in names if name in settings}
         limit = chosen.pop("limit", None)
         lists = all(
             isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -68,11 +63,7 @@ class Selection:
         return cls(**{name: tuple(names) for name, names in chosen.items()}, limit=limit)
 
     def of(self, source: Source) -> Source:
-        """Return the source of the chosen samples.
-
-        Raises:
-            ValueError: where a class or pattern is unknown, or nothing is left.
-        """
+        """Return the source of the chosen samples, of which there must be some."""
         if self == Selection():
             return source
         index = source.index
@@ -144,12 +135,7 @@ def _limited(
 
 
 def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Read a file with one class per line; # begins a comment.
-
-    Raises:
-        OSError: where it can't be read.
-        ValueError: where it is not UTF-8.
-    """
+    """Read a file with one class per line, in UTF-8; # begins a comment."""
     with open(path, encoding="utf-8") as file:
         lines = [line.partition("#")[0].strip() for line in file]
     return tuple(filter(None, lines))

@@ -23,6 +23,7 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.pack.claim import JOURNAL_FILE, PACK_FOLDER, delete_scrap
 from imagenet_seq.pack.encode import Refused, keep_damaged
 from imagenet_seq.pack.files import ShardFile, sync, write_whole
+from imagenet_seq.pack.inputs import Image
 from imagenet_seq.pack.plan import PackPlan, map_ahead
 from imagenet_seq.pack.scratch import DEALT, Buckets, Journal
 from imagenet_seq.pack.task import (
@@ -70,9 +71,7 @@ class Summary:
 def summary_of(folder: str) -> Summary:
     """Return the summary of the finished pack in `folder`."""
     about = pack_format.read_pack(folder).about
-    failures = []
-    if about["counts"]["failures"]:
-        failures = [Failure(**failure) for failure in pack_format.read_failures(folder)]
+    failures = pack_format.read_failures(folder) if about["counts"]["failures"] else []
     return Summary(
         folder,
         about["num_samples"],
@@ -81,7 +80,7 @@ def summary_of(folder: str) -> Summary:
         about["counts"]["canonical"],
         about["counts"]["shrunk"],
         about["num_samples"] - about["counts"]["canonical"],
-        tuple(failures),
+        tuple(Failure(**failure) for failure in failures),
     )
 
 
@@ -149,33 +148,29 @@ def take_over(
 
 
 class Packer:
-    """Deals samples to scratch files, then makes a pack of them, in a claimed folder.
+    """Deals samples to scratch files, then makes a pack of them, in the claimed folder `partial`.
 
-    Args:
-        partial: the folder.
-        plan: which sample goes where.
-        image_bytes: estimate of what the images will take.
-        options: of the run.
+    `image_bytes` is an estimate of what the images will take.
     """
 
     def __init__(self, partial: str, plan: PackPlan, image_bytes: int, options: RunOptions) -> None:
         self._partial = partial
         self._pack_folder = os.path.join(partial, PACK_FOLDER)
         self._plan = plan
+        self._inputs = plan.inputs
         self._options = options
         known = plan.inputs.known_failures
         self._failures = {sample: Failure(**failure) for sample, failure in known.items()}
         self._unreadable: list[Failure] = []
         self._journal = Journal(os.path.join(partial, JOURNAL_FILE), options.log)
-        expected_bytes = plan.expected_bytes(image_bytes)
         self._buckets = Buckets(
             partial,
             "deal",
             options.memory_bytes,
-            expected_bytes,
+            plan.expected_bytes(image_bytes),
             self._journal.add,
-            waits=on_same_hdd(plan.index.root, partial),
-            log=options.log,
+            on_same_hdd(plan.inputs.index.root, partial),
+            options.log,
         )
         self._finished = self._keep_finished()
         take_over(self._journal, self._buckets, plan.sharding.num_buckets, self._is_good)
@@ -185,8 +180,10 @@ class Packer:
 
         All others are deleted, and their samples are dealt again.
         """
-        finished = {shard for shard in range(self._plan.num_shards) if self._is_finished(shard)}
-        for shard in set(range(self._plan.num_shards)) - finished:
+        finished = {
+            shard for shard in range(self._plan.sharding.num_shards) if self._is_finished(shard)
+        }
+        for shard in set(range(self._plan.sharding.num_shards)) - finished:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._shard_path(shard))
         # Otherwise a power failure could restore an old shard beside its new rows.
@@ -194,28 +191,24 @@ class Packer:
         return finished
 
     def _is_finished(self, shard: int) -> bool:
-        rows = self._read_rows(shard)
-        if rows is None:
-            return False
-        try:
-            size = os.stat(self._shard_path(shard)).st_size
-        except FileNotFoundError:
+        rows, path = self._read_rows(shard), self._shard_path(shard)
+        if rows is None or not os.path.exists(path):
             return False
         kept = [failure["kept"] for failure in rows.failures]
         return (
-            size == rows.about["bytes"]
+            os.path.getsize(path) == rows.about["bytes"]
             and np.array_equal(rows.source_files, self._source_files(shard))
             and fits_policy(self._options.on_error, kept)
         )
 
     def _is_good(self, rows: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
         plan = self._plan
-        good = (rows["sample"] >= 0) & (rows["sample"] < len(plan.index))
+        good = (rows["sample"] >= 0) & (rows["sample"] < len(self._inputs.index))
         sample = np.where(good, rows["sample"], 0)
         expected = plan.shard_of_sample[sample] // plan.sharding.shards_per_bucket
         good &= rows["bucket"] == expected
-        good &= rows["source_length"] == plan.inputs.stamps.sizes[sample]
-        good &= rows["source_mtime_ns"] == plan.inputs.stamps.mtimes_ns[sample]
+        good &= rows["source_length"] == self._inputs.stamps.sizes[sample]
+        good &= rows["source_mtime_ns"] == self._inputs.stamps.mtimes_ns[sample]
         if self._options.on_error in ("fail", "skip"):
             good &= (rows["flags"] & pack_format.FLAG_DAMAGED) == 0
         return np.asarray(good)
@@ -223,92 +216,78 @@ class Packer:
     # ---- deal
 
     def deal(self) -> None:
-        """Read, encode and deal all samples that are missing.
-
-        Raises:
-            PackError: where samples fail and `on_error` says to stop.
-        """
-        missing = np.ones(len(self._plan.index), np.bool_)
+        """Read, encode and deal all samples that are missing."""
+        missing = np.ones(len(self._inputs.index), np.bool_)
         missing[self._journal.rows()["sample"]] = False
         for shard in self._finished:
             missing[self._samples_of(shard)] = False
-        known = self._plan.inputs.known_failures
+        known = self._inputs.known_failures
         missing[[sample for sample, failure in known.items() if not failure["kept"]]] = False
         samples = np.flatnonzero(missing)
         self._options.log.begin_pass("deal")
         done = len(missing) - len(samples)
-        with (
-            ThreadPoolExecutor(self._options.num_workers) as threads,
-            self._options.bar("read and encode", len(missing), done) as bar,
-        ):
+        bar = self._options.bar("read and encode", len(missing), done)
+        with ThreadPoolExecutor(self._options.num_workers) as threads, bar:
             try:
                 runs = self._read_runs(samples)  # in this thread, in this order
                 ahead = 2 * self._options.num_workers + RUNS_AHEAD
-                for run in map_ahead(threads, self._encode_run, runs, ahead):
-                    for sample, _, encoded in run:
+                for run, num_bytes in map_ahead(threads, self._encode_run, runs, ahead):
+                    for sample, encoded in run:
                         self._deal_one(sample, encoded)
-                    advance(bar, len(run), sum(num_bytes for _, num_bytes, _ in run))
+                    advance(bar, len(run), num_bytes)
             finally:
                 self._buckets.flush()
         self._stop_on_failures()
 
-    def _read_runs(
-        self, samples: npt.NDArray[np.int64]
-    ) -> Iterator[list[tuple[int, bytes | Refused]]]:
-        """Yield samples in disk order, in runs that are worth handing to a thread."""
-        run: list[tuple[int, bytes | Refused]] = []
+    def _read_runs(self, samples: npt.NDArray[np.int64]) -> Iterator[tuple[list[Image], int]]:
+        """Yield samples in disk order, in runs worth handing to a thread, and the runs' bytes."""
+        run: list[Image] = []
         run_bytes = 0
-        for sample, data in self._plan.inputs.read_all(samples):
+        for sample, data in self._inputs.read_all(samples):
             run.append((sample, data))
             run_bytes += 0 if isinstance(data, Refused) else len(data)
             if len(run) >= RUN_SAMPLES or run_bytes >= RUN_BYTES:
-                yield run
+                yield run, run_bytes
                 run, run_bytes = [], 0
         if run:
-            yield run
+            yield run, run_bytes
 
     def _encode_run(
-        self, run: list[tuple[int, bytes | Refused]]
-    ) -> list[tuple[int, int, Encoded | Refused]]:
-        return [
-            (sample, 0, data)
-            if isinstance(data, Refused)
-            else (sample, len(data), self._encode(sample, data))
-            for sample, data in run
-        ]
+        self, run: tuple[list[Image], int]
+    ) -> tuple[list[tuple[int, Encoded | Refused]], int]:
+        return [(sample, self._encode(sample, data)) for sample, data in run[0]], run[1]
 
-    def _encode(self, sample: int, data: bytes) -> Encoded | Refused:
-        return self._plan.inputs.encode(sample, data, self._plan.tables)
+    def _encode(self, sample: int, data: bytes | Refused) -> Encoded | Refused:
+        if isinstance(data, Refused):
+            return data
+        return self._inputs.encode(sample, data, self._plan.sharding.tables)
 
     def _deal_one(self, sample: int, encoded: Encoded | Refused) -> None:
-        if isinstance(encoded, Refused):
-            encoded = self._fail(sample, encoded)
-        if isinstance(encoded, Encoded):
-            bucket = (
-                int(self._plan.shard_of_sample[sample]) // self._plan.sharding.shards_per_bucket
-            )
-            stamps = self._plan.inputs.stamps
+        stored = self._fail(sample, encoded) if isinstance(encoded, Refused) else encoded
+        if stored is not None:
+            shard = int(self._plan.shard_of_sample[sample])
+            stamps = self._inputs.stamps
             stamp = (int(stamps.sizes[sample]), int(stamps.mtimes_ns[sample]))
-            self._buckets.append(bucket, sample, encoded, *stamp)
+            bucket = shard // self._plan.sharding.shards_per_bucket
+            self._buckets.append(bucket, sample, stored, *stamp)
 
-    def _fail(self, sample: int, refused: Refused) -> Encoded | Refused:
+    def _fail(self, sample: int, refused: Refused) -> Encoded | None:
         """Record a failure; return what is stored of the sample under on_error="keep"."""
-        kept = keep_damaged(refused) if self._options.on_error == "keep" else refused
-        name = self._plan.index.name[sample]
-        failure = Failure(name, refused.reason, isinstance(kept, Encoded))
+        kept = keep_damaged(refused) if self._options.on_error == "keep" else None
+        name = self._inputs.index.name[sample]
+        failure = Failure(name, refused.reason, kept is not None)
         self._failures[sample] = failure
         if self._options.progress and len(self._failures) <= MAX_REPORTED:
             tqdm.write(f"{name}: {refused.reason}", file=sys.stderr)
         if refused.is_read_error:
             self._unreadable.append(failure)
-            refuse_dying_disk(self._unreadable, self._plan.index.root, self._partial)
-        is_stopping = self._options.on_error in ("fail", None)
-        if is_stopping and len(self._failures) >= _MAX_FAILURES:
+            refuse_dying_disk(self._unreadable, self._inputs.index.root, self._partial)
+        if self._options.on_error in ("fail", None) and len(self._failures) >= _MAX_FAILURES:
             self._stop_on_failures()
         return kept
 
     def _stop_on_failures(self) -> None:
-        known = self._plan.inputs.known_failures
+        known = self._inputs.known_failures
         stopping = [f for s, f in self._failures.items() if not f.kept and s not in known]
         on_error = self._options.on_error
         if not stopping or on_error == "skip":
@@ -317,12 +296,10 @@ class Packer:
         if on_error == "fail":
             how += ", or --on-error keep to store their bytes as they are"
         if on_error is None:
-            how = (
-                "The pack is damaged: bring these shards back from a copy, or pack the original "
-                "images with the new seed instead"
-            )
+            how = "The pack is damaged: bring these shards back from a copy, or pack the original "
+            how += "images with the new seed instead"
         raise PackError(
-            f"{len(stopping)} of {len(self._plan.index)} images cannot be packed:\n"
+            f"{len(stopping)} of {len(self._inputs.index)} images cannot be packed:\n"
             + list_failures(stopping)
             + f"\n{how}; then run the command again: it continues from {self._partial}"
         )
@@ -332,7 +309,8 @@ class Packer:
     def finish(self, destination: str) -> Summary:
         """Make the pack from the dealt samples."""
         self._finish_shards()
-        self._finish_pack(destination)
+        self._write_tables()
+        self._publish(self._pack_folder, destination)
         return summary_of(destination)
 
     def _finish_shards(self) -> None:
@@ -341,7 +319,7 @@ class Packer:
         rows = self._journal.rows()
         self._options.log.begin_pass("finish")
         done = sum(len(self._samples_of(shard)) for shard in self._finished)
-        with self._options.bar("write shards", len(plan.index), done) as bar:
+        with self._options.bar("write shards", len(self._inputs.index), done) as bar:
             for bucket in range(plan.sharding.num_buckets):
                 shards = [s for s in plan.shards_of_bucket(bucket) if s not in self._finished]
                 if not shards:
@@ -364,24 +342,25 @@ class Packer:
 
         This has no journal: after a kill it begins again with the shared scratch file.
         """
-        again: list[npt.NDArray[np.void]] = []
+        again = [np.empty(0, DEALT)]
         rows = rows[np.isin(self._plan.shard_of_sample[rows["sample"]], shards)]
         in_shard = self._plan.shard_of_sample[rows["sample"]]
         expected_bytes = {s: int(rows["length"][in_shard == s].sum()) for s in shards}
         memory_bytes, log = self._options.memory_bytes, self._options.log
+        waits = on_same_hdd(self._partial, self._partial)
         split = Buckets(
-            self._partial, "split", memory_bytes, expected_bytes, again.append,
-            waits=on_same_hdd(self._partial, self._partial), log=log,
-        )  # fmt: skip
+            self._partial, "split", memory_bytes, expected_bytes, again.append, waits, log
+        )
         for shard in shards:
             split.remove(shard)
         for row, data in self._buckets.read(bucket, np.sort(rows, order="offset")):
-            sample = int(row["sample"])
+            sample, size, mtime_ns = (
+                int(row[key]) for key in ("sample", "source_length", "source_mtime_ns")
+            )
             shard = int(self._plan.shard_of_sample[sample])
-            stamp = (int(row["source_length"]), int(row["source_mtime_ns"]))
-            split.append(shard, sample, encoded_from(data, row), *stamp)
+            split.append(shard, sample, encoded_from(data, row), size, mtime_ns)
         split.flush()
-        rows = np.concatenate([np.empty(0, DEALT), *again])
+        rows = np.concatenate(again)
         for shard in shards:
             self._finish_shard(shard, split.load(shard), rows[rows["bucket"] == shard], bar)
             split.remove(shard)
@@ -390,18 +369,14 @@ class Packer:
         self, shard: int, scratch: memoryview, rows: npt.NDArray[np.void], bar: Any
     ) -> None:
         """Write one shard, and beside it the rows that the index will need."""
-        dealt = {int(row["sample"]): row for row in rows}
         path = self._shard_path(shard)
         expected_bytes = pack_format.shard_bytes(rows["length"])
         table: list[tuple[Any, ...]] = []
         samples: list[int] = []
         with ShardFile(path + ".tmp", expected_bytes, self._options.log) as file:
-            for sample in self._samples_of(shard).tolist():
-                encoded = self._take_dealt(scratch, dealt.get(sample), sample)
-                if encoded is not None:
-                    table.append(self._write_sample(file, shard, sample, encoded))
-                    samples.append(sample)
-                advance(bar, 1, 0 if encoded is None else len(encoded.data))
+            for sample, encoded in self._take_all(shard, scratch, rows, bar):
+                table.append(self._write_sample(file, shard, sample, encoded))
+                samples.append(sample)
             file.write(pack_format.END_OF_SHARD)
         about = {
             "file": pack_format.shard_file(shard),
@@ -409,9 +384,8 @@ class Packer:
             "crc32c": f"{file.crc32c:08x}",
             "num_samples": len(table),
         }
-        failures = [
-            asdict(self._failures[s]) for s in self._samples_of(shard) if s in self._failures
-        ]
+        failed = [sample for sample in self._samples_of(shard) if sample in self._failures]
+        failures = [asdict(self._failures[sample]) for sample in failed]
         content = json.dumps({"about": about, "failures": failures}).encode() + b"\n"
         content += np.array(table, pack_format.ROW).tobytes() + np.array(samples, "<i8").tobytes()
         content += self._source_files(shard).tobytes()
@@ -422,20 +396,25 @@ class Packer:
     def _write_sample(
         self, file: ShardFile, shard: int, sample: int, encoded: Encoded
     ) -> tuple[Any, ...]:
-        name, label = self._plan.index.name[sample], int(self._label[sample])
-        canonical = bool(encoded.flags & pack_format.FLAG_CANONICAL)
-        file.write(
-            pack_format.member_header(self._members.image(name, canonical), len(encoded.data))
-        )
-        offset = file.size
-        file.write(encoded.data)
-        file.write(pack_format.padding(len(encoded.data)))
-        content = pack_format.label_content(label)
-        file.write(pack_format.member_header(self._members.label(name), len(content)))
-        file.write(content)
-        file.write(pack_format.padding(len(content)))
+        name, label = self._inputs.index.name[sample], int(self._label[sample])
         data, width, height, crc, flags = encoded
+        before, behind = around_image(self._members, name, label, len(data), flags)
+        file.write(before)
+        offset = file.size
+        file.write(data)
+        file.write(behind)
         return (offset, len(data), shard, label, width, height, crc, flags, (0, 0, 0))
+
+    def _take_all(
+        self, shard: int, scratch: memoryview, rows: npt.NDArray[np.void], bar: Any
+    ) -> Iterator[tuple[int, Encoded]]:
+        """Yield the samples of a shard that are not left out, in order, and advance the bar."""
+        dealt = {int(row["sample"]): row for row in rows}
+        for sample in self._samples_of(shard).tolist():
+            encoded = self._take_dealt(scratch, dealt.get(sample), sample)
+            if encoded is not None:
+                yield sample, encoded
+            advance(bar, 1, 0 if encoded is None else len(encoded.data))
 
     def _take_dealt(self, scratch: memoryview, row: Any, sample: int) -> Encoded | None:
         """Return a sample from its scratch file, or from the source where that is damaged.
@@ -450,23 +429,21 @@ class Packer:
                 return encoded_from(data, row)
         if sample in self._failures and not self._failures[sample].kept:
             return None
-        encoded = self._encode_again(sample, self._plan.inputs.read(sample))
+        encoded = self._encode_again(sample, self._inputs.read(sample))
         self._stop_on_failures()
         return encoded
 
     def _encode_again(self, sample: int, data: bytes | Refused) -> Encoded | None:
-        encoded = data if isinstance(data, Refused) else self._encode(sample, data)
-        if isinstance(encoded, Refused):
-            encoded = self._fail(sample, encoded)
-        return encoded if isinstance(encoded, Encoded) else None
+        encoded = self._encode(sample, data)
+        return self._fail(sample, encoded) if isinstance(encoded, Refused) else encoded
 
     @functools.cached_property
     def _members(self) -> pack_format.MemberNames:
-        return pack_format.MemberNames(self._plan.index.name)
+        return pack_format.MemberNames(self._inputs.index.name)
 
     @functools.cached_property
     def _label(self) -> npt.NDArray[np.int32]:
-        return np.asarray(self._plan.index.targets, np.int32)
+        return np.asarray(self._inputs.index.targets, np.int32)
 
     def _samples_of(self, shard: int) -> npt.NDArray[np.int64]:
         begin, end = self._plan.shard_begin[shard : shard + 2]
@@ -480,7 +457,7 @@ class Packer:
 
     def _source_files(self, shard: int) -> npt.NDArray[np.int64]:
         """Return the shard's source files: their sizes and times, taken before reading."""
-        samples, stamps = self._samples_of(shard), self._plan.inputs.stamps
+        samples, stamps = self._samples_of(shard), self._inputs.stamps
         return np.stack([stamps.sizes[samples], stamps.mtimes_ns[samples]]).astype("<i8")
 
     def _read_rows(self, shard: int) -> _ShardRows | None:
@@ -501,42 +478,39 @@ class Packer:
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
-    def _finish_pack(self, destination: str) -> None:
-        """Write the tables, then give the pack its name, which is when it comes to exist."""
-        abouts: list[dict[str, Any]] = []
-        failures: list[dict[str, Any]] = []
-        tables, samples = [], []
-        for shard in range(self._plan.num_shards):
+    def _write_tables(self) -> None:
+        shards: list[_ShardRows] = []
+        for shard in range(self._plan.sharding.num_shards):
             written = self._read_rows(shard)
             if written is None:
                 raise PackError(f"{self._rows_path(shard)}: damaged; run the same command again")
-            abouts.append(written.about)
-            failures += written.failures
-            tables.append(written.table)
-            samples.append(written.samples)
-        rows = np.concatenate(tables)
+            shards.append(written)
+        rows = np.concatenate([shard.table for shard in shards])
         if not len(rows):
-            raise PackError(f"{self._plan.index.root}: no image is left to pack")
-        names = self._plan.index.name.take(np.concatenate(samples))
+            raise PackError(f"{self._inputs.index.root}: no image is left to pack")
+        names = self._inputs.index.name.take(np.concatenate([shard.samples for shard in shards]))
         files = {
             pack_format.INDEX_FILE: _npy(rows),
             pack_format.NAMES_FILE: _npy(names.blob),
             pack_format.NAMES_BEGIN_FILE: _npy(names.begin.astype("<i8")),
         }
+        failures = [failure for shard in shards for failure in shard.failures]
         if failures:
-            text = json.dumps(sorted(failures, key=lambda f: str(f["name"])), indent=1)
-            files[pack_format.FAILURES_FILE] = text.encode()
+            failures.sort(key=lambda failure: str(failure["name"]))
+            files[pack_format.FAILURES_FILE] = json.dumps(failures, indent=1).encode()
         else:
             # A run that was killed here may have had failures that have been repaired since.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._pack_folder, pack_format.FAILURES_FILE))
+        about = self._about(rows, names, [shard.about for shard in shards], failures, files)
+        files[pack_format.PACK_FILE] = json.dumps(about, indent=1).encode()
         for file_name, content in files.items():
             write_whole(os.path.join(self._pack_folder, file_name), content)
-        about = self._about(rows, names, abouts, failures, files)
-        text = json.dumps(about, indent=1, ensure_ascii=True)
-        write_whole(os.path.join(self._pack_folder, pack_format.PACK_FILE), text.encode())
         sync(self._pack_folder)
-        os.rename(self._pack_folder, destination)
+
+    def _publish(self, path: str, destination: str) -> None:
+        """Give what was made its name, which is when it comes to exist."""
+        os.rename(path, destination)
         sync(os.path.dirname(destination))
         delete_scrap(self._partial)
 
@@ -549,7 +523,7 @@ class Packer:
         files: dict[str, bytes],
     ) -> dict[str, Any]:
         plan = self._plan
-        index = pack_format.make_index("", rows, names, plan.index.classes, len(shards))
+        index = pack_format.make_index("", rows, names, self._inputs.index.classes, len(shards))
         return {
             "format": pack_format.FORMAT,
             "format_version": pack_format.FORMAT_VERSION,
@@ -558,10 +532,10 @@ class Packer:
             "num_samples": len(rows),
             **({"split": plan.split} if plan.split else {}),
             "image_bytes": int(rows["length"].sum()),
-            "classes": list(plan.index.classes),
-            "settings": plan.inputs.settings_record,
-            "huffman_tables": pack_format.describe_tables(plan.tables),
-            "source": plan.inputs.record,
+            "classes": list(self._inputs.index.classes),
+            "settings": self._inputs.settings_record,
+            "huffman_tables": pack_format.describe_tables(plan.sharding.tables),
+            "source": self._inputs.record,
             "counts": {
                 "canonical": int(np.count_nonzero(rows["flags"] & pack_format.FLAG_CANONICAL)),
                 "shrunk": int(np.count_nonzero(rows["flags"] & pack_format.FLAG_SHRUNK)),
@@ -574,6 +548,18 @@ class Packer:
             },
             "shards": shards,
         }
+
+
+def around_image(
+    members: pack_format.MemberNames, name: str, label: int, size: int, flags: int
+) -> tuple[bytes, bytes]:
+    """Return what a shard holds in front of and behind a sample's image of `size` bytes."""
+    header, padding = pack_format.member_header, pack_format.padding
+    content = pack_format.label_content(label)
+    label_header = header(members.label(name), len(content))
+    behind = padding(size) + label_header + content + padding(len(content))
+    is_canonical = bool(flags & pack_format.FLAG_CANONICAL)
+    return header(members.image(name, is_canonical), size), behind
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:

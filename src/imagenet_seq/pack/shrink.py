@@ -28,8 +28,6 @@ from imagenet_seq.text import format_bytes
 
 Subsampling = Literal["420", "422", "444"]
 
-DEFAULT_QUALITY = 90
-
 _PILLOW_SUBSAMPLING = {"444": 0, "422": 1, "420": 2}
 
 _MAX_SIDE = 65_500
@@ -58,7 +56,7 @@ class Shrink:
     """
 
     max_side: int
-    quality: int = DEFAULT_QUALITY
+    quality: int = 90
     subsampling: Subsampling = "420"
     encoder: str = field(init=False, default_factory=encoder_versions)
 
@@ -86,10 +84,6 @@ def smaller_copy(data: bytes, shrink: Shrink) -> bytes | None:
     Grey images (mode L) stay grey; all others are converted to RGB, as torchvision's ImageFolder
     does. The copy keeps the Exif orientation, which ImageFolder ignores, as a tag, and an ICC
     profile that fits the copy's colours; other metadata is dropped.
-
-    Args:
-        data: the whole file, in any format that Pillow reads.
-        shrink: how the copy is made.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -100,14 +94,9 @@ def smaller_copy(data: bytes, shrink: Shrink) -> bytes | None:
             kept = {"icc_profile": _profile(image, mode), "exif": _orientation(image)}
         if is_resized:
             pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-        copy = io.BytesIO()
+        copy, subsampling = io.BytesIO(), _PILLOW_SUBSAMPLING[shrink.subsampling]
         pixels.save(
-            copy,
-            "JPEG",
-            quality=shrink.quality,
-            subsampling=_PILLOW_SUBSAMPLING[shrink.subsampling],
-            comment=b"",
-            **kept,
+            copy, "JPEG", quality=shrink.quality, subsampling=subsampling, comment=b"", **kept
         )
     except Exception:  # a damaged image raises almost anything, and the caller treats it
         return None
@@ -153,8 +142,6 @@ def _orientation(image: Image.Image) -> bytes:
 
 NUM_SAMPLED = 100
 """Images that a forecast measures; they take a few seconds on a hard disk."""
-
-_CROP_PX = 224
 
 _NUM_CROPS = 3
 """Per image; the first only warms up caches and memory."""
@@ -206,7 +193,7 @@ class Forecast:
         def mean(values: Sequence[float]) -> float:
             return float(np.mean(values))
 
-        crop_px = min(_CROP_PX, shrink.max_side)
+        crop_px = min(224, shrink.max_side)
         shard_bytes = mean([_in_shard(p.small) for p in pairs])
         sides = [(_longer(p.lossless), _longer(p.small)) for p in pairs]
         return cls(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from imagenet_seq.index.columns import Names
 from imagenet_seq.index.source import Source
 from imagenet_seq.machine import available_cores
 from imagenet_seq.pack.selection import Selection
+from imagenet_seq.pack.shards import around_image
 from imagenet_seq.pack.shrink import Shrink, smaller_copy
 from imagenet_seq.sources.formats import pack as pack_format
 from imagenet_seq.sources.recognise import open_source
@@ -87,10 +89,9 @@ def verify(
         selection = Selection.recorded(pack.about["settings"])
         source = selection.of(open_source(against, split, progress, "skip"))
         reference = _Reference(pack, source)
-        problems += reference.check_names(pack)
-    workers = num_workers or available_cores()
+        problems += reference.check_names()
     bar = progress_bar(f"verify {pack.folder}", len(pack.rows), enabled=progress)
-    with bar, ThreadPoolExecutor(workers) as threads:
+    with bar, ThreadPoolExecutor(num_workers or available_cores()) as threads:
         check = _ShardCheck(pack, reference, bar)
         try:
             for found in threads.map(check.run, range(len(pack.shard_bytes))):
@@ -109,7 +110,12 @@ def _check_tables(pack: pack_format.Pack) -> Iterator[str]:
     about, rows = pack.about, pack.rows
     yield from _check_files(pack)
     yield from _check_counts(pack)
-    yield from _check_settings(pack)
+    settings, has_tables = about["settings"], pack.tables is not None
+    shares_tables = settings.get("tables") == "pack" and settings.get("keep_bytes") is False
+    if has_tables != shares_tables:
+        where = os.path.join(pack.folder, pack_format.PACK_FILE)
+        has = "some" if has_tables else "none"
+        yield f"{where}: 'huffman_tables' has {has}, which contradicts 'settings' {settings}"
     index = pack_format.make_index(
         pack.folder, rows, pack.names, pack.classes, len(pack.shard_bytes)
     )
@@ -123,8 +129,9 @@ def _check_tables(pack: pack_format.Pack) -> Iterator[str]:
             f"names, labels, offsets and classes give {index.id!r}: one of them was changed"
         )
     place = rows["shard"].astype(np.int64) << 48 | rows["offset"]
-    if (np.diff(place) <= 0).any():
-        sample = int((np.diff(place) <= 0).argmax()) + 1
+    is_wrong = np.diff(place) <= 0
+    if is_wrong.any():
+        sample = int(is_wrong.argmax()) + 1
         path = os.path.join(pack.folder, pack_format.INDEX_FILE)
         yield f"{path}: sample {sample} does not lie behind the one before it"
 
@@ -168,33 +175,25 @@ def _check_counts(pack: pack_format.Pack) -> Iterator[str]:
             yield str(error)
             return
     skipped = sum(not failure["kept"] for failure in failures)
-    damaged = int(np.count_nonzero(rows["flags"] & pack_format.FLAG_DAMAGED))
-    canonical = int(np.count_nonzero(rows["flags"] & pack_format.FLAG_CANONICAL))
-    shrunk = int(np.count_nonzero(rows["flags"] & pack_format.FLAG_SHRUNK))
+    damaged, canonical, shrunk = (
+        int(np.count_nonzero(rows["flags"] & flag))
+        for flag in (pack_format.FLAG_DAMAGED, pack_format.FLAG_CANONICAL, pack_format.FLAG_SHRUNK)
+    )
     in_shard = np.bincount(rows["shard"], minlength=len(pack.shard_bytes)).tolist()
+    counts = about["counts"]
     for what, said, counted in [
         ("image_bytes", about["image_bytes"], int(rows["length"].sum())),
-        ("counts.canonical", about["counts"]["canonical"], canonical),
-        ("counts.shrunk", about["counts"]["shrunk"], shrunk),
-        ("counts.failures", about["counts"]["failures"], damaged + skipped),
-        ("counts.failures", about["counts"]["failures"], len(failures)),
-        ("counts.skipped", about["counts"]["skipped"], skipped),
+        ("counts.canonical", counts["canonical"], canonical),
+        ("counts.shrunk", counts["shrunk"], shrunk),
+        ("counts.failures", counts["failures"], damaged + skipped),
+        ("counts.failures", counts["failures"], len(failures)),
+        ("counts.skipped", counts["skipped"], skipped),
         ("source.num_samples", about["source"]["num_samples"], len(rows) + skipped),
         ("shards[].num_samples", [s.get("num_samples") for s in about["shards"]], in_shard),
     ]:
         if said != counted:
             where = os.path.join(pack.folder, pack_format.PACK_FILE)
             yield f"{where}: '{what}' is {said}, the tables give {counted}"
-
-
-def _check_settings(pack: pack_format.Pack) -> Iterator[str]:
-    """Check that the pack has Huffman tables where its settings say so."""
-    settings = pack.about["settings"]
-    expected = settings.get("tables") == "pack" and settings.get("keep_bytes") is False
-    if (pack.tables is not None) != expected:
-        where = os.path.join(pack.folder, pack_format.PACK_FILE)
-        has = "has none" if pack.tables is None else "has some"
-        yield f"{where}: 'huffman_tables' {has}, which contradicts 'settings' {settings}"
 
 
 def _huffman_tables(image: bytes) -> bytes:
@@ -245,9 +244,9 @@ class _Reference:
             data = block.image(int(self._index.offset[sample])).tobytes()
             yield self._index.name[sample], data
 
-    def check_names(self, pack: pack_format.Pack) -> Iterator[str]:
+    def check_names(self) -> Iterator[str]:
         """Report the source's samples that the pack lacks, beside those it says it left out."""
-        missing = set(self._sample).difference(pack.names, _left_out(pack))
+        missing = set(self._sample).difference(self._pack.names, _left_out(self._pack))
         for name in sorted(missing)[:_MAX_PROBLEMS]:
             yield f"{name}: is in {self._index.root} but not in the pack"
 
@@ -287,11 +286,7 @@ class _Reference:
 
 
 def _shrink_of(pack: pack_format.Pack) -> Shrink | None:
-    """Return how the pack's smaller copies were made; None where it has none.
-
-    Raises:
-        ValueError: where the versions installed here may make other copies.
-    """
+    """Return how the pack's smaller copies were made; None where it has none."""
     settings, where = pack.about["settings"], os.path.join(pack.folder, pack_format.PACK_FILE)
     if settings.get("max_side") is None:
         return None
@@ -341,13 +336,10 @@ class _ShardCheck:
         problems: list[str] = []
         try:
             with open(path, "rb", buffering=_READ_BYTES) as file:
-                for problem in self._problems(shard, path, file):
+                for problem in itertools.islice(self._problems(shard, path, file), _MAX_PROBLEMS):
                     problems.append(problem)
-                    if len(problems) >= _MAX_PROBLEMS:
-                        problems.append(
-                            f"{path}: {_MAX_PROBLEMS} problems; the rest is not checked"
-                        )
-                        break
+            if len(problems) >= _MAX_PROBLEMS:
+                problems.append(f"{path}: {_MAX_PROBLEMS} problems; the rest is not checked")
         except OSError as error:
             problems.append(f"{path}: {error.strerror or error}")
         return problems
@@ -414,16 +406,10 @@ class _ShardCheck:
     def _parts(self, sample: int) -> list[tuple[str, bytes, int]]:
         """Return (what, content, length) of a sample's parts; an image's content is empty."""
         row, name = self.pack.rows[sample], self.pack.names[sample]
-        length = int(row["length"])
-        canonical = bool(row["flags"] & pack_format.FLAG_CANONICAL)
-        label = pack_format.label_content(int(row["label"]))
-        headers = (
-            pack_format.member_header(self.members.image(name, canonical), length),
-            pack_format.member_header(self.members.label(name), len(label)),
-        )
-        behind = pack_format.padding(length) + headers[1] + label + pack_format.padding(len(label))
+        label, length, flags = (int(row[key]) for key in ("label", "length", "flags"))
+        header, behind = around_image(self.members, name, label, length, flags)
         return [
-            ("tar header of the image", headers[0], len(headers[0])),
+            ("tar header of the image", header, len(header)),
             ("image", b"", length),
             ("padding and label", behind, len(behind)),
         ]
@@ -452,9 +438,6 @@ class _ShardCheck:
 
     def _has_tables_of_pack(self, image: bytes, num_components: int) -> bool:
         tables = self.pack.tables
-        if tables is None:
-            return True
-        # An image of one component has the first two of the four tables.
-        return _huffman_tables(image) == (
-            tables[: len(tables) // 2] if num_components == 1 else tables
-        )
+        if tables is not None and num_components == 1:
+            tables = tables[: len(tables) // 2]  # the first two of the four
+        return tables is None or _huffman_tables(image) == tables

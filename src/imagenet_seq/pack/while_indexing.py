@@ -9,24 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
+from imagenet_seq.pack import plan
 from imagenet_seq.pack.claim import JOURNAL_FILE, delete_scrap
 from imagenet_seq.pack.encode import Refused, encode
 from imagenet_seq.pack.input_files import LargeFiles
 from imagenet_seq.pack.inputs import Inputs
-from imagenet_seq.pack.plan import (
-    SPACE_MARGIN,
-    TABLES_SAMPLES,
-    Sharding,
-    agree_on_sharding,
-    describe_run,
-    expected_pack_bytes,
-    fit_tables,
-    forecast_smaller,
-    needs_tables,
-    place_hashes,
-    require_space,
-    shard_of_hash,
-)
 from imagenet_seq.pack.scratch import Buckets, Journal
 from imagenet_seq.pack.shards import RUN_BYTES, RUN_SAMPLES, RUNS_AHEAD, on_same_hdd, take_over
 from imagenet_seq.pack.shrink import NUM_SAMPLED
@@ -39,7 +26,7 @@ def deal_while_indexing(files: LargeFiles, task: Task, options: RunOptions) -> I
     """Open large files; where they must be read to be indexed, deal the samples meanwhile."""
     if task.form.in_source_order:
         return files.open()  # the shard of a sample is known only when all have been counted
-    if not files.is_whole or (needs_tables(files.settings) and not files.some_images):
+    if not files.is_whole or (plan.needs_tables(files.settings) and not files.some_images):
         return files.open()  # what to pack, or to fit tables to, is known only from the index
     try:
         with _Dealer(files, task, options) as dealer:
@@ -62,7 +49,7 @@ class _Dealer:
         self._form = task.form
         self._partial = task.partial
         self._options = options
-        self._sharding: Sharding | None = None  # until the first sample is read
+        self._sharding: plan.Sharding | None = None  # until the first sample is read
         self._threads = ThreadPoolExecutor(options.num_workers)
         self._waiting: deque[Future[list[tuple[int, str, Encoded | Refused]]]] = deque()
         self._run: list[tuple[int, str, bytes]] = []
@@ -96,33 +83,33 @@ class _Dealer:
     def _begin(self) -> None:
         """Begin or continue a run, as `agree_on_plan` does where the index is known."""
         files, options = self._files, self._options
-        forecast = forecast_smaller(files.some_images[:NUM_SAMPLED], files.settings, None)
-        image_bytes = expected_pack_bytes(files.num_bytes, forecast)
+        forecast = plan.forecast_smaller(files.some_images[:NUM_SAMPLED], files.settings, None)
+        image_bytes = plan.expected_pack_bytes(files.num_bytes, forecast)
 
-        def check_space(sharding: Sharding) -> None:
-            require_space(self._partial, files.num_bytes, image_bytes, 0, sharding, self._form)
+        def check_space(sharding: plan.Sharding) -> None:
+            plan.require_space(self._partial, files.num_bytes, image_bytes, 0, sharding, self._form)
 
         def choose_tables() -> bytes | None:
-            if not needs_tables(files.settings):
+            if not plan.needs_tables(files.settings):
                 return None
-            images = files.some_images[:TABLES_SAMPLES]
-            return fit_tables(images, len(images), files.settings, options)
+            images = files.some_images[: plan.TABLES_SAMPLES]
+            return plan.fit_tables(images, len(images), files.settings, options)
 
-        now = describe_run({**files.settings_record, **self._form.describe()}, files.path, None)
-        sharding = Sharding.of(files.num_bytes, files.settings, options)
-        self._sharding = sharding = agree_on_sharding(
+        now = plan.describe_run(files.settings_record, self._form, files.path, None)
+        sharding = plan.Sharding.of(files.num_bytes, files.settings, options.memory_bytes)
+        self._sharding = sharding = plan.agree_on_sharding(
             self._partial, now, sharding, check_space, choose_tables
         )
         self._journal = Journal(os.path.join(self._partial, JOURNAL_FILE), options.log)
-        bucket_bytes = int(image_bytes * (1 + SPACE_MARGIN)) // sharding.num_buckets
+        bucket_bytes = int(image_bytes * (1 + plan.SPACE_MARGIN)) // sharding.num_buckets
         self._buckets = Buckets(
             self._partial,
             "deal",
             options.memory_bytes,
             dict.fromkeys(range(sharding.num_buckets), bucket_bytes),
             self._journal.add,
-            waits=on_same_hdd(files.path, self._partial),
-            log=options.log,
+            on_same_hdd(files.path, self._partial),
+            options.log,
         )
         take_over(self._journal, self._buckets, sharding.num_buckets, self._is_good)
         dealt = self._journal.rows()["sample"]
@@ -149,8 +136,8 @@ class _Dealer:
 
     def _deal(self, run: list[tuple[int, str, Encoded | Refused]]) -> None:
         assert self._sharding is not None
-        hashes = place_hashes((name for _, name, _ in run), self._files.settings.seed)
-        shards = shard_of_hash(hashes, self._sharding.num_shards)
+        hashes = plan.place_hashes((name for _, name, _ in run), self._files.settings.seed)
+        shards = plan.shard_of_hash(hashes, self._sharding.num_shards)
         for (sample, _, encoded), shard in zip(run, shards.tolist(), strict=True):
             if isinstance(encoded, Encoded):
                 bucket = shard // self._sharding.shards_per_bucket
