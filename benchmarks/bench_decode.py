@@ -194,16 +194,16 @@ def sampling_class(data: bytes) -> str:
 
 def keep_decodable(sources: dict[str, list[Encoded]]) -> dict[str, list[Encoded]]:
     """Leave out photos that Pillow decodes in any of the sources."""
-    python_blocks = set()
+    left_to_pillow = set()
     for samples in sources.values():
         outputs = Kernel(Work("train").recipe(), samples).outputs()
-        python_blocks |= {i for i, row in enumerate(outputs) if row is None}
+        left_to_pillow |= {i for i, row in enumerate(outputs) if row is None}
     num_images = len(sources["files"])
     print(
-        f"{num_images} photos, of which the core leaves {len(python_blocks)} to Pillow (left out)"
+        f"{num_images} photos, of which the core leaves {len(left_to_pillow)} to Pillow (left out)"
     )
     return {
-        name: [sample for i, sample in enumerate(samples) if i not in python_blocks]
+        name: [sample for i, sample in enumerate(samples) if i not in left_to_pillow]
         for name, samples in sources.items()
     }
 
