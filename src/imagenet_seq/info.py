@@ -304,7 +304,7 @@ def _disk_fact(strategy: arrange.ReadStrategy, forecast: Forecast, measure: bool
     else:
         text += ": it did not answer in time, so try again"
     if disk.kind == "hdd" and not disk.chosen:
-        text += '; if it is an SSD, set IMAGENET_SEQ_DISK=ssd, or disk="ssd" in Python'
+        text += '; if it is an SSD, set IMAGENET_SEQ_DISK=ssd, or ReadOptions(disk="ssd") in Python'
     return text
 
 
