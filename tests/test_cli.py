@@ -196,7 +196,7 @@ def test_info_answers_in_a_few_lines(
         assert 3 <= len(out.splitlines()) <= 6
         assert out.count("not measured") == 1
         assert "sda (hard disk, speed not measured): that takes 2.0 GB of data or more" in out
-        assert 'if it is an SSD, set IMAGENET_SEQ_DISK=ssd, or ReadOptions(disk="ssd") in Python' in out
+        assert 'set IMAGENET_SEQ_DISK=ssd, or ReadOptions(disk="ssd") in Python' in out
         command = f"imagenet-seq pack {path} DESTINATION"
         assert (out.splitlines()[-1].strip() == command) == (path == root / "train")
     assert cli.main(["info", str(packed / "train"), "--no-measure"]) == 0
