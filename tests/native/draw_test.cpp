@@ -1,5 +1,5 @@
 // draw_view and check_recipe. Distributions, and equality with NumPy's Philox and with torchvision,
-// are tests/test_augment.py's; here are exact cases, invariants and refusals, so that sanitizers
+// are tests/decode/test_augment.py's; here are exact cases, invariants and refusals, so that sanitizers
 // see them.
 #include "sample/draw.h"
 
