@@ -1,6 +1,7 @@
 """The draws of the core: golden crops, an independent recomputation, torchvision's distributions.
 
-``python tests/decode/test_augment.py --write-golden`` writes tests/golden/crops.txt anew. That may only
+``PYTHONPATH=tests python tests/decode/test_augment.py --write-golden`` writes
+tests/golden/crops.txt anew. That may only
 happen with a release note: other crops are another training run for the same seed.
 """
 
@@ -294,6 +295,6 @@ def test_invalid_recipes_are_refused_with_field_and_value() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write-golden"]:
-        sys.exit("usage: python tests/decode/test_augment.py --write-golden")
+        sys.exit("usage: PYTHONPATH=tests python tests/decode/test_augment.py --write-golden")
     GOLDEN.write_text("\n".join(golden_lines()) + "\n")
     print(f"wrote {GOLDEN}:", *islice(golden_lines(), 1, 4), "...", sep="\n")
