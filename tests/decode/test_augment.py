@@ -1,8 +1,8 @@
 """The draws of the core: golden crops, an independent recomputation, torchvision's distributions.
 
 ``PYTHONPATH=tests python tests/decode/test_augment.py --write-golden`` writes
-tests/golden/crops.txt anew. That may only
-happen with a release note: other crops are another training run for the same seed.
+tests/golden/crops.txt anew. That may only happen with a release note: other crops are another
+training run for the same seed.
 """
 
 from __future__ import annotations
